@@ -1,0 +1,35 @@
+"""minivlm: every way a language model has been taught to see, small enough to read.
+
+The names below are imported when they are first touched, so that `import minivlm` costs little more than torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CLIP": "models.clip",
+    "CLIPConfig": "models.clip",
+    "CLIPLoss": "losses",
+    "Processor": "processor",
+    "UserError": "errors",
+    "build_image_index": "tasks",
+    "clip_size": "models.clip",
+    "load": "checkpoint",
+    "search_images": "tasks",
+    "zero_shot_classify": "tasks",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'minivlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minivlm.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,88 @@
+"""Frozen dataclasses ⇄ JSON, nested the way the model is nested, strict in both directions.
+
+    CLIPConfig(vision=VisionConfig(…), text=TextConfig(…))  ⇄  {"type": "CLIPConfig", "vision": {"type": "VisionConfig", …}, …}
+
+"type" says which class a nested dictionary becomes, so that a field may hold one of several (a ViT or a ResNet).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from minivlm.errors import UserError, nearest
+
+
+def to_dict(config: Any) -> Any:
+    """A config, with all it contains, as plain JSON values."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type(config).__name__, **fields}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(cls: type, values: dict, where: str = "config") -> Any:
+    """The config of class `cls` that `to_dict` wrote. Unknown and missing fields are errors that name them."""
+    values = dict(values)
+    kind = values.pop("type", cls.__name__)
+    if kind != cls.__name__:
+        raise UserError(f"{where}.type is {kind!r}, but a {cls.__name__} belongs there.")
+    hints = field_types(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(f"{where} has an unknown field {name!r} for {cls.__name__}.{nearest(name, hints)}")
+    if missing := [name for name in hints if name not in values]:
+        raise UserError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} needs.")
+    fields = {name: coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**fields)
+    except ValueError as error:  # fields that are right one by one but not together
+        raise UserError(f"{where}: {error}.") from None
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name → its type, for the dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def alternatives(hint: Any) -> tuple:
+    """(int, NoneType) for `int | None`, (int,) for `int`."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as read from JSON, turned into what the annotation `hint` says; anything else is an error that names it."""
+    options = alternatives(hint)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            if len(options) == 1 or value.get("type") == option.__name__:
+                return from_dict(option, value, where)
+        elif typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            args = typing.get_args(option)
+            if args[-1] is Ellipsis or len(args) == len(value):
+                inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+                return tuple(coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(inner, value, strict=True)))
+        elif typing.get_origin(option) is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(option, type) and type(value) is option:
+            return value
+    raise UserError(f"{where} is {value!r}, but must be {describe(hint)}.")
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words: 'int or None', 'one of pre, post'."""
+    options = alternatives(hint)
+    if len(options) > 1:
+        return " or ".join(describe(o) for o in options)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,35 @@
+"""What a user can mend, said in one sentence: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input rather than in the program. Command lines print its text alone and exit with 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean a or b?' for the known names closest to `word`, or all of them where none is close."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f" Did you mean {' or '.join(close)}?"
+    return f" There are: {', '.join(sorted(known))}."
+
+
+def run_command_line(main: Callable[[list[str]], None]) -> None:
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `sample.py … | head` closed the pipe: nothing is wrong
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,74 @@
+"""The text transformer of a dual encoder: token ids in, one vector a text out.
+
+    (B, T) ids ─ embedding + positions ─→ blocks ─→ norm ─→ the token that speaks for the text ─→ (B, D)
+
+Radford et al. 2021 (CLIP), §2.4: causal, read at the end token. SigLIP: bidirectional, read at the last position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TransformerConfig):
+    """A text tower. The defaults are CLIP's."""
+
+    vocab_size: int = 49408
+    context: int = 77  # tokens a text may have
+    causal: bool = True
+    pool: Literal["end", "argmax", "first", "last"] = "end"
+    end_token: int | None = None  # pool "end": the first of these speaks for the text
+    use_mask: bool = True  # False: padding is attended to like words, as SigLIP was trained
+
+
+class TextTransformer(nn.Module):
+    """tokens (B, T), mask (B, T) with True = a real token → (B, D); `features` gives every token's state (B, T, D)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        c = self.config = config
+        if c.pool == "end" and c.end_token is None:
+            raise ValueError("pool 'end' reads the state at the end token, so end_token must say which id that is")
+        self.output_width = c.width
+        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context, c.width), std=0.02))
+        self.transformer = Transformer(c)
+        self.norm = make_norm(c)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        x, mask = self.embed(tokens, mask)
+        return self.norm(self.transformer.read(x, self.pooled_position(tokens), mask=mask))
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T) → (B, T, D): the state of every token, after the last norm."""
+        x, mask = self.embed(tokens, mask)
+        return self.norm(self.transformer(x, mask=mask))
+
+    def embed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, T) → (B, T, D), and the mask that attention needs."""
+        T = tokens.shape[1]
+        if T > self.config.context:
+            raise ValueError(f"texts have {T} tokens, but the context is {self.config.context}; cut them first")
+        x = self.token_embedding(tokens) + self.position_embedding[:T]
+        if self.config.causal or not self.config.use_mask:
+            mask = None  # padding stands on the right, where causal attention does not look
+        return x, mask
+
+    def pooled_position(self, tokens: Tensor) -> Tensor:
+        """(B, T) → (B,): where each text is read. argmax: at its largest id, which CLIP's end token is."""
+        match self.config.pool:
+            case "first":
+                return torch.zeros_like(tokens[:, 0])
+            case "last":
+                return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+            case "argmax":
+                return tokens.argmax(dim=1)
+            case "end":
+                return (tokens == self.config.end_token).int().argmax(dim=1)

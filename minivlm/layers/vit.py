@@ -1,0 +1,108 @@
+"""The vision transformer: an image is cut into patches, and the patches are read like words.
+
+    (B, 3, H, W) ─ patches ─→ (B, N, D) ─ + class token, positions ─→ blocks ─→ norm ─→ pool ─→ (B, D)
+
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"; attention pooling as in Zhai et al. 2023 (SigLIP), §A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.layers.attention import CrossAttention
+from minivlm.layers.mlp import MLP
+from minivlm.layers.position import resize_position_table
+from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(TransformerConfig):
+    """A ViT. The defaults are CLIP's."""
+
+    image_size: int = 224  # pixels a side of the images the position table was made for
+    patch_size: int = 32
+    pool: Literal["class", "mean", "attention"] = "class"
+    embedding_norm: bool = True  # CLIP normalises once more before the first block
+    patch_bias: bool = False
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+VIT_SIZES = {
+    "B/32": VisionConfig(width=768, depth=12, heads=12, patch_size=32),
+    "B/16": VisionConfig(width=768, depth=12, heads=12, patch_size=16),
+    "L/14": VisionConfig(width=1024, depth=24, heads=16, patch_size=14),
+    "H/14": VisionConfig(width=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+class VisionTransformer(nn.Module):
+    """images (B, 3, H, W) → one vector an image (B, D); `features` gives all tokens.
+
+    H and W may differ from image_size in any multiple of the patch size: the position table is interpolated.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        c = self.config = config
+        self.leading = int(c.pool == "class")  # tokens in front of the patches
+        self.output_width = self.feature_width = c.width
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=0.02)) if self.leading else None
+        self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(self.leading + c.patches, c.width), std=0.02))
+        self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
+        self.transformer = Transformer(c)
+        self.norm = make_norm(c)
+        self.attention_pool = AttentionPool(c) if c.pool == "attention" else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.config.pool == "class":
+            x = self.embed(images)
+            first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            return self.norm(self.transformer.read(x, first))
+        x = self.norm(self.features(images))
+        return x.mean(dim=1) if self.attention_pool is None else self.attention_pool(x)
+
+    def features(self, images: Tensor, *, layer: int = -1) -> Tensor:
+        """(B, 3, H, W) → (B, 1 + N, D), class token first where there is one; the last norm is not applied.
+
+        layer: −1 after the last block, −2 after the one before (which is then the last one to run), 0 before the first.
+        """
+        return self.transformer(self.embed(images), layer=layer)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, 1 + N, D): patches, class token, positions."""
+        H, W = images.shape[-2:]
+        P = self.config.patch_size
+        if H % P or W % P:
+            raise ValueError(f"images are {H}×{W}, but both sides must be multiples of the patch size {P}")
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) → (B, N, D)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        positions = resize_position_table(self.position_embedding, (H // P, W // P), leading=self.leading)
+        return self.embedding_norm(x + positions.to(x.dtype))
+
+
+class AttentionPool(nn.Module):
+    """A learnt query reads all tokens: (B, N, D) → (B, D). SigLIP's pooling head: attention, then an MLP with a residual."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.query = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.width), std=0.02))
+        self.attention = CrossAttention(config.width, config.heads)
+        self.norm = make_norm(config)
+        self.mlp = MLP(config.width, config.hidden_width, config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(self.query.to(x.dtype).expand(len(x), -1, -1), x)  # (B, 1, D)
+        return (y + self.mlp(self.norm(y)))[:, 0]
