@@ -1,0 +1,55 @@
+"""What every model of the package shares: a config it is built from, and the two verbs that read and write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Model(nn.Module):
+    """A module built from one frozen dataclass."""
+
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the batch, from `size` samples at a time (gradient accumulation)."""
+        B = len(next(iter(batch.values())))
+        total: dict[str, Tensor] = {}
+        for i in range(0, B, size):
+            part = {name: tensor[i : i + size] for name, tensor in batch.items()}
+            share = len(next(iter(part.values()))) / B
+            losses = {name: loss * share for name, loss in self.losses(**part).items()}
+            sum(losses.values()).backward()
+            total = {name: total.get(name, 0) + loss.detach() for name, loss in losses.items()}
+        return total
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
+        """The model in a directory of ours, a published one, or a hub id; dtype None: as stored."""
+        from minivlm.checkpoint import load
+
+        model, _ = load(source, device=device, dtype=dtype)
+        if not isinstance(model, cls):
+            raise TypeError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(self, directory: str | Path, *, processor=None, layout: str = "minivlm") -> None:
+        """Write config.json and model.safetensors (and the processor's files). layout="hf": the published form."""
+        from minivlm.checkpoint import save
+
+        save(directory, self, processor, layout=layout)

@@ -1,0 +1,170 @@
+"""CLIP: two encoders, one shared space.
+
+    images ─→ vision tower ─→ projection ─→ unit length ─┐
+                                                         ├─ scale · cos (+ bias) ─→ (B, B)
+    texts  ─→ text tower   ─→ projection ─→ unit length ─┘
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figures 1 and 3.
+SigLIP (Zhai et al. 2023) is the same with the sigmoid loss, attention pooling and a bidirectional text tower.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
+from minivlm.layers.text import TextConfig, TextTransformer
+from minivlm.layers.transformer import Transformer
+from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
+from minivlm.losses import CLIPLoss, backward_with_gradient_cache
+from minivlm.models.base import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    vision: VisionConfig | ResNetConfig
+    text: TextConfig
+    embed_width: int = 512
+    image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP)
+    text_projection_bias: bool = False
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss_chunk: int | None = None  # rows of the similarity matrix held at a time; None: all
+
+    def __post_init__(self):
+        out = self.vision.output_width if isinstance(self.vision, ResNetConfig) else self.vision.width
+        if not self.image_projection and out != self.embed_width:
+            raise ValueError(f"without image_projection the tower's width {out} must be embed_width {self.embed_width}")
+
+
+def clip_size(name: str) -> CLIPConfig:
+    """The published sizes: "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-H/14", "RN50", …  Radford et al. 2021, tables 19, 20."""
+    embed = {"ViT-B/32": 512, "ViT-B/16": 512, "ViT-L/14": 768, "ViT-H/14": 1024}
+    widths = {"ViT-L/14": 768, "ViT-H/14": 1024, "RN50x4": 640, "RN50x16": 768, "RN50x64": 1024}
+    width, quick = widths.get(name, 512), name != "ViT-H/14"  # OpenAI's weights use quick_gelu, LAION's H/14 the exact one
+    text = TextConfig(
+        width=width,
+        depth=24 if name == "ViT-H/14" else 12,
+        heads=width // 64,
+        activation="quick_gelu" if quick else "gelu",
+        pool="argmax",
+    )
+    if name in RESNET_SIZES:
+        vision = RESNET_SIZES[name]
+        return CLIPConfig(vision=vision, text=text, embed_width=vision.output_width, image_projection=False)
+    if name not in embed:
+        raise ValueError(f"unknown size {name!r}; there are {', '.join([*embed, *RESNET_SIZES])}")
+    vision = replace(VIT_SIZES[name.removeprefix("ViT-")], activation=text.activation)
+    return CLIPConfig(vision=vision, text=text, embed_width=embed[name])
+
+
+@dataclass(frozen=True)
+class CLIPOutput:
+    logits_per_image: Tensor  # (B, B): row i scores every text for image i
+    loss: Tensor
+    image_features: Tensor  # (B, E), unit length
+    text_features: Tensor
+
+    @property
+    def logits_per_text(self) -> Tensor:
+        return self.logits_per_image.T
+
+
+class CLIP(Model):
+    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `CLIPOutput`."""
+
+    config_class = CLIPConfig
+
+    def __init__(self, config: CLIPConfig, *, seed: int = 0):
+        super().__init__(config)
+        c = config
+        self.vision = ResNet(c.vision) if isinstance(c.vision, ResNetConfig) else VisionTransformer(c.vision)
+        self.text = TextTransformer(c.text)
+        out = self.vision.output_width
+        self.image_projection = nn.Linear(out, c.embed_width, bias=False) if c.image_projection else nn.Identity()
+        self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
+        # SigLIP starts at temperature 1/10 and bias −10 (its §3.2), CLIP at 0.07 (its §2.5)
+        self.loss = CLIPLoss(c.loss, temperature=0.1 if c.loss == "sigmoid" else 0.07, chunk=c.loss_chunk)
+        initialise(self, torch.Generator().manual_seed(seed))
+
+    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
+        image_features = self.encode_image(images)
+        text_features = self.encode_text(tokens, mask)
+        if len(image_features) == len(text_features):
+            loss = self.loss(image_features, text_features)
+        else:
+            loss = torch.tensor(math.nan)  # there is no pairing to judge
+        return CLIPOutput(self.loss.logits(image_features, text_features), loss, image_features, text_features)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, E), unit length."""
+        return F.normalize(self.image_projection(self.vision(images)), dim=-1)
+
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T) → (B, E), unit length."""
+        return F.normalize(self.text_projection(self.text(tokens, mask)), dim=-1)
+
+    def losses(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """What training adds up, by name."""
+        return {"contrast": self.loss(self.encode_image(images), self.encode_text(tokens, mask))}
+
+    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """The gradients of the whole batch's loss from `size` samples at a time; see `backward_with_gradient_cache`."""
+        inputs = ((batch["images"],), (batch["tokens"], batch["mask"]))
+        encoders = (self.encode_image, self.encode_text)
+        return {"contrast": backward_with_gradient_cache(encoders, inputs, self.loss, chunk=size)}
+
+    def chance_losses(self, batch_size: int) -> dict[str, float]:
+        """The losses of a model that knows nothing: ln B for the softmax; no such level exists for the sigmoid."""
+        return {"contrast": math.log(batch_size)} if self.config.loss == "softmax" else {}
+
+
+@torch.no_grad()
+def initialise(model: CLIP, generator: torch.Generator) -> None:
+    """CLIP's initialisation (OpenAI's released model.py), the same for both transformers.
+
+    | tensor                              | normal, mean 0, standard deviation     |
+    |-------------------------------------|----------------------------------------|
+    | token embedding, text positions     | 0.02, 0.01                             |
+    | image positions, class, pool query  | 1/√width                               |
+    | q, k, v                             | 1/√width                               |
+    | attention out, MLP down             | 1/√width · 1/√(2·depth)                |
+    | MLP up                              | 1/√(2·width)                           |
+    | projections into the shared space   | 1/√width                               |
+
+    Biases are zero and norms one; convolutions keep PyTorch's default, drawn from `generator`. The last batch norm of
+    every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, §5.1).
+    """
+
+    def normal(tensor: Tensor, std: float) -> None:
+        if not tensor.is_meta:
+            tensor.normal_(0.0, std, generator=generator)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            normal(module.weight, module.in_features**-0.5)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
+    for module in model.modules():  # after the plain linears, since these refine some of them
+        if isinstance(module, Transformer):
+            for block in module.blocks:
+                shrink = (2 * len(module.blocks)) ** -0.5
+                normal(block.attention.out_proj.weight, module.config.width**-0.5 * shrink)
+                normal(block.mlp.down_proj.weight, module.config.width**-0.5 * shrink)
+                normal(block.mlp.up_proj.weight, (2 * module.config.width) ** -0.5)
+    normal(model.text.token_embedding.weight, 0.02)
+    normal(model.text.position_embedding, 0.01)
+    for name, parameter in model.vision.named_parameters():
+        if name.endswith(("position_embedding", "class_embedding", "query")):
+            normal(parameter, parameter.shape[-1] ** -0.5)
+        elif name.endswith("expand.norm.weight"):
+            parameter.zero_()
