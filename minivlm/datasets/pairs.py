@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Pairs:
-    """One split of images with captions. A dataset sets the attributes and provides `__len__`, `images`, `all_captions`, `key`.
+    """One split of images with captions. A dataset sets these attributes, and defines the methods that raise here.
 
     split    "train", "val" or "test"
     classes  label names, the same list in every split, or None where the data have no labels

@@ -1,0 +1,21 @@
+"""Images with captions: the shapes world, and one's own folders. Each part is imported when its name is first used."""
+
+import importlib
+
+_HOME = {
+    "Pairs": "pairs",
+    "FolderPairs": "folder",
+    "open_pairs": "folder",
+    "TEMPLATES": "folder",
+    "TrainTransform": "transforms",
+    "read_image": "images",
+    "ShapesWorld": "shapes",
+    "make_shapes": "shapes",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"minivlm.datasets has no {name!r}")
+    return getattr(importlib.import_module(f"minivlm.datasets.{_HOME[name]}"), name)

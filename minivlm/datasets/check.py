@@ -1,0 +1,235 @@
+"""python -m minivlm.datasets.check DIR: reads a whole folder before training, and shows it as the model will see it.
+
+    python -m minivlm.datasets.check photos                        counts, classes, caption lengths, problems, samples
+    python -m minivlm.datasets.check photos --model out/clip       with that model's tokeniser, context and image size
+    python -m minivlm.datasets.check photos --save sheet.png       a picture: the evaluation view beside augmented views
+
+Nothing is written into DIR. The exit code is 1 if there are problems, and 2 if DIR is no dataset at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
+from minivlm.datasets.images import in_parallel, read_image
+from minivlm.errors import UserError, run_command_line
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    problems: list[str] = []
+    if (args.directory / "world.json").is_file():
+        items, read = read_world(args.directory)
+    else:
+        items, read = read_folder(args.directory, problems), folder_reader(args.directory)
+        items = without_broken(items, args.directory, problems)
+    if items:
+        processor = choose_processor(args, items)
+        splits = {split: choose_split(items, split, args.directory) for split in available(items)}
+        show_splits(splits)
+        show_classes(items)
+        show_captions(items, processor)
+        samples = choose_samples(next(iter(splits.values()))[0], args.samples, args.seed)
+        show_samples(samples, processor)
+        if args.save:
+            save_sheet(draw_sheet(samples, read, processor, args.seed), args.save)
+    print(f"\nproblems: {len(problems)}" if problems else "\nno problems")
+    for problem in problems:
+        print(f"  {problem}")
+    sys.exit(1 if problems else 0)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minivlm.datasets.check", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "directory", type=Path, help="a folder with captions.jsonl, class sub-folders, or a shapes world"
+    )
+    parser.add_argument("--model", help="a trained model, whose tokeniser and sizes are used")
+    parser.add_argument("--image_size", type=int, default=64, help="without --model (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=32, help="tokens a caption, without --model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=4, help="how many training images to show (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples and their augmentation")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write a picture of the samples")
+    return parser.parse_args(argv)
+
+
+Reader = Callable[[Item, int | None], np.ndarray]  # (item, shorter side or None for the original) → (H, W, 3) uint8
+
+
+def folder_reader(directory: Path) -> Reader:
+    return lambda item, shorter_side: np.array(read_image(directory / item.image, shorter_side))
+
+
+def read_world(directory: Path) -> tuple[list[Item], Reader]:
+    """The shapes world as items; its images are all of one size."""
+    from minivlm.datasets.shapes import ShapesWorld
+
+    worlds = {split: ShapesWorld(directory, split) for split in SPLITS}
+    items, where = [], {}
+    for split, world in worlds.items():
+        for i in range(len(world)):
+            label = world.classes[world.labels[i]] if world.labels is not None and world.labels[i] >= 0 else None
+            items.append(Item(world.key(i), world.all_captions(i), label, split))
+            where[world.key(i)] = (world, i)
+
+    def read(item: Item, shorter_side: int | None) -> np.ndarray:
+        world, i = where[item.image]
+        return world.images([i])[0]
+
+    return items, read
+
+
+def without_broken(items: list[Item], directory: Path, problems: list[str]) -> list[Item]:
+    """Decode every image, whatever its split; the items that can be read. The others are added to `problems`."""
+
+    def attempt(item: Item) -> str | None:
+        try:
+            read_image(directory / item.image)
+        except UserError as error:
+            return str(error)
+        return None
+
+    errors = list(in_parallel(attempt, items, "decoding images"))
+    problems.extend(error for error in errors if error)
+    return [item for item, error in zip(items, errors, strict=True) if not error]
+
+
+def available(items: list[Item]) -> list[str]:
+    """The splits that can be had: all three, unless every image belongs to val or test."""
+    return [split for split in SPLITS if split != "train" or any(item.split in (None, "train") for item in items)]
+
+
+def choose_processor(args: argparse.Namespace, items: list[Item]):
+    """The model's processor, or one whose byte-level BPE is trained on the folder's own captions."""
+    if args.model:
+        import minivlm
+
+        _, processor = minivlm.load(args.model)
+        if processor is None:
+            raise UserError(f"{args.model} has no tokeniser and image sizes to check against: leave out --model.")
+        return processor
+    from minivlm.processor import Processor
+
+    texts = dict.fromkeys(caption for item in items for caption in item.captions)
+    return Processor.train(list(texts), image_size=args.image_size, context=args.context)
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def show_splits(splits: dict[str, tuple[list[Item], list[str]]]) -> None:
+    print(f"{'split':8}{'images':>8}{'captions':>10}{'classes':>9}")
+    for split, (items, _) in splits.items():
+        captions = sum(len(item.captions) for item in items)
+        classes = len({item.label for item in items} - {None})
+        print(f"{split:8}{len(items):8}{captions:10}{classes or '-':>9}")
+    for note in dict.fromkeys(note for _, notes in splits.values() for note in notes):
+        print(note)
+
+
+def show_classes(items: list[Item]) -> None:
+    counts = Counter(item.label for item in items if item.label is not None).most_common()
+    if not counts:
+        return
+    some = [f"{name} {count}" for name, count in (counts if len(counts) <= 8 else counts[:4] + counts[-4:])]
+    if len(counts) > 8:
+        some.insert(4, "…")
+    print(f"\nimages a class: {', '.join(some)}")
+    if without := sum(item.label is None for item in items):
+        print(f"{without} images have no label")
+
+
+def show_captions(items: list[Item], processor) -> None:
+    """Lengths in tokens, and what the captions forbid the augmentation to do."""
+    from minivlm.datasets.transforms import COLOURS, PLACES, SIDES, SIGNS, words
+
+    texts = [caption for item in items for caption in item.captions]
+    lengths = np.array([len(ids) for ids in processor.encode(texts)])
+    print(
+        f"\ncaption length in tokens: median {int(np.median(lengths))}, 95 % up to {int(np.quantile(lengths, 0.95))}, "
+        f"longest {lengths.max()}; context {processor.context}, exceeded by {(lengths > processor.context).sum()} "
+        f"of {len(texts)} captions"
+    )
+    said = [words(text) for text in texts]
+    for named, forbidden, kind in ((SIDES | SIGNS, "mirrored", "side or sign"), (PLACES, "cropped", "place")):
+        print(f"{sum(bool(s & named) for s in said)} captions name a {kind}: their images are not {forbidden}")
+    print(f"{sum(bool(s & COLOURS) for s in said)} captions name a colour: saturation and hue stay as they are")
+
+
+def choose_samples(items: list[Item], count: int, seed: int) -> list[tuple[Item, str]]:
+    """Items with one of their captions each, drawn by `seed`."""
+    rng = np.random.default_rng(seed)
+    chosen = [items[i] for i in rng.permutation(len(items))[:count]]
+    return [(item, item.captions[rng.integers(len(item.captions))]) for item in chosen]
+
+
+def show_samples(samples: list[tuple[Item, str]], processor) -> None:
+    print("\nsamples, as the model will see them:")
+    for item, caption in samples:
+        label = f"   label: {item.label}" if item.label is not None else ""
+        print(f"\n  {item.image}{label}\n    caption  {caption}")
+        tokens, mask = processor.text([caption], cut=True)
+        ids = tokens[0][mask[0]].tolist()
+        pieces = [processor.tokenizer.id_to_token(i) for i in ids]
+        print(f"    tokens   {' '.join(pieces)}\n    ids      {' '.join(map(str, ids))}")
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+TILE, VIEWS, CAPTION = 128, 5, 36  # pixels, augmented views, pixels for two lines of caption
+
+
+def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: int):
+    """A PIL image, one row a sample: what the processor makes of the original, VIEWS augmentations, and the caption."""
+    from PIL import Image, ImageDraw
+
+    from minivlm.datasets.transforms import TrainTransform
+
+    config = processor.config
+    transform = TrainTransform(config.image_size, config.mean, config.std)
+    rng = np.random.default_rng(seed)
+    sheet = Image.new("RGB", ((1 + VIEWS) * (TILE + 4) + 8, len(samples) * (TILE + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (item, caption) in enumerate(samples):
+        top = row * (TILE + CAPTION)
+        small = read(item, ceil(1.25 * config.image_size))  # what the cache holds
+        views = [processor.images([read(item, None)])[0], *transform([small] * VIEWS, [caption] * VIEWS, rng)]
+        for column, view in enumerate(views):
+            left = column * (TILE + 4) + (8 if column else 0)  # a gap behind the evaluation view
+            sheet.paste(to_picture(view, config), (left, top))
+        pen.text((2, top + TILE + 3), textwrap.fill(f"{caption}   ({item.image})", 130), fill="black")
+    return sheet
+
+
+def save_sheet(sheet, path: Path) -> None:
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:  # no such folder, no room; an ending that names no image format
+        raise UserError(f"the picture {path} could not be written: {error}.") from error
+    print(f"\nwrote {path}: the evaluation view, then augmented views of the same image")
+
+
+def to_picture(view, config):
+    """(3, S, S) normalised → a TILE × TILE PIL image, pixels enlarged without smoothing."""
+    from PIL import Image
+
+    pixels = view.permute(1, 2, 0).numpy() * np.array(config.std) + np.array(config.mean)
+    image = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    return image.resize((TILE, TILE), Image.Resampling.NEAREST)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

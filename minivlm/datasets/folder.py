@@ -1,0 +1,272 @@
+"""One's own pictures: a folder with captions.jsonl, or with one sub-folder a class, as train, val and test pairs.
+
+    DIR/captions.jsonl      {"image": "a.jpg", "captions": ["…"]}   the image in DIR or DIR/images; or "caption": "…"
+                            optional: "split": "train" | "val" | "test", "label": "pink primrose"
+    DIR/<class>/*.jpg       captions from TEMPLATES; "_" in a class name reads as a space
+    DIR/train/<class>/…     the same with the split given; val and test (or valid, validation) beside it
+
+Splits that the files do not give are drawn by a hash of the file's name, so that adding or removing other files never
+moves an image from training to test. Training images come from a cache of shrunk pixels (images.py); val and test
+images are decoded from the original file each time, so that what is measured is what the processor makes of the
+original.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from minivlm.datasets.images import EXTENSIONS, ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets.pairs import Pairs
+from minivlm.errors import UserError
+
+# Radford et al. 2021, §3.1.4, speak of "a photo of a {label}."; several wordings teach more than one phrase.
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "this is a {}.", "a {}.")
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass
+class Item:
+    """One image of a folder: its path below it ("images/a.jpg"), its captions, and what else the files tell."""
+
+    image: str
+    captions: Sequence[str]
+    label: str | None = None
+    split: str | None = None
+
+
+def open_pairs(
+    directory: str | os.PathLike, split: str, *, image_size: int, cache: str | os.PathLike | None = None
+) -> Pairs:
+    """One split ("train", "val", "test") of a folder that holds the shapes world, captions.jsonl or class sub-folders.
+
+    image_size  the model's; training images are cached with a shorter side of 1.25 times it, room for a random crop
+    cache       where decoded images are kept; by default DIR/.minivlm_cache, or the user's cache folder if DIR is
+                read-only
+    """
+    directory = Path(directory)
+    if (directory / "world.json").is_file():
+        from minivlm.datasets.shapes import ShapesWorld
+
+        return ShapesWorld(directory, split)
+    return FolderPairs(directory, split, image_size=image_size, cache=cache)
+
+
+class FolderPairs(Pairs):
+    """A split of a folder of pictures; see the module for what is recognised, `Pairs` for the interface.
+
+    A training image that cannot be decoded is left out, counted and named in `notes` (and in `skipped`, key → why);
+    in val and test it is an error, since a score over what happened to be readable would not be the folder's score.
+    `notes` also says where a split was drawn or stands in for another.
+    """
+
+    def __init__(self, directory: Path, split: str, *, image_size: int, cache: str | os.PathLike | None = None):
+        self.directory, self.split = Path(directory), split
+        everything = read_folder(self.directory)
+        items, self.notes = choose_split(everything, split, self.directory)
+        self.skipped: dict[str, str] = {}
+        self.cache = None
+        if split == "train":
+            folder = Path(cache) if cache else cache_folder(self.directory)
+            self.cache = ImageCache(
+                self.directory, [i.image for i in items], folder, shorter_side=ceil(1.25 * image_size)
+            )
+            items = self.without_broken(items)
+        else:
+            for item in items:
+                check_header(self.directory / item.image)
+        self.items = items
+        names = sorted({item.label for item in everything if item.label is not None})
+        self.classes = names or None
+        position = {name: i for i, name in enumerate(names)}
+        self.labels = np.array([position.get(i.label, -1) for i in items], dtype=np.int64) if names else None
+
+    def without_broken(self, items: list[Item]) -> list[Item]:
+        self.skipped = self.cache.errors
+        if len(self.skipped) == len(items):
+            first = next(iter(self.skipped.values()))
+            raise UserError(f"None of the {len(items)} training images can be read; the first: {first}")
+        if self.skipped:
+            shown = " ".join(list(self.skipped.values())[:5]) + (" …" if len(self.skipped) > 5 else "")
+            self.notes.append(f"{len(self.skipped)} of {len(items)} training images are skipped. {shown}")
+        return [item for item in items if item.image not in self.skipped]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def images(self, indices: Sequence[int]) -> list[np.ndarray]:
+        keys = [self.items[i].image for i in indices]
+        if self.cache is not None:
+            return [self.cache[key] for key in keys]
+        return [np.array(read_image(self.directory / key)) for key in keys]  # a copy: torch wants writable memory
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        return self.items[index].captions
+
+    def key(self, index: int) -> str:
+        return self.items[index].image
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+
+
+def hashed_split(name: str) -> str:
+    """ "test" for a tenth of all file names, "val" for another, "train" for the rest."""
+    return {0: "test", 1: "val"}.get(zlib.crc32(name.encode()) % 10, "train")
+
+
+def choose_split(items: list[Item], split: str, directory: Path) -> tuple[list[Item], list[str]]:
+    """The items of `split`, and notes on how they were chosen where the files do not say it all.
+
+    No split or only "train" given: val and test are a tenth each, by hash. "val" missing: a tenth of train. "test"
+    missing: val stands in. A split that stays empty because there are so few images: another one stands in. A line
+    without a split, where others have one, counts as train.
+    """
+    if split not in SPLITS:
+        raise UserError(f"There is no split {split!r}: it is one of train, val, test.")
+    given = {item.split for item in items}
+    given = {name or "train" for name in given} if given != {None} else set()
+    if given and "train" not in given and split == "train":
+        raise UserError(
+            f"{directory} names the splits {', '.join(sorted(given))} but has nothing to train on ('train')."
+        )
+    notes = []
+    drawn = {"train"}  # what a hash may draw out of the training images
+    if given <= {"train"}:
+        drawn |= {"val", "test"}
+        notes.append("No val and test split are given: a tenth of the images each, by a hash of the file name.")
+    elif "val" not in given and "train" in given:
+        drawn |= {"val"}
+        notes.append("No val split is given: a tenth of the training images, by a hash of the file name.")
+    groups: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    for item in items:
+        own = item.split or "train"
+        hashed = hashed_split(item.image)
+        groups[hashed if own == "train" and hashed in drawn else own].append(item)
+    for stand_in in (split, *{"train": ("val", "test"), "val": ("test", "train"), "test": ("val", "train")}[split]):
+        if groups[stand_in]:
+            break
+    if stand_in != split:
+        notes.append(f"There are no {split} images: the {stand_in} images stand in for them.")
+    return groups[stand_in], notes
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_folder(directory: Path, problems: list[str] | None = None) -> list[Item]:
+    """Everything a folder holds. What is wrong with a line raises UserError, or is added to `problems` if given."""
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}.")
+    if (directory / "captions.jsonl").is_file():
+        return read_captions(directory, problems)
+    items = read_class_folders(directory)
+    classes = {item.label for item in items}
+    if not items:
+        raise UserError(
+            f"{directory} is no dataset that is recognised: looked for world.json (the shapes world), captions.jsonl, "
+            f"and images in sub-folders, one a class ({directory.name}/cat/1.jpg or {directory.name}/train/cat/1.jpg)."
+        )
+    if len(classes) == 1:
+        raise UserError(
+            f"{directory} has images in one class sub-folder only, {classes.pop()!r}: at least two are needed to tell "
+            "apart, or a captions.jsonl that says what is in each image."
+        )
+    return items
+
+
+def read_class_folders(directory: Path) -> list[Item]:
+    """DIR/<class>/… or DIR/<split>/<class>/…, in the order of their names."""
+    folders = subfolders(directory)
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
+    if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
+        classes = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
+    else:
+        classes = [(None, folder) for folder in folders]
+    items = []
+    for split, folder in classes:
+        name = folder.name.replace("_", " ")
+        captions = [template.format(name) for template in TEMPLATES]  # one list, shared by all images of the class
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+                items.append(Item(path.relative_to(directory).as_posix(), captions, name, split))
+    return items
+
+
+def subfolders(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def read_captions(directory: Path, problems: list[str] | None = None) -> list[Item]:
+    """The lines of captions.jsonl; several lines about one image become one item with all their captions."""
+    file = directory / "captions.jsonl"
+    items: dict[str, Item] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            add_item(items, read_line(line, directory))
+        except ValueError as error:
+            message = f"{file}, line {number}: {error}."
+            if problems is None:
+                raise UserError(message) from error
+            problems.append(message)
+    if not items and not problems:
+        raise UserError(f"{file} is empty: it needs one line an image, like {EXAMPLE}.")
+    return list(items.values())
+
+
+EXAMPLE = '{"image": "a.jpg", "caption": "a red kite"}'
+
+
+def read_line(line: bytes, directory: Path) -> Item:
+    """One line of captions.jsonl. ValueError says what is wrong with it."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"it is not JSON ({error.msg} at character {error.pos + 1}); a line looks like {EXAMPLE}"
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("image"), str) or not values["image"]:
+        raise ValueError(f'it names no "image"; a line looks like {EXAMPLE}')
+    captions = values.get("captions", values.get("caption"))
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise ValueError(f'it has no caption: "captions" is a list of strings, "caption" one string, as in {EXAMPLE}')
+    captions = [c.strip() for c in captions if c.strip()]
+    if not captions:
+        raise ValueError("its caption is empty")
+    label, split = values.get("label"), values.get("split")
+    if split is not None and str(split).lower() not in SPLIT_NAMES:
+        raise ValueError(f"its split is {split!r}, but there are train, val and test")
+    split = SPLIT_NAMES[str(split).lower()] if split is not None else None
+    return Item(find_image(values["image"], directory), captions, None if label is None else str(label), split)
+
+
+def find_image(image: str, directory: Path) -> str:
+    """The path below `directory` of an image that a line calls `image`: there, or in its folder images/."""
+    path = os.path.normpath(image)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise ValueError(f"the image {image!r} lies outside the folder; give its path relative to {directory}")
+    for candidate in (path, os.path.join("images", path)):
+        if (directory / candidate).is_file():
+            return Path(candidate).as_posix()
+    raise ValueError(f"there is no image {image!r}, neither in {directory} nor in its folder images")
+
+
+def add_item(items: dict[str, Item], item: Item) -> None:
+    """Add `item`, or its captions to the item of the same image; ValueError if the two disagree on anything else."""
+    known = items.setdefault(item.image, item)
+    if (known.split, known.label) != (item.split, item.label):
+        raise ValueError(f"an earlier line gives {item.image!r} another split or label")
+    known.captions = [*known.captions, *(c for c in item.captions if c not in known.captions)]

@@ -1,0 +1,245 @@
+"""Decoding any picture to the right RGB, refusing the rest with one sentence, and the cache of what was decoded."""
+
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minivlm.datasets import images
+from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
+from minivlm.errors import UserError
+
+
+def photo(height=40, width=60, seed=0):
+    """A smooth random image, (height, width, 3) uint8."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def huge_png(path, side=100_000):
+    """A few bytes whose header declares side × side pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0"))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b""))
+    return path
+
+
+def read(path):
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def test_rgb_comes_back_as_written(tmp_path):
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png"), photo())
+
+
+def test_gray_is_repeated_over_the_channels(tmp_path):
+    gray = photo()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png"), np.stack([gray] * 3, axis=-1))
+
+
+def test_sixteen_bit_gray_keeps_its_shades(tmp_path):
+    gray = photo()[..., 0]
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png"), np.stack([gray] * 3, axis=-1))
+
+
+def test_a_palette_is_looked_up(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), mode=None).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png").tolist() == [[[10, 20, 30], [40, 50, 60]]]
+
+
+def test_transparency_lies_over_white(tmp_path):
+    pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0]]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    assert read(tmp_path / "rgba.png").tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+    gray = Image.new("L", (2, 1), 7)
+    gray.save(tmp_path / "key.png", transparency=7)  # one shade of gray is declared transparent
+    assert read(tmp_path / "key.png").tolist() == [[[255] * 3] * 2]
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)  # magenta and yellow make red
+    red, green, blue = read(tmp_path / "a.jpg")[4, 4].tolist()
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "the top of the scene is on the right": turn a quarter clockwise to see it upright
+    Image.fromarray(photo()).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.png"), np.rot90(photo(), -1))
+
+
+def test_shrinking_keeps_the_shape_and_never_enlarges(tmp_path):
+    Image.fromarray(photo(400, 600)).save(tmp_path / "large.jpg", quality=95)
+    Image.fromarray(photo(30, 20)).save(tmp_path / "small.png")
+    small = read_image(tmp_path / "large.jpg", shorter_side=80)
+    assert small.size == (120, 80)
+    expected = Image.fromarray(photo(400, 600)).resize((120, 80), Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(expected)).mean() < 2
+    assert np.array_equal(np.asarray(read_image(tmp_path / "small.png", shorter_side=80)), photo(30, 20))
+
+
+@pytest.mark.parametrize("reader", [read_image, check_header])
+def test_what_is_no_image_is_named(tmp_path, reader):
+    (tmp_path / "a.jpg").write_text("not a picture")
+    with pytest.raises(
+        UserError, match=r"a\.jpg cannot be read as an image: it is no image format that pillow knows\.$"
+    ):
+        reader(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"b\.jpg is missing\.$"):
+        reader(tmp_path / "b.jpg")
+
+
+@pytest.mark.parametrize("reader", [read_image, check_header])
+@pytest.mark.parametrize(
+    "side", [100_000, 10_000]
+)  # pillow refuses the first by itself and would only warn of the second
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_huge_image_is_refused_by_its_header(tmp_path, reader, side):
+    with pytest.raises(UserError, match=r"huge\.png cannot be read as an image: .*(pixels|limit)"):
+        reader(huge_png(tmp_path / "huge.png", side))
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    Image.fromarray(photo(200, 200)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    check_header(tmp_path / "a.jpg")  # the header is whole
+    with pytest.raises(UserError, match=r"a\.jpg cannot be read as an image: .*truncated"):
+        read_image(tmp_path / "a.jpg")
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images and a broken one."""
+    for i, size in enumerate([(40, 60), (100, 50), (20, 30)]):
+        Image.fromarray(photo(*size, seed=i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_text("no")
+    return tmp_path
+
+
+KEYS = ["0.png", "1.png", "broken.png", "2.png"]
+
+
+def open_cache(folder, keys=KEYS):
+    return ImageCache(folder, keys, folder / "cache", shorter_side=40)
+
+
+def count_reads(monkeypatch):
+    """A list that grows by the name of each file that is decoded."""
+    names = []
+    monkeypatch.setattr(images, "read_image", lambda path, *rest: names.append(path.name) or read_image(path, *rest))
+    return names
+
+
+def test_the_cache_holds_what_read_image_gives(folder):
+    for cache in (open_cache(folder), open_cache(folder)):  # built, then found
+        for key in ("0.png", "1.png", "2.png"):
+            assert np.array_equal(cache[key], np.asarray(read_image(folder / key, 40)))
+        assert list(cache.errors) == ["broken.png"]
+        assert "no image format" in cache.errors["broken.png"]
+
+
+def test_a_second_opening_decodes_nothing(folder, monkeypatch):
+    open_cache(folder)
+    names = count_reads(monkeypatch)
+    open_cache(folder)
+    assert names == []
+
+
+def test_a_changed_a_new_and_a_removed_file_are_noticed(folder, monkeypatch):
+    open_cache(folder)
+    Image.fromarray(photo(50, 50, seed=8)).save(folder / "1.png")
+    Image.fromarray(photo(50, 50, seed=9)).save(folder / "3.png")
+    names = count_reads(monkeypatch)
+    cache = open_cache(folder, ["0.png", "1.png", "3.png"])
+    assert sorted(names) == ["1.png", "3.png"]
+    for key in ("0.png", "1.png", "3.png"):
+        assert np.array_equal(cache[key], np.asarray(read_image(folder / key, 40)))
+    assert len(list((folder / "cache").glob("*.bin"))) == 1  # the pixels of before are gone
+
+
+def test_a_mended_file_is_no_longer_an_error(folder):
+    open_cache(folder)
+    Image.fromarray(photo()).save(folder / "broken.png")
+    assert open_cache(folder).errors == {}
+
+
+def test_a_damaged_cache_is_built_anew(folder):
+    before = open_cache(folder)["1.png"].copy()
+    (pixels,) = (folder / "cache").glob("*.bin")
+    pixels.write_bytes(pixels.read_bytes()[:100])
+    assert np.array_equal(open_cache(folder)["1.png"], before)
+    (index,) = (folder / "cache").glob("*.json")
+    index.write_text(index.read_text()[:50])
+    assert np.array_equal(open_cache(folder)["1.png"], before)
+
+
+def test_a_build_that_fails_leaves_the_old_cache_and_no_litter(folder, monkeypatch):
+    open_cache(folder)
+    files = sorted(p.name for p in (folder / "cache").iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "replace", full)
+    with pytest.raises(
+        UserError, match=r"cache of decoded images in .* could not be written .No space left on device."
+    ):
+        open_cache(folder, ["0.png"])
+    assert sorted(p.name for p in (folder / "cache").iterdir()) == files
+
+
+def test_no_images_make_an_empty_cache(folder):
+    assert open_cache(folder, []).errors == {}
+    assert open_cache(folder, ["broken.png"]).errors.keys() == {"broken.png"}
+    assert open_cache(folder, ["broken.png"]).errors.keys() == {"broken.png"}
+
+
+def test_images_of_the_cache_are_writable_without_changing_it(folder):
+    """torch warns about read-only arrays; the map is copy-on-write."""
+    open_cache(folder)["0.png"][:] = 0
+    assert open_cache(folder)["0.png"].any()
+
+
+def test_the_index_can_be_read_by_people(folder):
+    open_cache(folder)
+    index = json.loads((folder / "cache" / "train-40.json").read_text())
+    row = index["rows"]["1.png"]
+    assert (row["height"], row["width"], row["bytes"]) == (80, 40, (folder / "1.png").stat().st_size)
+    assert row["modified"] == os.stat(folder / "1.png").st_mtime_ns
+
+
+def test_the_cache_lies_in_the_folder_unless_that_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    data = tmp_path / "data"
+    data.mkdir()
+    assert cache_folder(data) == data / ".minivlm_cache"
+    data.chmod(0o555)
+    elsewhere = cache_folder(data)
+    assert elsewhere.parent == tmp_path / "home" / "minivlm" and elsewhere.name.startswith("data-")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder(data).parent == tmp_path / ".cache" / "minivlm"

@@ -1,0 +1,193 @@
+"""Augmentation: what it does to pixels, what it leaves alone because of the caption, and that chance comes from rng alone."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from minivlm.datasets.transforms import TrainTransform, change_colours, words
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+STILL = (0.0, 0.0, 0.0, 0.0)
+
+
+def noise(count=8, height=40, width=52, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+def plain_transform(size=32, **options):
+    """Pixels in 0..1 come out: no mean, no deviation."""
+    return TrainTransform(size, (0, 0, 0), (1, 1, 1), **options)
+
+
+def run(transform, images, caption, seed=0):
+    return transform(images, [caption] * len(images), np.random.default_rng(seed))
+
+
+def as_tensor(images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+
+
+# -------------------------------------------------------------------------------------------------------- without chance
+
+
+def test_images_of_the_right_size_are_normalised_and_nothing_else():
+    images = noise(height=32, width=32)
+    batch = TrainTransform(32, MEAN, STD, augment=False)(images, ["red"] * 8, None)
+    expected = (as_tensor(images) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    assert torch.equal(batch, expected)
+    assert batch.dtype == torch.float32 and batch.is_contiguous()
+
+
+def test_without_chance_the_model_sees_what_the_processor_makes():
+    from minivlm.processor import Processor
+
+    processor = Processor.train(["a"], image_size=32, context=8, mean=MEAN, std=STD)
+    images = noise(height=32, width=32)
+    batch = TrainTransform(32, MEAN, STD, augment=False)(images, [""] * 8, None)
+    assert torch.allclose(batch, processor.images(images), atol=1e-6, rtol=0)
+
+
+def test_other_sizes_are_resized_by_the_shorter_side_and_cut_to_the_centre():
+    wide = np.zeros((64, 128, 3), dtype=np.uint8)
+    wide[:, 32:96] = 200  # the centre square
+    batch = plain_transform(augment=False)([wide, noise(1, 32, 32)[0]], ["", ""], None)
+    assert torch.all((batch[0, :, :, 2:-2] - 200 / 255).abs() < 1e-6)  # but for ringing at the square's rim
+    assert torch.equal(batch[1:], as_tensor(noise(1, 32, 32)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- chance
+
+
+def test_the_same_rng_gives_the_same_bytes_and_another_does_not():
+    transform, images = TrainTransform(32, MEAN, STD), noise()
+    first = run(transform, images, "a dog", seed=1)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert torch.equal(run(transform, images, "a dog", seed=1), first)
+    assert not torch.equal(run(transform, images, "a dog", seed=2), first)
+
+
+def test_threads_do_not_disturb_each_other():
+    transform, images, results = plain_transform(), noise(), {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: results.update({seed: run(transform, images, "a dog", seed)}))
+        for seed in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[seed], run(transform, images, "a dog", seed)) for seed in range(8))
+
+
+def test_a_caption_changes_only_its_own_image():
+    transform, images = plain_transform(), noise(2)
+    one = transform(images, ["a dog", "a dog"], np.random.default_rng(0))
+    two = transform(images, ["a red dog at the left", "a dog"], np.random.default_rng(0))
+    assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
+
+
+def test_every_kind_of_augmentation_happens():
+    images = noise(32, 32, 32)
+    plain = as_tensor(images)
+    kinds = {
+        "flip": plain_transform(scale=(1, 1), ratio=(1, 1), colour_jitter=STILL),
+        "crop": plain_transform(flip=False, colour_jitter=STILL),
+        "colour": plain_transform(flip=False, scale=(1, 1), ratio=(1, 1)),
+    }
+    changed = {
+        name: (run(transform, images, "a dog") != plain).flatten(1).any(1).sum() for name, transform in kinds.items()
+    }
+    assert 5 < changed["flip"] < 27
+    assert changed["crop"] > 27 and changed["colour"] == 32
+    nothing = plain_transform(flip=False, scale=(1, 1), ratio=(1, 1), colour_jitter=STILL)
+    assert torch.allclose(run(nothing, images, "a dog"), plain, atol=1e-6)
+
+
+def test_crops_keep_their_share_and_ratio_and_lie_inside():
+    images = [np.zeros((90, 120, 3), dtype=np.uint8)] * 500
+    boxes = plain_transform().crop_boxes(images, np.random.default_rng(0))
+    top, left, h, w = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 90).all() and (left + w <= 120).all()
+    share = h * w / (90 * 120)
+    assert share.min() > 0.78 and share.max() <= 1 and share.std() > 0.03
+    assert (w / h).min() > 0.74 and (w / h).max() < 1.35
+    assert len(np.unique(top)) > 5 and len(np.unique(left)) > 5
+
+
+def test_a_panorama_gets_the_largest_centred_box():
+    wide, tall = np.zeros((30, 300, 3), dtype=np.uint8), np.zeros((300, 30, 3), dtype=np.uint8)
+    boxes = plain_transform().crop_boxes([wide, tall], np.random.default_rng(0))
+    assert boxes.tolist() == [[0, 130, 30, 40], [130, 0, 40, 30]]
+
+
+# ------------------------------------------------------------------------------------------------------- true captions
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a dog on the left", "Left-hand drive", "the rightmost cup", "the east wing", "a photo of a 3.", "the letter b"],
+)
+def test_what_a_mirror_would_belie_is_not_mirrored(caption):
+    images = noise(32, 32, 32)
+    transform = plain_transform(scale=(1, 1), ratio=(1, 1), colour_jitter=STILL)
+    assert torch.equal(run(transform, images, caption), as_tensor(images))
+
+
+def test_what_a_mirror_does_not_touch_is_mirrored():
+    images = noise(32, 32, 32)
+    transform = plain_transform(scale=(1, 1), ratio=(1, 1), colour_jitter=STILL)
+    mirrored = run(transform, images, "a bright yellow leaf, upright")  # neither "right" nor "left" as words
+    plain = as_tensor(images)
+    flipped = (mirrored != plain).flatten(1).any(1)
+    assert 5 < flipped.sum() < 27
+    assert torch.equal(mirrored[flipped], plain[flipped].flip(-1))
+
+
+@pytest.mark.parametrize("caption", ["a bird at the top", "in the upper corner", "near the edge", "a cup on the right"])
+def test_what_stands_at_an_edge_is_not_cut_off(caption):
+    images = noise(16, 32, 32)
+    transform = plain_transform(flip=False, colour_jitter=STILL)
+    assert torch.equal(run(transform, images, caption), as_tensor(images))
+    assert not torch.equal(run(transform, images, "a bird in a stopped car"), as_tensor(images))
+
+
+@pytest.mark.parametrize("caption", ["a pink flower", "Reddish petals", "a colorful bird", "black and white"])
+def test_a_named_colour_keeps_its_hue_and_saturation(caption):
+    images = noise(16, 32, 32)
+    alone = plain_transform(flip=False, scale=(1, 1), ratio=(1, 1), colour_jitter=(0, 0, 0.5, 0.3))
+    assert torch.equal(run(alone, images, caption), as_tensor(images))
+    assert not torch.equal(run(alone, images, "a flower"), as_tensor(images))
+    brightness = plain_transform(flip=False, scale=(1, 1), ratio=(1, 1), colour_jitter=(0.2, 0, 0, 0))
+    dark = [image // 2 for image in images]  # far from white, where brightness would be clipped
+    ratio = run(brightness, dark, caption) / as_tensor(dark).clamp_min(1e-6)
+    factors = ratio.flatten(1).median(1).values
+    assert factors.min() >= 0.8 - 1e-5 and factors.max() <= 1.2 + 1e-5 and factors.std() > 0.05
+
+
+def test_hue_turns_only_when_asked():
+    gray = [np.full((32, 32, 3), shade, dtype=np.uint8) for shade in (50, 100)]
+    assert torch.equal(run(plain_transform(), gray, "a dog")[:, 0], run(plain_transform(), gray, "a dog")[:, 2])
+    red = [np.array([[[200, 20, 20]]], dtype=np.uint8).repeat(32, 0).repeat(32, 1)] * 8
+    turned = run(plain_transform(colour_jitter=(0, 0, 0, 0.5)), red, "a dog")
+    assert (turned[:, 0] < turned[:, 1:].amax(1)).any()
+    kept = run(plain_transform(), red, "a dog")
+    assert (kept[:, 0] > kept[:, 1:].amax(1)).all()
+
+
+def test_each_jitter_is_what_its_name_says():
+    """At −1 brightness is black, contrast one gray, saturation gray in every pixel; a third of a turn makes red green."""
+    image = as_tensor(noise(1))[0]
+    black, flat, gray = (change_colours(image, set(), np.array(jitter)) for jitter in -np.eye(4)[:3])
+    assert torch.equal(black, torch.zeros_like(image))
+    assert torch.allclose(flat, flat.mean().expand_as(flat), atol=1e-5) and 0.3 < flat.mean() < 0.7
+    assert torch.allclose(gray, gray.mean(0, keepdim=True).expand_as(gray), atol=1e-5) and gray.std() > 0.1
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].repeat(1, 4, 4)
+    green = change_colours(red, set(), np.array([0, 0, 0, 1 / 3]))
+    assert torch.allclose(green, red[[1, 0, 2]], atol=1e-5)
+
+
+def test_words_are_whole_words():
+    assert words("Left-hand side, gate 12, stopped") == {"left", "hand", "side", "gate", "1", "2", "stopped"}
