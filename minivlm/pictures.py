@@ -1,0 +1,158 @@
+"""Contact sheets: rows of a text and the images that belong to it, right ones framed green with a tick, wrong ones red
+with a cross. Pillow only, with the font it brings along (Latin letters; others show as boxes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PALE, PAPER, EDGE = "#1f2328", "#6b7280", "#ffffff", "#d0d5dd"
+GREEN, RED = "#1a9850", "#d7301f"
+MARGIN, GAP, FRAME, BADGE = 20, 12, 4, 22  # pixels: around the sheet, between tiles, a frame's line, a tick's circle
+TEXT_WIDTH = 220
+FINE = 4  # ticks are drawn this much larger and reduced, which smooths their edges
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text and its images. marks: True right, False wrong, None unknown; notes: a line or two under each image."""
+
+    text: str
+    images: Sequence[Any]  # PIL images or (H, W, 3) uint8 arrays
+    marks: Sequence[bool | None] = ()
+    notes: Sequence[str] = ()
+    detail: str = ""  # smaller, under the text
+
+
+def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int = 8) -> Image.Image:
+    """All rows on one picture, text on the left. Each image fits into a square of `tile` pixels; a row of more than
+    `columns` images goes on below. Where no row has a text, the images take the whole width."""
+    columns = min(columns, max((len(row.images) for row in rows), default=1)) or 1
+    cell = tile + 2 * FRAME
+    left = MARGIN + (TEXT_WIDTH + GAP if any(row.text for row in rows) else 0)
+    heights = [row_height(row, cell, columns) for row in rows]
+    width = left + columns * (cell + GAP) - GAP + MARGIN
+    titles = wrap(title, 20, width - 2 * MARGIN)
+    top = MARGIN + (text_height(titles, 20) + GAP if title else 0)
+    size = width, top + sum(heights) + (len(rows) - 1) * 2 * GAP + MARGIN
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+    draw_lines(draw, titles, MARGIN, 20, INK)
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if i:
+            draw.line((MARGIN, top - GAP, size[0] - MARGIN, top - GAP), EDGE)
+        draw_text(draw, row, top, cell)
+        for j, image in enumerate(row.images):
+            line, column = divmod(j, columns)
+            corner = left + column * (cell + GAP), top + line * line_height(row, cell)
+            draw_tile(page, image, corner, tile, row.marks[j] if row.marks else None, row.notes[j] if row.notes else "")
+        top += height + 2 * GAP
+    return page
+
+
+def draw_text(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int) -> None:
+    """The row's text beside its first line of images, centred on it if there is room."""
+    lines, details = wrap(row.text, 17, TEXT_WIDTH), wrap(row.detail, 13, TEXT_WIDTH)
+    height = text_height(lines, 17) + text_height(details, 13)
+    y = draw_lines(draw, lines, top + max(0, (cell - height) // 2), 17, INK)
+    draw_lines(draw, details, y, 13, PALE)
+
+
+def draw_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], y: int, size: int, colour: str) -> int:
+    """Draws downwards from y at the left margin; returns where the next line would stand."""
+    for line in lines:
+        draw.text((MARGIN, y), line, colour, font(size))
+        y += line_step(size)
+    return y
+
+
+def draw_tile(page: Image.Image, image: Any, corner: tuple[int, int], tile: int, mark: bool | None, note: str) -> None:
+    draw = ImageDraw.Draw(page)
+    picture = fit(image if isinstance(image, Image.Image) else Image.fromarray(image), tile)
+    x = corner[0] + FRAME + (tile - picture.width) // 2
+    y = corner[1] + FRAME + tile - picture.height  # on the note
+    page.paste(picture, (x, y))
+    colour, width = (EDGE, 1) if mark is None else (GREEN if mark else RED, FRAME)
+    frame = (x - width, y - width, x + picture.width + width - 1, y + picture.height + width - 1)
+    draw.rectangle(frame, outline=colour, width=width)
+    if mark is not None:
+        page.paste(colour, (frame[2] - BADGE + 5, frame[1] - 5), badge(BADGE, "disc"))
+        page.paste("white", (frame[2] - BADGE + 5, frame[1] - 5), badge(BADGE, "tick" if mark else "cross"))
+    for i, line in enumerate(note.split("\n")):
+        at = corner[0] + FRAME + tile // 2, corner[1] + tile + 2 * FRAME + 4 + i * line_step(13)
+        draw.text(at, shorten(line, 13, tile + 2 * FRAME), PALE, font(13), anchor="ma")
+
+
+def fit(image: Image.Image, tile: int) -> Image.Image:
+    """The image as large as fits into a square. Small ones keep hard pixels, so that one sees what the model saw."""
+    image = image.convert("RGB")
+    scale = tile / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    if scale >= 2:
+        whole = -int(-scale // 1)
+        image = image.resize((image.width * whole, image.height * whole), Image.Resampling.NEAREST)
+        return image.resize(size, Image.Resampling.BOX)
+    return image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
+
+
+@lru_cache
+def badge(size: int, shape: str) -> Image.Image:
+    """A mask of size×size pixels: a filled disc, or the strokes of a tick or a cross that lie on it."""
+    s = size * FINE
+    mask = Image.new("L", (s, s))
+    draw = ImageDraw.Draw(mask)
+    strokes = {
+        "tick": [((0.27, 0.52), (0.44, 0.69), (0.74, 0.34))],
+        "cross": [((0.32, 0.32), (0.68, 0.68)), ((0.68, 0.32), (0.32, 0.68))],
+    }
+    if shape == "disc":
+        draw.ellipse((0, 0, s - 1, s - 1), fill=255)
+    for stroke in strokes.get(shape, ()):
+        draw.line([(x * s, y * s) for x, y in stroke], fill=255, width=round(0.11 * s), joint="curve")
+    return mask.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def line_height(row: Row, cell: int) -> int:
+    """Of one line of images: the tile, and its note."""
+    return cell + GAP + text_height(max((note.split("\n") for note in row.notes), key=len, default=[]), 13)
+
+
+def row_height(row: Row, cell: int, columns: int) -> int:
+    lines = -(-len(row.images) // columns) or 1
+    text = text_height(wrap(row.text, 17, TEXT_WIDTH), 17) + text_height(wrap(row.detail, 13, TEXT_WIDTH), 13)
+    return max(text, lines * line_height(row, cell) - GAP)
+
+
+def wrap(text: str, size: int, width: int) -> list[str]:
+    """Lines of words that fit into `width` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(shorten(word, size, width))
+    return lines
+
+
+def shorten(text: str, size: int, width: int) -> str:
+    """The text, or as much of its beginning as fits and an ellipsis."""
+    while font(size).getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
+@lru_cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def line_step(size: int) -> int:
+    return round(size * 1.35)
+
+
+def text_height(lines: Sequence[str], size: int) -> int:
+    return len(lines) * line_step(size)

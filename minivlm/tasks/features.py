@@ -1,0 +1,56 @@
+"""Images and strings to unit vectors, a batch at a time: what every task of the compare pattern begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.errors import UserError
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients and no training behaviour (batch norm, dropout) inside; the model is left as it was found."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def encode_images(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
+    """N images (PIL, path or (H, W, 3) uint8) → (N, D) float32, unit length, on the model's device."""
+    with inference(model):
+        parts = [
+            encode_pixels(processor.images(images[i : i + batch_size]), model)
+            for i in range(0, len(images), batch_size)
+        ]
+    return torch.cat(parts)
+
+
+def encode_texts(texts: Sequence[str], model, processor, *, batch_size: int = 256, cut: bool = False) -> Tensor:
+    """N strings → (N, D) float32, unit length, on the model's device. One beyond the context is an error, or cut."""
+    parts = []
+    with inference(model):
+        for i in range(0, len(texts), batch_size):
+            tokens, mask = processor.text(texts[i : i + batch_size], cut=cut)
+            if tokens.shape[1] > processor.context:
+                longest = int(mask.sum(dim=1).argmax())
+                text, length = texts[i + longest], int(mask[longest].sum())
+                shown = text if len(text) <= 40 else text[:40] + "…"
+                raise UserError(
+                    f"the text {shown!r} has {length} tokens, but the model reads {processor.context}; make it shorter."
+                )
+            parts.append(model.encode_text(tokens.to(model.device), mask.to(model.device)).float())
+    return torch.cat(parts)
+
+
+def encode_pixels(pixels: Tensor, model) -> Tensor:
+    """(B, 3, H, W) as the processor made it → (B, D) float32, for weights of any precision on any device."""
+    return model.encode_image(pixels.to(model.device, model.dtype)).float()

@@ -1,0 +1,103 @@
+"""Classification without training: the classes are sentences, and the picture picks the one it is closest to.
+
+    labels ──template──> "a photo of a dog." ──encode_text──> class features (C, D) ┐
+                                        images ──encode_image──> (N, D)             ┴──> softmax(scale · cos) → (N, C)
+
+Radford et al. 2021, §3.1.2 and §3.1.4: prompts, and the mean over several of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm.errors import UserError
+from minivlm.tasks.features import encode_images, encode_texts
+
+# In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
+PLAIN = ("{a}",)  # for captions that are nothing but a description, as those of the shapes world
+PHOTO = (  # for models trained on web photographs; chosen from the 80 that CLIP's authors published for ImageNet
+    "a photo of {a}.",
+    "a photo of the {}.",
+    "a close-up photo of {a}.",
+    "a bright photo of {a}.",
+    "a bad photo of {a}.",
+    "a cropped photo of {a}.",
+    "a photo of one {}.",
+    "a photo of the large {}.",
+    "a photo of the small {}.",
+)
+TEMPLATE_SETS = {"plain": PLAIN, "photo": PHOTO}
+
+
+def zero_shot_classify(
+    images: Any, labels: Sequence[str], model, processor, *, templates: Sequence[str] = PLAIN, top_k: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The `top_k` likeliest of `labels` for each image, as (label, probability), likeliest first.
+
+    images: one image or a list of them, each a PIL image, a path or an (H, W, 3) uint8 array; one list an image comes
+    back. Probabilities are a softmax over the labels; of a model trained with the sigmoid loss each stands for itself,
+    and they need not add up to one. UserError: fewer than two labels, an empty or repeated one, a template without a
+    place for it, an image that cannot be read.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k}, but at least one label has to be shown.")
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        return []
+    classes = class_features(labels, model, processor, templates)
+    logits = model.loss.logits(encode_images(images, model, processor), classes).detach()  # (N, C)
+    probabilities = logits.sigmoid() if model.config.loss == "sigmoid" else logits.softmax(dim=1)
+    best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
+    return [
+        [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]
+        for order, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def class_features(labels: Sequence[str], model, processor, templates: Sequence[str] = PLAIN) -> Tensor:
+    """(C, D) float32, unit length: each label in every template, encoded, averaged, and made unit length again."""
+    check_labels(labels)
+    templates = [templates] if isinstance(templates, str) else templates
+    total = sum(
+        encode_texts([fill(template, label) for label in labels], model, processor) for template in check(templates)
+    )
+    return F.normalize(total, dim=1)
+
+
+def fill(template: str, label: str) -> str:
+    """ "a photo of {a}." and "orange star" → "a photo of an orange star." Other braces stay as they are."""
+    return template.replace("{a}", with_article(label)).replace("{}", label)
+
+
+def with_article(label: str) -> str:
+    """ "orange star" → "an orange star"; by spelling, so "hour" is missed. A label that has an article keeps it."""
+    if re.match(r"(a|an|the)\s", label, re.IGNORECASE):
+        return label
+    vowel = re.match(r"(?!eu|uni|use|one\b)[aeiou]", label, re.IGNORECASE)  # a unicorn, a one-way street
+    return f"{'an' if vowel else 'a'} {label}"
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    if isinstance(labels, str) or len(labels) < 2:
+        raise UserError(f"zero-shot classification needs at least two labels to choose from, but was given {labels!r}.")
+    for i, label in enumerate(labels):
+        if not label.strip():
+            raise UserError(f"label {i + 1} of {len(labels)} is empty; leave it out or give it a name.")
+        if label in labels[:i]:
+            raise UserError(f"the label {label!r} is given twice; each may occur once.")
+
+
+def check(templates: Sequence[str]) -> Sequence[str]:
+    if not templates:
+        raise UserError("there is no template to put the labels into; give one, such as '{a}'.")
+    for template in templates:
+        if "{}" not in template and "{a}" not in template:
+            raise UserError(
+                f"the template {template!r} has no place for the label; write {{}} for it, or {{a}} for a or an and it."
+            )
+    return templates

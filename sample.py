@@ -1,0 +1,212 @@
+"""Ask a trained model something: `python sample.py TASK MODEL …`. Without arguments it lists the tasks.
+
+MODEL is a directory that train.py wrote, a published checkpoint, or a hub id such as openai/clip-vit-base-patch32.
+Each task is one entry of TASKS: what it is, an example, its arguments, and the function that answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from minivlm.errors import UserError, nearest, run_command_line
+
+
+class Task(NamedTuple):
+    summary: str
+    example: str
+    add_arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name = argv[0]
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}.{nearest(name, TASKS)}")
+    parser = Parser(
+        prog=f"python sample.py {name}", description=TASKS[name].summary, epilog=f"e.g. {TASKS[name].example}"
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory of ours, a published one, or a hub id")
+    TASKS[name].add_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    TASKS[name].run(parser.parse_args(argv[1:]))
+
+
+def overview() -> str:
+    lines = ["usage: python sample.py TASK MODEL …      python sample.py TASK --help", ""]
+    for name, task in TASKS.items():
+        lines += [f"{name:10} {task.summary}", f"{'':10} {task.example}", ""]
+    return "\n".join(lines[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ zero-shot
+
+
+def zero_shot_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more")
+    parser.add_argument("--labels", nargs="+", required=True, help="what it may be, two or more")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=["plain"],
+        help='"plain" (the label alone), "photo" (nine sentences about photographs), or sentences of your own with {} '
+        "for the label or {a} for the label with a or an (plain)",
+    )
+    parser.add_argument("--top", type=positive, default=5, help="how many labels to show (5)")
+
+
+def zero_shot(options: argparse.Namespace) -> None:
+    from minivlm.datasets.images import check_header
+    from minivlm.tasks import zero_shot as task
+
+    task.check_labels(options.labels)  # what can be refused without the model is refused before it is loaded
+    templates = task.check(task.TEMPLATE_SETS.get(options.templates[0], options.templates))
+    for path in options.images:
+        check_header(path)
+    model, processor = load_comparer(options)
+    answers = task.zero_shot_classify(
+        options.images, options.labels, model, processor, templates=templates, top_k=options.top
+    )
+    width = max(map(len, options.labels))
+    for path, answer in zip(options.images, answers, strict=True):
+        print(path)
+        for label, probability in answer:
+            print(f"  {label:{width}}  {bar(probability)}  {probability:6.1%}")
+
+
+def bar(share: float, width: int = 24) -> str:
+    """A bar of eighths of a character, or of # where the terminal has no blocks."""
+    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return ("#" * round(share * width)).ljust(width)
+    whole, part = divmod(round(share * width * 8), 8)
+    return ("█" * whole + " ▏▎▍▌▋▊▉"[part]).ljust(width)[:width]
+
+
+# --------------------------------------------------------------------------------------------------------------- search
+
+
+def search_arguments(parser: Parser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="a folder of pictures, sub-folders included")
+    parser.add_argument("query", metavar="QUERY", help="words, or the path of a picture")
+    parser.add_argument("--top", type=positive, default=5, help="how many pictures to show (5)")
+    parser.add_argument("--save", metavar="FILE", help="draw the pictures found into one picture")
+
+
+def search(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+    from minivlm.tasks.image_index import list_images
+
+    if options.save:
+        check_picture_name(options.save)
+    list_images(Path(options.directory))
+    query = Path(options.query) if os.path.isfile(options.query) else options.query
+    model, processor = load_comparer(options)
+    # The index belongs to the model's folder; a hub id, or a folder that is read-only, has it in the user's cache.
+    writable = Path(options.model).is_dir() and os.access(options.model, os.W_OK)
+    place = tasks.index_path(options.directory, options.model) if writable else None
+    index = tasks.build_image_index(options.directory, model, processor, path=place)
+    report_skipped({name: why for name, (_, why) in index.skipped.items()})
+    found = tasks.search_images(query, index, model, processor, top_k=options.top)
+    for rank, (path, score) in enumerate(found, start=1):
+        print(f"{rank:3}  {score:6.3f}  {os.path.join(options.directory, path.relative_to(index.directory))}")
+    if options.save:
+        save_sheet(options.save, options.query, found)
+
+
+def report_skipped(skipped: dict[str, str], shown: int = 5) -> None:
+    if skipped:
+        print(f"skipped, because they cannot be read ({len(skipped)}):", file=sys.stderr)
+        for why in list(skipped.values())[:shown]:
+            print(f"  {why}", file=sys.stderr)
+        if len(skipped) > shown:
+            print(f"  … and {len(skipped) - shown} more", file=sys.stderr)
+
+
+def check_picture_name(path: str) -> None:
+    """Known before the search rather than after it: can a picture be written there?"""
+    from PIL import Image
+
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--save {path}: the name has to end in .png, .jpg or another kind of picture.")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
+
+
+def save_sheet(path: str, query: str, found: list[tuple[Path, float]]) -> None:
+    from minivlm.datasets.images import read_image
+    from minivlm.pictures import Row, sheet
+
+    images = [read_image(file, shorter_side=256) for file, _ in found]
+    notes = [f"{score:.3f}\n{file.name}" for file, score in found]
+    try:
+        sheet([Row("", images, notes=notes)], title=query, columns=4, tile=160).save(path)
+    except OSError as error:
+        raise UserError(f"--save {path}: the picture could not be written ({error.strerror or error}).") from None
+    print(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------------------------------------------- shared
+
+
+TASKS = {
+    "zero-shot": Task(
+        "which of these labels fits the picture?",
+        'python sample.py zero-shot out/clip photo.png --labels "red circle" "blue square"',
+        zero_shot_arguments,
+        zero_shot,
+    ),
+    "search": Task(
+        "which pictures of this folder fit the words (or the picture)?",
+        'python sample.py search out/clip DIR "a small red circle at the top" --top 8 --save sheet.png',
+        search_arguments,
+        search,
+    ),
+}
+
+
+def load_comparer(options: argparse.Namespace) -> tuple:
+    """The model and its processor, on the device asked for; UserError unless it turns images and texts into vectors."""
+    import minivlm
+    from minivlm.training import choose_device
+
+    model, processor = minivlm.load(options.model, device=choose_device(options.device))
+    if not hasattr(model, "encode_image"):
+        raise UserError(
+            f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
+        )
+    if processor is None:
+        raise UserError(f"{options.model} says nothing about how its pictures are prepared, so it cannot be asked.")
+    return model, processor
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 upwards")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, and which knows the option that a misspelt one was meant to be."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        for word in argv:
+            if word.startswith("--") and (option := word.partition("=")[0]) not in self._option_string_actions:
+                raise UserError(f"unknown option {option}.{nearest(option, self._option_string_actions)}")
+        return super().parse_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help.")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

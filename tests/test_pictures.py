@@ -1,0 +1,89 @@
+"""Contact sheets: what is drawn where."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from minivlm.pictures import EDGE, GREEN, RED, Row, badge, fit, font, sheet, shorten, wrap
+
+
+def colours(page):
+    """How often each colour occurs."""
+    return {colour: count for count, colour in page.getcolors(maxcolors=1 << 24)}
+
+
+def rgb(name):
+    return ImageColor.getrgb(name)
+
+
+def plain(colour="blue", size=(64, 64)):
+    return Image.new("RGB", size, colour)
+
+
+def test_right_is_green_wrong_is_red_and_unknown_is_neither():
+    for mark, has, has_not in ((True, GREEN, RED), (False, RED, GREEN), (None, EDGE, RED)):
+        found = colours(sheet([Row("text", [plain()], [mark])]))
+        assert found[rgb(has)] > 100 and rgb(has_not) not in found
+    unmarked = colours(sheet([Row("text", [plain()])]))
+    assert rgb(GREEN) not in unmarked and unmarked[rgb("blue")] == 128 * 128
+
+
+def test_marks_and_images_stand_in_the_order_given():
+    page = sheet([Row("", [plain("blue"), plain("yellow")], [False, True])])
+    left, right = (
+        page.crop((0, 0, page.width // 2, page.height)),
+        page.crop((page.width // 2, 0, page.width, page.height)),
+    )
+    assert rgb("blue") in colours(left) and rgb(RED) in colours(left) and rgb(GREEN) not in colours(left)
+    assert rgb("yellow") in colours(right) and rgb(GREEN) in colours(right) and rgb(RED) not in colours(right)
+
+
+def test_a_tick_is_no_cross():
+    tick, cross = (np.asarray(badge(22, shape)) / 255 for shape in ("tick", "cross"))
+    assert 10 < tick.sum() < 100 and 10 < cross.sum() < 100
+    assert np.allclose(cross, cross[::-1], atol=0.3) and not np.allclose(tick, tick[::-1], atol=0.3)
+
+
+def test_small_images_keep_their_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    large = np.asarray(fit(Image.fromarray(pixels), 128))
+    assert np.array_equal(large, pixels.repeat(4, axis=0).repeat(4, axis=1))
+
+
+@pytest.mark.parametrize(("size", "fitted"), [((48, 48), (128, 128)), ((400, 200), (128, 64)), ((90, 120), (96, 128))])
+def test_every_size_fits_into_the_tile_and_keeps_its_shape(size, fitted):
+    picture = fit(Image.new("RGB", size, (10, 200, 30)), 128)
+    assert picture.size == fitted and set(colours(picture)) == {(10, 200, 30)}
+
+
+def test_extreme_shapes_and_other_modes_are_drawn():
+    images = [Image.new("RGB", (5000, 1)), Image.new("L", (9, 9), 200), np.zeros((20, 30, 3), dtype=np.uint8)]
+    assert sheet([Row("text", images)]).mode == "RGB"
+
+
+def test_the_sheet_grows_with_what_stands_on_it():
+    one = sheet([Row("text", [plain()] * 3)])
+    two = sheet([Row("text", [plain()] * 3), Row("text", [plain()] * 3)])
+    assert two.width == one.width and two.height > one.height + 128
+    folded = sheet([Row("text", [plain()] * 3)], columns=2)
+    assert folded.width < one.width and colours(folded)[rgb("blue")] == 3 * 128 * 128
+    assert sheet([Row("", [plain()] * 3)]).width < one.width  # no text, no column for it
+    assert sheet([Row("text", [plain()] * 3)], title="title").height > one.height
+    assert sheet([Row("text", [plain()] * 3, notes=["a\nb"] * 3)]).height > one.height
+
+
+def test_texts_are_drawn_beside_and_notes_below():
+    blank, written = sheet([Row(" ", [plain()])]), sheet([Row("a red circle", [plain()])])
+    difference = np.asarray(blank, int) != np.asarray(written, int)
+    assert difference.any() and not difference[:, 250:].any()
+    assert sheet([Row("a b", [plain()], notes=["0.31"])]) != sheet([Row("a b", [plain()], notes=["0.13"])])
+
+
+def test_text_is_wrapped_and_never_wider_than_its_place():
+    text = "an orange star and a large blue square to the left of " + "x" * 100
+    lines = wrap(text, 17, 220)
+    assert len(lines) > 2 and all(font(17).getlength(line) <= 220 for line in lines)
+    assert " ".join(lines[:-1]) == text[:-101] and lines[-1].endswith("…")
+    assert shorten("short", 13, 220) == "short" and wrap("", 13, 100) == []
+    tall = sheet([Row("word " * 200, [plain()])])
+    assert tall.height > 600
