@@ -30,7 +30,9 @@ class ResNetConfig:
 
     def __post_init__(self):
         if self.image_size % 32:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of 32, by which a ResNet shrinks an image")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of 32, by which a ResNet shrinks an image"
+            )
 
 
 RESNET_SIZES = {
@@ -122,7 +124,7 @@ class ResNet(nn.Module):
         H, W = images.shape[-2:]
         if H % 32 or W % 32:
             raise ValueError(f"images are {H}×{W}, but both sides must be multiples of 32")
-        x = images
+        x = images.to(self.stem[0].conv.weight.dtype)  # weights may be stored in half precision
         for conv in self.stem:
             x = F.relu(conv(x))
         x = F.avg_pool2d(x, 2)

@@ -28,9 +28,10 @@ class VisionConfig(TransformerConfig):
     pool: Literal["class", "mean", "attention"] = "class"
     embedding_norm: bool = True  # CLIP normalises once more before the first block
     patch_bias: bool = False
+    drop_border: bool = False  # pixels beyond the last whole patch are not looked at (SigLIP so400m: 384 = 27·14 + 6)
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.drop_border:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
@@ -59,7 +60,9 @@ class VisionTransformer(nn.Module):
         self.output_width = self.feature_width = c.width
         self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=0.02)) if self.leading else None
-        self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(self.leading + c.patches, c.width), std=0.02))
+        self.position_embedding = nn.Parameter(
+            nn.init.normal_(torch.empty(self.leading + c.patches, c.width), std=0.02)
+        )
         self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
         self.transformer = Transformer(c)
         self.norm = make_norm(c)
@@ -84,8 +87,9 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) → (B, 1 + N, D): patches, class token, positions."""
         H, W = images.shape[-2:]
         P = self.config.patch_size
-        if H % P or W % P:
+        if (H % P or W % P) and not self.config.drop_border:
             raise ValueError(f"images are {H}×{W}, but both sides must be multiples of the patch size {P}")
+        images = images.to(self.patch_embedding.weight.dtype)  # weights may be stored in half precision
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) → (B, N, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
@@ -94,7 +98,7 @@ class VisionTransformer(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """A learnt query reads all tokens: (B, N, D) → (B, D). SigLIP's pooling head: attention, then an MLP with a residual."""
+    """A learnt query reads all tokens: (B, N, D) → (B, D). As in SigLIP: attention, then an MLP with a residual."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -1,0 +1,219 @@
+"""A model in a directory: written whole or not at all, read without a second copy.
+
+    config.json          {"minivlm": version, "model": "CLIP", "config": {…}, "processor": {…}}
+    model.safetensors    every tensor under the name it has in the model
+    tokenizer.json       as the `tokenizers` library writes it
+
+`load` reads published directories and hub ids as well (see `minivlm.pretrained`). Nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import minivlm
+from minivlm import config as configs
+from minivlm import pretrained
+from minivlm.errors import UserError, nearest
+from minivlm.pretrained.files import open_weights, read_json
+from minivlm.pretrained.hub import locate
+from minivlm.pretrained.names import tied, to_ours
+from minivlm.processor import Processor, ProcessorConfig
+
+MODELS = {"CLIP": "minivlm.models.clip"}  # class name → the module it lives in
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    directory: str | Path, model: nn.Module, processor: Processor | None = None, *, layout: str = "minivlm"
+) -> None:
+    """Write model and processor into `directory`. Other files in it stay.
+
+    All files are written beside their places first, and only when the last one is safe on the disk are they renamed,
+    the weights first: whatever happens before leaves everything as it was. layout="hf": what transformers reads.
+    Raises UserError on a full disk, and for a model that the layout cannot express.
+    """
+    tensors = plain_tensors(model)
+    if layout == "hf":
+        texts, tensors = pretrained.write(model.config, tensors, processor)
+    elif layout == "minivlm":
+        texts = our_files(model, processor)
+    else:
+        raise UserError(f"unknown layout {layout!r}; there are minivlm and hf.")
+    files = {"model.safetensors": lambda path: write_tensors(path, tensors)}
+    files |= {name: lambda path, text=text: path.write_text(text, encoding="utf-8") for name, text in texts.items()}
+    write_all(Path(directory), files)
+
+
+def our_files(model: nn.Module, processor: Processor | None) -> dict[str, str]:
+    """Texts by file name, config.json last."""
+    values = {
+        "minivlm": minivlm.__version__,
+        "model": type(model).__name__,
+        "config": configs.to_dict(model.config),
+        "processor": configs.to_dict(processor.config) if processor else None,
+    }
+    tokenizer = {"tokenizer.json": processor.tokenizer.to_str()} if processor and processor.source is not None else {}
+    return {**tokenizer, "config.json": json.dumps(values, indent=2, ensure_ascii=False)}
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, each tied tensor once, each tensor with a memory of its own, as safetensors wants it."""
+    state = model.state_dict(keep_vars=True)
+    tensors, memory = {}, set()
+    for name, *_ in tied(state):
+        tensor = state[name].detach().contiguous()
+        start = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if start in memory else tensor
+        memory.add(start)
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its only class, with the operating system's number in the text
+        full = f"os error {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """write(temporary path), then rename: `path` holds the old content or the new one, whole, at every instant.
+
+    Raises UserError if it cannot be written (a full disk, no permission); then the old content is still there.
+    """
+    path = Path(path)
+    write_all(path.parent, {path.name: write})
+
+
+def write_all(directory: Path, files: dict[str, Callable[[Path], None]]) -> None:
+    """`write_atomically` for several files of one directory: none is renamed before all are on the disk."""
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            temporary[name].touch()
+            mode = temporary[name].stat().st_mode  # some writers make files that only their owner may read
+            write(temporary[name])
+            temporary[name].chmod(mode)
+            flush_to_disk(temporary[name])
+        for name in files:
+            os.replace(temporary[name], directory / name)
+        flush_to_disk(directory)
+    except OSError as error:
+        what = ", ".join(files)
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise UserError(
+            f"{what} could not be written to {directory}: {why}. What was there before is untouched."
+        ) from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the file, or a directory's list of names, would survive a power cut."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories, and needs no flush of theirs
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Processor | None]:
+    """The model in `source`, in eval mode, and its processor, if there is one.
+
+    source: a directory of ours, a published one (transformers' CLIP or SigLIP, open_clip), or the id of such a one on
+    the Hugging Face hub, which is downloaded behind a progress bar. dtype None: as stored.
+    Parameters are views of the file, mapped into memory: training them does not write to it.
+    Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
+    """
+    directory = locate(source, pretrained.weight_patterns)
+    kind = pretrained.recognise(directory)
+    described = read_ours(directory) if kind == "minivlm" else pretrained.read(directory, kind)
+    try:
+        model = empty_model(described.model_class, described.config)
+    except ValueError as error:
+        raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
+    path, weights = open_weights(directory, described.weights)
+    tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
+    fill(model, tensors, device=device, dtype=dtype)
+    return model.eval(), described.processor
+
+
+def read_ours(directory: Path) -> pretrained.Published:
+    """Everything but the tensors of a directory that `save` wrote."""
+    path = directory / "config.json"
+    values = read_json(path)
+    if missing := {"model", "config", "processor"} - values.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
+    if (name := values["model"]) not in MODELS:
+        raise UserError(f"{path} asks for the model {name!r}.{nearest(str(name), MODELS)}")
+    model_class = getattr(importlib.import_module(MODELS[name]), name)
+    config = from_dict(model_class.config_class, values["config"], f"{path}: config")
+    processor = None
+    if values["processor"] is not None:
+        processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
+        tokenizer = directory / "tokenizer.json"
+        processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
+    return pretrained.Published(model_class, config, None, ("model.safetensors",), processor)
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}, but must be an object in braces.")
+    return configs.from_dict(cls, values, where)
+
+
+def empty_model(cls: type[nn.Module], config: Any) -> nn.Module:
+    """cls(config) on the meta device: all names and shapes, and no memory."""
+    with torch.device("meta"), Unfilled():
+        return cls(config)
+
+
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """Inside, new tensors are not given their initial values: they will be overwritten.
+
+    On the meta device they have no values anyway, but the attempt costs a second, in which torch imports what it needs.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, module = getattr(func, "__name__", ""), getattr(func, "__module__", "")
+        if name in ("normal_", "uniform_", "fill_", "zero_") or (module == "torch.nn.init" and name.endswith("_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch.device, dtype: torch.dtype | None
+) -> None:
+    """Put `tensors` where `empty_model` left nothing. Tied parameters stay one, frozen ones frozen."""
+    state = model.state_dict(keep_vars=True)
+    for names in tied(state):
+        old, new = state[names[0]], tensors[names[0]]
+        new = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        state.update(dict.fromkeys(names, new))
+    model.load_state_dict(state, assign=True)

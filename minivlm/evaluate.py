@@ -1,0 +1,181 @@
+"""How good a trained model is, on pictures it has not seen: `python -m minivlm.evaluate out/clip [--data DIR]`.
+
+The compare pattern is judged by retrieval (does an image find its caption, a caption its image?) and by zero-shot
+classification (does an image find its class?), every number beside what guessing would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minivlm.datasets.folder import TEMPLATES, open_pairs
+from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.shapes import ShapesWorld
+from minivlm.datasets.shapes_text import parse
+from minivlm.errors import UserError, run_command_line
+from minivlm.metrics import Score, zero_shot_accuracy
+from minivlm.metrics import retrieval as retrieval_scores
+from minivlm.tasks.features import encode_images, encode_texts
+from minivlm.pictures import Row, sheet
+from minivlm.tasks.zero_shot import PLAIN, class_features, fill
+
+
+def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
+    """All scores of a CLIP on the held-out part of a dataset, by name, in the order of the table."""
+    test = open_pairs(directory, "test", image_size=processor.image_size)
+    if not isinstance(test, ShapesWorld):
+        classes = zero_shot(model, processor, test, TEMPLATES) if test.classes else {}
+        return classes | retrieval(model, processor, test)
+    scores = {}
+    for split, name in (("single_seen", "seen pairs"), ("single_unseen", "never-seen pairs")):
+        top = zero_shot(model, processor, ShapesWorld(directory, split), PLAIN)
+        scores[f"zero-shot, {name}"] = top["zero-shot, mean per class"]
+    return scores | retrieval(model, processor, test)
+
+
+def retrieval(model, processor, pairs: Pairs, *, batch_size: int = 250) -> dict[str, Score]:
+    """Both directions between a split's images and its distinct captions. One caption may be right for several images."""
+    captions = [list(pairs.all_captions(i)) for i in range(len(pairs))]
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
+    texts = encode_texts(list(number), model, processor, cut=True)
+    images = encode_split(model, processor, pairs, batch_size)
+    groups = group_ids([[number[text] for text in known] for known in captions], len(number))
+    image_ids = torch.tensor([groups[number[known[0]]] for known in captions])
+    text_ids = torch.tensor([groups[i] for i in range(len(number))])
+    return retrieval_scores(images.cpu(), texts.cpu(), text_ids, image_ids=image_ids)
+
+
+def group_ids(captions: Sequence[Sequence[int]], n: int) -> list[int]:
+    """A group for each of n captions: those that name a common image, directly or by way of others, are one.
+
+    A caption that stands under fifty pictures is right for each of them, and so is every other caption of these pictures.
+    """
+    parent = list(range(n))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for known in captions:
+        for other in known[1:]:
+            parent[root(other)] = root(known[0])
+    return [root(i) for i in range(n)]
+
+
+def zero_shot(model, processor, pairs: Pairs, templates: Sequence[str]) -> dict[str, Score]:
+    """Does each labelled image of a split find its class among all classes?"""
+    labelled = np.flatnonzero(pairs.labels >= 0)
+    classes = class_features([name.replace("_", " ") for name in pairs.classes], model, processor, templates)
+    images = encode_split(model, processor, pairs, 250)[torch.from_numpy(labelled).to(classes.device)]
+    scores = zero_shot_accuracy(images.cpu(), classes.cpu(), torch.from_numpy(pairs.labels[labelled]))
+    return {f"zero-shot, {name}": score for name, score in scores.items()}
+
+
+def encode_split(model, processor, pairs: Pairs, batch_size: int) -> torch.Tensor:
+    """(N, D): the features of every image of a split, in its order, decoded a batch at a time."""
+    starts = range(0, len(pairs), batch_size)
+    parts = [np.arange(len(pairs))[i : i + batch_size] for i in starts]
+    return torch.cat([encode_images(list(pairs.images(part)), model, processor) for part in parts])
+
+
+def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8) -> None:
+    """A sheet of queries and the `top` held-out images that each finds, right and wrong ones marked, written to `path`."""
+    test = open_pairs(directory, "test", image_size=processor.image_size)
+    if isinstance(test, ShapesWorld):
+        splits = [test, *(ShapesWorld(directory, split) for split in ("single_seen", "single_unseen"))]
+        rows = [(query, detail, shows(query)) for query, detail in SHAPE_QUERIES]
+    elif test.classes:
+        splits = [test]
+        some = np.unique(test.labels[test.labels >= 0])[:: max(1, len(test.classes) // 8)][:8]
+        rows = [(fill(TEMPLATES[0], test.classes[c].replace("_", " ")), "", has_label(c)) for c in some]
+    else:
+        splits = [test]
+        some = range(0, len(test), max(1, len(test) // 8))[:8]
+        rows = [(test.all_captions(i)[0], "", has_caption(test.all_captions(i)[0])) for i in some]
+    features = torch.cat([encode_split(model, processor, split, 250) for split in splits])
+    queries = encode_texts([query for query, _, _ in rows], model, processor, cut=True)
+    where = [(split, i) for split in splits for i in range(len(split))]
+    sheet_rows = []
+    for (query, detail, right), scores in zip(rows, queries @ features.T, strict=True):
+        best = scores.topk(min(top, len(where)))
+        found = [where[i] for i in best.indices.tolist()]
+        marks = [right(split, i) for split, i in found]
+        pictures = [split.images([i])[0] for split, i in found]
+        detail = f"{sum(marks)} of {len(marks)} right{detail}"
+        sheet_rows.append(Row(query, pictures, marks, [f"{s:.2f}" for s in best.values.tolist()], detail))
+    title = f"What {len(where)} held-out pictures a query finds, best first"
+    sheet(sheet_rows, title=title, tile=96, columns=top).save(path)
+
+
+SHAPE_QUERIES = [
+    ("a red heart", ""),
+    ("a small blue star", ""),
+    ("a large green square at the top", ""),
+    ("a cyan ring on the left and a pink cross", ""),
+    ("an orange circle", ", a pair never seen in training"),
+    ("a green heart", ", a pair never seen in training"),
+    ("a purple ring", ", a pair never seen in training"),
+]
+
+
+def shows(query: str):
+    """Right: a scene with every object that the query names, as far as it tells."""
+    wanted = parse(query)
+
+    def right(split: ShapesWorld, index: int) -> bool:
+        objects = split.scenes[index].objects
+        return all(any(agrees(want, thing) for thing in objects) for want in wanted)
+
+    return right
+
+
+def agrees(want, thing) -> bool:
+    return all(told is None or told == fact for told, fact in zip(want[:4], thing[:4], strict=True))
+
+
+def has_label(label: int):
+    return lambda split, index: bool(split.labels[index] == label)
+
+
+def has_caption(caption: str):
+    return lambda split, index: caption in split.all_captions(index)
+
+
+def table(scores: dict[str, Score]) -> str:
+    """Scores as lines of text: what, percent, chance in percent."""
+    width = max(map(len, scores))
+    lines = [f"{'':{width}}   score   chance"]
+    lines += [f"{name:{width}}  {s.value:6.1%}  {s.chance:6.1%}" for name, s in scores.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    from minivlm.checkpoint import load
+    from minivlm.training import choose_device
+
+    parser = argparse.ArgumentParser(prog="python -m minivlm.evaluate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
+    parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--save", help="write the scores to this JSON file as well")
+    options = parser.parse_args(argv)
+    model, processor = load(options.model, device=choose_device(options.device))
+    if not hasattr(model, "encode_image"):
+        raise UserError(f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare.")
+    scores = contrast(model, processor, options.data)
+    print(table(scores))
+    if options.save:
+        named = {name: asdict(score) for name, score in scores.items()}
+        Path(options.save).write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

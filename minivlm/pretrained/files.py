@@ -1,0 +1,105 @@
+"""What lies on the disk: JSON, and weights as a mapping from names to tensors that are read when they are asked for.
+
+safetensors files are memory-mapped, privately: a tensor costs nothing until it is used, writing to it never reaches the
+file. Pickled weights are read with PyTorch's restricted reader, which builds tensors and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivlm.errors import UserError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where the file is missing, broken or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not JSON: it is no text at all.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
+    return values
+
+
+def open_weights(directory: Path, names: tuple[str, ...] = WEIGHTS) -> tuple[Path, Mapping[str, Tensor]]:
+    """The first of the files `names` that is there, and the tensors in it (of an index: in all its shards)."""
+    path = next((directory / name for name in names if (directory / name).exists()), None)
+    if path is None:
+        plain = [name for name in names if not name.endswith("index.json")]
+        raise UserError(f"{directory} holds no weights: {' or '.join(plain)} should be there.")
+    if path.suffix != ".json":
+        return path, open_file(path)
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path} has no weight_map that says which tensor is in which file.")
+    return path, ChainMap(*(open_file(directory / Path(name).name) for name in sorted(set(shards.values()))))
+
+
+def open_file(path: Path) -> Mapping[str, Tensor]:
+    if not path.exists():
+        raise UserError(f"{path} is missing, although the index beside it names it.")
+    return Safetensors(path) if path.suffix == ".safetensors" else unpickle_tensors(path)
+
+
+class Safetensors(Mapping[str, Tensor]):
+    """A safetensors file, memory-mapped."""
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            hint = "It is a pickle, which could run code. " if begins_like_pickle(path) else ""
+            raise UserError(
+                f"{path} is no whole safetensors file ({error}). {hint}Copy or download it again."
+            ) from None
+        self.names = dict.fromkeys(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.names
+
+
+def begins_like_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:1] == b"\x80" or start == b"PK\x03\x04"
+
+
+def unpickle_tensors(path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors that torch.save wrote. Whatever else a pickle holds is refused, and never run."""
+    try:
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # arbitrary bytes fail in arbitrary ways, and all mean the same
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is refused: it is not a plain dictionary of tensors, or broken ({why}).") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path} is refused: it must be a plain dictionary of tensors.")
+    return tensors

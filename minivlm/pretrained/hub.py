@@ -1,0 +1,60 @@
+"""Where a model is: a directory here, or a name on the Hugging Face hub, whose files are downloaded once and kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from minivlm.errors import UserError
+
+TEXT_FILES = ("*.json", "merges.txt")
+
+
+def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]]) -> Path:
+    """The directory of `source`, downloaded if it is a hub id.
+
+    weights_of(directory): patterns of the weight files to download, best first.
+    Raises UserError if it is not there. What reads as a path is never looked up on the hub.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{source} is a file; give the directory that holds it.")
+    if not is_hub_id(source):
+        train = f"; train it with python train.py {path.name}" if path.parent.name == "out" else ""
+        raise UserError(f"{source} does not exist{train}.")
+    return download(str(source), weights_of)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """ "openai/clip-vit-base-patch32" is one, "out/clip" and "./clip" are directories that are missing."""
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        return False
+    owner, slash, _ = source.partition("/")
+    return not slash or (owner not in ("out", "data") and not Path(owner).is_dir())
+
+
+def download(name: str, weights_of: Callable[[Path], tuple[str, ...]]) -> Path:
+    """Configs first, since they say which weights are wanted; then the first kind that exists. Shows progress bars."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(TEXT_FILES)))
+        for pattern in weights_of(folder):
+            folder = Path(snapshot_download(name, allow_patterns=[pattern]))
+            if any(folder.glob(pattern)):
+                break
+        return folder
+    except GatedRepoError:
+        raise UserError(f"{name} asks for its terms to be accepted on its hub page, and for `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name} is neither a directory here nor a public model on the Hugging Face hub.") from None
+    except (OSError, ValueError) as error:  # no connection, offline mode, nothing in the cache
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no directory here and could not be downloaded from the Hugging Face hub ({why.rstrip('.')}); "
+            "check the name and the connection, or give a local directory."
+        ) from error

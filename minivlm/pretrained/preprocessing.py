@@ -1,0 +1,166 @@
+"""preprocessor_config.json and tokeniser files ⇄ `Processor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivlm.errors import UserError
+from minivlm.pretrained.files import read_json
+from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
+
+# What a file that is absent, or silent about a field, means. A size of None is that of the model's images.
+CLIP_IMAGES = {
+    "do_resize": True,
+    "size": None,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": None,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+SIGLIP_IMAGES = {**CLIP_IMAGES, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+
+
+def read_images(path: Path, image_size: int, defaults: dict[str, Any]) -> dict[str, Any]:
+    """preprocessor_config.json → the fields of `ProcessorConfig` about images."""
+    values = read_json(path) if path.exists() else {}
+    v = {**defaults, **{k: value for k, value in values.items() if value is not None}}
+    resize, size = read_size(path, v["size"] or image_size, crops=v["do_center_crop"])
+    crop_size = image_size if v["crop_size"] is None else read_size(path, v["crop_size"], crops=False)[1]
+    if v["resample"] not in range(len(RESAMPLE)):
+        raise UserError(f"{path} has resample {v['resample']!r}; PIL knows 0 to {len(RESAMPLE) - 1}.")
+    return {
+        "image_size": crop_size if v["do_center_crop"] else size,
+        "resize": resize if v["do_resize"] else "none",
+        "resize_to": size,
+        "resample": RESAMPLE[v["resample"]],
+        "crop": "floor" if v["do_center_crop"] else "none",
+        "rescale": float(v["rescale_factor"]) if v["do_rescale"] else 1.0,
+        "mean": three(v["image_mean"]) if v["do_normalize"] else (0.0,) * 3,
+        "std": three(v["image_std"]) if v["do_normalize"] else (1.0,) * 3,
+    }
+
+
+def read_size(path: Path, size: int | dict[str, int], *, crops: bool) -> tuple[str, int]:
+    """How to resize, and to what. A bare number (files of 2021 and 2022) is the shorter side where a crop follows."""
+    if isinstance(size, int):
+        return ("shortest" if crops else "squash"), size
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return "shortest", size["shortest_edge"]
+    if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
+        return "squash", size["height"]
+    raise UserError(
+        f"{path} has the size {size}; a number, a shortest_edge or a square of height and width is supported."
+    )
+
+
+def three(value: float | list[float]) -> tuple[float, ...]:
+    return tuple(map(float, value if isinstance(value, (list, tuple)) else [value] * 3))
+
+
+def write_images(config: ProcessorConfig, kind: str) -> dict[str, Any]:
+    """The reverse. open_clip's crop is not one of transformers': it may begin a pixel further along."""
+    size = config.resize_to or config.image_size
+    shortest = config.resize == "shortest"
+    return {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": config.resize != "none",
+        "size": {"shortest_edge": size} if shortest else {"height": size, "width": size},
+        "resample": RESAMPLE.index(config.resample),
+        "do_center_crop": config.crop != "none",
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": config.rescale,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+
+
+def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """preprocess_cfg of open_clip_config.json → the fields of `ProcessorConfig` about images."""
+    v = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    v |= {k: value for k, value in values.items() if value is not None}
+    if v["resize_mode"] not in ("shortest", "squash"):
+        raise UserError(f"preprocess_cfg.resize_mode is {v['resize_mode']!r}; shortest and squash are supported.")
+    return {
+        "image_size": image_size,
+        "resize": v["resize_mode"],
+        "resample": "bilinear"
+        if v["interpolation"] == "bilinear"
+        else "bicubic",  # open_clip reads "random" so as well
+        "crop": "round" if v["resize_mode"] == "shortest" else "none",
+        "mean": three(v["mean"]),
+        "std": three(v["std"]),
+    }
+
+
+# ---- tokeniser -------------------------------------------------------------------------------------------------------
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | bytes | None:
+    """tokenizer.json as it is, or what vocab.json and merges.txt make with CLIP's rules, or None."""
+    whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if whole.exists():
+        return whole.read_bytes()
+    if vocab.exists() and merges.exists():
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        return clip_tokenizer(read_json(vocab), pairs)
+    return None
+
+
+def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """CLIP's lower-cased byte-level BPE, whose words end in </w>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    word = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=end))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(word), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([start, end])
+    ids = {token: tokenizer.token_to_id(token) for token in (start, end)}
+    tokenizer.post_processor = processors.RobertaProcessing((end, ids[end]), (start, ids[start]), False, False)
+    return tokenizer
+
+
+def read_pad_token(directory: Path, default: str) -> str:
+    """The padding token that tokenizer_config.json or special_tokens_map.json names."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists() and (token := read_json(directory / name).get("pad_token")):
+            return token["content"] if isinstance(token, dict) else token
+    return default
+
+
+def tokenizer_files(processor: Processor) -> dict[str, str]:
+    """File name → content, as transformers' AutoTokenizer reads them."""
+    if processor.source is None:
+        return {}
+    tokenizer = processor.tokenizer
+    named = {"bos": processor.start_token, "eos": processor.end_token, "pad": processor.pad_token}
+    tokens = {f"{name}_token": tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
+    suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
+    values = {
+        "tokenizer_class": "CLIPTokenizer" if suffix == "</w>" else "PreTrainedTokenizerFast",
+        **tokens,
+        "model_max_length": processor.context,
+        "model_input_names": ["input_ids"] if processor.config.pad_to_context else ["input_ids", "attention_mask"],
+    }
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(values, indent=2)}

@@ -1,0 +1,106 @@
+"""SigLIP as Hugging Face transformers stores it (SiglipModel): google/siglip-base-patch16-224 and kin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.errors import UserError
+from minivlm.layers.text import TextConfig
+from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.pretrained import hf_clip, preprocessing
+from minivlm.pretrained.names import Row, table, under
+from minivlm.processor import Processor, ProcessorConfig
+
+model_class = CLIP
+
+# ---- names: CLIP's, and a pooling head on each tower -----------------------------------------------------------------
+
+ROWS = [
+    *under(hf_clip.VISION, "vision_model.", "vision."),
+    *under(hf_clip.TEXT, "text_model.", "text."),
+    *table("""
+        vision_model.head.probe                         vision.attention_pool.query
+        vision_model.head.attention.in_proj_weight      vision.attention_pool.attention.{q,k,v}_proj.weight
+        vision_model.head.attention.in_proj_bias        vision.attention_pool.attention.{q,k,v}_proj.bias
+        vision_model.head.attention.out_proj            vision.attention_pool.attention.out_proj
+        vision_model.head.layernorm                     vision.attention_pool.norm
+        vision_model.head.mlp.fc1                       vision.attention_pool.mlp.up_proj
+        vision_model.head.mlp.fc2                       vision.attention_pool.mlp.down_proj
+        text_model.head                                 text_projection
+        logit_scale                                     loss.logit_scale                        one
+        logit_bias                                      loss.logit_bias                         one
+    """),
+]
+
+
+def rows(config: CLIPConfig) -> list[Row]:
+    return ROWS
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+ENCODER_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+TEXT_DEFAULTS = {**ENCODER_DEFAULTS, "vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None}
+VISION_DEFAULTS = {**ENCODER_DEFAULTS, "num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True}
+
+
+def read_config(values: dict[str, Any]) -> CLIPConfig:
+    """transformers' config.json → ours."""
+    text = hf_clip.part(values, "text_config", TEXT_DEFAULTS)
+    vision = hf_clip.part(values, "vision_config", VISION_DEFAULTS)
+    if not vision["vision_use_head"]:
+        raise UserError("config.json has vision_use_head false: this SigLIP has no image embedding to load.")
+    return CLIPConfig(
+        vision=hf_clip.read_vision(vision, pool="attention", embedding_norm=False, patch_bias=True),
+        text=TextConfig(
+            **hf_clip.read_encoder(text),
+            vocab_size=text["vocab_size"],
+            context=text["max_position_embeddings"],
+            causal=False,
+            use_mask=False,
+            pool="last",
+        ),
+        embed_width=text["projection_size"] or text["hidden_size"],
+        image_projection=False,
+        text_projection_bias=True,
+        loss="sigmoid",
+    )
+
+
+def write_config(config: CLIPConfig) -> dict[str, Any]:
+    """Ours → transformers' config.json."""
+    clip = hf_clip.write_config(config)
+    text, vision = clip["text_config"], clip["vision_config"]
+    del text["projection_dim"], vision["projection_dim"], text["eos_token_id"]
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {**text, "model_type": "siglip_text_model", "projection_size": config.embed_width},
+        "vision_config": {**vision, "model_type": "siglip_vision_model"},
+    }
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+
+IMAGE_PROCESSOR = "SiglipImageProcessor"
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
+    path = directory / "preprocessor_config.json"
+    return Processor(
+        preprocessing.read_tokenizer(directory),
+        ProcessorConfig(
+            **preprocessing.read_images(path, config.vision.image_size, preprocessing.SIGLIP_IMAGES),
+            context=config.text.context,
+            pad_token=preprocessing.read_pad_token(directory, "</s>"),
+            pad_to_context=True,
+        ),
+    )

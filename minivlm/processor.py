@@ -1,0 +1,264 @@
+"""What stands between the world and a model: pictures and strings → tensors, token ids → strings.
+
+    pictures ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S)
+    strings  ─ tokeniser ─ padding on the right         ─→ tokens (B, T), mask (B, T)
+
+The steps and their rounding are those of the published preprocessing, to the bit where that works on PIL images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlm.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorConfig:
+    image_size: int = 224  # pixels a side of what comes out
+    resize: Literal["shortest", "squash", "none"] = "shortest"  # the shorter side alone, or both sides
+    resize_to: int | None = None  # pixels; None: image_size
+    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
+    crop: Literal["floor", "round", "none"] = "floor"  # how half a pixel is rounded: transformers' way, torchvision's
+    rescale: float = 1 / 255
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    context: int = 77  # tokens the model can read
+    pad_token: int | str = 0  # an id, or the token that has it
+    pad_to_context: bool = False  # SigLIP reads its padding, so it always needs all of it
+
+
+class Processor:
+    """tokenizer: a `tokenizers.Tokenizer`, or the bytes of its JSON, which are parsed when the first text comes (50,000
+    tokens take 0.1 s), or None for a model of which only the images are wanted."""
+
+    def __init__(self, tokenizer: Tokenizer | bytes | None, config: ProcessorConfig):
+        self.source, self.config = tokenizer, config
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def context(self) -> int:
+        return self.config.context
+
+    # ---- pictures ----------------------------------------------------------------------------------------------------
+
+    def images(self, pictures: Sequence[Image.Image | str | os.PathLike | np.ndarray]) -> Tensor:
+        """PIL images, paths or (H, W, 3) uint8 arrays → (B, 3, S, S) float32.
+
+        Raises UserError for a file that is no picture, and where pictures that are not cropped differ in size.
+        """
+        pixels = [self.crop(np.asarray(self.resize(open_picture(picture)))) for picture in pictures]
+        if not pixels:
+            return torch.empty(0, 3, self.image_size, self.image_size)
+        shapes = {p.shape[:2] for p in pixels}
+        if len(shapes) > 1:
+            sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
+            raise UserError(f"without a crop these pictures have different sizes ({sizes}): give them one at a time.")
+        return torch.from_numpy(self.normalise(np.stack(pixels)))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        from PIL.Image import Resampling
+
+        from minivlm.datasets.images import MAX_PIXELS
+
+        c = self.config
+        if c.resize == "none":
+            return image
+        size, (W, H) = c.resize_to or c.image_size, image.size
+        if c.resize == "squash":
+            W, H = size, size
+        else:
+            short, long = min(W, H), max(W, H)
+            long = int(size * long / short)
+            W, H = (size, long) if W <= H else (long, size)
+        if W * H > MAX_PIXELS:
+            raise UserError(f"a picture of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
+        return image.resize((W, H), Resampling[c.resample.upper()])
+
+    def crop(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W, 3) → the middle (S, S, 3); black around a picture that is smaller."""
+        if self.config.crop == "none":
+            return pixels
+        S = self.image_size
+        canvas = np.zeros((S, S, 3), dtype=np.uint8)
+        top, left = (self.first_row(n) for n in pixels.shape[:2])
+        inside = pixels[max(top, 0) : top + S, max(left, 0) : left + S]
+        h, w = inside.shape[:2]
+        canvas[max(-top, 0) :][:h, max(-left, 0) :][:, :w] = inside
+        return canvas
+
+    def first_row(self, n: int) -> int:
+        """Where a crop of S begins on a side of n; negative: so much black before it."""
+        spare = n - self.image_size
+        if self.config.crop == "floor":
+            return spare // 2
+        return round(spare / 2) if spare > 0 else -(-spare // 2)
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, H, W, 3) uint8 → (B, 3, H, W) float32, through a table of the 256 values that a channel can have."""
+        c = self.config
+        levels = (np.arange(256) * c.rescale).astype(np.float32)[:, None]
+        values = (levels - np.float32(c.mean)) / np.float32(c.std)  # (256, 3)
+        return np.stack([values[:, channel][pixels[..., channel]] for channel in range(3)], axis=1)
+
+    # ---- strings -----------------------------------------------------------------------------------------------------
+
+    def text(self, strings: Sequence[str], *, cut: bool = False) -> tuple[Tensor, Tensor]:
+        """B strings → tokens (B, T) int64, mask (B, T) bool, True = a real token; T is that of the longest.
+
+        cut: a text longer than the context loses its last words, but not its end token. Otherwise nothing is ever cut:
+        it comes back longer, and the model refuses it.
+        """
+        rows = self.encode(strings)
+        if cut:
+            rows = [self.cut(row) for row in rows]
+        T = max([len(row) for row in rows] + [self.context if self.config.pad_to_context else 0])
+        tokens = torch.full((len(rows), T), self.pad_token)
+        mask = torch.zeros(len(rows), T, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = True
+        return tokens, mask
+
+    def encode(self, strings: Sequence[str]) -> list[list[int]]:
+        """The ids of each string, start and end tokens included, neither cut nor padded."""
+        if isinstance(strings, str):
+            raise TypeError(f"a list of strings is wanted, not one string: [{strings!r}]")
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(strings))]
+
+    def cut(self, row: list[int]) -> list[int]:
+        if len(row) <= self.context:
+            return row
+        return [*row[: self.context - 1], self.end_token] if row[-1] == self.end_token else row[: self.context]
+
+    def too_long(self, strings: Sequence[str]) -> int:
+        """How many of the strings do not fit the context, and would be cut."""
+        return sum(len(row) > self.context for row in self.encode(strings))
+
+    def decode(self, ids: Tensor | Sequence) -> list[str]:
+        """(B, T), or B rows of ids → B strings, each up to its end token, without special tokens."""
+        rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in ids]
+        end = self.end_token
+        rows = [row[: row.index(end)] if end in row else row for row in rows]
+        suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)  # "</w>" in CLIP's vocabulary
+        texts = self.tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return [(text.replace(suffix, " ") if suffix else text).strip() for text in texts]
+
+    # ---- tokeniser ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from tokenizers import Tokenizer
+
+        if self.source is None:
+            raise UserError("there is no tokeniser beside these weights (tokenizer.json), so only images can be read.")
+        if isinstance(self.source, bytes):
+            try:
+                tokenizer = Tokenizer.from_buffer(self.source)
+            except Exception as error:  # the only class that tokenizers raises
+                raise UserError(f"tokenizer.json cannot be read as a tokeniser ({error}).") from None
+        else:
+            tokenizer = self.source
+        tokenizer.no_padding()  # some files ask for either; both are done here
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    @cached_property
+    def pad_token(self) -> int:
+        if isinstance(self.config.pad_token, int):
+            return self.config.pad_token
+        if (pad := self.tokenizer.token_to_id(self.config.pad_token)) is None:
+            raise UserError(f"the tokeniser has no token {self.config.pad_token!r}, which is to be its padding.")
+        return pad
+
+    @property
+    def start_token(self) -> int | None:
+        return self.frame[0]
+
+    @property
+    def end_token(self) -> int | None:
+        return self.frame[1]
+
+    @cached_property
+    def frame(self) -> tuple[int | None, int | None]:
+        """The tokens that are put before and after every text."""
+        encoding = self.tokenizer.encode("a")
+        ids, special = encoding.ids or [None], encoding.special_tokens_mask or [0]
+        return ids[0] if special[0] else None, ids[-1] if special[-1] else None
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int = 1024,
+        image_size: int,
+        context: int,
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+    ) -> Processor:
+        """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, §2.2) of the texts; same texts, same tokens.
+
+        A text becomes <start> … <end>. The end token has the largest of the special ids, never 2: transformers reads
+        that number as "the largest id ends the text".
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+        special = ["<pad>", "<start>", "<image>", "<end>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that nothing is unknown
+        if vocab_size < len(special) + len(alphabet):
+            least = len(special) + len(alphabet)
+            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone are {least}.")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is one token wherever it is
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        ends = [(token, special.index(token)) for token in ("<start>", "<end>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+        config = ProcessorConfig(image_size=image_size, context=context, mean=mean, std=std, pad_token=0)
+        return cls(tokenizer, config)
+
+
+def open_picture(picture: Image.Image | str | os.PathLike | np.ndarray) -> Image.Image:
+    """A path, an array or a PIL image of any mode → RGB, transparency over white."""
+    from PIL import Image
+
+    from minivlm.datasets import images
+
+    if isinstance(picture, (str, os.PathLike)):
+        return images.read_image(picture)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise TypeError(f"an array must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
+        return Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return images.to_rgb(picture)
+    raise TypeError(f"a picture is a PIL image, a path or an array, not {type(picture).__name__}")

@@ -1,0 +1,185 @@
+"""The compare pattern as a recipe: images and captions in, a CLIP out, judged on pictures it has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.transforms import TrainTransform
+from minivlm.errors import UserError
+from minivlm.layers.resnet import ResNetConfig
+from minivlm.layers.text import TextConfig
+from minivlm.layers.vit import VisionConfig
+from minivlm.metrics import Score
+from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.training import OptimiserConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    directory: str = "data/shapes"
+    augment: bool = False  # crops, flips and colour jitter, where the caption stays true
+    vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastRecipe(Recipe):
+    model: CLIPConfig  # its vocab_size and end_token follow from the tokeniser
+    data: PairsConfig = PairsConfig()
+
+    def for_data(self, directory: str) -> ContrastRecipe:
+        """The same on another folder. Photographs need more than shapes do: their own size, augmentation and vocabulary."""
+        if (Path(directory) / "world.json").exists():
+            return replace(self, data=replace(self.data, directory=directory))
+        data = PairsConfig(directory=directory, augment=True, vocab_size=4096)
+        return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", data=data)
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Contrast:
+        """Open the data (the shapes world is made if it is missing) and build the model, with a checkpoint's tokeniser or a new one."""
+        directory, size = Path(self.data.directory), self.model.vision.image_size
+        if directory == Path("data/shapes") and not (directory / "world.json").exists():
+            make_shapes(directory, progress=not quiet)
+        train = open_pairs(directory, "train", image_size=size)
+        if len(train) < self.batch_size:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be filled from the {len(train)} training images in {directory}; "
+                f"choose --batch_size {len(train)} or less."
+            )
+        if checkpoint is not None:
+            _, processor = load(checkpoint)
+        else:
+            context = self.model.text.context
+            processor = Processor.train(
+                list(train.texts()), vocab_size=self.data.vocab_size, image_size=size, context=context
+            )
+        text = replace(self.model.text, vocab_size=processor.vocab_size, end_token=processor.end_token)
+        return Contrast(self, train, processor, CLIP(replace(self.model, text=text), seed=self.seed))
+
+
+class Contrast:
+    """A recipe at work: its batches, and what it is judged by."""
+
+    score_name = "text→image Recall@1"
+
+    def __init__(self, recipe: ContrastRecipe, train: Pairs, processor: Processor, model: CLIP):
+        self.recipe, self.train, self.processor, self.model = recipe, train, processor, model
+        c = processor.config
+        self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=recipe.data.augment)
+        chance = sum(model.chance_losses(recipe.batch_size).values())
+        self.chance_text = f"chance {chance:.2f}" if chance else "chance unknown"
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        cut = self.processor.too_long(list(self.train.texts()))
+        context = self.model.config.text.context
+        notes = [f"{cut} captions are longer than the context of {context} tokens and are cut to it"] if cut else []
+        return [f"{len(self.train)} training images in {self.recipe.data.directory}", *self.train.notes, *notes]
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which samples step `step` sees: each epoch is a permutation drawn from (seed, epoch)."""
+        n, B = len(self.train), self.recipe.batch_size
+        epoch, position = divmod(step, n // B)
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(n)
+        return order[position * B : (position + 1) * B]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """images (B/W, 3, S, S), tokens (B/W, T), mask (B/W, T) of process `rank` of W.
+
+        A function of (seed, step) alone, sample by sample, so that runs resume and any number of processes share a batch.
+        """
+        indices = self.indices(step)
+        rngs = [np.random.default_rng((self.recipe.seed, step, i)) for i in range(len(indices))][rank::world]
+        indices = indices[rank::world]
+        captions = [self.train.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
+        pictures = self.train.images(indices)
+        if self.recipe.data.augment:
+            samples = zip(pictures, captions, rngs, strict=True)
+            images = torch.cat([self.transform([picture], [caption], rng) for picture, caption, rng in samples])
+        else:
+            images = self.transform(pictures, captions, None)
+        tokens, mask = self.processor.text(captions, cut=True)
+        return {"images": images, "tokens": tokens, "mask": mask}
+
+    def ids(self, step: int) -> list[str]:
+        """Names of the samples of a step, for messages."""
+        return [self.train.key(i) for i in self.indices(step)]
+
+    def validate(self) -> float:
+        """One number to choose the best checkpoint by; higher is better."""
+        pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.config.image_size)
+        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
+
+    def evaluate(self) -> dict[str, Score]:
+        return evaluate.contrast(self.model, self.processor, self.recipe.data.directory)
+
+    def picture(self, path: Path) -> None:
+        evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
+
+    def next_commands(self, out: Path) -> list[str]:
+        """Two commands to try on the model in `out`."""
+        directory = self.recipe.data.directory
+        test = open_pairs(directory, "test", image_size=self.processor.config.image_size)
+        caption, picture = test.all_captions(1)[0], Path(directory) / test.key(0)
+        labels = [name.replace("_", " ") for name in (test.classes or SHAPE_LABELS)[:4]]
+        quoted = " ".join(f'"{label}"' for label in labels)
+        return [
+            f"python sample.py zero-shot {out} {picture} --labels {quoted}",
+            f'python sample.py search {out} {picture.parent} "{caption}" --top 8 --save sheet.png',
+        ]
+
+
+SHAPE_LABELS = ["red circle", "blue square", "green star", "yellow heart"]
+
+SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=48, end_token=0)
+
+CLIP_SHAPES = ContrastRecipe(
+    summary="a small CLIP (ViT) on the shapes world",
+    model=CLIPConfig(
+        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4), text=SMALL_TEXT, embed_width=128
+    ),
+    optimiser=OptimiserConfig(learning_rate=2e-3),
+    steps=450,
+    batch_size=256,
+)
+
+PHOTOGRAPHS = ContrastRecipe(
+    summary="a small CLIP on your own photographs",
+    model=CLIPConfig(
+        vision=VisionConfig(image_size=64, patch_size=8, width=192, depth=6, heads=3),
+        text=TextConfig(width=192, depth=3, heads=3, vocab_size=4096, context=48, end_token=0),
+        embed_width=192,
+    ),
+    optimiser=OptimiserConfig(learning_rate=1e-3),
+    steps=1000,
+    batch_size=128,
+)
+
+RECIPES = {
+    "clip": CLIP_SHAPES,
+    "siglip": replace(
+        CLIP_SHAPES,
+        summary="the same with SigLIP's pairwise sigmoid loss",
+        model=replace(CLIP_SHAPES.model, loss="sigmoid"),
+    ),
+    "clip-resnet": replace(
+        CLIP_SHAPES,
+        summary="the same with a small ResNet as the vision tower",
+        model=CLIPConfig(
+            vision=ResNetConfig(blocks=(1, 1, 1, 1), width=16, output_width=128, heads=8, image_size=64),
+            text=SMALL_TEXT,
+            embed_width=128,
+            image_projection=False,
+        ),
+    ),
+}

@@ -1,0 +1,244 @@
+"""What a training loop needs and a reader need not see twice: device, precision, optimiser, processes, log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minivlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup: int = 100  # steps of linear warm-up, then a cosine to zero
+    clip_norm: float = 1.0
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """"auto": cuda where there is one, else mps, else cpu. Under torchrun each process takes the GPU of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or mps.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but PyTorch sees no CUDA device; use --device cpu or auto.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
+    """"auto": bf16 where the hardware multiplies it, else fp32; with the reason, in words."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"compute capability {major}.{minor}"
+        return torch.float32, f"compute capability {major}.{minor} has no bf16"
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "this CPU has AMX"
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16, "this CPU has AVX512-bf16"
+    return torch.float32, f"no fast bf16 on this {device.type}"
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Matrix products in `dtype`, weights and sums in fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) on what is trainable; matrices decay, vectors and scalars do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = trained[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+    warmup = min(config.warmup, max(1, steps // 2))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimise(model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float) -> Tensor:
+    """One update from the gradients that are there; they are cleared. Returns their norm before clipping."""
+    average_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm
+
+
+def compile_parts(model: nn.Module) -> None:
+    """torch.compile on each tower, in place: names of parameters and checkpoints stay as they are."""
+    for part in model.children():
+        part.compile()
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, number of processes). Joins the group that torchrun describes in the environment; alone without it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop_processes() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average_gradients(model: nn.Module) -> None:
+    """The mean over processes of every gradient, sent as one flat tensor. Alone: nothing to do."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+@contextmanager
+def polite_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C (or SIGTERM) does not break a step in two: interrupted() turns true. A second Ctrl-C stops at once."""
+    seen = []
+
+    def handler(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    def interrupted() -> bool:
+        if not (dist.is_available() and dist.is_initialized()):
+            return bool(seen)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor(float(bool(seen)), device=device)
+        dist.all_reduce(flag)  # all processes stop at the same step or none does
+        return flag.item() > 0
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ---- data, log -------------------------------------------------------------------------------------------------------
+
+
+def batches(make: Callable[[int], dict], start: int, stop: int, device: torch.device) -> Iterator[dict]:
+    """make(step) for each step, on the device. With a GPU the next batch is made and sent while this one is computed."""
+
+    def ready(step: int) -> dict:
+        batch = make(step)
+        if device.type == "cuda":
+            batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    if device.type != "cuda":  # the cores are busy with the step itself: a second thread would only stall it
+        yield from map(ready, range(start, stop))
+        return
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(ready, start) if start < stop else None
+        for step in range(start, stop):
+            batch = upcoming.result()
+            if step + 1 < stop:
+                upcoming = worker.submit(ready, step + 1)
+            yield batch
+
+
+BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}"
+
+
+def log_every(device: torch.device) -> int:
+    """Steps between looks at the loss: each on a CPU, where looking is free; every tenth where it makes the host wait."""
+    return 1 if device.type == "cpu" else 10
+
+
+class Log:
+    """`log.jsonl`, one line a step. Numbers stay on the device until `flush`, so that the loop never waits for them.
+
+    `flush` stops the run at the first non-finite loss: the weights before it are in the last checkpoint.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, write: bool = True):
+        self.path, self.write, self.waiting = path, write, []
+        if write:
+            kept = [line for line in read_log(path) if line["step"] < first_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, step: int, losses: dict[str, Tensor], norm: Tensor, rate: float) -> None:
+        self.waiting.append((step, losses, norm, rate))
+
+    def flush(self, ids: Callable[[int], list[str]]) -> dict | None:
+        """Write what waits; returns the last line. ids(step) names the samples of a step, for the error message."""
+        if not self.waiting:
+            return None
+        values = torch.stack([torch.stack([*losses.values(), norm]) for _, losses, norm, _ in self.waiting]).tolist()
+        lines = []
+        for (step, losses, _, rate), (*numbers, norm) in zip(self.waiting, values, strict=True):
+            named = dict(zip(losses, numbers, strict=True))
+            line = {"step": step, "loss": sum(numbers), **named, "gradient_norm": norm, "learning_rate": rate}
+            if not math.isfinite(line["loss"]) or not math.isfinite(norm):
+                samples = ids(step)
+                shown = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+                raise UserError(
+                    f"the loss is not finite at step {step}: loss {line['loss']}, learning rate {rate:.2e}, gradient norm "
+                    f"{norm}, samples {shown}. Lower --optimiser.learning_rate or look at these samples; "
+                    "the last checkpoint is from before."
+                )
+            lines.append(line)
+        self.waiting.clear()
+        if self.write:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        return lines[-1]
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; the last one, where a killed run left it half-written, is dropped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,253 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from minivlm.layers import Attention, Cache, CrossAttention, Rotary, attend, set_attention_backend
+from minivlm.testing import (
+    assert_batch_independent,
+    assert_causal,
+    assert_gradient_reaches,
+    assert_padding_invariant,
+    assert_permutation_equivariant,
+    assert_permutation_invariant,
+    assert_same,
+    assert_same_gradients,
+)
+
+B, T, S, K = 2, 5, 7, 4
+
+
+def in_three_loops(q, k, v, mask=None, causal=False):
+    """Attention as one would do it by hand: for every row, head and query, a softmax over the keys it may see."""
+    y = torch.zeros_like(q)
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], S)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for t in range(T):
+                seen = [s for s in range(S) if (mask is None or mask[b, h, t, s]) and (not causal or s <= t + S - T)]
+                if not seen:
+                    continue
+                scores = torch.stack([(q[b, h, t] * k[b, h // group, s]).sum() / math.sqrt(K) for s in seen])
+                y[b, h, t] = sum(w * v[b, h // group, s] for w, s in zip(scores.softmax(dim=0), seen, strict=True))
+    return y
+
+
+def masks(S: int, T: int) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    shut = torch.rand(B, 1, T, S, generator=generator) > 0.4
+    shut[0, 0, -1] = False  # one query sees nothing
+    return {
+        "none": None,
+        "keys": (torch.arange(S) < torch.tensor([[S], [S - 3]]))[:, None, None],  # the padding of each row
+        "pairs": torch.rand(B, 1, T, S, generator=generator) > 0.3,
+        "heads": torch.rand(B, 4, T, S, generator=generator) > 0.3,
+        "one query shut": shut,
+        "one row shut": (torch.arange(S) < torch.tensor([[S], [0]]))[:, None, None],
+    }
+
+
+def tensors(*, heads=4, kv_heads=4, queries=T, keys=S, dtype=torch.float64):
+    shapes = (B, heads, queries, K), (B, kv_heads, keys, K), (B, kv_heads, keys, K)
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+class TestAttend:
+    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("mask", masks(S, T))
+    def test_is_the_sum_done_by_hand(self, backend, kv_heads, causal, mask):
+        q, k, v = tensors(kv_heads=kv_heads)
+        mask = masks(S, T)[mask]
+        y = attend(q, k, v, mask=mask, causal=causal, backend=backend)
+        assert_same(y, in_three_loops(q, k, v, mask, causal))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    @pytest.mark.parametrize(("queries", "keys"), [(T, T), (3, S), (1, S), (S, 3)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_fused_is_the_reference_in_value_and_gradient(self, dtype, kv_heads, queries, keys, causal):
+        inputs = tensors(kv_heads=kv_heads, queries=queries, keys=keys, dtype=dtype)
+        for mask in masks(keys, queries).values():
+            reference, fused = (
+                partial(attend, mask=mask, causal=causal, backend=backend) for backend in ("reference", "fused")
+            )
+            assert_same_gradients(reference, fused, inputs)
+
+    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    @pytest.mark.parametrize("mask", ["one query shut", "one row shut"])
+    def test_a_query_that_may_see_nothing_gets_zeros_and_harms_no_gradient(self, backend, mask):
+        mask = masks(S, T)[mask]
+        inputs = [x.requires_grad_() for x in tensors(dtype=torch.float32)]
+        y = attend(*inputs, mask=mask, backend=backend)
+        shut = ~mask.expand(B, 4, T, S).any(dim=-1)
+        assert shut.any() and not y[shut].any() and (y[~shut] != 0).all()
+        for grad in torch.autograd.grad(y.sum(), inputs):
+            assert grad.isfinite().all()
+
+    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    def test_more_queries_than_keys(self, backend):
+        q, k, v = tensors(queries=S, keys=3)
+        y = attend(q, k, v, causal=True, backend=backend)
+        assert not y[:, :, :4].any()  # the last query sees the last key, so the first four see none
+        assert_same(y, in_three_loops(q, k, v, causal=True))
+
+    def test_the_mean_where_all_keys_are_alike(self):
+        q, _, v = tensors()
+        k = torch.ones_like(v)
+        assert_same(attend(q, k, v), v.mean(dim=2, keepdim=True).expand_as(q))
+
+    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    def test_dropout_drops_weights_and_keeps_the_mean(self, backend):
+        q, k, v = torch.randn(50, 4, 100, K), torch.randn(50, 4, S, K), torch.ones(50, 4, S, K)
+        y = attend(q, k, v, dropout=0.5, backend=backend)  # without dropout every value were 1
+        assert y.std() > 0.3
+        assert y.mean().item() == pytest.approx(1.0, abs=0.03)
+
+    def test_automatic_choice(self):
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = tensors(dtype=dtype)
+            backend = "reference" if dtype == torch.bfloat16 else "fused"  # what is faster on a CPU
+            assert torch.equal(attend(q, k, v), attend(q, k, v, backend=backend))
+
+
+class TestAttention:
+    def test_is_its_formula(self):
+        attention = Attention(16, 4, kv_heads=2)
+        x = torch.randn(B, T, 16)
+        q = attention.q_proj(x).view(B, T, 4, K).transpose(1, 2)
+        k, v = (p(x).view(B, T, 2, K).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        y = in_three_loops(q, k, v).transpose(1, 2).reshape(B, T, 16)
+        assert_same(attention(x), attention.out_proj(y))
+
+    def test_a_head_may_be_wider_than_its_share(self):
+        attention = Attention(10, 3, head_width=K, kv_heads=1, bias=False)
+        assert [tuple(p.shape) for p in attention.parameters()] == [(12, 10), (4, 10), (4, 10), (10, 12), (10,)]
+        x = torch.randn(B, T, 10)
+        q = attention.q_proj(x).view(B, T, 3, K).transpose(1, 2)
+        k, v = attention.k_proj(x)[:, None], attention.v_proj(x)[:, None]
+        assert_same(attention(x), attention.out_proj(in_three_loops(q, k, v).transpose(1, 2).reshape(B, T, 12)))
+
+    def test_grouped_heads_are_full_heads_with_repeated_weights(self):
+        grouped, full = Attention(16, 4, kv_heads=2), Attention(16, 4)
+        state = grouped.state_dict()
+        for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+            state[name] = state[name].unflatten(0, (2, K)).repeat_interleave(2, dim=0).flatten(0, 1)
+        full.load_state_dict(state)
+        x = torch.randn(B, T, 16)
+        assert_same(full(x), grouped(x))
+
+    def test_every_backend_gives_the_same(self):
+        attention = Attention(16, 4, causal=True).double()
+        x, mask = torch.randn(B, T, 16).double(), torch.arange(T) < torch.tensor([[T], [2]])
+
+        def run(backend):
+            def f(x):
+                set_attention_backend(attention, backend)
+                return attention(x, mask=mask)
+
+            return f
+
+        assert_same_gradients(run("reference"), run("fused"), [x], attention)
+        assert_same_gradients(run("reference"), run("auto"), [x], attention)
+
+    def test_gradients_reach_all(self):
+        attention = Attention(16, 4, kv_heads=2)
+        weights = {n: p for n, p in attention.named_parameters() if n != "k_proj.bias"}  # shifts all scores alike
+        assert_gradient_reaches(attention(torch.randn(B, T, 16)), weights)
+
+    def test_without_positions_it_sees_a_set(self):
+        attention = Attention(16, 4)
+        x, context = torch.randn(B, T, 16), torch.randn(B, S, 16)
+        assert_permutation_equivariant(attention, x)
+        assert_permutation_invariant(lambda c: attention(x, c), context)
+        assert_batch_independent(attention, x, context)
+
+    def test_causal(self):
+        assert_causal(Attention(16, 4, causal=True), torch.randn(B, T, 16))
+        with pytest.raises(AssertionError):
+            assert_causal(Attention(16, 4), torch.randn(B, T, 16))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_padding(self, causal):
+        attention = Attention(16, 4, causal=causal)
+        mask = torch.arange(T) < torch.tensor([[T], [2]])
+        assert_padding_invariant(lambda x, mask: attention(x, mask=mask), torch.randn(B, T, 16), mask)
+
+    def test_masks_of_two_three_and_four_dimensions_are_one(self):
+        attention = Attention(16, 4)
+        x, keys = torch.randn(B, T, 16), torch.arange(T) < torch.tensor([[T], [2]])
+        pairs = keys[:, None].expand(B, T, T)
+        assert torch.equal(attention(x, mask=keys), attention(x, mask=pairs))
+        assert torch.equal(attention(x, mask=keys), attention(x, mask=pairs[:, None]))
+
+    def test_pairs_mask_each_query(self):
+        attention, x = Attention(16, 4), torch.randn(B, T, 16)
+        only_itself = torch.eye(T, dtype=torch.bool).expand(B, T, T)
+        assert_same(attention(x, mask=only_itself), attention.out_proj(attention.v_proj(x)))
+
+    def test_a_mask_of_numbers_is_refused(self):
+        with pytest.raises(TypeError, match=r"boolean .* not torch.float32"):
+            Attention(16, 4)(torch.randn(B, T, 16), mask=torch.ones(B, T))
+
+    def test_dropout_in_training_only(self):
+        attention, x = Attention(16, 4, dropout=0.5), torch.randn(B, T, 16)
+        assert not torch.equal(attention(x), attention(x))
+        attention.eval()
+        assert torch.equal(attention(x), attention(x))
+
+    def test_rotary_positions_enter_queries_and_keys_but_not_values(self):
+        attention, x = Attention(16, 4), torch.randn(B, T, 16)
+        rope = Rotary.at(torch.arange(T), K)
+        q, k, v = (attention.split(p(x), 4) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        y = in_three_loops(rope(q), rope(k), v).transpose(1, 2).flatten(2)
+        assert_same(attention(x, rope=rope), attention.out_proj(y))
+
+    def test_cache(self):
+        attention, x = Attention(16, 4, kv_heads=2, causal=True), torch.randn(B, T, 16)
+        cache = Cache(1, B, 2, T, K)
+        with torch.no_grad():
+            for piece in x.split([2, 3], dim=1):
+                cache.begin(piece.shape[1])
+                y = attention(piece, cache=cache.layer(0))
+                cache.advance(None, piece.shape[1])
+        assert_same(y, attention(x)[:, 2:])
+
+    def test_sizes_that_cannot_be(self):
+        with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
+            Attention(10, 4)
+        with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
+            Attention(16, 4, kv_heads=3)
+
+    def test_an_unknown_backend(self):
+        with pytest.raises(ValueError, match="'flash'; there are auto, reference, fused"):
+            set_attention_backend(Attention(16, 4), "flash")
+
+
+class TestCrossAttention:
+    def test_is_attention_with_a_context_of_another_width(self):
+        cross = CrossAttention(16, 4, context_width=6)
+        x, context = torch.randn(B, T, 16), torch.randn(B, S, 6)
+        mask = torch.arange(S) < torch.tensor([[S], [3]])
+        q = cross.split(cross.q_proj(x), 4)
+        k, v = (cross.split(p(context), 4) for p in (cross.k_proj, cross.v_proj))
+        y = in_three_loops(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2)
+        assert_same(cross(x, context, mask=mask), cross.out_proj(y))
+
+    def test_needs_a_context(self):
+        with pytest.raises(TypeError):
+            CrossAttention(16, 4)(torch.randn(B, T, 16))
+
+    def test_what_it_may_not_read_does_not_matter(self):
+        cross, x = CrossAttention(16, 4), torch.randn(1, T, 16)  # every context is asked the same
+        mask = torch.arange(S) < torch.tensor([[S], [3]])
+        assert_padding_invariant(
+            lambda context, mask: cross(x.expand(len(context), -1, -1), context, mask=mask),
+            torch.randn(B, S, 16),
+            mask,
+            pooled=True,
+        )

@@ -1,0 +1,64 @@
+"""The command line of train.py: names, overrides, mistakes."""
+
+import pytest
+
+from minivlm import config, recipes
+from minivlm.errors import UserError
+from minivlm.recipes.base import split_arguments
+
+
+def test_without_arguments_the_default_recipe_as_it_stands():
+    name, recipe, options = recipes.command_line([])
+    assert name == "clip" and recipe == recipes.RECIPES["clip"] and options == recipes.Options()
+
+
+def test_dotted_names_replace_nested_fields_and_nothing_else():
+    argv = ["clip", "--steps", "7", "--model.vision.depth=2", "--optimiser.learning_rate", "1e-2", "--compile", "--out", "2024"]
+    _, recipe, options = recipes.command_line(argv)
+    base = recipes.RECIPES["clip"]
+    assert (recipe.steps, recipe.model.vision.depth, recipe.optimiser.learning_rate) == (7, 2, 0.01)
+    assert recipe.model.text == base.model.text and recipe.batch_size == base.batch_size
+    assert options.compile is True and options.out == "2024"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["clop"], "unknown recipe 'clop'.*clip"),
+        (["clip", "--model.vision.deph", "3"], "unknown option --model.vision.deph.*model.vision.depth"),
+        (["clip", "--stesp", "3"], "unknown option --stesp.*steps"),
+        (["clip", "--steps", "many"], "--steps is 'many', but must be int"),
+        (["clip", "--steps"], "--steps is True, but must be int"),
+        (["clip", "--model.vision.patch_size", "7"], "patch_size 7.*not a multiple|not a multiple of patch_size 7"),
+        (["clip", "--model.loss", "triplet"], "--model.loss is 'triplet', but must be one of softmax, sigmoid"),
+        (["clip", "siglip"], "one recipe at a time"),
+        (["clip", "--batch_size", "0"], "batch_size"),
+        (["clip", "--resume", "--out", "nowhere"], "no checkpoint in nowhere"),
+    ],
+)
+def test_each_mistake_is_one_sentence(argv, message):
+    with pytest.raises(UserError, match=message):
+        recipes.command_line(argv)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_goes_through_json_without_loss(name):
+    import json
+
+    recipe = recipes.RECIPES[name]
+    again = config.from_dict(type(recipe), json.loads(json.dumps(config.to_dict(recipe))))
+    assert again == recipe
+
+
+def test_help_names_every_field_and_list_every_recipe():
+    _, recipe, _ = recipes.command_line(["clip"])
+    text = recipes.help_text("clip", recipe)
+    assert "--model.vision.depth" in text and "--optimiser.learning_rate" in text and "--resume" in text
+    assert all(name in recipes.list_text() for name in recipes.RECIPES)
+
+
+def test_arguments_split_into_words_and_options():
+    assert split_arguments(["clip", "--a", "1", "--b", "--c=x=y", "--d-e", "-3"]) == (
+        ["clip"],
+        {"a": "1", "b": True, "c": "x=y", "d_e": "-3"},
+    )

@@ -1,0 +1,88 @@
+"""Schedule, parameter groups, precision, log: the parts under the loop."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from minivlm import training
+from minivlm.errors import UserError
+
+
+def test_learning_rate_warms_up_linearly_and_ends_near_zero():
+    config = training.OptimiserConfig(learning_rate=1.0, warmup=10)
+    rates = [training.learning_rate(config, step, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_a_run_shorter_than_its_warm_up_still_decays():
+    config = training.OptimiserConfig(learning_rate=1.0, warmup=100)
+    rates = [training.learning_rate(config, step, 10) for step in range(10)]
+    assert max(rates) == 1.0 and rates[-1] < 0.2
+
+
+def test_matrices_decay_and_vectors_do_not_and_frozen_parts_are_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model[2].requires_grad_(False)
+    decayed, plain = training.make_optimiser(model, training.OptimiserConfig(weight_decay=0.3)).param_groups
+    assert decayed["params"] == [model[0].weight] and decayed["weight_decay"] == 0.3
+    assert plain["params"] == [model[0].bias, model[1].weight, model[1].bias] and plain["weight_decay"] == 0.0
+
+
+def test_optimise_returns_the_norm_before_clipping_and_clears_the_gradients():
+    model = nn.Linear(3, 1, bias=False)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
+    norm = training.optimise(model, optimiser, rate=1.0, clip_norm=1.0)
+    assert norm.item() == pytest.approx(5.0) and model.weight.grad is None
+    torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.6, 0.0, 0.8]]))
+
+
+def test_precision_follows_the_hardware_and_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(training.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert training.choose_precision(cpu) == (torch.bfloat16, "this CPU has AVX512-bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert training.choose_precision(cpu)[0] == torch.float32
+    assert training.choose_precision(cpu, "bf16")[0] == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert training.choose_precision(torch.device("cuda"))[0] == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert training.choose_precision(torch.device("cuda"))[0] == torch.bfloat16
+
+
+def test_unknown_and_missing_devices_are_one_sentence():
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        training.choose_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            training.choose_device("cuda")
+
+
+def test_the_log_keeps_what_came_before_a_resume_and_drops_what_came_after(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(5)) + '{"step": 5, "lo')
+    log = training.Log(path, first_step=3)
+    log.add(3, {"contrast": torch.tensor(0.5)}, torch.tensor(2.0), 1e-3)
+    assert log.flush(lambda step: [])["loss"] == 0.5
+    assert [line["step"] for line in training.read_log(path)] == [0, 1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_norm_and_samples(tmp_path):
+    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log.add(7, {"contrast": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
+    log.add(8, {"contrast": torch.tensor(math.nan)}, torch.tensor(3.0), 2e-3)
+    with pytest.raises(UserError, match=r"step 8.*2\.00e-03.*norm 3\.0.*cat\.jpg-8, dog\.jpg"):
+        log.flush(lambda step: [f"cat.jpg-{step}", "dog.jpg"])
+
+
+def test_batches_come_in_order_for_the_steps_asked_for():
+    made = list(training.batches(lambda step: {"x": torch.tensor(step)}, 3, 6, torch.device("cpu")))
+    assert [batch["x"].item() for batch in made] == [3, 4, 5]

@@ -1,0 +1,102 @@
+"""Train a model of the package: `python train.py [recipe] [--steps N] [--model.vision.depth 8] …`; see --help.
+
+The loop stands here from top to bottom: build → resume → batch → forward → backward → step → log → evaluate → save.
+"""
+
+from __future__ import annotations
+
+import time
+
+from minivlm import recipes
+from minivlm.errors import run_command_line
+
+
+def main(argv: list[str]) -> None:
+    name, recipe, options = recipes.command_line(argv)
+    if options.help or options.list:
+        print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
+    else:
+        train(name, recipe, options)
+
+
+def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
+    import torch  # only now, so that --help and --list answer at once
+    from tqdm import tqdm
+
+    from minivlm import training
+    from minivlm.run import Run, restore
+
+    # build
+    device = training.choose_device(options.device)
+    precision, reason = training.choose_precision(device, options.precision)
+    rank, world = training.start_processes(device)
+    say = print if rank == 0 else lambda line: None
+    say(f"{name}: {recipe.summary}\ndevice {device}, {str(precision).removeprefix('torch.')}: {reason}")
+    run = Run(options.out or f"out/{name}", keep=recipe.keep)
+    resumed = run.latest() if options.resume else None
+    work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
+    model = work.model.to(device).train()
+    optimiser = training.make_optimiser(model, recipe.optimiser)
+    torch.manual_seed(recipe.seed + rank)
+    for note in work.notes():
+        say(note)
+
+    # resume
+    step = restore(resumed, model, optimiser) if resumed else 0
+    if resumed:
+        say(f"resumed from {resumed}")
+    elif rank == 0 and (previous := run.set_aside()):
+        say(f"the earlier run was moved to {previous}")
+    log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
+    if options.compile:
+        training.compile_parts(model)
+
+    def save() -> None:
+        nonlocal started
+        paused = time.perf_counter()
+        score = work.validate()
+        run.save(step, model, work.processor, optimiser, recipe, score)
+        bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
+        started += time.perf_counter() - paused  # samples/s speaks of training alone
+
+    # the loop
+    stop = min(options.stop_at or recipe.steps, recipe.steps)
+    first, saved, started = step, step, time.perf_counter()
+    bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training.BAR_FORMAT)
+    with training.polite_interrupt() as interrupted:
+        for batch in training.batches(lambda s: work.batch(s, rank, world), step, stop, device):
+            with training.autocast(device, precision):
+                if recipe.micro_batch is None:
+                    losses = model.losses(**batch)
+                    sum(losses.values()).backward()
+                else:
+                    losses = model.backward_in_parts(batch, recipe.micro_batch)
+            rate = training.learning_rate(recipe.optimiser, step, recipe.steps)
+            norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm)
+            log.add(step, losses, norm, rate)
+            step += 1
+            bar.update()
+            if step % training.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
+                line = log.flush(work.ids)  # the one place where the device is waited for
+                speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {line['loss']:.3f} ({work.chance_text}), {speed:.0f} samples/s")
+                if interrupted():
+                    break
+            if recipe.is_time_to_save(step) and rank == 0:
+                save()
+                saved = step
+        if rank == 0 and step > saved:
+            save()
+        bar.close()
+    if step < recipe.steps:
+        say(f"stopped after step {step} of {recipe.steps}. Go on with: {options.resume_command(name)}")
+        return
+
+    # evaluate, and leave a model behind
+    if rank == 0:
+        recipes.finish(run, work)
+    training.stop_processes()
+
+
+if __name__ == "__main__":
+    run_command_line(main)
