@@ -65,6 +65,8 @@ class Processor:
 
         Raises UserError for a file that is no picture, and where pictures that are not cropped differ in size.
         """
+        if isinstance(pictures, (str, os.PathLike)):
+            raise TypeError(f"a list of pictures is wanted, not one: [{str(pictures)!r}]")
         pixels = [self.crop(np.asarray(self.resize(open_picture(picture)))) for picture in pictures]
         if not pixels:
             return torch.empty(0, 3, self.image_size, self.image_size)

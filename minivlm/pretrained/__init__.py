@@ -40,7 +40,7 @@ class Published:
 
 
 def recognise(directory: Path) -> str:
-    """ "minivlm" for a directory of ours, a model_type, or "open_clip"."""
+    """What a directory holds: "minivlm" if it is one of ours, a model_type, or "open_clip"."""
     path = directory / "config.json"
     values = read_json(path) if path.exists() else {}
     if "minivlm" in values:
@@ -93,10 +93,14 @@ def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict
     if type(config) is not module.model_class.config_class:
         raise UserError(f"layout='hf' writes CLIP and SigLIP; a {type(config).__name__} has no published form here.")
     values = module.write_config(config)
-    given, kept = comparable(config), comparable(module.read_config(values))
-    if lost := [f"{name} = {value!r}" for name, value in given.items() if kept.get(name) != value]:
+    try:
+        given, kept = comparable(config), comparable(module.read_config(values))
+        lost = ", ".join(f"{name} = {value!r}" for name, value in given.items() if kept.get(name) != value)
+    except ValueError as error:  # what is left of the config no longer fits together
+        lost = f"this model ({error})"
+    if lost:
         architecture = values["architectures"][0]
-        raise UserError(f"transformers' {architecture} cannot express {', '.join(lost)}; save without layout='hf'.")
+        raise UserError(f"transformers' {architecture} cannot express {lost}; save without layout='hf'.")
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files = {}
     if processor is not None:

@@ -125,10 +125,7 @@ def part(values: dict[str, Any], name: str, defaults: dict[str, Any]) -> dict[st
 def read_encoder(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that both towers share, under our names."""
     if (activation := values["hidden_act"]) not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(
-            f"config.json asks for the activation {activation!r}, which is not supported; there are {known}."
-        )
+        raise UserError(f"config.json asks for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}.")
     return {
         "width": values["hidden_size"],
         "depth": values["num_hidden_layers"],
@@ -160,9 +157,7 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
     """Ours → transformers' config.json. What it cannot say is found by reading it back (see `pretrained.write`)."""
     text, vision = config.text, config.vision
     if isinstance(vision, ResNetConfig):
-        raise UserError(
-            "transformers' CLIP has no ResNet tower, so layout='hf' cannot write one; leave the layout out."
-        )
+        raise UserError("transformers' CLIP cannot express a ResNet tower; save without layout='hf'.")
     end = 2 if text.pool == "argmax" else text.end_token
     return {
         "architectures": ["CLIPModel"],
@@ -204,11 +199,10 @@ IMAGE_PROCESSOR = "CLIPImageProcessor"
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
-    path = directory / "preprocessor_config.json"
     return Processor(
         preprocessing.read_tokenizer(directory),
         ProcessorConfig(
-            **preprocessing.read_images(path, config.vision.image_size, preprocessing.CLIP_IMAGES),
+            **preprocessing.read_images(directory, config.vision.image_size, preprocessing.CLIP_IMAGES),
             context=config.text.context,
             pad_token=preprocessing.read_pad_token(directory, "<|endoftext|>"),
         ),

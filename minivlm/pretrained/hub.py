@@ -29,7 +29,7 @@ def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]]) ->
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """ "openai/clip-vit-base-patch32" is one, "out/clip" and "./clip" are directories that are missing."""
+    """openai/clip-vit-base-patch32 is one; out/clip and ./clip are directories that are missing."""
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         return False
     owner, slash, _ = source.partition("/")

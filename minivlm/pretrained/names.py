@@ -70,7 +70,7 @@ class Row:
 
 
 def fill_in(name: str, numbers: list[str]) -> str:
-    """ "blocks.*.mlp", ["3"] → "blocks.3.mlp\""""
+    """blocks.*.mlp, 3 → blocks.3.mlp"""
     for number in numbers:
         name = name.replace("*", number, 1)
     return name
@@ -88,7 +88,7 @@ def table(text: str) -> list[Row]:
 
 
 def expand(name: str) -> list[str]:
-    """ "{q,k,v}_proj" → ["q_proj", "k_proj", "v_proj"]"""
+    """{q,k,v}_proj → q_proj, k_proj, v_proj"""
     match = re.fullmatch(r"(.*)\{(.+)\}(.*)", name)
     return [match[1] + word + match[3] for word in match[2].split(",")] if match else [name]
 
@@ -129,14 +129,16 @@ def to_ours(
                 missing.append(candidates[0][0])
             continue
         theirs, row = present[0]
-        tensor, shape = weights[theirs], row.their_shape(wanted[names[0]].shape)
+        tensor, place = weights[theirs], wanted[names[0]]
+        shape = row.their_shape(place.shape)
         if tensor.shape != shape and not (row.how == "one" and tensor.numel() == 1):
             misshapen.append(f"{theirs} is {tuple(tensor.shape)} instead of {shape}")
-            continue
-        tensor = row.to_ours(tensor)
-        found.update(dict.fromkeys(names, tensor))
+        elif tensor.is_floating_point() != place.is_floating_point():
+            misshapen.append(f"{theirs} is {str(tensor.dtype).removeprefix('torch.')}")
+        else:
+            found.update(dict.fromkeys(names, row.to_ours(tensor)))
     unexpected = [name for name in weights if name not in used and not IGNORED.fullmatch(name)]
-    refuse_misfits(where, missing, unexpected, misshapen)
+    refuse_misfits(where, list(dict.fromkeys(missing)), unexpected, misshapen)
     return found
 
 
@@ -161,7 +163,7 @@ def tied(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def refuse_misfits(where: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
     """One sentence about everything that does not fit, if anything does not."""
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or kind", misshapen))
     parts = [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds if names]
     if parts:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(parts)}.")

@@ -214,7 +214,7 @@ def checked(given: dict, where: str, read: dict, only: dict[str, tuple], unused:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
-    text = values["model_cfg"]["text_cfg"]
+    text = values["model_cfg"].get("text_cfg", {})
     own_tokenizer = text.get("hf_tokenizer_name")
     unusual = text.get("tokenizer_kwargs") or text.get("tokenizer_mode")  # texts are cleaned in some other way first
     return Processor(

@@ -19,6 +19,7 @@ RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by
 CLIP_IMAGES = {
     "do_resize": True,
     "size": None,
+    "square": False,  # what a bare number means: both sides, or the shorter one
     "resample": 3,
     "do_center_crop": True,
     "crop_size": None,
@@ -28,15 +29,16 @@ CLIP_IMAGES = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
-SIGLIP_IMAGES = {**CLIP_IMAGES, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+HALF = (0.5, 0.5, 0.5)
+SIGLIP_IMAGES = {**CLIP_IMAGES, "square": True, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
 
 
-def read_images(path: Path, image_size: int, defaults: dict[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json → the fields of `ProcessorConfig` about images."""
-    values = read_json(path) if path.exists() else {}
+def read_images(directory: Path, image_size: int, defaults: dict[str, Any]) -> dict[str, Any]:
+    """transformers' settings → the fields of `ProcessorConfig` about images."""
+    path, values = find_images(directory)
     v = {**defaults, **{k: value for k, value in values.items() if value is not None}}
-    resize, size = read_size(path, v["size"] or image_size, crops=v["do_center_crop"])
-    crop_size = image_size if v["crop_size"] is None else read_size(path, v["crop_size"], crops=False)[1]
+    resize, size = read_size(path, v["size"] or image_size, square=v["square"])
+    _, crop_size = read_size(path, v["crop_size"] or image_size, square=True)
     if v["resample"] not in range(len(RESAMPLE)):
         raise UserError(f"{path} has resample {v['resample']!r}; PIL knows 0 to {len(RESAMPLE) - 1}.")
     return {
@@ -51,17 +53,24 @@ def read_images(path: Path, image_size: int, defaults: dict[str, Any]) -> dict[s
     }
 
 
-def read_size(path: Path, size: int | dict[str, int], *, crops: bool) -> tuple[str, int]:
-    """How to resize, and to what. A bare number (files of 2021 and 2022) is the shorter side where a crop follows."""
+def find_images(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Since its version 5 transformers writes them into processor_config.json; before, they had a file of their own."""
+    path = directory / "processor_config.json"
+    if path.exists() and "image_processor" in (values := read_json(path)):
+        return path, values["image_processor"]
+    path = directory / "preprocessor_config.json"
+    return path, read_json(path) if path.exists() else {}
+
+
+def read_size(path: Path, size: int | dict[str, int], *, square: bool) -> tuple[str, int]:
+    """How to resize, and to what. Files of 2021 and 2022 have a bare number."""
     if isinstance(size, int):
-        return ("shortest" if crops else "squash"), size
+        return ("squash" if square else "shortest"), size
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return "shortest", size["shortest_edge"]
     if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
         return "squash", size["height"]
-    raise UserError(
-        f"{path} has the size {size}; a number, a shortest_edge or a square of height and width is supported."
-    )
+    raise UserError(f"{path} has the size {size}; supported are a number, a shortest_edge, equal height and width.")
 
 
 def three(value: float | list[float]) -> tuple[float, ...]:
@@ -154,7 +163,10 @@ def tokenizer_files(processor: Processor) -> dict[str, str]:
     if processor.source is None:
         return {}
     tokenizer = processor.tokenizer
-    named = {"bos": processor.start_token, "eos": processor.end_token, "pad": processor.pad_token}
+    # open_clip pads with "!", which must stay a word: where the padding is no special token, the end token serves
+    special = tokenizer.get_added_tokens_decoder()
+    pad = processor.pad_token if processor.pad_token in special else processor.end_token
+    named = {"bos": processor.start_token, "eos": processor.end_token, "pad": pad}
     tokens = {f"{name}_token": tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
     suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
     values = {

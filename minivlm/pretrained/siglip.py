@@ -94,11 +94,10 @@ IMAGE_PROCESSOR = "SiglipImageProcessor"
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
-    path = directory / "preprocessor_config.json"
     return Processor(
         preprocessing.read_tokenizer(directory),
         ProcessorConfig(
-            **preprocessing.read_images(path, config.vision.image_size, preprocessing.SIGLIP_IMAGES),
+            **preprocessing.read_images(directory, config.vision.image_size, preprocessing.SIGLIP_IMAGES),
             context=config.text.context,
             pad_token=preprocessing.read_pad_token(directory, "</s>"),
             pad_to_context=True,

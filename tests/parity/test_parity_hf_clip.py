@@ -8,8 +8,8 @@ import torch
 import minivlm
 from minivlm.checkpoint import empty_model
 from minivlm.errors import UserError
-from minivlm.models.clip import CLIP, CLIPConfig, clip_size
 from minivlm.layers import TextConfig, VisionConfig
+from minivlm.models.clip import CLIP, CLIPConfig, clip_size
 from minivlm.pretrained import comparable, hf_clip, names
 from minivlm.processor import Processor
 
@@ -133,7 +133,7 @@ def test_sharded_and_pickled_files(tmp_path, images, close):
     compare(minivlm.load(tmp_path / "pickle")[0], theirs, images, close)
 
 
-WORDS = "a photo of the cat and two dogs; it's 12 cafés, zürich 你好".split()
+WORDS = ["a", "photo", "of", "the", "cat", "and", "two", "dogs;", "it's", "12", "cafés,", "zürich", "你好"]
 
 
 def test_a_model_of_our_own_reaches_transformers(tmp_path, images, close):

@@ -17,6 +17,7 @@ CLIP_FILES = {
     "squashes, then crops": {"size": {"height": 37, "width": 37}, "crop_size": {"height": 32, "width": 32}},
     "pads": {"size": {"shortest_edge": 21}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
     "does not resize": {"do_resize": False, "crop_size": {"height": 32, "width": 32}},
+    "does not crop, 2021": {"size": 32, "do_center_crop": False},
     "does not crop": {"size": {"shortest_edge": 32}, "do_center_crop": False},
     "does not normalise": {"size": {"shortest_edge": 32}, "crop_size": 32, "do_normalize": False},
     "does not rescale": {"size": {"shortest_edge": 32}, "crop_size": 32, "do_rescale": False, "image_std": [2, 3, 4]},
@@ -54,6 +55,20 @@ def test_clip_images(values, tmp_path):
     for picture in pictures():
         expected = theirs(picture)["pixel_values"][0]
         assert np.array_equal(ours.images([picture])[0].numpy(), expected)
+
+
+def test_the_file_that_transformers_writes_since_version_5(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=36, image_mean=[0.1, 0.2, 0.3])
+    vocab = {"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[])
+    transformers.CLIPProcessor(image_processor=theirs, tokenizer=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "clip"}))
+    ours = read(tmp_path, "clip").processor
+    for picture in pictures():
+        assert np.array_equal(ours.images([picture])[0].numpy(), theirs(picture)["pixel_values"][0])
 
 
 @pytest.mark.parametrize("values", SIGLIP_FILES.values(), ids=SIGLIP_FILES)

@@ -89,4 +89,6 @@ def test_published_size_name_by_name():
     names.to_ours(stored, ours.state_dict(keep_vars=True), siglip.ROWS, "siglip-base")
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 203_155_970
     written = names.to_theirs(ours.state_dict(), siglip.ROWS)
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in stored.items() if "position_ids" not in k}
+    assert {k: v.shape for k, v in written.items()} == {
+        k: v.shape for k, v in stored.items() if "position_ids" not in k
+    }

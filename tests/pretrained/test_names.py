@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch import nn
+
+from minivlm.errors import UserError
+from minivlm.pretrained.names import IGNORED, table, tied, to_ours, to_theirs, under
+
+ROWS = under(
+    table("""
+        layers.*.norm           blocks.*.norm
+        layers.*.qkv.weight     blocks.*.{q,k,v}.weight
+        proj                    out.weight                  transpose
+        scale|old_scale         scale                       one
+    """),
+    ("", "model."),
+    "tower.",
+)
+
+
+def ours():
+    """Every kind of row, twice where it has a layer number."""
+    state = {f"tower.blocks.{i}.{name}.weight": torch.randn(2, 3) for i in (0, 11) for name in ("q", "k", "v")}
+    state |= {f"tower.blocks.{i}.norm.{name}": torch.randn(3) for i in (0, 11) for name in ("weight", "bias")}
+    return {**state, "tower.out.weight": torch.randn(4, 3), "tower.scale": torch.tensor(2.5)}
+
+
+def test_to_theirs_follows_the_table():
+    state = ours()
+    theirs = to_theirs(state, ROWS)
+    assert set(theirs) == {
+        *(f"layers.{i}.{name}" for i in (0, 11) for name in ("norm.weight", "norm.bias", "qkv.weight")),
+        *("proj", "scale"),
+    }
+    assert theirs["layers.11.qkv.weight"].shape == (6, 3)
+    assert torch.equal(theirs["layers.11.qkv.weight"][2:4], state["tower.blocks.11.k.weight"])
+    assert torch.equal(theirs["proj"], state["tower.out.weight"].T)
+    assert theirs["scale"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_to_ours_is_the_reverse_under_every_spelling(prefix):
+    state = ours()
+    theirs = {prefix + name: tensor for name, tensor in to_theirs(state, ROWS).items()}
+    theirs[prefix + "old_scale"] = theirs.pop(prefix + "scale")
+    back = to_ours(theirs, state, ROWS, "x")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_to_ours_copies_nothing():
+    state = ours()
+    theirs = to_theirs(state, ROWS)
+    back = to_ours(theirs, state, ROWS, "x")
+    memory = {t.untyped_storage().data_ptr() for t in theirs.values()}
+    assert {t.untyped_storage().data_ptr() for t in back.values()} == memory
+
+
+def test_a_number_may_be_stored_with_or_without_an_axis():
+    state = {"tower.scale": torch.tensor(1.0)}
+    for stored in (torch.tensor(3.0), torch.tensor([3.0])):
+        assert to_ours({"scale": stored}, state, ROWS, "x")["tower.scale"].shape == ()
+
+
+def test_everything_that_does_not_fit_is_named():
+    state = ours()
+    theirs = to_theirs(state, ROWS)
+    del theirs["layers.0.qkv.weight"], theirs["layers.11.norm.bias"]
+    theirs |= {"proj": torch.zeros(4, 3), "stranger.weight": torch.zeros(1), "layers.0.norm.bias": torch.zeros(3).int()}
+    with pytest.raises(UserError) as error:
+        to_ours(theirs, state, ROWS, "file.safetensors")
+    message = str(error.value)
+    assert message.startswith("file.safetensors ") and "\n" not in message
+    assert "2 missing (layers.0.qkv.weight, layers.11.norm.bias)" in message
+    assert "1 unexpected (stranger.weight)" in message
+    assert "layers.0.norm.bias is int32, proj is (4, 3) instead of (3, 4)" in message
+
+
+def test_long_lists_are_cut_with_their_count():
+    with pytest.raises(UserError, match=r"12 missing \(w0, .*, w7 and 4 more\)"):
+        to_ours({}, {f"w{i}": torch.zeros(1) for i in range(12)}, None, "x")
+
+
+def test_a_layer_too_many_is_unexpected():
+    state = ours()
+    theirs = to_theirs(state, ROWS)
+    with pytest.raises(UserError, match=r"3 unexpected \(layers.11"):
+        to_ours(theirs, {k: v for k, v in state.items() if ".11." not in k}, ROWS, "x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_model.embeddings.position_ids",
+        "model.layers.3.self_attn.rotary_emb.inv_freq",
+        "h.0.attn.bias",
+        "transformer.h.11.attn.masked_bias",
+        "visual.bn1.num_batches_tracked",
+        "input_resolution",
+    ],
+)
+def test_buffers_without_effect_are_ignored(name):
+    assert IGNORED.fullmatch(name)
+    assert to_ours({name: torch.zeros(1)}, {}, None, "x") == {}
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn.bias", "model.vocab_size", "layers.0.attn.bias"])
+def test_weights_with_similar_names_are_not_ignored(name):
+    with pytest.raises(UserError, match="1 unexpected"):
+        to_ours({name: torch.zeros(1)}, {}, None, "x")
+
+
+def test_counters_of_batch_norm_need_not_be_there():
+    with torch.device("meta"):
+        norm = nn.BatchNorm2d(3)
+    state = norm.state_dict(keep_vars=True)
+    stored = {k: torch.ones(3) for k in state if k != "num_batches_tracked"}
+    assert to_ours(stored, state, None, "x")["num_batches_tracked"].item() == 0
+
+
+def test_tied_tensors_share_whichever_name_is_stored():
+    head, embedding = nn.Linear(2, 5, bias=False), nn.Embedding(5, 2)
+    head.weight = embedding.weight
+    state = nn.ModuleDict({"embedding": embedding, "head": head}).state_dict(keep_vars=True)
+    assert tied(state) == [["embedding.weight", "head.weight"]]
+    stored = torch.randn(5, 2)
+    for name in ("embedding.weight", "head.weight"):
+        found = to_ours({name: stored}, state, None, "x")
+        assert found["embedding.weight"] is found["head.weight"] is stored
+
+
+def test_a_table_without_a_row_is_a_mistake_of_ours():
+    with pytest.raises(KeyError, match=r"no row for other\.weight"):
+        to_theirs({"other.weight": torch.zeros(1)}, ROWS)

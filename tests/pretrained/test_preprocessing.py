@@ -1,0 +1,145 @@
+import json
+
+import pytest
+
+from minivlm.errors import UserError
+from minivlm.pretrained.preprocessing import (
+    CLIP_IMAGES,
+    SIGLIP_IMAGES,
+    clip_tokenizer,
+    read_images,
+    read_open_clip_images,
+    read_pad_token,
+    read_tokenizer,
+    tokenizer_files,
+    write_images,
+)
+from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
+
+DEFAULT = {
+    "image_size": 336,
+    "resize": "shortest",
+    "resize_to": 336,
+    "resample": "bicubic",
+    "crop": "floor",
+    "rescale": 1 / 255,
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "different"),
+    [
+        (None, {}),  # no file at all: the class's defaults, at the size of the model's images
+        ({}, {}),
+        ({"size": 300, "crop_size": 280, "resample": 2}, {"resize_to": 300, "image_size": 280, "resample": "bilinear"}),
+        ({"size": {"shortest_edge": 300}, "crop_size": {"height": 280, "width": 280}}, {"resize_to": 300, "image_size": 280}),
+        ({"size": {"height": 346, "width": 346}, "crop_size": 289}, {"resize": "squash", "resize_to": 346, "image_size": 289}),
+        ({"do_center_crop": False, "size": {"shortest_edge": 300}}, {"crop": "none", "resize_to": 300, "image_size": 300}),
+        ({"do_center_crop": False, "size": 300}, {"crop": "none", "resize_to": 300, "image_size": 300}),
+        ({"do_resize": False}, {"resize": "none"}),
+        ({"do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+        ({"do_rescale": False}, {"rescale": 1.0}),
+        ({"rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": [1, 2, 3]},
+         {"rescale": 1 / 127.5, "mean": (1.0,) * 3, "std": (1.0, 2.0, 3.0)}),
+        ({"image_mean": None, "resample": None}, {}),
+    ],
+)  # fmt: skip
+def test_clip_files(values, different, tmp_path):
+    if values is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    assert read_images(tmp_path, 336, CLIP_IMAGES) == {**DEFAULT, **different}
+
+
+def test_the_newer_file_goes_before_the_older(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 300}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert read_images(tmp_path, 336, CLIP_IMAGES) == {**DEFAULT, "resize_to": 300}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": {"shortest_edge": 320}}}))
+    assert read_images(tmp_path, 336, CLIP_IMAGES) == {**DEFAULT, "resize_to": 320}
+
+
+def test_siglip_files(tmp_path):
+    half = (0.5, 0.5, 0.5)
+    expected = {**DEFAULT, "resize": "squash", "crop": "none", "mean": half, "std": half}
+    assert read_images(tmp_path, 336, SIGLIP_IMAGES) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": {"shortest_edge": 224, "longest_edge": 300}},
+        {"size": {"height": 224, "width": 300}},
+        {"crop_size": {"height": 224, "width": 300}},
+        {"size": "224"},
+        {"resample": 9},
+    ],
+)
+def test_files_that_cannot_be_followed(values, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json has"):
+        read_images(tmp_path, 224, CLIP_IMAGES)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProcessorConfig(image_size=32, resize_to=32),
+        ProcessorConfig(image_size=32, resize_to=40, resize="squash", resample="lanczos", rescale=1.0),
+        ProcessorConfig(image_size=32, resize_to=32, resize="squash", crop="none", mean=(0.0, 1.0, 2.0)),
+        ProcessorConfig(image_size=32, resize_to=32, crop="none"),
+    ],
+)
+def test_what_is_written_is_read_back(config, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(write_images(config, "CLIPImageProcessor")))
+    assert ProcessorConfig(**read_images(tmp_path, 999, CLIP_IMAGES)) == config
+
+
+def test_open_clip_files():
+    half = [0.5, 0.5, 0.5]
+    squash = read_open_clip_images({"resize_mode": "squash", "mean": half, "std": half, "interpolation": "random"}, 224)
+    c = ProcessorConfig(**squash)
+    assert (c.image_size, c.resize, c.crop, c.resample, c.mean) == (224, "squash", "none", "bicubic", (0.5, 0.5, 0.5))
+    c = ProcessorConfig(**read_open_clip_images({"interpolation": "bilinear"}, 224))
+    assert (c.resize, c.crop, c.resample, c.mean) == ("shortest", "round", "bilinear", CLIP_MEAN)
+
+
+# ---- tokeniser -------------------------------------------------------------------------------------------------------
+
+VOCAB = {
+    s: i for i, s in enumerate(["a", "b", "a</w>", "b</w>", "ab</w>", "!</w>", "<|startoftext|>", "<|endoftext|>"])
+}
+MERGES = [("a", "b</w>")]
+
+
+def test_clip_vocabularies(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    processor = Processor(read_tokenizer(tmp_path), ProcessorConfig(pad_token=0))
+    tokens, _ = processor.text(["AB  ba!", "b"])
+    assert tokens.tolist() == [[6, 4, 1, 2, 5, 7], [6, 3, 7, 0, 0, 0]]
+    assert processor.decode(tokens) == ["ab ba !", "b"]
+    assert (processor.start_token, processor.end_token, processor.vocab_size) == (6, 7, 8)
+    (tmp_path / "tokenizer.json").write_text(processor.tokenizer.to_str())
+    assert isinstance(read_tokenizer(tmp_path), bytes)  # which goes before its parts
+
+
+def test_no_tokeniser(tmp_path):
+    assert read_tokenizer(tmp_path) is None
+
+
+def test_padding_tokens_are_named_by_either_file(tmp_path):
+    assert read_pad_token(tmp_path, "<default>") == "<default>"
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<map>", "lstrip": False}}))
+    assert read_pad_token(tmp_path, "<default>") == "<map>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<config>"}))
+    assert read_pad_token(tmp_path, "<default>") == "<config>"
+
+
+def test_a_word_is_not_written_as_padding():
+    """open_clip pads with id 0, a letter; transformers would take that letter for a special token."""
+    processor = Processor(clip_tokenizer(VOCAB, MERGES), ProcessorConfig(pad_token=0))
+    values = json.loads(tokenizer_files(processor)["tokenizer_config.json"])
+    assert values["pad_token"] == values["eos_token"] == "<|endoftext|>" and values["bos_token"] == "<|startoftext|>"
+    assert tokenizer_files(Processor(None, ProcessorConfig())) == {}
