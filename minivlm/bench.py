@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -262,7 +261,8 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
     except ImportError as error:
         pipe.send(f"not installed ({error.name})")
         return
-    base = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which imports and building made
+    base = memory("VmRSS")
     step()
     pipe.send(None)
     while (seconds := pipe.recv()) is not None:
@@ -270,13 +270,13 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
         while calls == 0 or time.perf_counter() - start < seconds:
             value = step()
             calls += 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send(((time.perf_counter() - start) / calls, peak - base, value))
+        pipe.send(((time.perf_counter() - start) / calls, memory("VmHWM") - base, value))
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most. As Linux tells it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def matrix_ceiling(precision: str) -> float:

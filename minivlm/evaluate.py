@@ -42,32 +42,14 @@ def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
 
 def retrieval(model, processor, pairs: Pairs, *, batch_size: int = 250) -> dict[str, Score]:
     """Both directions between a split's images and its distinct captions. One caption may be right for several images."""
-    captions = [list(pairs.all_captions(i)) for i in range(len(pairs))]
-    number = {text: i for i, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
+    captions = [pairs.all_captions(i) for i in range(len(pairs))]
+    number = {text: j for j, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
+    relevant = torch.zeros(len(captions), len(number), dtype=torch.bool)
+    for i, known in enumerate(captions):
+        relevant[i, [number[text] for text in known]] = True
     texts = encode_texts(list(number), model, processor, cut=True)
     images = encode_split(model, processor, pairs, batch_size)
-    groups = group_ids([[number[text] for text in known] for known in captions], len(number))
-    image_ids = torch.tensor([groups[number[known[0]]] for known in captions])
-    text_ids = torch.tensor([groups[i] for i in range(len(number))])
-    return retrieval_scores(images.cpu(), texts.cpu(), text_ids, image_ids=image_ids)
-
-
-def group_ids(captions: Sequence[Sequence[int]], n: int) -> list[int]:
-    """A group for each of n captions: those that name a common image, directly or by way of others, are one.
-
-    A caption that stands under fifty pictures is right for each of them, and so is every other caption of these pictures.
-    """
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for known in captions:
-        for other in known[1:]:
-            parent[root(other)] = root(known[0])
-    return [root(i) for i in range(n)]
+    return retrieval_scores(images, texts, relevant=relevant)
 
 
 def zero_shot(model, processor, pairs: Pairs, templates: Sequence[str]) -> dict[str, Score]:
@@ -75,7 +57,7 @@ def zero_shot(model, processor, pairs: Pairs, templates: Sequence[str]) -> dict[
     labelled = np.flatnonzero(pairs.labels >= 0)
     classes = class_features([name.replace("_", " ") for name in pairs.classes], model, processor, templates)
     images = encode_split(model, processor, pairs, 250)[torch.from_numpy(labelled).to(classes.device)]
-    scores = zero_shot_accuracy(images.cpu(), classes.cpu(), torch.from_numpy(pairs.labels[labelled]))
+    scores = zero_shot_accuracy(images, classes, torch.from_numpy(pairs.labels[labelled]))
     return {f"zero-shot, {name}": score for name, score in scores.items()}
 
 

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from minivlm import checkpoint, config
@@ -35,20 +35,20 @@ class Run:
         """A checkpoint after `step` steps; older ones beyond the last `keep` and the best are removed."""
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".step-{step:06d}.{os.getpid()}"
+        record = {"step": step, "score": score, "recipe": config.to_dict(recipe)}
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             checkpoint.save(temporary, model, processor)
-            save_file(training_state(model, optimiser), temporary / "training.safetensors")
-            record = {"step": step, "score": score, "recipe": config.to_dict(recipe)}
+            checkpoint.write_tensors(temporary / "training.safetensors", training_state(model, optimiser))
             (temporary / "training.json").write_text(json.dumps(record, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except OSError as error:
+            why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            raise UserError(f"{final} was not written: {why}. Earlier checkpoints are untouched.") from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            if error.errno == errno.ENOSPC:
-                raise UserError(f"the disk is full: {final} was not written; earlier checkpoints are untouched.") from None
-            raise
         self.prune()
 
     def all(self) -> list[Path]:

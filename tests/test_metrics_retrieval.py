@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from minivlm.errors import UserError
 from minivlm.metrics import Score, retrieval, zero_shot_accuracy
-from minivlm.metrics.retrieval import chance_precision, rank, recall_at_k
+from minivlm.metrics.retrieval import by_ids, chance_precision, rank, recall_at_k
 
 
 def brute_force(queries, candidates, query_ids, candidate_ids, ks):
@@ -48,12 +48,25 @@ def test_it_agrees_with_brute_force(block, coarse):
         assert got[f"{direction} {name}"].value == pytest.approx(want[direction][name], abs=1e-12), (direction, name)
 
 
+def test_a_matrix_says_what_no_ids_can():
+    """Images 0 and 1 share caption 0, and each has one of its own: caption 1 is still wrong for image 1."""
+    images, texts = torch.eye(3), torch.tensor([[0.6, 0.7, 0.0], [0.1, 0.9, 0.0], [0.0, 0.5, 0.0]])
+    relevant = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 1]]).bool()
+    got = retrieval(images, texts, relevant=relevant, ks=(1, 2))
+    # image 1 ranks captions 1 (wrong), 0 (right), 2 (right); image 2 has none above zero: ties count against it
+    assert got["image→text R@1"].value == pytest.approx(1 / 3)
+    assert got["image→text R@2"].value == pytest.approx(2 / 3)
+    assert got["text→image R@1"].value == pytest.approx(2 / 3)
+    same = retrieval(images, texts, torch.tensor([0, 1, 2]), ks=(1, 2))
+    assert retrieval(images, texts, relevant=torch.eye(3).bool(), ks=(1, 2)) == same
+
+
 def test_a_case_worked_out_by_hand():
     """One image with two captions (ids 0, 0) beside two strangers; the captions stand at places 2 and 4 of 4."""
     image = torch.tensor([[1.0, 0.0]])
     cosines = torch.tensor([0.8, 0.2, 0.9, 0.5])  # right, right, wrong, wrong
     texts = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
-    first, precision = rank(image, texts, torch.tensor([0]), torch.tensor([0, 0, 1, 2]), what="test")
+    first, precision, _ = rank(image, texts, by_ids(torch.tensor([0]), torch.tensor([0, 0, 1, 2])), what="test")
     assert first.tolist() == [2]
     assert precision.tolist() == pytest.approx([(1 / 2 + 2 / 4) / 2])
 
@@ -123,13 +136,13 @@ def test_low_precision_features_and_plain_lists_are_taken():
 
 def test_what_cannot_be_measured_is_refused():
     features = torch.eye(3)
-    with pytest.raises(UserError, match="text→image: query 2 has no right answer among the candidates \\(1 such"):
+    with pytest.raises(UserError, match="text→image: query 2 has no right answer among the candidates"):
         retrieval(features[:2], features, [0, 1, 7])
     with pytest.raises(UserError, match="NaN"):
         retrieval(features, features * math.nan)
     with pytest.raises(UserError, match="there are no queries"):
         retrieval(features[:0], features[:0])
-    with pytest.raises(ValueError, match="3 candidates, but 2 ids"):
+    with pytest.raises(ValueError, match="3 candidates, but what is right is told for 2"):
         retrieval(features, features, [0, 1])
     with pytest.raises(ValueError, match="-1…2, but there are 3 classes"):
         zero_shot_accuracy(features, features, [-1, 0, 2])

@@ -21,6 +21,11 @@ def test_dotted_names_replace_nested_fields_and_nothing_else():
     assert options.compile is True and options.out == "2024"
 
 
+def test_values_that_only_fit_together_are_given_together():
+    _, recipe, _ = recipes.command_line(["--model.vision.image_size", "60", "--model.vision.patch_size", "6"])
+    assert (recipe.model.vision.image_size, recipe.model.vision.patch_size) == (60, 6)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -29,7 +34,7 @@ def test_dotted_names_replace_nested_fields_and_nothing_else():
         (["clip", "--stesp", "3"], "unknown option --stesp.*steps"),
         (["clip", "--steps", "many"], "--steps is 'many', but must be int"),
         (["clip", "--steps"], "--steps is True, but must be int"),
-        (["clip", "--model.vision.patch_size", "7"], "patch_size 7.*not a multiple|not a multiple of patch_size 7"),
+        (["clip", "--model.vision.patch_size", "7"], "does not go together: .*not a multiple of patch_size 7"),
         (["clip", "--model.loss", "triplet"], "--model.loss is 'triplet', but must be one of softmax, sigmoid"),
         (["clip", "siglip"], "one recipe at a time"),
         (["clip", "--batch_size", "0"], "batch_size"),

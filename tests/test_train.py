@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
+from minivlm import checkpoint, training
 from minivlm import run as run_module
-from minivlm import training
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
 from minivlm.recipes.contrast import Contrast
@@ -137,6 +138,11 @@ def test_a_batch_larger_than_the_data_is_refused(world, tmp_path):
         train.main(arguments(world, tmp_path / "clip", batch_size=100))
 
 
+def test_sizes_that_do_not_fit_are_refused(world, tmp_path):
+    with pytest.raises(UserError, match="cannot be built: width 16 is not a multiple of 3 heads"):
+        train.main(arguments(world, tmp_path / "clip", model__vision__heads=3))
+
+
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoints(world, tmp_path):
     with pytest.raises(UserError, match=r"not finite at step \d+.*learning rate.*gradient norm.*train/"):
         train.main(arguments(world, tmp_path / "clip", optimiser__learning_rate=1e30, optimiser__warmup=1, save_every=40))
@@ -144,15 +150,16 @@ def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoints(world, tmp_
         assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(world, tmp_path, monkeypatch):
-    original = run_module.save_file
+@pytest.mark.parametrize("name", [".model.safetensors.{}.tmp", "training.safetensors"])
+def test_a_full_disk_loses_nothing_that_was_saved(name, world, tmp_path, monkeypatch):
+    original, name = checkpoint.write_tensors, name.format(os.getpid())
 
-    def full(tensors, path, *args, **kwargs):
-        if "step-000008" in str(path):
+    def full(path, tensors):
+        if "step-000008" in str(path) and path.name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path, *args, **kwargs)
+        original(path, tensors)
 
-    monkeypatch.setattr(run_module, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UserError, match="disk is full"):
         train.main(arguments(world, tmp_path / "clip"))
     assert {path.name for path in (tmp_path / "clip/checkpoints").iterdir()} == {"step-000001", "step-000004"}

@@ -29,8 +29,8 @@ SEEN = np.setdiff1d(np.arange(64), UNSEEN)
 
 UNIT = 1 << 14  # the picture's side
 MOST = 3  # objects in a scene
-# Four radii for small objects, four for large: 5.5 to 6.8 and 8.5 to 9.8 pixels of 64.
-RADII = np.array([[88, 95, 102, 109], [136, 143, 150, 157]]) * UNIT // 1024
+# Four radii for small objects, four for large: 7.0 to 8.1 and 9.1 to 10.2 pixels of 64.
+RADII = np.array([[112, 118, 124, 130], [146, 152, 158, 164]]) * UNIT // 1024
 # Half the width and half the height of each shape in hundredths of the radius, so that shapes look equally large.
 EXTENTS = np.array([[100, 100], [88, 88], [100, 87], [100, 95], [96, 96], [80, 100], [100, 98], [100, 100]])
 

@@ -9,13 +9,21 @@ nothing and not everything. Scores are computed in blocks: memory is bounded wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
 from minivlm.metrics.score import Score
+
+class Relevance(NamedTuple):
+    """Which candidates are right for which query, told a few rows at a time."""
+
+    shape: tuple[int, int]  # (Q, G)
+    rows: Callable[[slice], Tensor]  # rows → (q, G) bool
+
 
 BLOCK = 2**19  # scores held at a time: 5,000 × 25,000 at width 256 take 0.3 GB and, on one core, 9 s
 
@@ -26,31 +34,43 @@ def retrieval(
     image_of_text: Tensor | None = None,
     *,
     image_ids: Tensor | None = None,
+    relevant: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     block: int = BLOCK,
 ) -> dict[str, Score]:
     """Both directions of retrieval: {"image→text R@1": Score, …, "image→text mAP", "text→image R@1", …}.
 
     image_features (N, D), text_features (M, D), unit length; image_ids (N,) int names what each image shows and
-    image_of_text (M,) int what each text describes: equal ids are right for each other. Without image_ids, image i
-    is i; without image_of_text, text i is i. One image may so have several captions, and one caption several images.
-    R@K is the share of queries with a right answer among the first K, mAP the mean over queries of the average
-    precision. UserError: nothing to measure, a query without a right answer, features that are not finite.
+    image_of_text (M,) int what each text describes: equal ids are right for each other. Without image_ids, image i is i;
+    without image_of_text, text i is i. Where a caption stands under several images that have other captions as well,
+    no ids can say so: relevant (N, M) bool then says which text is right for which image.
+    R@K is the share of queries with a right answer among the first K; mAP the mean over queries of the average precision.
     """
-    image_ids = torch.arange(len(image_features)) if image_ids is None else torch.as_tensor(image_ids).cpu()
-    text_ids = torch.arange(len(text_features)) if image_of_text is None else torch.as_tensor(image_of_text).cpu()
-    images, texts = (image_features, image_ids), (text_features, text_ids)
+    if relevant is not None:
+        forward, backward = by_matrix(relevant), by_matrix(relevant.T)
+    else:
+        images = torch.arange(len(image_features)) if image_ids is None else torch.as_tensor(image_ids)
+        texts = torch.arange(len(text_features)) if image_of_text is None else torch.as_tensor(image_of_text)
+        forward, backward = by_ids(images, texts), by_ids(texts, images)
     scores = {}
-    for direction, (query, query_ids), (candidate, candidate_ids) in (
-        ("image→text", images, texts),
-        ("text→image", texts, images),
+    for direction, query, candidate, right in (
+        ("image→text", image_features, text_features, forward),
+        ("text→image", text_features, image_features, backward),
     ):
-        ranks, precisions = rank(query, candidate, query_ids, candidate_ids, what=direction, block=block)
-        right = count_right(query_ids, candidate_ids)
+        ranks, precisions, count = rank(query, candidate, right, what=direction, block=block)
         for k in ks:
-            scores[f"{direction} R@{k}"] = recall_at_k(ranks, right, len(candidate), k)
-        scores[f"{direction} mAP"] = Score(precisions.mean().item(), chance_precision(right, len(candidate)))
+            scores[f"{direction} R@{k}"] = recall_at_k(ranks, count, len(candidate), k)
+        scores[f"{direction} mAP"] = Score(precisions.mean().item(), chance_precision(count, len(candidate)))
     return scores
+
+
+def by_ids(query_ids: Tensor, candidate_ids: Tensor) -> Relevance:
+    """Equal ids are right for each other."""
+    return Relevance((len(query_ids), len(candidate_ids)), lambda rows: query_ids[rows, None] == candidate_ids)
+
+
+def by_matrix(relevant: Tensor) -> Relevance:
+    return Relevance(tuple(relevant.shape), lambda rows: relevant[rows])
 
 
 def zero_shot_accuracy(
@@ -65,45 +85,46 @@ def zero_shot_accuracy(
     C = len(class_features)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < C:
         raise ValueError(f"labels lie in {int(labels.min())}…{int(labels.max())}, but there are {C} classes")
-    ranks, _ = rank(image_features, class_features, labels, torch.arange(C), what="image→class", block=block)
-    right = torch.ones(len(labels), dtype=torch.long)
+    right = by_ids(labels, torch.arange(C))
+    ranks, _, count = rank(image_features, class_features, right, what="image→class", block=block)
     hits = torch.zeros(C, dtype=torch.double).index_add_(0, labels, (ranks == 1).double())
     seen = labels.bincount(minlength=C)
     return {
-        "top-1": recall_at_k(ranks, right, C, 1),
-        "top-5": recall_at_k(ranks, right, C, 5),
+        "top-1": recall_at_k(ranks, count, C, 1),
+        "top-5": recall_at_k(ranks, count, C, 5),
         "mean per class": Score((hits[seen > 0] / seen[seen > 0]).mean().item(), 1 / C),
     }
 
 
 @torch.no_grad()
 def rank(
-    queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor, *, what: str, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """The rank of each query's first right candidate (Q,) int64, counted from 1, and its average precision (Q,) double.
+    queries: Tensor, candidates: Tensor, right: Relevance, *, what: str, block: int = BLOCK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each query the rank of its first right candidate, counted from 1, its average precision (double), and how many
+    candidates are right for it; (Q,) each.
 
-    Average precision: the share of right ones among the candidates down to a right one, averaged over all right ones.
+    Average precision: at each right candidate, the share of right ones among those down to it; averaged over all right ones.
     """
-    check(queries, candidates, query_ids, candidate_ids, what)
+    check(queries, candidates, right, what)
     # In double precision a tie is a tie; in single, the same two vectors multiply to different last bits at different
     # places of a block. MPS has no doubles.
     device = "cpu" if queries.device.type == "mps" else queries.device
     queries, candidates = queries.to(device), candidates.to(device).double()
-    query_ids, candidate_ids = query_ids.to(device), candidate_ids.to(device)
-    ranks, precisions = [], []
-    step = max(1, block // len(candidates))
-    for start in range(0, len(queries), step):
+    blocks = []
+    for start in range(0, len(queries), step := max(1, block // len(candidates))):
         rows = slice(start, start + step)
         scores = (queries[rows].double() @ candidates.T).float()  # (q, G)
-        right = query_ids[rows, None] == candidate_ids  # (q, G)
-        first, precision = rank_block(scores, right)
-        ranks.append(first.cpu())
-        precisions.append(precision.cpu())
-    return torch.cat(ranks), torch.cat(precisions)
+        relevant = right.rows(rows).to(device)  # (q, G)
+        if not relevant.any(dim=1).all():
+            alone = start + int((~relevant.any(dim=1)).int().argmax())
+            raise UserError(f"{what}: query {alone} has no right answer among the candidates.")
+        blocks.append([part.cpu() for part in rank_block(scores, relevant)])
+    ranks, precisions, counts = map(torch.cat, zip(*blocks, strict=True))
+    return ranks, precisions, counts
 
 
-def rank_block(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """scores (q, G), right (q, G) bool → rank of the first right candidate (q,), average precision (q,)."""
+def rank_block(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scores (q, G), right (q, G) bool → rank of the first right candidate, average precision, right candidates; (q,) each."""
     R = right.sum(dim=1, keepdim=True)  # (q, 1): right candidates of each query
     most = int(R.max())
     # Only the right ones are sorted, worst first; the wrong ones are merely counted above each right one.
@@ -114,7 +135,7 @@ def rank_block(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     right_above = R - torch.arange(most, device=R.device)  # (q, most): right ones down to it, itself included
     precision = (right_above.double() / (right_above + wrong_above)).masked_fill(right_above <= 0, 0)
     first = wrong_above.gather(1, R - 1).squeeze(1) + 1
-    return first, precision.sum(dim=1) / R.squeeze(1)
+    return first, precision.sum(dim=1) / R.squeeze(1), R.squeeze(1)
 
 
 def recall_at_k(ranks: Tensor, right: Tensor, G: int, k: int) -> Score:
@@ -137,21 +158,11 @@ def chance_precision(right: Tensor, G: int) -> float:
     return ((H + (right.double() - 1) / (G - 1) * (G - H)) / G).mean().item()
 
 
-def count_right(query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """(Q,) int64: how many candidates bear each query's id."""
-    ordered = candidate_ids.sort().values
-    return torch.searchsorted(ordered, query_ids, right=True) - torch.searchsorted(ordered, query_ids)
-
-
-def check(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor, what: str) -> None:
-    for features, ids, side in ((queries, query_ids, "queries"), (candidates, candidate_ids, "candidates")):
-        if len(features) != len(ids):
-            raise ValueError(f"{what}: {len(features)} {side}, but {len(ids)} ids of {side}")
+def check(queries: Tensor, candidates: Tensor, right: Relevance, what: str) -> None:
+    for features, n, side in ((queries, right.shape[0], "queries"), (candidates, right.shape[1], "candidates")):
+        if len(features) != n:
+            raise ValueError(f"{what}: {len(features)} {side}, but what is right is told for {n}")
         if not len(features):
             raise UserError(f"{what}: there are no {side} to measure with.")
         if not torch.isfinite(features).all():
             raise UserError(f"{what}: the features of the {side} hold NaN or infinity: the model has diverged.")
-    if alone := (count_right(query_ids, candidate_ids) == 0).nonzero().flatten().tolist():
-        raise UserError(
-            f"{what}: query {alone[0]} has no right answer among the candidates ({len(alone)} such queries)."
-        )

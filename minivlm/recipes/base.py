@@ -94,26 +94,35 @@ def read_value(text: str | bool) -> Any:
 def override(value: Any, names: dict[str, str | bool]) -> Any:
     """A copy of a (nested) dataclass with fields replaced: {"model.vision.depth": "8"}. A misspelt name is an error."""
     known = dotted_names(value)
-    for name, text in names.items():
+    for name in names:
         if name not in known:
             raise UserError(f"unknown option --{name}.{nearest(name, [*known, *dotted_names(Options())])}")
-        value = set_field(value, name.split("."), text, name)
-    return value
+    return set_fields(value, {tuple(name.split(".")): text for name, text in names.items()})
 
 
-def set_field(value: Any, path: list[str], text: str | bool, name: str) -> Any:
-    hint = config.field_types(type(value))[path[0]]
-    if len(path) > 1:
-        new = set_field(getattr(value, path[0]), path[1:], text, name)
-    else:
-        new = read_value(text)
-        if str in config.alternatives(hint) and not isinstance(new, (str, bool, type(None))):
-            new = text  # a folder may be called 2024
-        new = config.coerce(hint, new, f"--{name}")
+def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: str = "") -> Any:
+    """All changes of one dataclass at once, so that values which only fit together can be given together."""
+    hints = config.field_types(type(value))
+    new = {}
+    for field_name in dict.fromkeys(path[0] for path in changes):
+        inner = {path[1:]: text for path, text in changes.items() if path[0] == field_name}
+        name = prefix + field_name
+        if () in inner:
+            new[field_name] = config.coerce(hints[field_name], as_typed(inner[()], hints[field_name]), f"--{name}")
+        else:
+            new[field_name] = set_fields(getattr(value, field_name), inner, f"{name}.")
     try:
-        return replace(value, **{path[0]: new})
+        return replace(value, **new)
     except ValueError as error:
-        raise UserError(f"--{name} {text}: {error}.") from None
+        given = " ".join(f"--{prefix}{'.'.join(path)} {text}" for path, text in changes.items())
+        raise UserError(f"{given} does not go together: {error}.") from None
+
+
+def as_typed(text: str | bool, hint: Any) -> Any:
+    value = read_value(text)
+    if str in config.alternatives(hint) and not isinstance(value, (str, bool, type(None))):
+        return text  # a folder may be called 2024
+    return value
 
 
 def dotted_names(value: Any, prefix: str = "") -> list[str]:

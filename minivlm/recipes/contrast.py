@@ -64,7 +64,11 @@ class ContrastRecipe(Recipe):
                 list(train.texts()), vocab_size=self.data.vocab_size, image_size=size, context=context
             )
         text = replace(self.model.text, vocab_size=processor.vocab_size, end_token=processor.end_token)
-        return Contrast(self, train, processor, CLIP(replace(self.model, text=text), seed=self.seed))
+        try:
+            model = CLIP(replace(self.model, text=text), seed=self.seed)
+        except ValueError as error:  # sizes that do not fit each other
+            raise UserError(f"the model cannot be built: {error}.") from None
+        return Contrast(self, train, processor, model)
 
 
 class Contrast:
