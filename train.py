@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import time
 
-from minivlm import recipes
+import torch
+from tqdm import tqdm
+
+from minivlm import recipes, training
 from minivlm.errors import run_command_line
+from minivlm.run import Run, restore
 
 
 def main(argv: list[str]) -> None:
@@ -20,13 +24,8 @@ def main(argv: list[str]) -> None:
 
 
 def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
-    import torch  # only now, so that --help and --list answer at once
-    from tqdm import tqdm
-
-    from minivlm import training
-    from minivlm.run import Run, restore
-
     # build
+    training.keep_freed_memory()
     device = training.choose_device(options.device)
     precision, reason = training.choose_precision(device, options.precision)
     rank, world = training.start_processes(device)
@@ -34,7 +33,8 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
     say(f"{name}: {recipe.summary}\ndevice {device}, {str(precision).removeprefix('torch.')}: {reason}")
     run = Run(options.out or f"out/{name}", keep=recipe.keep)
     resumed = run.latest() if options.resume else None
-    work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
+    with training.rank_zero_first():
+        work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
     model = work.model.to(device).train()
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError, run_command_line
+from minivlm.training import keep_freed_memory
 
 SIZES = {  # image, patch, vision width/depth/heads, text width/depth/heads, context, vocabulary, shared width, batch
     "64px": dict(image=64, patch=8, vision=(192, 6, 3), text=(192, 4, 3), context=32, vocab=1000, embed=128, batch=128),
@@ -256,6 +257,7 @@ def summary(times: list[float], memory: int, value: float) -> dict:
 
 def serve(pipe, build: Callable, arguments: tuple) -> None:
     """One contestant: builds itself, then runs for as long as it is told, again and again."""
+    keep_freed_memory()  # as train.py does; it helps every contestant
     try:
         step = build(*arguments)
     except ImportError as error:

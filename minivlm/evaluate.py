@@ -91,7 +91,8 @@ def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8
         found = [where[i] for i in best.indices.tolist()]
         marks = [right(split, i) for split, i in found]
         pictures = [split.images([i])[0] for split, i in found]
-        detail = f"{sum(marks)} of {len(marks)} right{detail}"
+        there = sum(right(split, i) for split, i in where)
+        detail = f"{sum(marks)} of {len(marks)} right, {there} exist{detail}"
         sheet_rows.append(Row(query, pictures, marks, [f"{s:.2f}" for s in best.values.tolist()], detail))
     title = f"What {len(where)} held-out pictures a query finds, best first"
     sheet(sheet_rows, title=title, tile=96, columns=top).save(path)
@@ -100,11 +101,11 @@ def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8
 SHAPE_QUERIES = [
     ("a red heart", ""),
     ("a small blue star", ""),
-    ("a large green square at the top", ""),
-    ("a cyan ring on the left and a pink cross", ""),
-    ("an orange circle", ", a pair never seen in training"),
-    ("a green heart", ", a pair never seen in training"),
-    ("a purple ring", ", a pair never seen in training"),
+    ("a large pink diamond on the left", ""),
+    ("a blue star and a yellow heart", ""),
+    ("an orange circle", "; never seen in training"),
+    ("a green heart", "; never seen in training"),
+    ("a purple ring", "; never seen in training"),
 ]
 
 

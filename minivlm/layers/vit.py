@@ -28,6 +28,7 @@ class VisionConfig(TransformerConfig):
     pool: Literal["class", "mean", "attention"] = "class"
     embedding_norm: bool = True  # CLIP normalises once more before the first block
     patch_bias: bool = False
+    stem: Literal["patch", "convolutions"] = "patch"
     drop_border: bool = False  # pixels beyond the last whole patch are not looked at (SigLIP so400m: 384 = 27·14 + 6)
 
     def __post_init__(self):
@@ -58,7 +59,10 @@ class VisionTransformer(nn.Module):
         c = self.config = config
         self.leading = int(c.pool == "class")  # tokens in front of the patches
         self.output_width = self.feature_width = c.width
-        self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
+        if c.stem == "patch":
+            self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
+        else:
+            self.patch_embedding = ConvolutionStem(c.width, c.patch_size)
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=0.02)) if self.leading else None
         self.position_embedding = nn.Parameter(
             nn.init.normal_(torch.empty(self.leading + c.patches, c.width), std=0.02)
@@ -89,12 +93,33 @@ class VisionTransformer(nn.Module):
         P = self.config.patch_size
         if (H % P or W % P) and not self.config.drop_border:
             raise ValueError(f"images are {H}×{W}, but both sides must be multiples of the patch size {P}")
-        images = images.to(self.patch_embedding.weight.dtype)  # weights may be stored in half precision
+        images = images.to(self.position_embedding.dtype)  # weights may be stored in half precision
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) → (B, N, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         positions = resize_position_table(self.position_embedding, (H // P, W // P), leading=self.leading)
         return self.embedding_norm(x + positions.to(x.dtype))
+
+
+class ConvolutionStem(nn.Sequential):
+    """images (B, 3, H, W) → (B, D, H/P, W/P) by log₂ P convolutions of 3×3 and stride 2, each with twice the channels.
+
+    Patches overlap, and small shapes are seen whole before the grid cuts them. A small ViT learns several times faster
+    from it than from one wide stride (Xiao et al. 2021, "Early Convolutions Help Transformers See Better", §4).
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        steps = patch_size.bit_length() - 1
+        if patch_size != 1 << steps or width % (1 << steps):
+            raise ValueError(f"a stem halves the image: patch_size {patch_size} must be a power of two that divides {width}")
+        channels = [3, *(width >> (steps - 1 - i) for i in range(steps))]
+        layers: list[nn.Module] = []
+        for i in range(steps):
+            layers += [nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+    def convolutions(self) -> list[nn.Conv2d]:
+        return [layer for layer in self if isinstance(layer, nn.Conv2d)]
 
 
 class AttentionPool(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
 from minivlm.layers.text import TextConfig, TextTransformer
 from minivlm.layers.transformer import Transformer
-from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
+from minivlm.layers.vit import VIT_SIZES, ConvolutionStem, VisionConfig, VisionTransformer
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
 from minivlm.models.base import Model
 
@@ -131,14 +131,17 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
     | tensor                              | normal, mean 0, standard deviation     |
     |-------------------------------------|----------------------------------------|
     | token embedding, text positions     | 0.02, 0.01                             |
-    | image positions, class, pool query  | 1/√width                               |
+    | class token, pool query             | 1/√width                               |
+    | image positions                     | 1/√width, or 0.3 after a stem          |
+    | stem of convolutions                | √(2 / fan in)  (He et al. 2015)        |
     | q, k, v                             | 1/√width                               |
     | attention out, MLP down             | 1/√width · 1/√(2·depth)                |
     | MLP up                              | 1/√(2·width)                           |
     | projections into the shared space   | 1/√width                               |
 
-    Biases are zero and norms one; convolutions keep PyTorch's default, drawn from `generator`. The last batch norm of
-    every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, §5.1).
+    Biases are zero and norms one; other convolutions keep PyTorch's default, drawn from `generator`. The last batch norm
+    of every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, §5.1).
+    A stem's output has ten times the size of a patch embedding's; positions that stay small beside it are learnt late.
     """
 
     def normal(tensor: Tensor, std: float) -> None:
@@ -163,8 +166,14 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
                 normal(block.mlp.up_proj.weight, (2 * module.config.width) ** -0.5)
     normal(model.text.token_embedding.weight, 0.02)
     normal(model.text.position_embedding, 0.01)
+    for module in model.modules():
+        if isinstance(module, ConvolutionStem):
+            for conv in module.convolutions():
+                normal(conv.weight, (2 / conv.weight[0].numel()) ** 0.5)
+    stem = getattr(model.config.vision, "stem", "patch") == "convolutions"
     for name, parameter in model.vision.named_parameters():
-        if name.endswith(("position_embedding", "class_embedding", "query")):
-            normal(parameter, parameter.shape[-1] ** -0.5)
+        if name.endswith(("class_embedding", "query", "position_embedding")):
+            positions = name.endswith("position_embedding")
+            normal(parameter, 0.3 if stem and positions else parameter.shape[-1] ** -0.5)
         elif name.endswith("expand.norm.weight"):
             parameter.zero_()

@@ -49,7 +49,7 @@ class ContrastRecipe(Recipe):
         """Open the data (the shapes world is made if it is missing) and build the model, with a checkpoint's tokeniser or a new one."""
         directory, size = Path(self.data.directory), self.model.vision.image_size
         if directory == Path("data/shapes") and not (directory / "world.json").exists():
-            make_shapes(directory, progress=not quiet)
+            make_shapes(directory, image_size=size, progress=not quiet)
         train = open_pairs(directory, "train", image_size=size)
         if len(train) < self.batch_size:
             raise UserError(
@@ -145,15 +145,17 @@ class Contrast:
 
 SHAPE_LABELS = ["red circle", "blue square", "green star", "yellow heart"]
 
-SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=48, end_token=0)
+SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=64, end_token=0)
 
 CLIP_SHAPES = ContrastRecipe(
     summary="a small CLIP (ViT) on the shapes world",
     model=CLIPConfig(
-        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4), text=SMALL_TEXT, embed_width=128
+        vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
+        text=SMALL_TEXT,
+        embed_width=128,
     ),
-    optimiser=OptimiserConfig(learning_rate=2e-3),
-    steps=450,
+    optimiser=OptimiserConfig(learning_rate=2e-3, warmup=50),
+    steps=600,
     batch_size=256,
 )
 
