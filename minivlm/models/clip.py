@@ -132,7 +132,7 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
     |-------------------------------------|----------------------------------------|
     | token embedding, text positions     | 0.02, 0.01                             |
     | class token, pool query             | 1/√width                               |
-    | image positions                     | 1/√width, or 0.3 after a stem          |
+    | image positions                     | 1/√width, or 0.5 after a stem          |
     | stem of convolutions                | √(2 / fan in)  (He et al. 2015)        |
     | q, k, v                             | 1/√width                               |
     | attention out, MLP down             | 1/√width · 1/√(2·depth)                |
@@ -174,6 +174,6 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
     for name, parameter in model.vision.named_parameters():
         if name.endswith(("class_embedding", "query", "position_embedding")):
             positions = name.endswith("position_embedding")
-            normal(parameter, 0.3 if stem and positions else parameter.shape[-1] ** -0.5)
+            normal(parameter, 0.5 if stem and positions else parameter.shape[-1] ** -0.5)
         elif name.endswith("expand.norm.weight"):
             parameter.zero_()

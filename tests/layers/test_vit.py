@@ -139,3 +139,33 @@ def test_named_sizes():
         "L/14": (256, 1024, 24, 16, 4096),
         "H/14": (256, 1280, 32, 16, 5120),
     }
+
+
+def test_a_stem_of_convolutions_is_the_convolutions_by_hand():
+    vit = build(stem="convolutions")
+    x = images()
+    first, second = vit.patch_embedding.convolutions()
+    assert (first.weight.shape[:2], second.weight.shape[:2]) == ((8, 3), (16, 8))  # channels double up to the width
+    grid = torch.nn.functional.gelu(torch.nn.functional.conv2d(x, first.weight, first.bias, stride=2, padding=1))
+    grid = torch.nn.functional.conv2d(grid, second.weight, second.bias, stride=2, padding=1)  # (2, 16, 3, 3)
+    tokens = grid.permute(0, 2, 3, 1).reshape(2, 9, 16)
+    by_hand = torch.cat([vit.class_embedding.expand(2, 1, -1), tokens], dim=1) + vit.position_embedding
+    assert_same(vit.features(x, layer=0), vit.embedding_norm(by_hand))
+    assert_batch_independent(vit.eval(), x)
+    assert vit(images(16, 8)).shape == (2, 16)
+
+
+def test_its_patches_overlap_where_those_of_one_stride_do_not():
+    """A pixel on the border of a patch is seen by its neighbour as well."""
+    for stem, reached in (("patch", 1), ("convolutions", 2)):
+        vit, x = build(stem=stem), images()
+        changed = x.clone()
+        changed[:, :, 0, 3] += 1  # in the last column of the first patch
+        moved = (vit.patch_embedding(x) - vit.patch_embedding(changed)).abs().amax(dim=(0, 1)) > 0  # (3, 3)
+        assert int(moved.sum()) == reached
+
+
+@pytest.mark.parametrize(("patch_size", "width"), [(6, 16), (4, 18)])
+def test_a_stem_that_cannot_halve_is_refused(patch_size, width):
+    with pytest.raises(ValueError, match=f"patch_size {patch_size} must be a power of two that divides {width}"):
+        build(stem="convolutions", patch_size=patch_size, width=width, heads=2)
