@@ -101,9 +101,7 @@ def clip_transformers(size: dict, precision: str) -> Callable[[], float]:
     config._attn_implementation = "eager" if precision == "bf16" else "sdpa"  # the faster one on a CPU
     model = CLIPModel(config)
     images, tokens = clip_inputs(size)
-    return training_step(
-        model, lambda: model(input_ids=tokens, pixel_values=images, return_loss=True).loss, precision
-    )
+    return training_step(model, lambda: model(input_ids=tokens, pixel_values=images, return_loss=True).loss, precision)
 
 
 def widths(width: int, depth: int, heads: int) -> dict:
@@ -133,13 +131,17 @@ def bench_clip(options: argparse.Namespace) -> None:
     for precision in ("fp32", "bf16") if options.precision == "both" else (options.precision,):
         size = SIZES[options.size]
         ceiling = matrix_ceiling(precision)
-        print(f"\nCLIP training step, {options.size}, batch {size['batch']}, {precision}, {torch.get_num_threads()} threads")
+        print(
+            f"\nCLIP training step, {options.size}, batch {size['batch']}, {precision}, {torch.get_num_threads()} threads"
+        )
         rows = compare({name: (build, (size, precision)) for name, build in peers.items()}, options.rounds)
         print(f"{'':14} samples/s  (quartiles)        of the ceiling of {ceiling / 1e9:.0f} GFLOP/s   peak memory")
         for name, row in rows.items():
             low, middle, high = (size["batch"] / row[q] for q in ("high", "median", "low"))
             share = clip_flops(size) / row["median"] / ceiling
-            print(f"{name:14} {middle:8.1f}  ({low:.1f} to {high:.1f})  {share:18.0%}  {row['memory'] / 2**20:26.0f} MB")
+            print(
+                f"{name:14} {middle:8.1f}  ({low:.1f} to {high:.1f})  {share:18.0%}  {row['memory'] / 2**20:26.0f} MB"
+            )
         print_ratios(rows)
 
 
@@ -186,7 +188,9 @@ def bench_loss(options: argparse.Namespace) -> None:
     print(f"\ncontrastive loss, forward and backward, B = {options.batch}, width 512, fp32")
     rows = compare(peers, options.rounds)
     for name, row in rows.items():
-        print(f"{name:14} {row['median']:6.2f} s   {row['memory'] / 2**20:6.0f} MB beyond the inputs   loss {row['value']:.6f}")
+        print(
+            f"{name:14} {row['median']:6.2f} s   {row['memory'] / 2**20:6.0f} MB beyond the inputs   loss {row['value']:.6f}"
+        )
     print_ratios(rows)
 
 
@@ -305,7 +309,9 @@ def print_ratios(rows: dict[str, dict]) -> None:
     others = {name: row["median"] for name, row in rows.items() if name != "minivlm"}
     if others and "minivlm" in rows:
         fastest = min(others, key=others.get)
-        print(f"minivlm takes 1/{others[fastest] / rows['minivlm']['median']:.2f} of the time of the fastest other, {fastest}")
+        print(
+            f"minivlm takes 1/{others[fastest] / rows['minivlm']['median']:.2f} of the time of the fastest other, {fastest}"
+        )
 
 
 BENCHES = {"clip": bench_clip, "loss": bench_loss, "load": bench_load}

@@ -22,8 +22,8 @@ from minivlm.datasets.shapes_text import parse
 from minivlm.errors import UserError, run_command_line
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
-from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.pictures import Row, sheet
+from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.zero_shot import PLAIN, class_features, fill
 
 
@@ -152,7 +152,9 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     model, processor = load(options.model, device=choose_device(options.device))
     if not hasattr(model, "encode_image"):
-        raise UserError(f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare.")
+        raise UserError(
+            f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
+        )
     scores = contrast(model, processor, options.data)
     print(table(scores))
     if options.save:

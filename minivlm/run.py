@@ -57,7 +57,9 @@ class Run:
 
     def latest(self) -> Path:
         if not self.all():
-            raise UserError(f"there is no checkpoint in {self.checkpoints} to resume from; leave out --resume to start.")
+            raise UserError(
+                f"there is no checkpoint in {self.checkpoints} to resume from; leave out --resume to start."
+            )
         return self.all()[-1]
 
     def best(self) -> Path:

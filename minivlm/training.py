@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from minivlm.errors import UserError
 
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -36,7 +35,7 @@ class OptimiserConfig:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """"auto": cuda where there is one, else mps, else cpu. Under torchrun each process takes the GPU of its local rank."""
+    """ "auto": cuda where there is one, else mps, else cpu. Under torchrun each process takes the GPU of its local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -52,7 +51,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
-    """"auto": bf16 where the hardware multiplies it, else fp32; with the reason, in words."""
+    """ "auto": bf16 where the hardware multiplies it, else fp32; with the reason, in words."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked for"
     if device.type == "cuda":

@@ -86,5 +86,5 @@ def test_a_picture_of_a_folder_with_classes_is_drawn(trained, tmp_path):
 
 
 def test_a_directory_without_a_model_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         evaluate.main([str(tmp_path), "--device", "cpu"])

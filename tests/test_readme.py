@@ -58,7 +58,9 @@ def test_every_command_runs(desk, monkeypatch):
     monkeypatch.chdir(desk)
     ran = 0
     for line in "".join(blocks("bash")).strip().splitlines():
-        if any(line == start or (line.startswith(start) and " " in start) for start in ELSEWHERE) or line.startswith("torchrun"):
+        if any(line == start or (line.startswith(start) and " " in start) for start in ELSEWHERE) or line.startswith(
+            "torchrun"
+        ):
             continue
         words = shlex.split(line)
         if words[:2] == ["python", "train.py"]:
@@ -105,4 +107,3 @@ def test_the_files_it_points_to_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets and not [t for t in targets if "://" not in t and not (ROOT / t).exists()]
     assert "@" not in re.sub(r"R@|Recall@", "", README)  # nothing left to fill in
-

@@ -13,7 +13,17 @@ def test_without_arguments_the_default_recipe_as_it_stands():
 
 
 def test_dotted_names_replace_nested_fields_and_nothing_else():
-    argv = ["clip", "--steps", "7", "--model.vision.depth=2", "--optimiser.learning_rate", "1e-2", "--compile", "--out", "2024"]
+    argv = [
+        "clip",
+        "--steps",
+        "7",
+        "--model.vision.depth=2",
+        "--optimiser.learning_rate",
+        "1e-2",
+        "--compile",
+        "--out",
+        "2024",
+    ]
     _, recipe, options = recipes.command_line(argv)
     base = recipes.RECIPES["clip"]
     assert (recipe.steps, recipe.model.vision.depth, recipe.optimiser.learning_rate) == (7, 2, 0.01)

@@ -145,7 +145,9 @@ def test_sizes_that_do_not_fit_are_refused(world, tmp_path):
 
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoints(world, tmp_path):
     with pytest.raises(UserError, match=r"not finite at step \d+.*learning rate.*gradient norm.*train/"):
-        train.main(arguments(world, tmp_path / "clip", optimiser__learning_rate=1e30, optimiser__warmup=1, save_every=40))
+        train.main(
+            arguments(world, tmp_path / "clip", optimiser__learning_rate=1e30, optimiser__warmup=1, save_every=40)
+        )
     for path in run_module.Run(tmp_path / "clip").all():
         assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
 
@@ -169,7 +171,14 @@ def test_two_processes_take_the_steps_of_one(world, tmp_path):
     """The contrastive loss sees the whole batch, so that the weights are those of a single process but for rounding."""
     same = {"model.text.dropout": 0.0, "steps": 3}
     train.main(arguments(world, tmp_path / "one", **same))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
     subprocess.run(command + arguments(world, tmp_path / "two", **same), check=True, capture_output=True, cwd=ROOT)
     one, two = (load_file(tmp_path / name / "checkpoints/step-000003/model.safetensors") for name in ("one", "two"))
     for name in one:

@@ -28,7 +28,9 @@ WHERE = {
 }
 PLACE_FIRST = None  # "in the centre there is a blue star"
 OPENINGS = ("", "", "", "there is ", "a picture of ", "a photo of ", PLACE_FIRST)
-TELLS = 4 * [(True, True)] + 2 * [(False, True)] + [(True, False)] + 3 * [(False, False)]  # size, place: of every object or of none
+TELLS = (
+    4 * [(True, True)] + 2 * [(False, True)] + [(True, False)] + 3 * [(False, False)]
+)  # size, place: of every object or of none
 ORDERS = [list(itertools.permutations(range(n))) for n in range(MOST + 1)]
 
 

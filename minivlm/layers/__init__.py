@@ -9,13 +9,13 @@ from minivlm.layers.transformer import Block, Transformer, TransformerConfig
 from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
 
 __all__ = [
+    "MLP",
     "RESNET_SIZES",
     "VIT_SIZES",
     "Attention",
     "Block",
     "Cache",
     "CrossAttention",
-    "MLP",
     "ResNet",
     "ResNetConfig",
     "Rotary",

@@ -54,7 +54,7 @@ class TextTransformer(nn.Module):
     def embed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T) → (B, T, D), and the mask that attention needs."""
         T = tokens.shape[1]
-        if T > self.config.context:
+        if self.config.context < T:
             raise ValueError(f"texts have {T} tokens, but the context is {self.config.context}; cut them first")
         x = self.token_embedding(tokens) + self.position_embedding[:T]
         if self.config.causal or not self.config.use_mask:

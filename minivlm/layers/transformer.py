@@ -98,7 +98,7 @@ class Block(nn.Module):
     def forward(self, x, context=None, *, mask=None, context_mask=None, rope=None, cache=None) -> Tensor:
         x = self.residual(x, self.attention_norm, lambda h: self.attention(h, mask=mask, rope=rope, cache=cache))
         if self.cross_attention is not None and context is not None:
-            read = lambda h: self.cross_attention(h, context, mask=context_mask)  # noqa: E731
+            read = lambda h: self.cross_attention(h, context, mask=context_mask)
             x = self.residual(x, self.cross_attention_norm, read)
         return self.residual(x, self.mlp_norm, self.mlp)
 
@@ -181,7 +181,9 @@ class Transformer(nn.Module):
         depth = len(self.blocks)
         count = layer if layer >= 0 else depth + 1 + layer
         if not 0 <= count <= depth:
-            raise ValueError(f"layer {layer} does not exist: a stack of {depth} blocks has states 0 to {depth} (or −1 …)")
+            raise ValueError(
+                f"layer {layer} does not exist: a stack of {depth} blocks has states 0 to {depth} (or −1 …)"
+            )
         return count
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

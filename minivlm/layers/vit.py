@@ -112,7 +112,9 @@ class ConvolutionStem(nn.Sequential):
     def __init__(self, width: int, patch_size: int):
         steps = patch_size.bit_length() - 1
         if patch_size != 1 << steps or width % (1 << steps):
-            raise ValueError(f"a stem halves the image: patch_size {patch_size} must be a power of two that divides {width}")
+            raise ValueError(
+                f"a stem halves the image: patch_size {patch_size} must be a power of two that divides {width}"
+            )
         channels = [3, *(width >> (steps - 1 - i) for i in range(steps))]
         layers: list[nn.Module] = []
         for i in range(steps):

@@ -18,6 +18,7 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.metrics.score import Score
 
+
 class Relevance(NamedTuple):
     """Which candidates are right for which query, told a few rows at a time."""
 

@@ -46,7 +46,10 @@ def clip_size(name: str) -> CLIPConfig:
     """The published sizes: "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-H/14", "RN50", …  Radford et al. 2021, tables 19, 20."""
     embed = {"ViT-B/32": 512, "ViT-B/16": 512, "ViT-L/14": 768, "ViT-H/14": 1024}
     widths = {"ViT-L/14": 768, "ViT-H/14": 1024, "RN50x4": 640, "RN50x16": 768, "RN50x64": 1024}
-    width, quick = widths.get(name, 512), name != "ViT-H/14"  # OpenAI's weights use quick_gelu, LAION's H/14 the exact one
+    width, quick = (
+        widths.get(name, 512),
+        name != "ViT-H/14",
+    )  # OpenAI's weights use quick_gelu, LAION's H/14 the exact one
     text = TextConfig(
         width=width,
         depth=24 if name == "ViT-H/14" else 12,

@@ -80,7 +80,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
 
 
 def read_value(text: str | bool) -> Any:
-    """"8" → 8, "1e-3" → 0.001, "true" → True, "none" → None, anything else stays a string."""
+    """ "8" → 8, "1e-3" → 0.001, "true" → True, "none" → None, anything else stays a string."""
     if isinstance(text, bool):
         return text
     if text.lower() in ("true", "false", "none"):
