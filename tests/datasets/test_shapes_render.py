@@ -29,7 +29,7 @@ def colour(image, mask):
     return np.abs(PALETTE - np.median(image[mask], axis=0)).sum(-1).argmin()
 
 
-@pytest.mark.parametrize("image_size, digest", [(64, "3d42e8f74551f3f7"), (48, "a9852aed0431c125")])
+@pytest.mark.parametrize("image_size, digest", [(64, "cc94862943b85e6f"), (48, "9afddf69f4f2515e")])
 def test_the_same_seed_means_the_same_bytes_everywhere(image_size, digest):
     """Pinned: if this fails, pictures have changed, and VERSION must rise."""
     images = render(draw_scenes(100, seed=0, stream=0), image_size)

@@ -63,14 +63,14 @@ def test_wordings_differ_and_are_pinned(scenes):
     assert {"there is", "in the middle there is", "near the top there is"} & opened and any(
         "a photo of" in t for t in texts
     )
-    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "7df5dfae45e2f88c"
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "8115f03bc5242eb7"
 
 
-def test_size_and_place_are_told_in_eight_captions_of_ten(scenes):
+def test_size_is_told_in_half_of_the_captions_and_place_in_six_of_ten(scenes):
     rng = np.random.default_rng(1)
     said = [parse(describe(scene, rng))[0] for scene in scenes]
-    for told in ([thing.size for thing in said], [thing.place for thing in said]):
-        assert 0.77 < np.mean([value is not None for value in told]) < 0.83
+    for told, share in (([thing.size for thing in said], 0.5), ([thing.place for thing in said], 0.6)):
+        assert abs(np.mean([value is not None for value in told]) - share) < 0.03
 
 
 def test_articles(scenes):
