@@ -94,7 +94,12 @@ def clip_transformers(size: dict, precision: str) -> Callable[[], float]:
     config = CLIPConfig(
         projection_dim=size["embed"],
         text_config=dict(
-            **widths(tw, td, th), vocab_size=size["vocab"], max_position_embeddings=size["context"], eos_token_id=end
+            **widths(tw, td, th),
+            vocab_size=size["vocab"],
+            max_position_embeddings=size["context"],
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=0,
         ),
         vision_config=dict(**widths(vw, vd, vh), image_size=size["image"], patch_size=size["patch"]),
     )
@@ -206,7 +211,9 @@ def load_minivlm(directory: str) -> Callable[[], float]:
 def load_transformers(directory: str) -> Callable[[], float]:
     import_peer("transformers")
     from transformers import CLIPModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return lambda: float(CLIPModel.from_pretrained(directory).config.projection_dim)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -131,19 +132,17 @@ class Contrast:
         evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
 
     def next_commands(self, out: Path) -> list[str]:
-        """Two commands to try on the model in `out`."""
-        directory = self.recipe.data.directory
-        test = open_pairs(directory, "test", image_size=self.processor.config.image_size)
-        caption, picture = test.all_captions(1)[0], Path(directory) / test.key(0)
-        labels = [name.replace("_", " ") for name in (test.classes or SHAPE_LABELS)[:4]]
-        quoted = " ".join(f'"{label}"' for label in labels)
+        """Two commands to try on the model in `out`, about the held-out pictures that take the fewest words."""
+        test = open_pairs(self.recipe.data.directory, "test", image_size=self.processor.config.image_size)
+        first = {test.all_captions(i)[0]: i for i in reversed(range(len(test)))}  # the first picture of each caption
+        captions = sorted(first, key=len)[:3]
+        picture = Path(self.recipe.data.directory) / test.key(first[captions[0]])
+        labels = " ".join(map(quote, captions))
         return [
-            f"python sample.py zero-shot {out} {picture} --labels {quoted}",
-            f'python sample.py search {out} {picture.parent} "{caption}" --top 8 --save sheet.png',
+            f"python sample.py zero-shot {out} {picture} --labels {labels}",
+            f"python sample.py search {out} {picture.parent} {quote(captions[0])} --top 8 --save sheet.png",
         ]
 
-
-SHAPE_LABELS = ["red circle", "blue square", "green star", "yellow heart"]
 
 SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=64, end_token=0)
 
@@ -163,13 +162,13 @@ CLIP_SHAPES = ContrastRecipe(
 PHOTOGRAPHS = ContrastRecipe(
     summary="a small CLIP on your own photographs",
     model=CLIPConfig(
-        # Some thousand photographs are learnt by heart in minutes: dropout and augmentation put that off.
-        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4, stem="convolutions", dropout=0.1),
+        vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
+        # The captions of a few thousand photographs are soon known by heart; dropout puts that off.
         text=TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=64, end_token=0, dropout=0.1),
         embed_width=128,
     ),
     optimiser=OptimiserConfig(learning_rate=2e-3, weight_decay=0.2, warmup=100),
-    steps=1600,
+    steps=1200,
     batch_size=256,
 )
 
