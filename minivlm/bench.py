@@ -8,6 +8,7 @@ open_clip and transformers take part where they are installed; each is given its
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from minivlm.errors import UserError, run_command_line
 from minivlm.training import keep_freed_memory
+
+STATUS = Path("/proc/self/status")
 
 SIZES = {  # image, patch, vision width/depth/heads, text width/depth/heads, context, vocabulary, shared width, batch
     "64px": dict(image=64, patch=8, vision=(192, 6, 3), text=(192, 4, 3), context=32, vocab=1000, embed=128, batch=128),
@@ -261,7 +264,7 @@ def compare(peers: dict[str, tuple[Callable, tuple]], rounds: int, seconds: floa
     return {name: summary(samples[name], *last[name][1:]) for name in workers}
 
 
-def summary(times: list[float], memory: int, value: float) -> dict:
+def summary(times: list[float], memory: float, value: float) -> dict:
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return dict(low=low, median=median, high=high, memory=memory, value=value)
 
@@ -274,7 +277,7 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
     except ImportError as error:
         pipe.send(f"not installed ({error.name})")
         return
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which imports and building made
+    forget_peak()
     base = memory("VmRSS")
     step()
     pipe.send(None)
@@ -286,10 +289,17 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
         pipe.send(((time.perf_counter() - start) / calls, memory("VmHWM") - base, value))
 
 
-def memory(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most. As Linux tells it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+def memory(field: str) -> float:
+    """Bytes of this process in memory, VmRSS now, VmHWM at most, as Linux tells it; NaN where there is no /proc."""
+    if not STATUS.exists():
+        return math.nan
+    return 1024.0 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
+
+
+def forget_peak() -> None:
+    """VmHWM begins anew: what imports and building took does not count."""
+    if STATUS.exists():
+        STATUS.with_name("clear_refs").write_text("5")
 
 
 def matrix_ceiling(precision: str) -> float:
