@@ -24,7 +24,7 @@ from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
 from minivlm.pictures import Row, sheet
 from minivlm.tasks.features import encode_images, encode_texts
-from minivlm.tasks.zero_shot import PLAIN, class_features, fill
+from minivlm.tasks.zero_shot import PLAIN, class_features
 
 
 def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
@@ -74,14 +74,11 @@ def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8
     if isinstance(test, ShapesWorld):
         splits = [test, *(ShapesWorld(directory, split) for split in ("single_seen", "single_unseen"))]
         rows = [(query, detail, shows(query)) for query, detail in SHAPE_QUERIES]
-    elif test.classes:
-        splits = [test]
-        some = np.unique(test.labels[test.labels >= 0])[:: max(1, len(test.classes) // 8)][:8]
-        rows = [(fill(TEMPLATES[0], test.classes[c].replace("_", " ")), "", has_label(c)) for c in some]
     else:
         splits = [test]
-        some = range(0, len(test), max(1, len(test) // 8))[:8]
-        rows = [(test.all_captions(i)[0], "", has_caption(test.all_captions(i)[0])) for i in some]
+        known = dict.fromkeys(test.all_captions(i)[0] for i in range(len(test)))  # each caption once
+        some = list(known)[:: max(1, len(known) // 8)][:8]
+        rows = [(caption, "", has_caption(caption)) for caption in some]
     features = torch.cat([encode_split(model, processor, split, 250) for split in splits])
     queries = encode_texts([query for query, _, _ in rows], model, processor, cut=True)
     where = [(split, i) for split in splits for i in range(len(split))]
@@ -122,10 +119,6 @@ def shows(query: str):
 
 def agrees(want, thing) -> bool:
     return all(told is None or told == fact for told, fact in zip(want[:4], thing[:4], strict=True))
-
-
-def has_label(label: int):
-    return lambda split, index: bool(split.labels[index] == label)
 
 
 def has_caption(caption: str):
