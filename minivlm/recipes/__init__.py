@@ -47,12 +47,16 @@ def resumed_recipe(cls: type[Recipe], directory: Path) -> Recipe:
 def list_text() -> str:
     """Every recipe, a line each."""
     width = max(map(len, RECIPES))
-    return "\n".join(f"{name:{width}}  {recipe.summary}" for name, recipe in RECIPES.items())
+    return "\n".join(f"{name:{width}}  {recipe.summary}; {recipe.measured}" for name, recipe in RECIPES.items())
 
 
 def help_text(name: str, recipe: Recipe) -> str:
     """The options, and every field of the recipe with its value."""
-    fields = [f"  --{field}  {value_at(recipe, field)}" for field in dotted_names(recipe) if field != "summary"]
+    fields = [
+        f"  --{field}  {value_at(recipe, field)}"
+        for field in dotted_names(recipe)
+        if field not in ("summary", "measured")
+    ]
     return "\n".join(
         [
             "usage: python train.py [recipe] [--option value …]      recipes: " + ", ".join(RECIPES),

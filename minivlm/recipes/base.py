@@ -17,6 +17,7 @@ class Recipe:
     """What every recipe has; the recipes of a pattern add model and data, and `start`, which opens both."""
 
     summary: str
+    measured: str = ""  # how long it took and what it reached, for --list
     steps: int
     batch_size: int  # of all processes together
     micro_batch: int | None = None  # samples whose activations are held at a time; None: the whole batch

@@ -148,6 +148,7 @@ SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=64,
 
 CLIP_SHAPES = ContrastRecipe(
     summary="a small CLIP (ViT) on the shapes world",
+    measured="3 min on 2 cores: zero-shot 98 % on seen, 91 % on never-seen pairs, Recall@1 95 % (mean of 3 seeds)",
     model=CLIPConfig(
         vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
         text=SMALL_TEXT,
@@ -174,14 +175,10 @@ PHOTOGRAPHS = ContrastRecipe(
 
 RECIPES = {
     "clip": CLIP_SHAPES,
-    "siglip": replace(
-        CLIP_SHAPES,
-        summary="the same with SigLIP's pairwise sigmoid loss",
-        model=replace(CLIP_SHAPES.model, loss="sigmoid"),
-    ),
     "clip-resnet": replace(
         CLIP_SHAPES,
         summary="the same with a small ResNet as the vision tower",
+        measured="4 min on 2 cores: 100 %, 100 %, 99 % (1 seed)",
         model=CLIPConfig(
             vision=ResNetConfig(blocks=(1, 1, 1, 1), width=16, output_width=128, heads=8, image_size=64),
             text=SMALL_TEXT,
