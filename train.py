@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minivlm import recipes, training
-from minivlm.errors import run_command_line
+from minivlm.errors import UserError, run_command_line
 from minivlm.run import Run, restore
 
 
@@ -54,7 +54,10 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
     def save() -> None:
         nonlocal started
         paused = time.perf_counter()
-        score = work.validate()
+        try:
+            score = work.validate()
+        except UserError as error:
+            raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
         run.save(step, model, work.processor, optimiser, recipe, score)
         bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
         started += time.perf_counter() - paused  # samples/s speaks of training alone

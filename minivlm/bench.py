@@ -24,7 +24,7 @@ from minivlm.training import keep_freed_memory
 
 STATUS = Path("/proc/self/status")
 
-SIZES = {  # image, patch, vision width/depth/heads, text width/depth/heads, context, vocabulary, shared width, batch
+SIZES = {  # vision and text: width, depth, heads
     "64px": dict(image=64, patch=8, vision=(192, 6, 3), text=(192, 4, 3), context=32, vocab=1000, embed=128, batch=128),
     "ViT-B/32": dict(
         image=224, patch=32, vision=(768, 12, 12), text=(512, 12, 8), context=77, vocab=49408, embed=512, batch=16
@@ -158,11 +158,8 @@ def bench_clip(options: argparse.Namespace) -> None:
 
 def loss_inputs(B: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images, texts = (
-        torch.nn.functional.normalize(torch.randn(B, 512, generator=generator), dim=1).requires_grad_()
-        for _ in range(2)
-    )
-    return images, texts, torch.tensor(14.3, requires_grad=True)
+    draw = lambda: torch.nn.functional.normalize(torch.randn(B, 512, generator=generator), dim=1).requires_grad_()
+    return draw(), draw(), torch.tensor(14.3, requires_grad=True)
 
 
 def loss_step(function: Callable[..., Tensor], B: int) -> Callable[[], float]:
