@@ -144,7 +144,8 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
 
     Biases are zero and norms one; other convolutions keep PyTorch's default, drawn from `generator`. The last batch norm
     of every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, §5.1).
-    A stem's output has ten times the size of a patch embedding's; positions that stay small beside it are learnt late.
+    A stem's output is twice as large as a patch embedding's (0.93 against 0.42 on the shapes world), and positions
+    start larger beside it.
     """
 
     def normal(tensor: Tensor, std: float) -> None:
