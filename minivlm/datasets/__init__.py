@@ -1,4 +1,4 @@
-"""Images with captions: the shapes world, and one's own folders. Each part is imported when its name is first used."""
+"""Pictures and what is said about them: the shapes world, and one's own folders. Each part is imported on first use."""
 
 import importlib
 
@@ -7,6 +7,10 @@ _HOME = {
     "FolderPairs": "folder",
     "open_pairs": "folder",
     "TEMPLATES": "folder",
+    "Talk": "talk",
+    "Question": "talk",
+    "open_talk": "talk",
+    "FolderTalk": "folder_talk",
     "TrainTransform": "transforms",
     "read_image": "images",
     "ShapesWorld": "shapes",

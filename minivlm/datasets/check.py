@@ -51,7 +51,9 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minivlm.datasets.check", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "directory", type=Path, help="a folder with captions.jsonl, class sub-folders, or a shapes world"
+        "directory",
+        type=Path,
+        help="a folder with captions, questions, conversations, class sub-folders, or a shapes world",
     )
     parser.add_argument("--model", help="a trained model, whose tokeniser and sizes are used")
     parser.add_argument("--image_size", type=int, default=64, help="without --model (default: %(default)s)")

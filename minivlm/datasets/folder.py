@@ -4,6 +4,7 @@
                             optional: "split": "train" | "val" | "test", "label": "pink primrose"
     DIR/<class>/*.jpg       captions from TEMPLATES; "_" in a class name reads as a space
     DIR/train/<class>/…     the same with the split given; val and test (or valid, validation) beside it
+    DIR/vqa.jsonl, DIR/conversations.json   what is said about an image is its captions (folder_talk.py)
 
 Splits that the files do not give are drawn by a hash of the file's name, so that adding or removing other files never
 moves an image from training to test. Training images come from a cache of shrunk pixels (images.py); val and test
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -42,11 +43,15 @@ class Item:
     label: str | None = None
     split: str | None = None
 
+    @property
+    def images(self) -> list[str]:
+        return [self.image]
+
 
 def open_pairs(
     directory: str | os.PathLike, split: str, *, image_size: int, cache: str | os.PathLike | None = None
 ) -> Pairs:
-    """One split ("train", "val", "test") of a folder that holds the shapes world, captions.jsonl or class sub-folders.
+    """One split ("train", "val", "test") of a folder: the shapes world, captions.jsonl, questions, conversations or classes.
 
     image_size  the model's; training images are cached with a shorter side of 1.25 times it, room for a random crop
     cache       where decoded images are kept; by default DIR/.minivlm_cache, or the user's cache folder if DIR is
@@ -79,7 +84,8 @@ class FolderPairs(Pairs):
             self.cache = ImageCache(
                 self.directory, [i.image for i in items], folder, shorter_side=ceil(1.25 * image_size)
             )
-            items = self.without_broken(items)
+            self.skipped = self.cache.errors
+            items = skip_broken(items, self.skipped, self.notes)
         else:
             for item in items:
                 check_header(self.directory / item.image)
@@ -88,16 +94,6 @@ class FolderPairs(Pairs):
         self.classes = names or None
         position = {name: i for i, name in enumerate(names)}
         self.labels = np.array([position.get(i.label, -1) for i in items], dtype=np.int64) if names else None
-
-    def without_broken(self, items: list[Item]) -> list[Item]:
-        self.skipped = self.cache.errors
-        if len(self.skipped) == len(items):
-            first = next(iter(self.skipped.values()))
-            raise UserError(f"None of the {len(items)} training images can be read; the first: {first}")
-        if self.skipped:
-            shown = " ".join(list(self.skipped.values())[:5]) + (" …" if len(self.skipped) > 5 else "")
-            self.notes.append(f"{len(self.skipped)} of {len(items)} training images are skipped. {shown}")
-        return [item for item in items if item.image not in self.skipped]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -115,6 +111,19 @@ class FolderPairs(Pairs):
         return self.items[index].image
 
 
+def skip_broken(items: list, errors: dict[str, str], notes: list[str]) -> list:
+    """The training items of which every image can be read; `notes` is told of the others. errors: image → sentence."""
+    kept = [item for item in items if not errors.keys() & set(item.images)]
+    total = len({image for item in items for image in item.images})
+    if not kept:
+        first = next(iter(errors.values()))
+        raise UserError(f"None of the {total} training images can be read; the first: {first}")
+    if errors:
+        shown = " ".join(list(errors.values())[:5]) + (" …" if len(errors) > 5 else "")
+        notes.append(f"{len(errors)} of {total} training images are skipped. {shown}")
+    return kept
+
+
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -123,8 +132,8 @@ def hashed_split(name: str) -> str:
     return {0: "test", 1: "val"}.get(zlib.crc32(name.encode()) % 10, "train")
 
 
-def choose_split(items: list[Item], split: str, directory: Path) -> tuple[list[Item], list[str]]:
-    """The items of `split`, and notes on how they were chosen where the files do not say it all.
+def choose_split(items: list, split: str, directory: Path) -> tuple[list, list[str]]:
+    """The items of `split` (each has an `image` and a `split`), and notes on what the files left to be chosen.
 
     No split or only "train" given: val and test are a tenth each, by hash. "val" missing: a tenth of train. "test"
     missing: val stands in. A split that stays empty because there are so few images: another one stands in. A line
@@ -146,7 +155,7 @@ def choose_split(items: list[Item], split: str, directory: Path) -> tuple[list[I
     elif "val" not in given and "train" in given:
         drawn |= {"val"}
         notes.append("No val split is given: a tenth of the training images, by a hash of the file name.")
-    groups: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    groups: dict[str, list] = {name: [] for name in SPLITS}
     for item in items:
         own = item.split or "train"
         hashed = hashed_split(item.image)
@@ -168,12 +177,17 @@ def read_folder(directory: Path, problems: list[str] | None = None) -> list[Item
         raise UserError(f"There is no folder {directory}.")
     if (directory / "captions.jsonl").is_file():
         return read_captions(directory, problems)
+    from minivlm.datasets.folder_talk import find_talk, read_items
+
+    if find_talk(directory):
+        return read_items(directory, problems)
     items = read_class_folders(directory)
     classes = {item.label for item in items}
     if not items:
         raise UserError(
-            f"{directory} is no dataset that is recognised: looked for world.json (the shapes world), captions.jsonl, "
-            f"and images in sub-folders, one a class ({directory.name}/cat/1.jpg or {directory.name}/train/cat/1.jpg)."
+            f"{directory} is no dataset that is recognised: looked for world.json (the shapes world), "
+            f"conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl, and images in sub-folders, one a class "
+            f"({directory.name}/cat/1.jpg or {directory.name}/train/cat/1.jpg)."
         )
     if len(classes) == 1:
         raise UserError(
@@ -209,16 +223,7 @@ def read_captions(directory: Path, problems: list[str] | None = None) -> list[It
     """The lines of captions.jsonl; several lines about one image become one item with all their captions."""
     file = directory / "captions.jsonl"
     items: dict[str, Item] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            add_item(items, read_line(line, directory))
-        except ValueError as error:
-            message = f"{file}, line {number}: {error}."
-            if problems is None:
-                raise UserError(message) from error
-            problems.append(message)
+    read_lines(file, lambda values: add_item(items, caption_item(values, directory)), EXAMPLE, problems)
     if not items and not problems:
         raise UserError(f"{file} is empty: it needs one line an image, like {EXAMPLE}.")
     return list(items.values())
@@ -227,18 +232,36 @@ def read_captions(directory: Path, problems: list[str] | None = None) -> list[It
 EXAMPLE = '{"image": "a.jpg", "caption": "a red kite"}'
 
 
-def read_line(line: bytes, directory: Path) -> Item:
-    """One line of captions.jsonl. ValueError says what is wrong with it."""
+def read_lines(file: Path, add: Callable[[dict], None], example: str, problems: list[str] | None = None) -> None:
+    """add(values) for each line of JSON; a ValueError from it, or from reading, names the line, as in `read_folder`."""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            add(read_line(line, example))
+        except ValueError as error:
+            message = f"{file}, line {number}: {error}."
+            if problems is None:
+                raise UserError(message) from error
+            problems.append(message)
+
+
+def read_line(line: bytes, example: str) -> dict:
+    """One line of JSON that names an image. ValueError says what is wrong with it."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"it is not JSON ({error.msg} at character {error.pos + 1}); a line looks like {EXAMPLE}"
+            f"it is not JSON ({error.msg} at character {error.pos + 1}); a line looks like {example}"
         ) from None
     if not isinstance(values, dict) or not isinstance(values.get("image"), str) or not values["image"]:
-        raise ValueError(f'it names no "image"; a line looks like {EXAMPLE}')
+        raise ValueError(f'it names no "image"; a line looks like {example}')
+    return values
+
+
+def caption_item(values: dict, directory: Path) -> Item:
     captions = values.get("captions", values.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
@@ -246,11 +269,18 @@ def read_line(line: bytes, directory: Path) -> Item:
     captions = [c.strip() for c in captions if c.strip()]
     if not captions:
         raise ValueError("its caption is empty")
-    label, split = values.get("label"), values.get("split")
-    if split is not None and str(split).lower() not in SPLIT_NAMES:
+    label = values.get("label")
+    image = find_image(values["image"], directory)
+    return Item(image, captions, None if label is None else str(label), split_of(values))
+
+
+def split_of(values: dict) -> str | None:
+    """The split that a line or an entry names, if it does."""
+    if (split := values.get("split")) is None:
+        return None
+    if str(split).lower() not in SPLIT_NAMES:
         raise ValueError(f"its split is {split!r}, but there are train, val and test")
-    split = SPLIT_NAMES[str(split).lower()] if split is not None else None
-    return Item(find_image(values["image"], directory), captions, None if label is None else str(label), split)
+    return SPLIT_NAMES[str(split).lower()]
 
 
 def find_image(image: str, directory: Path) -> str:

@@ -1,0 +1,299 @@
+"""One's own pictures in conversation: a folder with conversations.json, vqa.jsonl or captions.jsonl.
+
+DIR/conversations.json  LLaVA's format: [{"id": "1", "image": "a.jpg", "conversations": [
+                        {"from": "human", "value": "<image>\\nwhat is it?"}, {"from": "gpt", "value": "a kite"}]}]
+                        "image" may be a list, one for each <image>, or absent; optional: "split"
+DIR/vqa.jsonl           {"image": "a.jpg", "question": "what is it?", "answer": "a kite"}, or questions.jsonl
+                        optional: "answers": [all that are right], "split", and "kind", "answer_type" or
+                        "question_type", for each of which the accuracy is told
+DIR/captions.jsonl      as in folder.py, which also says how splits are drawn and images are found, cached and read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minivlm.conversation import MARK, Turn, check_conversation, with_images
+from minivlm.datasets.folder import Item, choose_split, find_image, read_captions, read_lines, skip_broken, split_of
+from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets.talk import DESCRIBE, Question, Talk, ask_for_caption
+from minivlm.errors import UserError
+
+MOST = 4  # questions of one conversation
+
+# ---------------------------------------------------------------------------------------------------------- one sample
+
+
+@dataclass
+class Entry:
+    """Pictures (paths below the folder), and what is said about them."""
+
+    images: list[str]
+    split: str | None
+    key: str  # the first image, or the name of an entry without any
+
+    @property
+    def image(self) -> str:
+        """What a split is drawn by."""
+        return self.key
+
+
+@dataclass
+class Captioned(Entry):
+    captions: Sequence[str]
+
+    def conversation(self, rng: np.random.Generator) -> list[Turn]:
+        return ask_for_caption(self.captions, rng)
+
+    def questions(self) -> list[Asked]:
+        return []
+
+    def texts(self) -> Sequence[str]:
+        return self.captions
+
+    about = texts
+
+
+class Asked(NamedTuple):
+    text: str
+    answer: str  # the one that is learnt
+    answers: tuple[str, ...]  # those that are right
+    kind: str = "all"
+
+
+@dataclass
+class Quiz(Entry):
+    """All questions about one picture."""
+
+    asked: list[Asked] = field(default_factory=list)
+
+    def conversation(self, rng: np.random.Generator) -> list[Turn]:
+        """Some of the questions, in any order, the picture in front of the first."""
+        chosen = [self.asked[i] for i in rng.permutation(len(self.asked))[:MOST]]
+        turns = [turn for q in chosen for turn in (Turn("user", q.text), Turn("assistant", q.answer))]
+        return [Turn("user", with_images(turns[0].text)), *turns[1:]]
+
+    def questions(self) -> list[Asked]:
+        return self.asked
+
+    def texts(self) -> list[str]:
+        return [f"{q.text} {q.answer}" for q in self.asked]
+
+    about = texts
+
+
+@dataclass
+class Conversation(Entry):
+    turns: list[Turn]
+
+    def conversation(self, rng: np.random.Generator) -> list[Turn]:
+        return self.turns
+
+    def questions(self) -> list[Asked]:
+        """The first question and its answer, if all pictures, and there are some, come with it."""
+        user, assistant = [turn.text for turn in self.turns if turn.role != "system"][:2]
+        if not self.images or user.count(MARK) != len(self.images):
+            return []
+        return [Asked(without_marks(user), assistant.strip(), (assistant.strip(),))]
+
+    def texts(self) -> list[str]:
+        """What the user says and the answer to it are one text."""
+        spoken = [turn.text for turn in self.turns if turn.role != "system"]
+        return [without_marks(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
+
+    def about(self) -> list[str]:
+        return [turn.text.strip() for turn in self.turns if turn.role == "assistant"]
+
+
+def without_marks(text: str) -> str:
+    return " ".join(text.replace(MARK, " ").split())
+
+
+# --------------------------------------------------------------------------------------------------------- the dataset
+
+
+class FolderTalk(Talk):
+    """A split of a folder; see the module for what is recognised, `Talk` for the interface.
+
+    Questions about one picture are one sample, of which a conversation asks up to four. A training sample with an image
+    that cannot be decoded is left out, and told in `notes` and `skipped` (image → why); in val and test it is an error.
+    """
+
+    def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
+        self.directory, self.split = Path(directory), split
+        entries, self.notes = choose_split(read_entries(self.directory), split, self.directory)
+        self.skipped: dict[str, str] = {}
+        self.cache = None
+        images = list(dict.fromkeys(image for entry in entries for image in entry.images)) if image_size else []
+        if split == "train":
+            side = ceil(1.25 * image_size) if image_size else 0
+            if images:
+                self.cache = ImageCache(self.directory, images, cache_folder(self.directory), shorter_side=side)
+                self.skipped = self.cache.errors
+                entries = skip_broken(entries, self.skipped, self.notes)
+        else:
+            for image in images:
+                check_header(self.directory / image)
+        self.entries: list[Captioned | Quiz | Conversation] = entries
+        self.one_picture_each = all(len(entry.images) == 1 for entry in entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
+        return [[self.read(image) for image in self.entries[i].images] for i in indices]
+
+    def read(self, image: str) -> np.ndarray:
+        return np.array(read_image(self.directory / image)) if self.cache is None else self.cache[image]
+
+    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        return self.entries[index].conversation(rng)
+
+    def key(self, index: int) -> str:
+        return self.entries[index].key
+
+    def texts(self) -> Iterator[str]:
+        request = [DESCRIBE] if any(isinstance(entry, Captioned) for entry in self.entries) else []
+        yield from dict.fromkeys([*request, *(text for entry in self.entries for text in entry.texts())])
+
+    def questions(self) -> list[Question]:
+        """Those of vqa.jsonl, or the first of each conversation about pictures."""
+        return [
+            Question(index, asked.text, asked.answers, asked.kind)
+            for index, entry in enumerate(self.entries)
+            for asked in entry.questions()
+        ]
+
+    def captions(self, index: int) -> list[str]:
+        entry = self.entries[index]
+        return list(entry.captions) if isinstance(entry, Captioned) else []
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_talk(directory: Path) -> Path | None:
+    """The file with questions or conversations, if there is one."""
+    names = ("conversations.json", "vqa.jsonl", "questions.jsonl")
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def read_entries(directory: Path, problems: list[str] | None = None) -> list[Captioned | Quiz | Conversation]:
+    """Everything a folder holds. What is wrong with an entry raises UserError, or is added to `problems` if given."""
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}.")
+    file = find_talk(directory)
+    if file is None and not (directory / "captions.jsonl").is_file():
+        raise UserError(
+            f"{directory} holds nothing to talk about: looked for world.json (the shapes world), conversations.json, "
+            "vqa.jsonl, questions.jsonl and captions.jsonl."
+        )
+    if file is None:
+        items = read_captions(directory, problems)
+        return [Captioned(item.images, item.split, item.image, item.captions) for item in items]
+    find = cache(partial(find_image, directory=directory))  # many entries may be about one image
+    read = read_conversations if file.suffix == ".json" else read_questions
+    return read(file, find, problems)
+
+
+def read_items(directory: Path, problems: list[str] | None = None) -> list[Item]:
+    """The same as images with captions: what is answered, behind its question where that is short (vqa.jsonl)."""
+    items: dict[tuple, Item] = {}
+    for entry in read_entries(directory, problems):
+        if len(entry.images) == 1:
+            item = items.setdefault((entry.key, entry.split), Item(entry.key, [], None, entry.split))
+            item.captions = [*dict.fromkeys([*item.captions, *entry.about()])]
+    if not items and not problems:
+        raise UserError(f"{directory} has no conversation about one image alone, so it holds no images with captions.")
+    return list(items.values())
+
+
+EXAMPLE = '{"image": "a.jpg", "question": "how many dogs are there?", "answer": "two"}'
+
+
+def read_questions(file: Path, find, problems: list[str] | None) -> list[Quiz]:
+    """One entry for each image and split: in some datasets an image has questions to train on, and others to test."""
+    entries: dict[tuple, Quiz] = {}
+
+    def add(values: dict) -> None:
+        image, split = find(values["image"]), split_of(values)
+        asked = read_question(values)
+        entries.setdefault((image, split), Quiz([image], split, image)).asked.append(asked)
+
+    read_lines(file, add, EXAMPLE, problems)
+    if not entries and not problems:
+        raise UserError(f"{file} is empty: it needs one line a question, like {EXAMPLE}.")
+    return list(entries.values())
+
+
+def read_question(values: dict) -> Asked:
+    """ValueError says what is wrong. Where there is no "answer", the most frequent one of "answers" is learnt."""
+    text, answers = values.get("question"), values.get("answers", [])
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'it has no "question"; a line looks like {EXAMPLE}')
+    answers = answers if isinstance(answers, list) else [answers]
+    given = [values["answer"]] if "answer" in values else answers
+    if not given:
+        raise ValueError(f"it has no answer; a line looks like {EXAMPLE}")
+    if not all(isinstance(a, (str, int, float)) for a in given + answers):
+        raise ValueError(f'an answer is a string and "answers" a list of them, as in {EXAMPLE}')
+    given, answers = [str(a).strip() for a in given], [str(a).strip() for a in answers]
+    if not any(given):
+        raise ValueError("its answer is empty")
+    answer = Counter(a for a in given if a).most_common(1)[0][0]
+    right = tuple(answers) if answer in answers else (answer, *answers)
+    kinds = [values[name] for name in ("kind", "answer_type", "question_type") if values.get(name)]
+    return Asked(text.strip(), answer, right, str(kinds[0]) if kinds else "all")
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+def read_conversations(file: Path, find, problems: list[str] | None) -> list[Conversation]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{file} is not JSON ({error}).") from None
+    if not isinstance(values, list) or not values:
+        raise UserError(f'{file} holds no list of conversations, [{{"image": …, "conversations": […]}}, …].')
+    entries = []
+    for number, value in enumerate(values, 1):
+        name = f"entry {number}" + (f" (id {value['id']})" if isinstance(value, dict) and "id" in value else "")
+        try:
+            entries.append(read_conversation(value, find, name))
+        except (ValueError, UserError) as error:
+            message = f"{file}, {name}: {str(error).rstrip('.')}."
+            if problems is None:
+                raise UserError(message) from error
+            problems.append(message)
+    return entries
+
+
+def read_conversation(values: dict, find, name: str) -> Conversation:
+    """ValueError or UserError says what is wrong."""
+    if not isinstance(values, dict) or not isinstance(values.get("conversations"), list):
+        raise ValueError('it has no list "conversations"')
+    images = values.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    if not all(isinstance(image, str) for image in images):
+        raise ValueError('its "image" is no file name, and no list of them')
+    turns = [read_turn(turn) for turn in values["conversations"]]
+    check_conversation(turns, len(images))
+    images = [find(image) for image in images]
+    return Conversation(images, split_of(values), images[0] if images else str(values.get("id", name)), turns)
+
+
+def read_turn(turn) -> Turn:
+    if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
+        raise ValueError('a turn looks like {"from": "human", "value": "what is it?"}')
+    return Turn(SPEAKERS.get(turn["from"], turn["from"]), turn["value"])

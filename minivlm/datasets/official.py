@@ -1,0 +1,81 @@
+"""What the scripts data/*/prepare.py share: reading a dataset's official files, and writing a folder of ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minivlm.errors import UserError
+
+
+def command_line(doc: str, out: Path) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help=f"the folder to make (default: data/{out.name})")
+    parser.add_argument("--copy", action="store_true", help="copy the images instead of linking to their folder")
+    return parser
+
+
+def read_official(path: Path, *lists: str) -> Any:
+    """A JSON file that holds a list; or an object with these lists of objects, of which it gives the lists."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:  # no text, or no JSON
+        raise UserError(f"{path} is not JSON ({error}): was it downloaded completely?") from None
+    if not lists:
+        return as_list(values, f"{path} is another file than expected: it holds no list.")
+    named = values if isinstance(values, dict) else {}
+    return [
+        as_list(named.get(name), f'{path} is another file than expected: it has no list "{name}".') for name in lists
+    ]
+
+
+def as_list(values: Any, message: str) -> list[dict]:
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise UserError(message)
+    return values
+
+
+def place(source: Path, target: Path, *, copy: bool = False) -> None:
+    """`target` becomes a link to the folder `source`, or a copy of it. A link that is there already is replaced."""
+    try:
+        if target.is_symlink():
+            target.unlink()
+        if copy:
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        elif not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source.resolve(), target_is_directory=True)
+        elif not target.samefile(source):
+            raise UserError(f"{target} is there already: remove it, or choose another folder with --out.")
+    except OSError as error:  # shutil.Error is one
+        hint = "" if copy else "; try --copy"
+        raise UserError(f"{target} could not be made from {source} ({error.strerror or error}){hint}.") from error
+
+
+def require_images(names: Iterable[str], folder: Path) -> None:
+    """UserError if the folder, or one of these images in it, is missing."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} with the images.")
+    names = set(names)
+    missing = names.difference(os.listdir(folder))
+    if missing:
+        raise UserError(f"{len(missing)} of {len(names)} images are missing in {folder}; the first is {min(missing)}.")
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """One line of JSON a row, the whole file or none of it."""
+    from minivlm.checkpoint import write_atomically
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    write_atomically(path, write)

@@ -1,0 +1,91 @@
+"""What a dataset of the prefix pattern offers: pictures, and what is said about them in turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minivlm.conversation import Turn, with_images
+
+DESCRIBE = "describe the picture."
+
+
+def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    """A request, and one of the captions of the picture."""
+    return [Turn("user", with_images(DESCRIBE)), Turn("assistant", captions[int(rng.random() * len(captions))])]
+
+
+class Question(NamedTuple):
+    """A question to be judged by."""
+
+    index: int  # the sample whose pictures it is about
+    text: str  # without <image> marks: they stand in front of it, one for each picture of the sample
+    answers: tuple[str, ...]  # any of them is right; ten: what ten people said (VQA v2)
+    kind: str = "all"  # accuracy is told for each kind
+
+
+class Talk:
+    """One split of pictures with conversations. A dataset sets `split`, and defines the methods that raise here.
+
+    split  "train", "val" or "test"
+    notes  sentences that the user should see: what was skipped, which split stands in for a missing one
+    one_picture_each  False where some samples have several pictures, or none
+    """
+
+    split: str
+    notes: Sequence[str] = ()
+    one_picture_each: bool = True
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
+        """The pictures of each sample, (H, W, 3) uint8 RGB; sizes may differ."""
+        raise NotImplementedError
+
+    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        """What is said about the pictures of a sample; where there is a choice, `rng` makes it."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """The sample's name in messages: a file name, or "train/123"."""
+        raise NotImplementedError
+
+    def texts(self) -> Iterator[str]:
+        """All that is said in the split, each text once: what a tokeniser and a language model are trained on."""
+        raise NotImplementedError
+
+    def questions(self) -> list[Question]:
+        """The questions that a model is judged by, always the same ones; none where the data hold none."""
+        return []
+
+    def captions(self, index: int) -> list[str]:
+        """What is known to describe the picture; nothing where the data have no captions."""
+        return []
+
+    def caption_conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        """A request for a caption, and one of them; where there is none, a conversation."""
+        if not (known := self.captions(index)):
+            return self.conversation(index, rng)
+        return ask_for_caption(known, rng)
+
+
+def open_talk(directory: str | os.PathLike, split: str, *, image_size: int | None) -> Talk:
+    """One split of a folder that holds the shapes world, conversations.json, vqa.jsonl (or questions.jsonl) or
+    captions.jsonl, whichever is there first.
+
+    image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no picture will be
+                looked at, so none is decoded
+    """
+    from minivlm.datasets.folder_talk import FolderTalk
+
+    directory = Path(directory)
+    if (directory / "world.json").is_file():
+        from minivlm.datasets.shapes_talk import ShapesTalk
+
+        return ShapesTalk(directory, split)
+    return FolderTalk(directory, split, image_size=image_size)

@@ -1,0 +1,298 @@
+"""The scripts that turn a dataset's official files into a folder: small files of the same form, opened as datasets."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minivlm.conversation import Turn
+from minivlm.datasets import Question, open_pairs, open_talk
+from minivlm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def prepare(name, *argv):
+    """data/<name>/prepare.py with these arguments."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(a) for a in argv])
+
+
+def save(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), len(path.name), dtype=np.uint8)).save(path)
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr8k", "llava", "vqa2"])
+def test_a_script_explains_itself(name, capsys):
+    with pytest.raises(SystemExit):
+        prepare(name, "--help")
+    shown = capsys.readouterr().out
+    assert f"python data/{name}/prepare.py" in shown and f"(default: data/{name})" in " ".join(shown.split())
+
+
+def test_a_script_works_from_anywhere_and_says_what_is_wrong(tmp_path):
+    command = [sys.executable, ROOT / "data" / "coco" / "prepare.py", "nowhere", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: nowhere has neither train2017/ nor val2017/ with COCO's images.\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------ COCO
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """annotations/, train2017/ with two images and val2017/ with one; another image has no caption and is not there."""
+    for split, ids in (("train", (9, 25)), ("val", (139,))):
+        save(*(tmp_path / "coco" / f"{split}2017" / f"{i:012d}.jpg" for i in ids))
+        images = [{"license": 3, "file_name": f"{i:012d}.jpg", "height": 40, "width": 50, "id": i} for i in (*ids, 1)]
+        captions = [
+            {"image_id": i, "id": 10 * i + k, "caption": f"A photo of {i}, {k}.\n"} for k in range(5) for i in ids
+        ]
+        values = {"info": {}, "licenses": [], "images": images, "annotations": captions}
+        write(tmp_path / "coco" / "annotations" / f"captions_{split}2017.json", values)
+    return tmp_path / "coco"
+
+
+def test_coco(coco, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("coco", coco, "--out", out)
+    assert f"{out}: 3 images, 15 captions. Next: python train.py clip --data {out}" in capsys.readouterr().out
+    train, val = open_pairs(out, "train", image_size=32), open_talk(out, "val", image_size=32)
+    assert [train.key(i) for i in range(2)] == [
+        "images/train2017/000000000009.jpg",
+        "images/train2017/000000000025.jpg",
+    ]
+    assert train.all_captions(1) == [f"A photo of 25, {k}." for k in range(5)]
+    assert val.captions(0)[0] == "A photo of 139, 0." and val.images([0])[0][0].shape == (40, 50, 3)
+    assert (out / "images" / "train2017").is_symlink()
+
+
+def test_coco_is_made_again_and_copied(coco, tmp_path):
+    out = tmp_path / "out"
+    for options in ([], [], ["--copy"], ["--copy"]):
+        prepare("coco", coco, "--out", out, *options)
+    assert not (out / "images" / "train2017").is_symlink()
+    assert len(list((coco / "train2017").iterdir())) == 2  # the originals are where they were
+    with pytest.raises(UserError, match="train2017 is there already: remove it, or choose another folder with --out"):
+        prepare("coco", coco, "--out", out)
+
+
+def test_one_split_of_coco_is_enough(coco, tmp_path, capsys):
+    (coco / "train2017").rename(coco / "elsewhere")
+    prepare("coco", coco, "--out", tmp_path / "out")
+    assert "train2017 is not there: no train split" in capsys.readouterr().out
+    assert len(open_pairs(tmp_path / "out", "test", image_size=32)) == 1
+    (coco / "val2017").rename(coco / "nowhere")
+    with pytest.raises(UserError, match=r"has neither train2017/ nor val2017/"):
+        prepare("coco", coco, "--out", tmp_path / "out")
+
+
+def test_wrong_files_of_coco_are_named(coco, tmp_path):
+    file, out = coco / "annotations" / "captions_train2017.json", tmp_path / "out"
+    whole = file.read_text()
+    for text, message in (
+        (whole[:100], r"captions_train2017\.json is not JSON .*: was it downloaded completely"),
+        ("[]", r'captions_train2017\.json is another file than expected: it has no list "images"'),
+        (json.dumps({"images": [], "annotations": [3]}), 'it has no list "annotations"'),
+        (json.dumps({"images": [{"id": 9}], "annotations": []}), "it has no 'file_name'"),
+        (json.dumps({"images": [], "annotations": [{"image_id": 9, "caption": "c"}]}), "it has no 9"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prepare("coco", coco, "--out", out)
+    file.unlink()
+    with pytest.raises(UserError, match=r"captions_train2017\.json cannot be read \(No such file"):
+        prepare("coco", coco, "--out", out)
+    file.write_text(whole)
+    (coco / "train2017" / "000000000025.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 images are missing in .*train2017; the first is 000000000025\.jpg"):
+        prepare("coco", coco, "--out", out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- VQA v2
+
+
+@pytest.fixture
+def vqa(tmp_path):
+    """Two questions about a training image, one about another of val."""
+    rows = [
+        ("train", 9, 9000, "What is it?", "cat"),
+        ("train", 9, 9001, "Is it?", "yes"),
+        ("val", 42, 420, "Where?", "left"),
+    ]
+    for split in ("train", "val"):
+        mine = [row[1:] for row in rows if row[0] == split]
+        save(*(tmp_path / "coco" / f"{split}2014" / f"COCO_{split}2014_{image:012d}.jpg" for image, *_ in mine))
+        questions = [{"image_id": image, "question": text, "question_id": id} for image, id, text, _ in mine]
+        annotations = [
+            {
+                "question_type": "what is",
+                "multiple_choice_answer": answer,
+                "answers": [
+                    {"answer": answer if k < 7 else "no idea", "answer_confidence": "yes", "answer_id": k + 1}
+                    for k in range(10)
+                ],
+                "image_id": image,
+                "answer_type": "yes/no" if answer == "yes" else "other",
+                "question_id": id,
+            }
+            for image, id, _, answer in mine
+        ]
+        write(
+            tmp_path / "vqa" / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"info": {}, "questions": questions}
+        )
+        write(tmp_path / "vqa" / f"v2_mscoco_{split}2014_annotations.json", {"annotations": annotations})
+    return tmp_path / "vqa"
+
+
+def test_vqa2(vqa, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("vqa2", vqa, "--images", tmp_path / "coco", "--out", out)
+    assert "3 questions about 2 images" in capsys.readouterr().out
+    train, val = open_talk(out, "train", image_size=32), open_talk(out, "val", image_size=32)
+    assert len(train) == 1 and train.key(0) == "images/train2014/COCO_train2014_000000000009.jpg"
+    assert train.questions()[1] == Question(0, "Is it?", ("yes",) * 7 + ("no idea",) * 3, "yes/no")
+    assert val.questions() == [Question(0, "Where?", ("left",) * 7 + ("no idea",) * 3, "other")]
+    said = [turn.text.removeprefix("<image>\n") for turn in train.conversation(0, np.random.default_rng(0))]
+    assert dict(zip(said[::2], said[1::2], strict=True)) == {"What is it?": "cat", "Is it?": "yes"}
+    assert open_pairs(out, "train", image_size=32).all_captions(0) == ["What is it? cat", "Is it? yes"]
+
+
+def test_wrong_files_of_vqa2_are_named(vqa, tmp_path):
+    file = vqa / "v2_OpenEnded_mscoco_train2014_questions.json"
+    arguments = ("vqa2", vqa, "--images", tmp_path / "coco", "--out", tmp_path / "out")
+    file.write_text('{"questions": []}')
+    with pytest.raises(UserError, match=r"annotations\.json does not fit its questions, or is .*: no 9000"):
+        prepare(*arguments)
+    file.unlink()
+    with pytest.raises(UserError, match=r"questions\.json cannot be read \(No such file"):
+        prepare(*arguments)
+    with pytest.raises(UserError, match=r"neither train2014/ nor val2014/"):
+        prepare("vqa2", vqa, "--images", tmp_path, "--out", tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------------------------- Flickr8k
+
+PHOTOS = ("1000268201_693b08cb0e.jpg", "1001773457_577c3a7d70.jpg", "1002674143_1b742ab4b8.jpg")
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    """A photograph for each split; the captions hold one more, of which there is no photograph (as in the real file)."""
+    lines = [f"{photo}#{k}\tA child , number {k} , on {photo[:4]} ." for photo in PHOTOS for k in range(5)]
+    write(
+        tmp_path / "text" / "Flickr8k.token.txt", "\n".join([*lines, "2258277193_586949ec62.jpg.1#0\tpeople ."]) + "\n"
+    )
+    for name, photo in zip(("train", "dev", "test"), PHOTOS, strict=True):
+        write(tmp_path / "text" / f"Flickr_8k.{name}Images.txt", photo + "\n")
+        save(tmp_path / "photos" / photo)
+    return "flickr8k", tmp_path / "text", "--images", tmp_path / "photos", "--out", tmp_path / "out"
+
+
+def test_flickr8k(flickr, tmp_path, capsys):
+    prepare(*flickr)
+    assert "3 images. Next: python train.py captioner" in capsys.readouterr().out
+    for split, photo in zip(("train", "val", "test"), PHOTOS, strict=True):
+        talk = open_talk(tmp_path / "out", split, image_size=32)
+        assert len(talk) == 1 and talk.key(0) == f"images/{photo}"
+        assert talk.captions(0) == [f"A child , number {k} , on {photo[:4]} ." for k in range(5)]
+    assert (tmp_path / "out" / "images").is_symlink()
+
+
+def test_wrong_files_of_flickr8k_are_named(flickr, tmp_path):
+    (tmp_path / "photos" / PHOTOS[1]).unlink()
+    with pytest.raises(UserError, match=f"1 of 3 images are missing in .*photos; the first is {PHOTOS[1]}"):
+        prepare(*flickr)
+    write(tmp_path / "text" / "Flickr_8k.devImages.txt", "other.jpg\n")
+    with pytest.raises(
+        UserError, match=r"devImages\.txt names other\.jpg, of which Flickr8k\.token\.txt has no caption"
+    ):
+        prepare(*flickr)
+    write(tmp_path / "text" / "Flickr8k.token.txt", f"{PHOTOS[0]}#0\ta child\n\n{PHOTOS[0]} a child\n")
+    with pytest.raises(UserError, match=r"token\.txt, line 3 is not an image, #, a number, a tab and a caption"):
+        prepare(*flickr)
+    (tmp_path / "text" / "Flickr8k.token.txt").unlink()
+    with pytest.raises(UserError, match=r"Flickr8k\.token\.txt cannot be read \(No such file"):
+        prepare(*flickr)
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- LLaVA
+
+
+def llava_entry(*texts, **more):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": "000000033471", **more, "conversations": turns}
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """As in llava_v1_5_mix665k.json: a picture, words alone, and an entry that begins with the assistant."""
+    shown = llava_entry("<image>\nWhat colour?", "White.", image="coco/train2017/000000033471.jpg")
+    begun = llava_entry("Hello", "Hi", id="wBbCKGD", model="")
+    begun["conversations"].insert(0, {"from": "gpt", "value": "And on it goes."})
+    save(tmp_path / "playground" / "coco" / "train2017" / "000000033471.jpg")
+    write(tmp_path / "mix.json", [shown, begun])
+    return "llava", tmp_path / "mix.json", "--images", tmp_path / "playground", "--out", tmp_path / "out"
+
+
+def test_llava(llava, tmp_path, capsys):
+    prepare(*llava)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'out'}: 2 conversations. Next: python train.py llava --data {tmp_path / 'out'}"
+    ]
+    talk = open_talk(tmp_path / "out", "train", image_size=32)
+    said = {talk.key(i): talk.conversation(i, np.random.default_rng(0)) for i in range(len(talk))}
+    assert said == {
+        "images/coco/train2017/000000033471.jpg": [Turn("user", "<image>\nWhat colour?"), Turn("assistant", "White.")],
+        "wBbCKGD": [Turn("user", "Hello"), Turn("assistant", "Hi")],
+    }
+
+
+def test_llava_leaves_out_what_cannot_be_learnt_from_and_says_so(llava, tmp_path, capsys):
+    entries = json.loads((tmp_path / "mix.json").read_text())
+    broken = [llava_entry("<image>", "no picture"), llava_entry("Hello", "")]
+    write(tmp_path / "mix.json", [*entries, *broken])
+    prepare(*llava)
+    assert "2 entries cannot be learnt from and are left out; the first: entry 3: the number" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "conversations.json").read_text())) == 2
+    write(tmp_path / "mix.json", broken)
+    with pytest.raises(UserError, match=r"mix\.json has no entry that can be used: entry 1: the number"):
+        prepare(*llava)
+
+
+def test_llavas_missing_images_are_an_error_or_left_out(llava, tmp_path, capsys):
+    (tmp_path / "playground" / "coco" / "train2017" / "000000033471.jpg").unlink()
+    with pytest.raises(
+        UserError, match=r"images of 1 of 2 entries are missing in .*; the first is coco/.*--skip_missing"
+    ):
+        prepare(*llava)
+    prepare(*llava, "--skip_missing")
+    assert "1 entries are left out because their image is missing" in capsys.readouterr().out
+    assert len(open_talk(tmp_path / "out", "train", image_size=32)) == 1
+
+
+def test_wrong_files_of_llava_are_named(llava, tmp_path):
+    write(tmp_path / "mix.json", {"images": []})
+    with pytest.raises(UserError, match=r"mix\.json is another file than expected: it holds no list"):
+        prepare(*llava)
+    write(tmp_path / "mix.json", [llava_entry("a", "b")])
+    (tmp_path / "playground").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"there is no folder .*playground with the images"):
+        prepare(*llava)
