@@ -45,6 +45,7 @@ SPLITS = {
     "test": Split(2, 500),  # no two with the same canonical caption
     "single_seen": Split(3, 8 * len(SEEN), SEEN, most=1, balanced=True),  # one object: is each class recognised?
     "single_unseen": Split(4, 56 * len(UNSEEN), UNSEEN, most=1, balanced=True),  # and those that training never shows?
+    "unseen": Split(5, 500, np.arange(len(CLASSES))),  # like test, but at least one object is of an unseen pair
 }
 
 
@@ -64,11 +65,15 @@ def split_scenes(split: str, *, seed: int, train: int) -> Scenes:
     if split == "test":
         candidates = draw_scenes(2 * n, seed=seed, stream=stream, pairs=pairs, most=most)
         return candidates.take(distinct(candidates)[:n])
+    if split == "unseen":  # a quarter of the candidates
+        candidates = draw_scenes(8 * n, seed=seed, stream=stream, pairs=pairs, most=most)
+        shows = (np.isin(candidates.classes, UNSEEN) & candidates.present).any(axis=1)
+        return candidates.take(np.flatnonzero(shows)[:n])
     return draw_scenes(n or train, seed=seed, stream=stream, pairs=pairs, most=most, balanced=balanced)
 
 
 class ShapesWorld(Pairs):
-    """One split of a world that `make_shapes` has made: "train", "val", "test", "single_seen" or "single_unseen".
+    """One of the SPLITS of a world that `make_shapes` has made.
 
     Training captions are worded anew at each call; the others are canonical: size, colour, shape and place of every
     object. `scenes` holds the facts behind the images. The single splits have `labels` and 64 `classes` ("red circle").

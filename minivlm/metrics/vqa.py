@@ -1,0 +1,91 @@
+"""Is the answer right?  Exact match, or agreement with people where ten of them were asked (Antol et al. 2015, "VQA").
+
+Answers are compared as the official evaluation of VQA v2 does it: without case, punctuation and articles, and with
+numbers as digits. Apostrophes are dropped: there, a table of 120 contractions turns "dont" into "don't".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from minivlm.errors import UserError
+from minivlm.metrics.score import Score
+
+if TYPE_CHECKING:
+    from minivlm.datasets.talk import Question
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(i) for i, word in enumerate(COUNTED)} | {"none": "0"}
+ARTICLES = ("a", "an", "the")
+PEOPLE = 10  # annotators of a question in VQA v2; so many agree by 3 of them
+OFTEN = 20  # a text that is asked so often has a usual answer of its own
+
+
+def normalise(answer: str) -> str:
+    """ "At the top-left." → "at top left", "Two" → "2" """
+    text = " ".join(answer.split())
+    number = re.search(r"\d,\d", text)  # "1,000"
+    for mark in PUNCTUATION:
+        at_an_edge = f"{mark} " in text or f" {mark}" in text
+        text = text.replace(mark, "" if at_an_edge or number else " ")
+    text = re.sub(r"\.(?!\d)|'|’", "", text)
+    return " ".join(NUMBERS.get(word, word) for word in text.lower().split() if word not in ARTICLES)
+
+
+def agreement(prediction: str, answers: Sequence[str]) -> float:
+    """Both normalised. With ten answers: min(1, matches / 3), averaged over all ways to leave one person out. Otherwise
+    1 if it is one of the answers."""
+    matches = sum(answer == prediction for answer in answers)
+    if len(answers) != PEOPLE:
+        return float(matches > 0)
+    # Those who gave this answer leave one match fewer behind, the others all of them.
+    return (matches * min(1, (matches - 1) / 3) + (PEOPLE - matches) * min(1, matches / 3)) / PEOPLE
+
+
+def vqa_accuracy(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, Score]:
+    """{"accuracy": Score, "accuracy, count": Score, …}: over all questions, and over those of each kind.
+
+    Chance is what one gets who sees no picture but knows these very questions: who gives to a text that is asked often
+    its most frequent answer, and to others the most frequent answer of their kind (the prior of Antol et al. 2015, §4).
+
+    Raises UserError where there are no questions; ValueError where there is not one prediction for each.
+    """
+    if len(predictions) != len(questions):
+        raise ValueError(f"{len(questions)} questions, but {len(predictions)} predictions")
+    if not questions:
+        raise UserError("there are no questions to measure with.")
+    answers = [[normalise(answer) for answer in question.answers] for question in questions]
+    values = [agreement(normalise(said), known) for said, known in zip(predictions, answers, strict=True)]
+    chances = usual(questions, answers)
+    kinds = {"accuracy": range(len(questions))}
+    for kind in dict.fromkeys(question.kind for question in questions):
+        kinds[f"accuracy, {kind}"] = [i for i, question in enumerate(questions) if question.kind == kind]
+    return {name: Score(mean(values[i] for i in rows), mean(chances[i] for i in rows)) for name, rows in kinds.items()}
+
+
+def usual(questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[float]:
+    """For each question, how good its usual answer is on average."""
+    asked = Counter((question.kind, question.text) for question in questions)
+    groups = defaultdict(list)
+    for i, question in enumerate(questions):
+        text = question.text if asked[question.kind, question.text] >= OFTEN else None
+        groups[question.kind, text].append(i)
+    chances = [0.0] * len(questions)
+    for rows in groups.values():
+        totals = Counter()
+        for i in rows:
+            for answer in set(answers[i]):
+                totals[answer] += agreement(answer, answers[i])
+        for i in rows:
+            chances[i] = max(totals.values()) / len(rows)
+    return chances
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
