@@ -1,0 +1,113 @@
+"""LoRA: a weight W that stays as it is, and beside it a product of two thin matrices that learns.
+
+    x ─┬─→ W (frozen) ──────────────────────────────┬─ + ─→ y          W (O, I)   A (R, I)   B (O, R)
+       └─→ dropout ─→ A ─→ · alpha/rank ─→ B ───────┘
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", §4.1. B starts at zero, so that a model with new
+adapters is the model without them, to the bit; once trained, both become one weight again (`merge_lora`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 8
+    alpha: float = 16.0  # the update counts alpha / rank times, so that another rank needs no other learning rate
+    dropout: float = 0.0  # on what A reads
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")  # names of the linear layers that get one
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"the rank of LoRA is {self.rank}, but must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"the dropout of LoRA is {self.dropout}, but must be at least 0 and less than 1")
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha/rank · B A x.  x (…, I) → (…, O).  Only A and B learn.
+
+    It can stand where an nn.Linear stood: `weight` and `bias` are those of the layer that it would merge into.
+    """
+
+    def __init__(self, base: nn.Linear, config: LoRAConfig, *, generator: torch.Generator | None = None):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scale = config.alpha / config.rank
+        self.base = base.requires_grad_(False)
+        self.dropout = nn.Dropout(config.dropout)
+        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_a = nn.utils.skip_init(nn.Linear, base.in_features, config.rank, **like)
+        self.lora_b = nn.utils.skip_init(nn.Linear, config.rank, base.out_features, **like)
+        nn.init.zeros_(self.lora_b.weight)
+        if not base.weight.is_meta:  # drawn on the CPU: the same adapter on every device
+            a = torch.empty(config.rank, base.in_features, device="cpu")
+            self.lora_a.weight.data.copy_(nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator))
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_b(self.scale * self.lora_a(self.dropout(x)))
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I): W + alpha/rank · B A, computed anew each time it is asked for."""
+        return torch.addmm(self.base.weight, self.lora_b.weight, self.lora_a.weight, alpha=self.scale)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, *, generator: torch.Generator | None = None) -> int:
+    """Put a LoRALinear in the place of every nn.Linear of `model` that goes by one of config.targets; how many those are.
+
+    Everything else in `model` is frozen. Raises ValueError if no layer goes by these names, and for one that shares its
+    weight (a head tied to the embedding): the update would reach one of the two alone.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in config.targets}
+    if not chosen:
+        names = sorted({name.rpartition(".")[2] for name in layers})
+        raise ValueError(f"no linear layer is called {' or '.join(config.targets)}; there are {', '.join(names)}")
+    if tied := shared_weights(model, chosen):
+        raise ValueError(f"{', '.join(tied)} cannot have LoRA: the weight is another module's as well")
+    model.requires_grad_(False)
+    for name, layer in chosen.items():
+        model.set_submodule(name, LoRALinear(layer, config, generator=generator))
+    for parameter in lora_parameters(model):  # of earlier calls as well
+        parameter.requires_grad_(True)
+    return len(chosen)
+
+
+def shared_weights(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the named layers whose weight is also in another place of `model`."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    layers = {name: model.get_submodule(name) for name in names}
+    return [name for name, layer in layers.items() if uses[id(getattr(layer, "base", layer).weight)] > 1]
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> int:
+    """Every LoRALinear becomes the nn.Linear it was, with the update in its weight; how many. They stay frozen."""
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        layer.base.weight.copy_(layer.weight)
+        model.set_submodule(name, layer.base)
+    return len(layers)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """By their names in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every LoRALinear in `model`: all that an optimiser needs."""
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_a.weight, layer.lora_b.weight)]
