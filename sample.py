@@ -10,9 +10,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from minivlm.command_line import Parser, positive
 from minivlm.errors import UserError, nearest, run_command_line
 
 
@@ -152,6 +154,129 @@ def save_sheet(path: str, query: str, found: list[tuple[Path, float]]) -> None:
     print(f"wrote {path}")
 
 
+# -------------------------------------------------------------------------------------------- caption, answer, complete
+
+
+GENERATION = {  # option → its type and what it does; the defaults are those of generation.Options
+    "temperature": (float, "how freely to choose among likely words: 0 always takes the likeliest (0)"),
+    "top_k": (int, "choose among the K likeliest tokens alone"),
+    "top_p": (float, "choose among the fewest tokens that together have this probability"),
+    "num_beams": (int, "follow so many beginnings at once and give the likeliest answer (1)"),
+    "repetition_penalty": (float, "above 1: make what was said before less likely (1)"),
+    "max_new_tokens": (int, "the longest answer (64, or what the context has room for)"),
+    "seed": (int, "the same seed chooses the same words (0)"),
+}
+
+
+def speaking_arguments(parser: Parser) -> None:
+    for name, (kind, meaning) in GENERATION.items():
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*spellings, type=kind, help=meaning)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
+
+
+def caption_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more, each described by itself")
+    parser.add_argument("--prompt", default="describe the picture.", help="what the model is asked (%(default)s)")
+    speaking_arguments(parser)
+
+
+def caption(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+
+    how = check_speaking(options)
+    model, processor = load_speaker(options)
+    said = tasks.caption_all([[path] for path in options.images], model, processor, prompt=options.prompt, **how)
+    for path, text in zip(options.images, said, strict=True):
+        print(text if len(said) == 1 else f"{path}: {text}")
+
+
+def answer_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="the picture, or several that are shown together")
+    parser.add_argument("question", metavar="QUESTION")
+    speaking_arguments(parser)
+
+
+def answer(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+
+    how = check_speaking(options)
+    print(tasks.answer(options.images, options.question, *load_speaker(options), **how))
+
+
+def complete_arguments(parser: Parser) -> None:
+    parser.add_argument("text", metavar="TEXT", help="how it begins")
+    speaking_arguments(parser)
+
+
+def complete(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+
+    how = check_speaking(options)
+    print(tasks.complete(options.text, *load_speaker(options), **how))
+
+
+def check_speaking(options: argparse.Namespace) -> dict:
+    """The options for `generate`; what can be refused without the model is refused before it is loaded."""
+    from minivlm.datasets.images import check_header
+    from minivlm.generation import Options
+
+    how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
+    Options(**how)
+    for path in getattr(options, "images", []):
+        check_header(path)
+    return how
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+
+
+def chat_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="what the conversation begins with")
+    speaking_arguments(parser)
+
+
+def chat(options: argparse.Namespace) -> None:
+    """A line is a question; its answer is printed as it comes. Ctrl-C stops an answer, at the prompt it leaves."""
+    import minivlm
+
+    how = check_speaking(options)
+    conversation = minivlm.chat(*load_speaker(options), *options.images, **how)
+    someone = sys.stdin.isatty()  # rather than a pipe
+    if someone:
+        print("Ask something. /image FILE shows another picture, /quit leaves, Ctrl-C stops an answer.")
+    try:
+        while (line := input("> " if someone else "").strip()) != "/quit":
+            respond(conversation, line)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def respond(conversation, line: str) -> None:
+    command, _, rest = line.partition(" ")
+    try:
+        if command == "/image":
+            conversation.see(rest.strip())
+        elif command.startswith("/"):
+            raise UserError(f"unknown command {command}; there are /image FILE and /quit.")
+        elif line:
+            speak(conversation, line)
+    except UserError as error:  # mended by the next line
+        print(f"error: {error}", file=sys.stderr)
+
+
+def speak(conversation, line: str) -> None:
+    try:
+        with closing(conversation.say(line)) as pieces:
+            if conversation.dropped:
+                print(f"(no room for more: the first {conversation.dropped} answers are forgotten)", file=sys.stderr)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print(flush=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- shared
 
 
@@ -167,6 +292,30 @@ TASKS = {
         'python sample.py search out/clip DIR "a small red circle at the top" --top 8 --save sheet.png',
         search_arguments,
         search,
+    ),
+    "caption": Task(
+        "what is in the picture?",
+        "python sample.py caption out/llava photo.png",
+        caption_arguments,
+        caption,
+    ),
+    "answer": Task(
+        "the answer to a question about a picture, or about several",
+        'python sample.py answer out/llava photo.png "how many red shapes are there?" --num_beams 3',
+        answer_arguments,
+        answer,
+    ),
+    "chat": Task(
+        "a conversation about pictures, line by line",
+        "python sample.py chat out/llava photo.png --temperature 0.7 --top_p 0.9",
+        chat_arguments,
+        chat,
+    ),
+    "complete": Task(
+        "how does the text go on?",
+        'python sample.py complete out/lm "is there a"',
+        complete_arguments,
+        complete,
     ),
 }
 
@@ -186,26 +335,15 @@ def load_comparer(options: argparse.Namespace) -> tuple:
     return model, processor
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 upwards")
-    return int(text)
+def load_speaker(options: argparse.Namespace) -> tuple:
+    """The model and its processor, on the device and in the precision asked for; the tasks say what it cannot do."""
+    import torch
 
+    import minivlm
+    from minivlm.training import choose_device
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, and which knows the option that a misspelt one was meant to be."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
-        for word in argv:
-            if word.startswith("--") and (option := word.partition("=")[0]) not in self._option_string_actions:
-                raise UserError(f"unknown option {option}.{nearest(option, self._option_string_actions)}")
-        return super().parse_args(argv)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return minivlm.load(options.model, device=choose_device(options.device), dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a model of the package: `python train.py [recipe] [--steps N] [--model.vision.depth 8] …`; see --help.
 
 The loop stands here from top to bottom: build → resume → batch → forward → backward → step → log → evaluate → save.
+What a recipe builds on is trained first, if it is missing.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ def main(argv: list[str]) -> None:
     if options.help or options.list:
         print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
     else:
-        train(name, recipe, options)
+        for part in recipes.chain(name, recipe, options):  # what it builds on, where that is missing, then itself
+            if not train(*part):
+                break
+        training.stop_processes()
 
 
-def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
+def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> bool:
+    """True if all steps are done, False if it was stopped before."""
     # build
     training.keep_freed_memory()
     device = training.choose_device(options.device)
@@ -40,6 +45,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
     torch.manual_seed(recipe.seed + rank)
     for note in work.notes():
         say(note)
+    say(recipes.parts_table(model, recipe.optimiser.learning_rate, work.origins))
 
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
@@ -48,6 +54,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
+    work.prepare(device, precision)
     if options.compile:
         training.compile_parts(model)
 
@@ -93,12 +100,12 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> None:
         bar.close()
     if step < recipe.steps:
         say(f"stopped after step {step} of {recipe.steps}. Go on with: {options.resume_command(name)}")
-        return
+        return False
 
     # evaluate, and leave a model behind
     if rank == 0:
         recipes.finish(run, work)
-    training.stop_processes()
+    return True
 
 
 if __name__ == "__main__":

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "CLIP": "models.clip",
     "CLIPConfig": "models.clip",
     "CLIPLoss": "losses",
+    "ImageCaptioningConfig": "models.captioner",
+    "ImageCaptioningModel": "models.captioner",
+    "LLaVA": "models.llava",
+    "LLaVAConfig": "models.llava",
+    "LanguageModel": "layers",
+    "LanguageModelConfig": "layers",
     "Processor": "processor",
     "UserError": "errors",
+    "answer": "tasks.speak",
     "build_image_index": "tasks",
+    "caption": "tasks.speak",
+    "chat": "tasks.chat",
     "clip_size": "models.clip",
     "load": "checkpoint",
     "search_images": "tasks",

@@ -1,4 +1,5 @@
-"""What every model of the package shares: a config it is built from, and the two verbs that read and write it."""
+"""What every model of the package shares: a config it is built from, parts that can be frozen, and the two verbs that
+read and write it."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ class Model(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        self.frozen: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -26,17 +28,36 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def freeze(self, *parts: str) -> None:
+        """These parts (dotted names of modules) get no gradients any more, and stay in eval mode while others train."""
+        self.frozen = tuple(dict.fromkeys([*self.frozen, *parts]))
+        for part in parts:
+            self.get_submodule(part).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Model:
+        super().train(mode)
+        for part in self.frozen:
+            self.get_submodule(part).eval()
+        return self
+
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         """Gradients of the mean loss over the batch, from `size` samples at a time (gradient accumulation)."""
         B = len(next(iter(batch.values())))
         total: dict[str, Tensor] = {}
         for i in range(0, B, size):
             part = {name: tensor[i : i + size] for name, tensor in batch.items()}
-            share = len(next(iter(part.values()))) / B
+            share = self.weight(part) / self.weight(batch)
             losses = {name: loss * share for name, loss in self.losses(**part).items()}
             sum(losses.values()).backward()
             total = {name: total.get(name, 0) + loss.detach() for name, loss in losses.items()}
         return total
+
+    @staticmethod
+    def weight(batch: dict[str, Tensor]) -> float:
+        """How much a part of a batch counts in its mean loss: its labelled tokens, or its samples."""
+        if "labels" in batch:
+            return (batch["labels"][:, 1:] != -100).sum().item()
+        return len(next(iter(batch.values())))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:

@@ -31,7 +31,12 @@ from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import tied, to_ours
 from minivlm.processor import Processor, ProcessorConfig
 
-MODELS = {"CLIP": "minivlm.models.clip"}  # class name → the module it lives in
+MODELS = {  # class name → the module it lives in
+    "CLIP": "minivlm.models.clip",
+    "ImageCaptioningModel": "minivlm.models.captioner",
+    "LLaVA": "minivlm.models.llava",
+    "LanguageModel": "minivlm.layers.language_model",
+}
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -146,8 +151,9 @@ def load(
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
-    source: a directory of ours, a published one (transformers' CLIP or SigLIP, open_clip), or the id of such a one on
-    the Hugging Face hub, which is downloaded behind a progress bar. dtype None: as stored.
+    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, LLaVA;
+    open_clip), or the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
+    dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
     """
@@ -160,6 +166,8 @@ def load(
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
         path, weights = open_weights(directory, described.weights)
+        if (config := pretrained.settle(described, weights)) != described.config:
+            model = empty_model(described.model_class, config)
         tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
         fill(model, tensors, device=device, dtype=dtype)
     return model.eval(), described.processor
@@ -181,11 +189,14 @@ def read_ours(directory: Path) -> pretrained.Published:
     """Everything but the tensors of a directory that `save` wrote."""
     path = directory / "config.json"
     values = read_json(path)
-    if missing := {"model", "config", "processor"} - values.keys():
+    if missing := {"minivlm", "model", "config", "processor"} - values.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
     if (name := values["model"]) not in MODELS:
         raise UserError(f"{path} asks for the model {name!r}.{nearest(str(name), MODELS)}")
     model_class = getattr(importlib.import_module(MODELS[name]), name)
+    if values["minivlm"] != minivlm.__version__:
+        values["config"] = configs.complete(model_class.config_class, values["config"])
+        values["processor"] = configs.complete(ProcessorConfig, values["processor"])
     config = from_dict(model_class.config_class, values["config"], f"{path}: config")
     processor = None
     if values["processor"] is not None:

@@ -44,6 +44,23 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
         raise UserError(f"{where}: {error}.") from None
 
 
+def complete(cls: type, values: Any) -> Any:
+    """What an older version of `to_dict` wrote, with the fields that did not exist then at their defaults."""
+    if not isinstance(values, dict):
+        return values
+    new = dict(values)
+    hints = field_types(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in values:
+            inner = values[field.name]
+            for kind in alternatives(hints[field.name]):
+                if isinstance(inner, dict) and inner.get("type") == kind.__name__:
+                    new[field.name] = complete(kind, inner)
+        elif field.default is not dataclasses.MISSING:
+            new[field.name] = to_dict(field.default)
+    return new
+
+
 def field_types(cls: type) -> dict[str, Any]:
     """Field name → its type, for the dataclass `cls`."""
     hints = typing.get_type_hints(cls)

@@ -1,4 +1,5 @@
-"""Losses that compare: the symmetric softmax of CLIP and the pairwise sigmoid of SigLIP, plain and memory-saving.
+"""Losses that compare (the symmetric softmax of CLIP, the pairwise sigmoid of SigLIP) and the one that speaks (the next
+token), each plain and memory-saving.
 
     image_features (B, D) ┐
                           ├─ scale · I Tᵀ (+ bias) ─→ (B, B), the diagonal is true ─→ one number
@@ -240,3 +241,65 @@ class Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+# ---- the next token --------------------------------------------------------------------------------------------------
+
+
+def next_token_loss(
+    hidden: Tensor, labels: Tensor, weight: Tensor, *, where: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Mean cross-entropy of the labelled tokens, from logits that are computed only where there is a label.
+
+    hidden (B, T, D), labels (B, T) aligned with the tokens (position t is judged by label t + 1), −100 = not counted;
+    weight (V, D) of the head. where: `labelled(labels)`, if the caller has it (finding it on a GPU waits for the GPU).
+    chunk: rows of logits held at a time, for the same loss and gradients; None: all at once unless they exceed 2²⁶.
+    """
+    where = labelled(labels) if where is None else where
+    x = hidden.flatten(0, 1)[where]  # (M, D)
+    targets = labels.flatten()[where + 1]
+    M, V = len(where), len(weight)
+    if chunk is None and M * V <= 2**26:
+        return F.cross_entropy((x @ weight.T).float(), targets)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return ChunkedCrossEntropy.apply(x, weight, targets, chunk or max(1, 2**26 // V))
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """labels (B, T) → (M,): the flat positions t whose next token has a label."""
+    counted = labels[:, 1:] != -100
+    return F.pad(counted, (0, 1)).flatten().nonzero()[:, 0]
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """mean of logsumexp(x Wᵀ) − (x Wᵀ)[target], `chunk` rows at a time; the gradients are made on the way forward.
+
+    x (M, D), weight (V, D), targets (M,). softmax − onehot is the gradient of the logits, so no chunk is needed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        w = weight.to(x.dtype)
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part in torch.arange(len(x), device=x.device).split(chunk):
+            logits = (x[part] @ w.T).float()  # (≤ chunk, V)
+            gold = targets[part, None]
+            total += (logits.logsumexp(dim=1) - logits.gather(1, gold)[:, 0]).sum()
+            slope = logits.softmax(dim=1).scatter_add_(1, gold, -torch.ones_like(gold, dtype=torch.float32))
+            slope = (slope / len(x)).to(x.dtype)
+            grad_x[part] = slope @ w
+            if grad_weight is not None:
+                grad_weight += slope.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total / len(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad
+        return grad_x * grad.to(grad_x.dtype), grad_weight, None, None

@@ -1,6 +1,6 @@
 """What stands between the world and a model: pictures and strings → tensors, token ids → strings.
 
-    pictures ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S)
+    pictures ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S), or (B, 1 + n², 3, S, S) with n × n tiles
     strings  ─ tokeniser ─ padding on the right         ─→ tokens (B, T), mask (B, T)
 
 The steps and their rounding are those of the published preprocessing, to the bit where that works on PIL images.
@@ -41,6 +41,15 @@ class ProcessorConfig:
     context: int = 77  # tokens the model can read
     pad_token: int | str = 0  # an id, or the token that has it
     pad_to_context: bool = False  # SigLIP reads its padding, so it always needs all of it
+    image_token: str = "<image>"  # marks in a text where a picture stands
+    image_tokens: int = 0  # placeholders that such a mark becomes, one for each feature of a picture; 0: it stays one
+    chat: Literal["plain", "vicuna", "chatml"] = "plain"  # how a conversation is written (see `minivlm.conversation`)
+    tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
+
+    def __post_init__(self):
+        squashed = self.resize == "squash" and self.resize_to in (None, self.image_size)
+        if self.tiles > 1 and not squashed and "none" in (self.resize, self.crop):
+            raise ValueError("tiles need pictures of one size: resize to the shortest side and crop, or squash")
 
 
 class Processor:
@@ -61,22 +70,32 @@ class Processor:
     # ---- pictures ----------------------------------------------------------------------------------------------------
 
     def images(self, pictures: Sequence[Image.Image | str | os.PathLike | np.ndarray]) -> Tensor:
-        """PIL images, paths or (H, W, 3) uint8 arrays → (B, 3, S, S) float32.
+        """PIL images, paths or (H, W, 3) uint8 arrays → (B, 3, S, S) float32; with tiles (B, 1 + n², 3, S, S).
 
         Raises UserError for a file that is no picture, and where pictures that are not cropped differ in size.
         """
         if isinstance(pictures, (str, os.PathLike)):
             raise TypeError(f"a list of pictures is wanted, not one: [{str(pictures)!r}]")
-        pixels = [self.crop(np.asarray(self.resize(open_picture(picture)))) for picture in pictures]
-        if not pixels:
-            return torch.empty(0, 3, self.image_size, self.image_size)
-        shapes = {p.shape[:2] for p in pixels}
+        n, S = self.config.tiles, self.image_size
+        views = [view for picture in pictures for view in self.views(open_picture(picture))]
+        shapes = {view.shape[:2] for view in views}
         if len(shapes) > 1:
             sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
             raise UserError(f"without a crop these pictures have different sizes ({sizes}): give them one at a time.")
-        return torch.from_numpy(self.normalise(np.stack(pixels)))
+        pixels = torch.from_numpy(self.normalise(np.stack(views))) if views else torch.empty(0, 3, S, S)
+        return pixels if n == 1 else pixels.view(-1, 1 + n * n, *pixels.shape[1:])
 
-    def resize(self, image: Image.Image) -> Image.Image:
+    def views(self, image: Image.Image) -> list[np.ndarray]:
+        """The picture as a whole, and its tiles row by row; each (S, S, 3).  Liu et al. 2024 (LLaVA-NeXT), "AnyRes"."""
+        n, S = self.config.tiles, self.image_size
+        whole = self.crop(np.asarray(self.resize(image)))
+        if n == 1:
+            return [whole]
+        large = self.crop(np.asarray(self.resize(image, n)), n)  # (n·S, n·S, 3)
+        return [whole, *large.reshape(n, S, n, S, 3).swapaxes(1, 2).reshape(-1, S, S, 3)]
+
+    def resize(self, image: Image.Image, times: int = 1) -> Image.Image:
+        """times: as many times larger than the config says."""
         from PIL.Image import Resampling
 
         from minivlm.datasets.images import MAX_PIXELS
@@ -84,7 +103,7 @@ class Processor:
         c = self.config
         if c.resize == "none":
             return image
-        size, (W, H) = c.resize_to or c.image_size, image.size
+        size, (W, H) = (c.resize_to or c.image_size) * times, image.size
         if c.resize == "squash":
             W, H = size, size
         else:
@@ -95,21 +114,20 @@ class Processor:
             raise UserError(f"a picture of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
         return image.resize((W, H), Resampling[c.resample.upper()])
 
-    def crop(self, pixels: np.ndarray) -> np.ndarray:
+    def crop(self, pixels: np.ndarray, times: int = 1) -> np.ndarray:
         """(H, W, 3) → the middle (S, S, 3); black around a picture that is smaller."""
         if self.config.crop == "none":
             return pixels
-        S = self.image_size
+        S = self.image_size * times
         canvas = np.zeros((S, S, 3), dtype=np.uint8)
-        top, left = (self.first_row(n) for n in pixels.shape[:2])
+        top, left = (self.first_row(n - S) for n in pixels.shape[:2])
         inside = pixels[max(top, 0) : top + S, max(left, 0) : left + S]
         h, w = inside.shape[:2]
         canvas[max(-top, 0) :][:h, max(-left, 0) :][:, :w] = inside
         return canvas
 
-    def first_row(self, n: int) -> int:
-        """Where a crop of S begins on a side of n; negative: so much black before it."""
-        spare = n - self.image_size
+    def first_row(self, spare: int) -> int:
+        """Where a crop begins on a side with so many pixels too many; negative: so much black before it."""
         if self.config.crop == "floor":
             return spare // 2
         return round(spare / 2) if spare > 0 else -(-spare // 2)
@@ -141,10 +159,26 @@ class Processor:
         return tokens, mask
 
     def encode(self, strings: Sequence[str]) -> list[list[int]]:
-        """The ids of each string, start and end tokens included, neither cut nor padded."""
+        """The ids of each string, start and end tokens included, neither cut nor padded. An `<image>` mark is one token,
+        as the published tokenisers have it; `ids` makes room for the picture."""
         if isinstance(strings, str):
             raise TypeError(f"a list of strings is wanted, not one string: [{strings!r}]")
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(strings))]
+
+    def ids(self, text: str, *, frame: bool = False) -> list[int]:
+        """The ids of a piece of text, `<image>` marks expanded; frame: with the start and end tokens of a whole one."""
+        return self.expand(self.tokenizer.encode(text, add_special_tokens=frame).ids)
+
+    def expand(self, ids: list[int]) -> list[int]:
+        """Every `<image>` becomes as many placeholders as a picture has features."""
+        mark, n = self.image_token_id, self.config.image_tokens
+        if not n or mark not in ids:
+            return ids
+        return [token for id in ids for token in [id] * (n if id == mark else 1)]
+
+    @cached_property
+    def image_token_id(self) -> int | None:
+        return self.tokenizer.token_to_id(self.config.image_token)
 
     def cut(self, row: list[int]) -> list[int]:
         if len(row) <= self.context:
@@ -160,9 +194,19 @@ class Processor:
         rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in ids]
         end = self.end_token
         rows = [row[: row.index(end)] if end in row else row for row in rows]
-        suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)  # "</w>" in CLIP's vocabulary
+        before, after = self.margins
+        return [text.removeprefix(before).removesuffix(after) for text in self.spell(rows)]
+
+    def spell(self, rows: list[list[int]]) -> list[str]:
         texts = self.tokenizer.decode_batch(rows, skip_special_tokens=True)
-        return [(text.replace(suffix, " ") if suffix else text).strip() for text in texts]
+        suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)  # "</w>" in CLIP's vocabulary
+        return [text.replace(suffix, " ") for text in texts] if suffix else texts
+
+    @cached_property
+    def margins(self) -> tuple[str, str]:
+        """What the tokeniser puts before and after every text, so that a word is one token wherever it is: " ", or ""."""
+        before, _, after = self.spell([self.ids("a")])[0].partition("a")
+        return before, after
 
     # ---- tokeniser ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from torch import nn
 from minivlm import checkpoint, config
 from minivlm.errors import UserError
 from minivlm.losses import random_state, set_random_state
+from minivlm.pretrained.names import tied
 
 
 class Run:
@@ -87,7 +88,12 @@ def read_record(path: Path) -> dict:
 
 
 def restore_weights(path: Path, model: nn.Module) -> None:
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    """A file holds tied weights once, under one of their names."""
+    tensors = load_file(path / "model.safetensors")
+    for names in tied(model.state_dict(keep_vars=True)):
+        [found] = [tensors[name] for name in names if name in tensors]
+        tensors.update(dict.fromkeys(names, found))
+    model.load_state_dict(tensors)
 
 
 def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from minivlm.models.base import Model
+from minivlm.base import Model
 from minivlm.testing import assert_same
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from minivlm import evaluate
+from minivlm.evaluate import compare
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
@@ -54,8 +55,8 @@ def test_an_oracle_gets_everything_right(world, monkeypatch):
     codes = {text: torch.randn(64, generator=torch.Generator().manual_seed(i)) for i, text in enumerate(test.texts())}
     unit = lambda texts: torch.nn.functional.normalize(torch.stack([codes[t] for t in texts]), dim=1)
     captions = {i: test.all_captions(i)[0] for i in range(len(test))}
-    monkeypatch.setattr(evaluate, "encode_texts", lambda texts, *a, **k: unit(texts))
-    monkeypatch.setattr(evaluate, "encode_split", lambda m, p, split, b: unit([captions[i] for i in range(len(split))]))
+    monkeypatch.setattr(compare, "encode_texts", lambda texts, *a, **k: unit(texts))
+    monkeypatch.setattr(compare, "encode_split", lambda m, p, split, b: unit([captions[i] for i in range(len(split))]))
     scores = evaluate.retrieval(None, None, test)
     assert scores["text→image R@1"].value == scores["image→text R@1"].value == scores["text→image mAP"].value == 1
 

@@ -1,15 +1,10 @@
-"""How good a trained model is, on pictures it has not seen: `python -m minivlm.evaluate out/clip [--data DIR]`.
-
-The compare pattern is judged by retrieval (does an image find its caption, a caption its image?) and by zero-shot
+"""The compare pattern is judged by retrieval (does an image find its caption, a caption its image?) and by zero-shot
 classification (does an image find its class?), every number beside what guessing would get.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +14,6 @@ from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes_text import parse
-from minivlm.errors import UserError, run_command_line
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
 from minivlm.pictures import Row, sheet
@@ -123,37 +117,3 @@ def agrees(want, thing) -> bool:
 
 def has_caption(caption: str):
     return lambda split, index: caption in split.all_captions(index)
-
-
-def table(scores: dict[str, Score]) -> str:
-    """Scores as lines of text: what, percent, chance in percent."""
-    width = max(map(len, scores))
-    lines = [f"{'':{width}}   score   chance"]
-    lines += [f"{name:{width}}  {s.value:6.1%}  {s.chance:6.1%}" for name, s in scores.items()]
-    return "\n".join(lines)
-
-
-def main(argv: list[str]) -> None:
-    from minivlm.checkpoint import load
-    from minivlm.training import choose_device
-
-    parser = argparse.ArgumentParser(prog="python -m minivlm.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
-    parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--save", help="write the scores to this JSON file as well")
-    options = parser.parse_args(argv)
-    model, processor = load(options.model, device=choose_device(options.device))
-    if not hasattr(model, "encode_image"):
-        raise UserError(
-            f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
-        )
-    scores = contrast(model, processor, options.data)
-    print(table(scores))
-    if options.save:
-        named = {name: asdict(score) for name, score in scores.items()}
-        Path(options.save).write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n")
-
-
-if __name__ == "__main__":
-    run_command_line(main)

@@ -1,8 +1,11 @@
-"""The bricks. They import torch and each other, nothing else of the package."""
+"""The bricks. They import torch and each other; the language model, which is a model as well, a little more."""
 
 from minivlm.layers.attention import Attention, CrossAttention, attend, set_attention_backend
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
+from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from minivlm.layers.mlp import MLP
-from minivlm.layers.position import Cache, Rotary, resize_position_table
+from minivlm.layers.position import Cache, RopeScaling, Rotary, resize_position_table
+from minivlm.layers.projector import LinearProjector, MLPProjector
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
 from minivlm.layers.text import TextConfig, TextTransformer
 from minivlm.layers.transformer import Block, Transformer, TransformerConfig
@@ -16,8 +19,15 @@ __all__ = [
     "Block",
     "Cache",
     "CrossAttention",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "LinearProjector",
+    "LoRAConfig",
+    "LoRALinear",
+    "MLPProjector",
     "ResNet",
     "ResNetConfig",
+    "RopeScaling",
     "Rotary",
     "TextConfig",
     "TextTransformer",
@@ -25,7 +35,10 @@ __all__ = [
     "TransformerConfig",
     "VisionConfig",
     "VisionTransformer",
+    "add_lora",
     "attend",
+    "lora_parameters",
+    "merge_lora",
     "resize_position_table",
     "set_attention_backend",
 ]

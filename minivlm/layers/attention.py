@@ -35,14 +35,16 @@ def attend(
     """
     if backend == "auto":
         backend = "reference" if plain_is_faster(q, k) else "fused"
+        if backend == "reference" and causal and mask is None and q.shape[2] <= k.shape[2]:
+            return attend_in_strips(q, k, v, dropout=dropout)
     if backend == "reference":
         return attend_reference(q, k, v, mask=mask, causal=causal, dropout=dropout)
     return attend_fused(q, k, v, mask=mask, causal=causal, dropout=dropout)
 
 
 def plain_is_faster(q: Tensor, k: Tensor) -> bool:
-    """On a CPU in bf16 and below some hundred positions, PyTorch's fused kernel is 4 to 6 times slower than the formula."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 512
+    """On a CPU in bf16, for one query and below some hundred keys, PyTorch's fused kernel is 3 to 6 times slower."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and (q.shape[-2] == 1 or k.shape[-2] <= 512)
 
 
 def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor:
@@ -52,10 +54,10 @@ def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor
     q = q.reshape(B, G, H // G * T, K)  # the H/G query heads of a group share its keys
     scores = (q * K**-0.5) @ k.transpose(-2, -1)  # (B, G, H/G·T, S)
     if (allowed := combine(mask, causal, T, S, q.device)) is not None:
-        scores = scores.view(B, H, T, S).masked_fill(~allowed, -torch.inf)
-        weights = scores.softmax(dim=-1)
-        if mask is not None or T > S:  # a row of −∞ alone has no softmax: it attends to nothing
-            weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+        shut = ~allowed
+        weights = scores.view(B, H, T, S).masked_fill_(shut, torch.finfo(q.dtype).min).softmax(dim=-1)
+        if mask is not None or T > S:  # where all is shut, the softmax is even; but it attends to nothing
+            weights = weights.masked_fill(shut, 0.0)
         weights = weights.view(B, G, H // G * T, S)
     else:
         weights = scores.softmax(dim=-1)
@@ -64,13 +66,25 @@ def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor
     return (weights @ v).view(B, H, T, K)
 
 
+def attend_in_strips(q, k, v, *, dropout=0.0, height: int = 160) -> Tensor:
+    """Causal attention, `height` queries at a time with the keys up to the last of them: most of the upper right half,
+    which would be masked, is never computed."""
+    T, S = q.shape[2], k.shape[2]
+    strips = []
+    for start in range(0, T, height):
+        end = min(start + height, T)
+        seen = slice(0, end + S - T)
+        strips.append(attend_reference(q[:, :, start:end], k[:, :, seen], v[:, :, seen], causal=True, dropout=dropout))
+    return torch.cat(strips, dim=2) if len(strips) > 1 else strips[0]
+
+
 def attend_fused(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor:
     """The same through PyTorch's fused kernels (FlashAttention and its kin, Dao et al. 2022)."""
     T, S = q.shape[2], k.shape[2]
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    if mask is None and (not causal or T == S):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, **grouped)
-    allowed = combine(mask, causal, T, S, q.device)
+    allowed = None if causal and mask is None and T == S else combine(mask, causal, T, S, q.device)
+    if allowed is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal and T > 1, **grouped)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, **grouped)
     if mask is not None or T > S:  # kernels differ in what they give for a row that may attend to nothing
         y = y.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
@@ -79,9 +93,9 @@ def attend_fused(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor:
 
 def combine(mask: Tensor | None, causal: bool, T: int, S: int, device) -> Tensor | None:
     """The mask and the causal triangle as one boolean tensor, broadcastable to (B, H, T, S); None: all is allowed."""
-    if not causal:
+    if not causal or T == 1:  # the last query sees every key
         return mask
-    triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # the last query sees every key
+    triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     return triangle if mask is None else mask & triangle
 
 
@@ -101,7 +115,8 @@ class Attention(nn.Module):
 
     x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
-    rope: rotates q and k (see `Rotary`). cache: gives the keys so far (see `Cache`).
+    rope: rotates q and k (see `Rotary`); query_rope: q, if it stands elsewhere than the context. cache: gives the keys
+    so far (see `Cache`), and who may see them if x asks itself.
     backend: "auto", "reference" or "fused"; see `attend`.
     """
 
@@ -132,17 +147,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_width, kv_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(heads * self.head_width, width, bias=out_bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, mask=None, rope=None, cache=None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask=None, rope=None, query_rope=None, cache=None
+    ) -> Tensor:
         source = x if context is None else context
         q = self.split(self.q_proj(x), self.heads)  # (B, H, T, K)
         k = self.split(self.k_proj(source), self.kv_heads)  # (B, G, S, K)
         v = self.split(self.v_proj(source), self.kv_heads)
         if rope is not None:
-            q, k = rope(q), rope(k)
+            q, k = (query_rope or rope)(q), rope(k)
         mask, causal = expand_mask(mask), self.causal
         if cache is not None:
-            k, v, mask = cache.append(k, v, mask)  # all keys so far, and who may see them
-            causal = False  # the cache's mask already says so
+            k, v, visible = cache.append(k, v)  # all keys so far, and who may see them
+            if context is None:
+                mask, causal = visible, visible is None
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask=mask, causal=causal, dropout=dropout, backend=self.backend)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, H·K) → (B, T, D)

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary angles for contexts longer than those of training.
+
+    linear: all frequencies divided by `factor` (Chen et al. 2023). llama3: only the slow ones, those that turn less than
+    `low_frequency` times within the original context; between that and `high_frequency` the two are mixed (Llama 3.1).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_context: int = 8192
+
+    def __call__(self, frequency: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = self.original_context * frequency / (2 * math.pi)
+        keep = ((turns - self.low_frequency) / (self.high_frequency - self.low_frequency)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / self.factor
 
 
 @dataclass(frozen=True)
@@ -18,20 +42,32 @@ class Rotary:
     """
 
     cos: Tensor  # (B or 1, 1, T, K)
-    sin: Tensor
+    sin: Tensor  # negative in the first half, which the second is subtracted from
 
     @classmethod
-    def at(cls, positions: Tensor, head_width: int, theta: float = 10_000.0) -> Rotary:
+    def at(
+        cls, positions: Tensor, head_width: int, theta: float = 10_000.0, scaling: RopeScaling | None = None
+    ) -> Rotary:
         pair = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device)
         frequency = theta ** (-pair / head_width)  # (K/2,)
+        if scaling is not None:
+            frequency = scaling(frequency)
         angle = positions[..., None].float() * frequency  # (…, T, K/2)
-        angle = torch.cat([angle, angle], dim=-1).view(-1, 1, positions.shape[-1], head_width)
-        return cls(angle.cos(), angle.sin())
+        cos, sin = angle.cos(), angle.sin()
+        shape = (-1, 1, positions.shape[-1], head_width)
+        return cls(torch.cat([cos, cos], dim=-1).view(shape), torch.cat([-sin, sin], dim=-1).view(shape))
+
+    def to(self, dtype: torch.dtype) -> Rotary:
+        return Rotary(self.cos.to(dtype), self.sin.to(dtype))
+
+    def take(self, at: Tensor) -> Rotary:
+        """Of one token a row, at (B,)."""
+        pick = lambda x: x.expand(len(at), -1, -1, -1).gather(2, at[:, None, None, None].expand(-1, 1, 1, x.shape[-1]))
+        return Rotary(pick(self.cos), pick(self.sin))
 
     def __call__(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return x * self.cos.to(x.dtype) + turned * self.sin.to(x.dtype)
+        swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (first, second) → (second, first)
+        return torch.addcmul(x * self.cos.to(x.dtype), swapped, self.sin.to(x.dtype))
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0) -> Tensor:
@@ -55,49 +91,96 @@ class Cache:
     """Keys and values of every layer, allocated once; rows may have different lengths (padding on the right).
 
     lengths (B,): tokens a row holds so far. New tokens are written behind them and see themselves and what came before.
-    A step is `cache.begin(T)`, one `append` per layer, `cache.advance(mask)`; `Transformer` does that.
+    A step is `cache.begin(T)`, one `append` per layer, `cache.advance(mask, T)`; `Transformer` does that.
+
+    The host knows `filled`, the columns in use, without asking the device, and whether all rows are equally long (`even`):
+    then plain causal attention over `filled` columns needs no mask. static: every step sees all columns through a mask
+    instead, so that its shapes never change and a compiled step stays compiled; `filled` stands still then.
     """
 
-    def __init__(self, layers, batch, kv_heads, capacity, head_width, *, device=None, dtype=None):
+    def __init__(self, layers, batch, kv_heads, capacity, head_width, *, device=None, dtype=None, static=False):
         shape = (layers, batch, kv_heads, capacity, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.filled, self.even, self.static = 0, True, static
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    def next_positions(self, T: int) -> Tensor:
+        """Where the next T tokens stand: (T,) if that is the same in all rows, else (B, T)."""
+        if self.even and not self.static:
+            return torch.arange(self.filled, self.filled + T, device=self.lengths.device)
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
     def begin(self, T: int) -> Tensor:
-        """Positions (B, T) of the next T tokens; every layer's `append` of this step uses them."""
-        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-        keys = torch.arange(self.capacity, device=self.lengths.device)
-        self.visible = keys <= self.positions[:, None, :, None]  # (B, 1, T, capacity)
+        """Positions of the next T tokens; every layer's `append` of this step uses them."""
+        end = self.filled + T
+        if not self.static and end > self.capacity:
+            raise ValueError(f"{self.filled} tokens and {T} more do not fit a cache made for {self.capacity}")
+        self.positions = self.next_positions(T)
+        seen = self.width(T, end)
+        self.visible = None
+        if self.positions.dim() == 2:
+            self.visible = torch.arange(seen, device=self.lengths.device) <= self.positions[:, None, :, None]
+        elif seen > end:
+            self.visible = torch.arange(seen, device=self.lengths.device)[None] < end  # of one token: (1, S)
+        self.layers = list(zip(self.columns(0, seen), self.columns(self.filled, end), strict=True))
         return self.positions
 
+    def width(self, T: int, end: int) -> int:
+        """How many columns a step looks at: no more than `end`, but where more are cheaper.
+
+        In bf16 on a CPU, PyTorch copies keys and values for a product unless it gets all columns, and compiles a kernel
+        (1 ms) for every new shape, so that the width had better be the same for many steps.
+        """
+        if self.static:
+            return self.capacity
+        if T > 1 or self.keys.device.type != "cpu" or self.keys.dtype != torch.bfloat16:
+            return end
+        return self.capacity if self.capacity < 2 * end else min(self.capacity, (end + 63) // 64 * 64)
+
+    def columns(self, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Of every layer: keys and values (B, G, end − start, K), as views."""
+        return list(zip(self.keys[..., start:end, :].unbind(0), self.values[..., start:end, :].unbind(0), strict=True))
+
     def layer(self, index: int) -> LayerCache:
-        return LayerCache(self, index)
+        return LayerCache(self, *self.layers[index])
 
     def advance(self, mask: Tensor | None, T: int) -> None:
         """Count the new tokens: all T, or as many as each row of `mask` (B, T) says are real."""
         self.lengths = self.lengths + (T if mask is None else mask.sum(dim=1))
+        if not self.static:
+            self.filled += T
+        self.even = self.even and mask is None
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on as row rows[i] did; rows (B',) may be more or fewer than there were."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        self.lengths = self.lengths[rows]
 
 
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's part of a `Cache`, as `Attention` uses it."""
+class LayerCache(NamedTuple):
+    """One layer's part of a `Cache` in one step, as `Attention` uses it. Each pair: keys and values (B, G, ·, K)."""
 
     cache: Cache
-    index: int
+    seen: tuple[Tensor, Tensor]  # the columns that are attended to
+    new: tuple[Tensor, Tensor]  # those where the new tokens go if all rows are equally long
 
-    def append(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """New k, v (B, G, T, K) are written in place → all keys, all values (B, G, capacity, K), who may see them.
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New k, v (B, G, T, K) are written in place → all keys, all values (B, G, S, K), who may see them.
 
-        The padding `mask` of the new tokens is not needed: a padded key lies behind its row's length, where no real
-        token looks, until the next real token overwrites it.
+        None: causal order alone decides. A padded key lies behind its row's length, where no real token looks, until the
+        next real token overwrites it.
         """
-        index = self.cache.positions[:, None, :, None].expand_as(k)
-        keys, values = self.cache.keys[self.index], self.cache.values[self.index]
-        keys.scatter_(2, index, k.to(keys.dtype))
-        values.scatter_(2, index, v.to(values.dtype))
-        return keys, values, self.cache.visible
+        positions = self.cache.positions
+        if positions.dim() == 1:
+            self.new[0].copy_(k)
+            self.new[1].copy_(v)
+        else:
+            index = positions[:, None, :, None].expand_as(k)
+            self.seen[0].scatter_(2, index, k.to(self.seen[0].dtype))
+            self.seen[1].scatter_(2, index, v.to(self.seen[1].dtype))
+        return *self.seen, self.cache.visible

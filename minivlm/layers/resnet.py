@@ -34,6 +34,13 @@ class ResNetConfig:
                 f"image_size {self.image_size} is not a multiple of 32, by which a ResNet shrinks an image"
             )
 
+    def features_at(self, layer: int) -> tuple[int, int]:
+        """(cells, channels) of `features(images, layer=layer)`."""
+        stages = len(self.blocks)
+        count = layer if layer >= 0 else stages + 1 + layer
+        side = self.image_size // 4 >> max(0, count - 1)
+        return side * side, self.width if count == 0 else self.width * 2 ** (count - 1) * Bottleneck.expansion
+
 
 RESNET_SIZES = {
     "RN50": ResNetConfig(),

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlm.layers.attention import Attention, CrossAttention
 from minivlm.layers.mlp import MLP
-from minivlm.layers.position import Cache, Rotary
+from minivlm.layers.position import Cache, RopeScaling, Rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class TransformerConfig:
     out_bias: bool = True
     mlp_bias: bool = True
     rope_theta: float | None = None  # rotary positions inside attention; None: none
+    rope_scaling: RopeScaling | None = None
     cross_attention_every: int = 0  # blocks 0, n, 2n … read a context; 0: no block does
     context_width: int | None = None  # its width; None: the same as ours
     dropout: float = 0.0
@@ -53,6 +54,12 @@ class TransformerConfig:
 
 def make_norm(config: TransformerConfig) -> nn.Module:
     return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
+
+
+def matrix_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with this weight is computed in: its dtype, or autocast's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -102,11 +109,15 @@ class Block(nn.Module):
             x = self.residual(x, self.cross_attention_norm, read)
         return self.residual(x, self.mlp_norm, self.mlp)
 
-    def read(self, x: Tensor, at: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def read(self, x: Tensor, at: Tensor, *, mask=None, rope=None, cache=None) -> Tensor:
         """`forward` for one token a row: x (B, T, D), positions at (B,) → (B, 1, D). Pre-norm self-attention only."""
         h = self.attention_norm(x)
         x, query = take(x, at), take(h, at)
-        x = x + self.dropout(self.attention(query, h, mask=mask))
+        if self.attention.causal:
+            past = torch.arange(h.shape[1], device=h.device) <= at[:, None]  # (B, T)
+            mask = past if mask is None else past & mask
+        query_rope = None if rope is None else rope.take(at)
+        x = x + self.dropout(self.attention(query, h, mask=mask, rope=rope, query_rope=query_rope, cache=cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def residual(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -121,7 +132,9 @@ class Transformer(nn.Module):
     x (B, T, D) → (B, T, D).  mask: (B, T) real tokens or (B, T, T) pairs, True = may be attended to.
     context (B, S, C), context_mask (B, S) or (B, T, S): what blocks with cross-attention read.
     layer: how far to run, as an index into [input, after block 0, …, after block depth−1]: −1 all, −2 all but the last.
-    cache: a `Cache` that already holds what came before x; x is appended to it.
+    positions (T,) or (B, T): where the tokens stand, for rotary angles; None: 0, 1, 2 …
+    cache: a `Cache` that already holds what came before x; x is appended to it, and `mask` only counts its real tokens.
+    at (B,): the one token a row whose state is wanted, → (B, 1, D); see `read`.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -141,19 +154,23 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         layer: int = -1,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         T = x.shape[1]
         blocks = self.blocks[: self.blocks_to_run(layer)]
-        positions = cache.begin(T) if cache is not None else torch.arange(T, device=x.device)
-        rope = None
-        if self.config.rope_theta is not None:
-            head_width = self.config.head_width or self.config.width // self.config.heads
-            rope = Rotary.at(positions, head_width, self.config.rope_theta)
+        if cache is not None:
+            positions = cache.begin(T)
+        elif positions is None:
+            positions = torch.arange(T, device=x.device)
+        rope = self.rotary(positions)
         for index, block in enumerate(blocks):
             layer_cache = cache.layer(index) if cache is not None else None
             options = dict(mask=mask, context_mask=context_mask, rope=rope, cache=layer_cache)
-            if self.recompute and torch.is_grad_enabled():
+            if at is not None and index == len(blocks) - 1:
+                x = block.read(x, at, mask=mask, rope=rope, cache=layer_cache)
+            elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, **options)
             else:
                 x = block(x, context, **options)
@@ -161,21 +178,30 @@ class Transformer(nn.Module):
             cache.advance(mask, T)
         return x
 
-    def read(self, x: Tensor, at: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def rotary(self, positions: Tensor) -> Rotary | None:
+        c = self.config
+        if c.rope_theta is None:
+            return None
+        return Rotary.at(positions, c.head_width or c.width // c.heads, c.rope_theta, c.rope_scaling)
+
+    def read(
+        self,
+        x: Tensor,
+        at: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """The last state of one token a row: x (B, T, D), positions at (B,) → (B, D), equal to forward(x)[row, at[row]].
 
         The last block needs keys and values of all tokens, but its query, output and MLP only where someone looks:
-        five sixths of that block's work are saved (7 % of a 12-layer tower, 14 % of a 6-layer one).
+        five sixths of that block's work are saved (7 % of a 12-layer tower, 14 % of a 6-layer one). A cache has to be empty.
         """
-        c = self.config
-        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every:
-            return take(self(x, mask=mask), at)[:, 0]
-        x = self(x, mask=mask, layer=-2)
-        seen = mask
-        if c.causal:
-            past = torch.arange(x.shape[1], device=x.device) <= at[:, None]  # (B, T)
-            seen = past if mask is None else past & mask
-        return self.blocks[-1].read(x, at, mask=seen)[:, 0]
+        options = dict(mask=mask, positions=positions, cache=cache)
+        if self.config.norm_place != "pre" or self.config.cross_attention_every:
+            return take(self(x, **options), at)[:, 0]
+        return self(x, at=at, **options)[:, 0]
 
     def blocks_to_run(self, layer: int) -> int:
         depth = len(self.blocks)
@@ -186,9 +212,9 @@ class Transformer(nn.Module):
             )
         return count
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `capacity` tokens a row, on the device and in the dtype of the weights."""
+    def new_cache(self, batch: int, capacity: int, *, static: bool = False) -> Cache:
+        """An empty cache for `capacity` tokens a row, on the device of the weights and in the dtype of their products."""
         attention = self.blocks[0].attention
         weight = attention.k_proj.weight
         sizes = (len(self.blocks), batch, attention.kv_heads, capacity, attention.head_width)
-        return Cache(*sizes, device=weight.device, dtype=weight.dtype)
+        return Cache(*sizes, device=weight.device, dtype=matrix_dtype(weight), static=static)

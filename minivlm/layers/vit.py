@@ -39,6 +39,10 @@ class VisionConfig(TransformerConfig):
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    def features_at(self, layer: int) -> tuple[int, int]:
+        """(patches, width) of `features(images, layer=layer)`, the class token not counted."""
+        return self.patches, self.width
+
 
 VIT_SIZES = {
     "B/32": VisionConfig(width=768, depth=12, heads=12, patch_size=32),

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.base import Model
+from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
 from minivlm.layers.text import TextConfig, TextTransformer
-from minivlm.layers.transformer import Transformer
-from minivlm.layers.vit import VIT_SIZES, ConvolutionStem, VisionConfig, VisionTransformer
+from minivlm.layers.tower import initialise_tower
+from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
-from minivlm.models.base import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,50 +135,12 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
     | tensor                              | normal, mean 0, standard deviation     |
     |-------------------------------------|----------------------------------------|
     | token embedding, text positions     | 0.02, 0.01                             |
-    | class token, pool query             | 1/√width                               |
-    | image positions                     | 1/√width, or 0.5 after a stem          |
-    | stem of convolutions                | √(2 / fan in)  (He et al. 2015)        |
-    | q, k, v                             | 1/√width                               |
-    | attention out, MLP down             | 1/√width · 1/√(2·depth)                |
-    | MLP up                              | 1/√(2·width)                           |
-    | projections into the shared space   | 1/√width                               |
+    | the vision tower's own              | see `initialise_tower`                 |
+    | linear layers, other convolutions   | see `initialise_linears`               |
 
-    Biases are zero and norms one; other convolutions keep PyTorch's default, drawn from `generator`. The last batch norm
-    of every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, §5.1).
-    A stem's output is twice as large as a patch embedding's (0.93 against 0.42 on the shapes world), and positions
-    start larger beside it.
+    Norms are one.
     """
-
-    def normal(tensor: Tensor, std: float) -> None:
-        if not tensor.is_meta:
-            tensor.normal_(0.0, std, generator=generator)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            normal(module.weight, module.in_features**-0.5)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
-            if module.bias is not None:
-                module.bias.zero_()
-    for module in model.modules():  # after the plain linears, since these refine some of them
-        if isinstance(module, Transformer):
-            for block in module.blocks:
-                shrink = (2 * len(module.blocks)) ** -0.5
-                normal(block.attention.out_proj.weight, module.config.width**-0.5 * shrink)
-                normal(block.mlp.down_proj.weight, module.config.width**-0.5 * shrink)
-                normal(block.mlp.up_proj.weight, (2 * module.config.width) ** -0.5)
-    normal(model.text.token_embedding.weight, 0.02)
-    normal(model.text.position_embedding, 0.01)
-    for module in model.modules():
-        if isinstance(module, ConvolutionStem):
-            for conv in module.convolutions():
-                normal(conv.weight, (2 / conv.weight[0].numel()) ** 0.5)
-    stem = getattr(model.config.vision, "stem", "patch") == "convolutions"
-    for name, parameter in model.vision.named_parameters():
-        if name.endswith(("class_embedding", "query", "position_embedding")):
-            positions = name.endswith("position_embedding")
-            normal(parameter, 0.5 if stem and positions else parameter.shape[-1] ** -0.5)
-        elif name.endswith("expand.norm.weight"):
-            parameter.zero_()
+    initialise_linears(model, generator)
+    normal(model.text.token_embedding.weight, 0.02, generator)
+    normal(model.text.position_embedding, 0.01, generator)
+    initialise_tower(model.vision, generator)

@@ -1,7 +1,7 @@
 """Published checkpoints ⇄ our models: a module for each publisher, with its table of names and its reading of configs.
 
 out/clip/config.json        {"minivlm": …}              ours, see `minivlm.checkpoint`
-         config.json        {"model_type": "clip", …}   transformers' → hf_clip, siglip
+         config.json        {"model_type": "clip", …}   transformers' → hf_clip, siglip, gpt2, opt, llama, llava
          open_clip_config.json                          open_clip's   → open_clip
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,19 @@ from minivlm.pretrained import names
 from minivlm.pretrained.files import WEIGHTS, read_json
 
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
-# read_processor(directory, values, config) → Processor; and to write layout="hf": write_config, IMAGE_PROCESSOR.
-MODULES = {"clip": "hf_clip", "siglip": "siglip", "open_clip": "open_clip"}  # model_type → module
+# read_processor(directory, values, config) → Processor; and to write layout="hf": write_config(config) → values, and,
+# if it sees pictures, write_processor(processor, config) → values by file name.
+MODULES = {  # model_type → module
+    "clip": "hf_clip",
+    "siglip": "siglip",
+    "open_clip": "open_clip",
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "llava": "llava",
+}
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -68,9 +80,11 @@ def module_of(kind: str) -> ModuleType:
 
 def read(directory: Path, kind: str) -> Published:
     """Everything but the tensors. Raises UserError for a config that cannot be followed exactly."""
+    from minivlm.pretrained.language import generation_settings
+
     module = module_of(kind)
     path = directory / ("open_clip_config.json" if kind == "open_clip" else "config.json")
-    values = read_json(path)
+    values = {**read_json(path), **generation_settings(directory)}
     try:
         config = module.read_config(values)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -81,17 +95,28 @@ def read(directory: Path, kind: str) -> Published:
     return Published(module.model_class, config, module.rows(config), weights, processor)
 
 
+def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:
+    """The config, but for what the file knows better: a language model may have a head of its own."""
+    from minivlm.pretrained.language import has_own_head
+
+    config = described.config
+    language = getattr(config, "language", config)
+    if described.rows is None or not getattr(language, "tie_head", False):
+        return config
+    if not has_own_head(weights, described.rows, "" if language is config else "language_model."):
+        return config
+    free = replace(language, tie_head=False)
+    return free if language is config else replace(config, language=free)
+
+
 def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """A CLIP in transformers' form: texts by file name, config.json last, and tensors by their names.
+    """A model in transformers' form: texts by file name, config.json last, and tensors by their names.
 
     Raises UserError that names what transformers' class cannot express.
     """
-    from minivlm.pretrained.preprocessing import tokenizer_files, write_images
+    from minivlm.pretrained.preprocessing import tokenizer_files
 
-    kind = "siglip" if getattr(config, "loss", None) == "sigmoid" else "clip"
-    module = module_of(kind)
-    if type(config) is not module.model_class.config_class:
-        raise UserError(f"layout='hf' writes CLIP and SigLIP; a {type(config).__name__} has no published form here.")
+    module = module_of(kind_of(config))
     values = module.write_config(config)
     try:
         given, kept = comparable(config), comparable(module.read_config(values))
@@ -104,23 +129,38 @@ def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files = {}
     if processor is not None:
-        files |= tokenizer_files(processor)
-        images = write_images(processor.config, module.IMAGE_PROCESSOR)
-        files["preprocessor_config.json"] = json.dumps(images, indent=2)
+        ends = getattr(getattr(config, "language", config), "end_tokens", ())
+        files |= tokenizer_files(processor, ends[0] if ends else None)
+        about = module.write_processor(processor, config) if hasattr(module, "write_processor") else {}
+        files |= {name: json.dumps(what, indent=2) for name, what in about.items()}
     files["config.json"] = json.dumps({**values, "torch_dtype": dtype}, indent=2)
     return files, names.to_theirs(tensors, module.rows(config))
+
+
+def kind_of(config: Any) -> str:
+    """The model_type that comes nearest to a config of ours."""
+    from minivlm.pretrained import language
+
+    name = type(config).__name__
+    if name == "CLIPConfig":
+        return "siglip" if config.loss == "sigmoid" else "clip"
+    if name == "LanguageModelConfig":
+        return language.kind_of(config)
+    if name == "LLaVAConfig":
+        return "llava"
+    raise UserError(f"layout='hf' writes CLIP, SigLIP, language models and LLaVA; a {name} has no published form here.")
 
 
 def comparable(config: Any) -> dict[str, Any]:
     """Every field that changes what the trained model computes, by its dotted name, derived values spelt out."""
     flat = flatten(configs.to_dict(config))
-    for tower in ("vision", "text"):
-        width, heads = flat[f"{tower}.width"], flat[f"{tower}.heads"]
+    for part in [name.removesuffix("mlp_width") for name in flat if name.endswith("mlp_width")]:
+        width, heads = flat[f"{part}width"], flat[f"{part}heads"]
         derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads}
-        flat |= {f"{tower}.{name}": v for name, v in derived.items() if flat.get(f"{tower}.{name}", v) is None}
-    if flat["text.causal"]:
+        flat |= {part + name: v for name, v in derived.items() if flat.get(part + name, v) is None}
+    if flat.get("text.causal"):
         flat.pop("text.use_mask")  # padding on the right is out of sight anyway
-    if flat["text.pool"] != "end":
+    if flat.get("text.pool", "end") != "end":
         flat.pop("text.end_token")
     return {name: value for name, value in flat.items() if not name.endswith(("dropout", "loss_chunk"))}
 

@@ -124,16 +124,24 @@ def part(values: dict[str, Any], name: str, defaults: dict[str, Any]) -> dict[st
 
 def read_encoder(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that both towers share, under our names."""
-    if (activation := values["hidden_act"]) not in ACTIVATIONS:
-        raise UserError(f"config.json asks for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}.")
     return {
         "width": values["hidden_size"],
         "depth": values["num_hidden_layers"],
         "heads": values["num_attention_heads"],
         "mlp_width": values["intermediate_size"],
-        "activation": ACTIVATIONS[activation],
+        "activation": read_activation(values["hidden_act"]),
         "norm_eps": values["layer_norm_eps"],
     }
+
+
+def read_activation(word: str) -> str:
+    if word not in ACTIVATIONS:
+        raise UserError(f"config.json asks for the activation {word!r}; there are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[word]
+
+
+def write_activation(name: str) -> str:
+    return next(word for word, ours in ACTIVATIONS.items() if ours == name)
 
 
 def read_vision(values: dict[str, Any], **more) -> VisionConfig:
@@ -155,9 +163,7 @@ def square(size: Any, name: str) -> int:
 
 def write_config(config: CLIPConfig) -> dict[str, Any]:
     """Ours → transformers' config.json. What it cannot say is found by reading it back (see `pretrained.write`)."""
-    text, vision = config.text, config.vision
-    if isinstance(vision, ResNetConfig):
-        raise UserError("transformers' CLIP cannot express a ResNet tower; save without layout='hf'.")
+    text = config.text
     end = 2 if text.pool == "argmax" else text.end_token
     return {
         "architectures": ["CLIPModel"],
@@ -173,29 +179,35 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            **write_encoder(vision),
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
+            **write_vision(config.vision),
             "projection_dim": config.embed_width,
         },
     }
 
 
+def write_vision(vision: VisionConfig | ResNetConfig) -> dict[str, Any]:
+    if isinstance(vision, ResNetConfig):
+        raise UserError("transformers' CLIP cannot express a ResNet tower; save without layout='hf'.")
+    return {**write_encoder(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
+
+
 def write_encoder(tower: TextConfig | VisionConfig) -> dict[str, Any]:
-    theirs = {ours: word for word, ours in reversed(ACTIVATIONS.items())}
     return {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.depth,
         "num_attention_heads": tower.heads,
         "intermediate_size": tower.hidden_width,
-        "hidden_act": theirs[tower.activation],
+        "hidden_act": write_activation(tower.activation),
         "layer_norm_eps": tower.norm_eps,
     }
 
 
 # ---- processor -------------------------------------------------------------------------------------------------------
 
-IMAGE_PROCESSOR = "CLIPImageProcessor"
+
+def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[str, Any]]:
+    """File name → what is in it, beside the tokeniser."""
+    return {"preprocessor_config.json": preprocessing.write_images(processor.config, "CLIPImageProcessor")}
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:

@@ -2,7 +2,7 @@
 
     theirs                            ours                             how
     encoder.layers.*.mlp.fc1          blocks.*.mlp.up_proj                         a module: its .weight, .bias …
-    visual.proj                       image_projection.weight          transpose   stored as (in, out)
+    visual.proj                       image_projection.weight          transpose   stored as (in, out); not its bias
     attn.in_proj_weight               attention.{q,k,v}_proj.weight                three of ours, stacked
     logit_scale                       loss.logit_scale                 one         stored as (1,), a plain number here
     a.weight|b.weight                 …                                            both are read, the first is written
@@ -35,7 +35,7 @@ class Row:
     ours: str
     how: str = ""
     part: int = 0  # ours is this part …
-    parts: int = 1  # … of so many equal ones, along the first axis
+    parts: int = 1  # … of so many equal ones, along our first axis
 
     @cached_property
     def pattern(self) -> re.Pattern:
@@ -58,15 +58,17 @@ class Row:
         """A view where possible: memory-mapped weights stay where they are."""
         if self.how == "one":
             return tensor.reshape(())
-        if self.how == "transpose":
-            tensor = tensor.T
+        tensor = self.turn(tensor)
         return tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
 
     def to_theirs(self, parts: list[Tensor]) -> Tensor:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.how == "one":
             return tensor.reshape(1)
-        return tensor.T if self.how == "transpose" else tensor
+        return self.turn(tensor)
+
+    def turn(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.how == "transpose" and tensor.dim() == 2 else tensor
 
 
 def fill_in(name: str, numbers: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,15 +119,18 @@ def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, 
 # ---- tokeniser -------------------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(directory: Path) -> Tokenizer | bytes | None:
-    """tokenizer.json as it is, or what vocab.json and merges.txt make with CLIP's rules, or None."""
+def read_tokenizer(directory: Path, build: Callable | None = None) -> Tokenizer | bytes | None:
+    """tokenizer.json as it is, or what build(vocab, merges) makes of vocab.json and merges.txt, or None.
+
+    build: `clip_tokenizer` unless another is given.
+    """
     whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
         return whole.read_bytes()
     if vocab.exists() and merges.exists():
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return clip_tokenizer(read_json(vocab), pairs)
+        return (build or clip_tokenizer)(read_json(vocab), pairs)
     return None
 
 
@@ -150,7 +154,23 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Toke
     return tokenizer
 
 
-def read_pad_token(directory: Path, default: str) -> str:
+def byte_level_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], *, special: Sequence[str], start: str | None = None
+) -> Tokenizer:
+    """GPT-2's byte-level BPE, to which no text is unknown (Radford et al. 2019, §2.2). start: put before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token in special if token in vocab])
+    if start is not None:
+        ids = [(start, tokenizer.token_to_id(start))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=ids)
+    return tokenizer
+
+
+def read_pad_token(directory: Path, default: str | int) -> str | int:
     """The padding token that tokenizer_config.json or special_tokens_map.json names."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).exists() and (token := read_json(directory / name).get("pad_token")):
@@ -158,16 +178,21 @@ def read_pad_token(directory: Path, default: str) -> str:
     return default
 
 
-def tokenizer_files(processor: Processor) -> dict[str, str]:
-    """File name → content, as transformers' AutoTokenizer reads them."""
+def tokenizer_files(processor: Processor, end_token: int | None = None) -> dict[str, str]:
+    """File name → content, as transformers' AutoTokenizer reads them.
+
+    end_token: the model's, where the tokeniser puts none after a text.
+    """
     if processor.source is None:
         return {}
     tokenizer = processor.tokenizer
     # open_clip pads with "!", which must stay a word: where the padding is no special token, the end token serves
     special = tokenizer.get_added_tokens_decoder()
-    pad = processor.pad_token if processor.pad_token in special else processor.end_token
-    named = {"bos": processor.start_token, "eos": processor.end_token, "pad": pad}
-    tokens = {f"{name}_token": tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
+    end = processor.end_token if end_token is None else end_token
+    pad = processor.pad_token if processor.pad_token in special else end
+    named = {"bos": processor.start_token, "eos": end, "pad": pad}
+    spelt = {name: tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
+    tokens = {f"{name}_token": token for name, token in spelt.items() if token is not None}
     suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
     values = {
         "tokenizer_class": "CLIPTokenizer" if suffix == "</w>" else "PreTrainedTokenizerFast",

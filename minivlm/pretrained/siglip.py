@@ -7,6 +7,7 @@ from typing import Any
 
 from minivlm.errors import UserError
 from minivlm.layers.text import TextConfig
+from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import hf_clip, preprocessing
 from minivlm.pretrained.names import Row, table, under
@@ -16,20 +17,23 @@ model_class = CLIP
 
 # ---- names: CLIP's, and a pooling head on each tower -----------------------------------------------------------------
 
+VISION = hf_clip.VISION + table("""
+    head.probe                      attention_pool.query
+    head.attention.in_proj_weight   attention_pool.attention.{q,k,v}_proj.weight
+    head.attention.in_proj_bias     attention_pool.attention.{q,k,v}_proj.bias
+    head.attention.out_proj         attention_pool.attention.out_proj
+    head.layernorm                  attention_pool.norm
+    head.mlp.fc1                    attention_pool.mlp.up_proj
+    head.mlp.fc2                    attention_pool.mlp.down_proj
+""")
+
 ROWS = [
-    *under(hf_clip.VISION, "vision_model.", "vision."),
+    *under(VISION, "vision_model.", "vision."),
     *under(hf_clip.TEXT, "text_model.", "text."),
     *table("""
-        vision_model.head.probe                         vision.attention_pool.query
-        vision_model.head.attention.in_proj_weight      vision.attention_pool.attention.{q,k,v}_proj.weight
-        vision_model.head.attention.in_proj_bias        vision.attention_pool.attention.{q,k,v}_proj.bias
-        vision_model.head.attention.out_proj            vision.attention_pool.attention.out_proj
-        vision_model.head.layernorm                     vision.attention_pool.norm
-        vision_model.head.mlp.fc1                       vision.attention_pool.mlp.up_proj
-        vision_model.head.mlp.fc2                       vision.attention_pool.mlp.down_proj
-        text_model.head                                 text_projection
-        logit_scale                                     loss.logit_scale                        one
-        logit_bias                                      loss.logit_bias                         one
+        text_model.head         text_projection
+        logit_scale             loss.logit_scale        one
+        logit_bias              loss.logit_bias         one
     """),
 ]
 
@@ -59,7 +63,7 @@ def read_config(values: dict[str, Any]) -> CLIPConfig:
     if not vision["vision_use_head"]:
         raise UserError("config.json has vision_use_head false: this SigLIP has no image embedding to load.")
     return CLIPConfig(
-        vision=hf_clip.read_vision(vision, pool="attention", embedding_norm=False, patch_bias=True),
+        vision=read_vision(vision),
         text=TextConfig(
             **hf_clip.read_encoder(text),
             vocab_size=text["vocab_size"],
@@ -73,6 +77,11 @@ def read_config(values: dict[str, Any]) -> CLIPConfig:
         text_projection_bias=True,
         loss="sigmoid",
     )
+
+
+def read_vision(values: dict[str, Any]) -> VisionConfig:
+    pool = "attention" if values["vision_use_head"] else "mean"
+    return hf_clip.read_vision(values, pool=pool, embedding_norm=False, patch_bias=True)
 
 
 def write_config(config: CLIPConfig) -> dict[str, Any]:
@@ -90,7 +99,10 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
 
 # ---- processor -------------------------------------------------------------------------------------------------------
 
-IMAGE_PROCESSOR = "SiglipImageProcessor"
+
+def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[str, Any]]:
+    """File name → what is in it, beside the tokeniser."""
+    return {"preprocessor_config.json": preprocessing.write_images(processor.config, "SiglipImageProcessor")}
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:

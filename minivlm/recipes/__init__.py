@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 from minivlm import config
 from minivlm.errors import UserError, nearest
 from minivlm.recipes.base import Options, Recipe, dotted_names, override, split_arguments
-from minivlm.recipes.contrast import RECIPES
+from minivlm.recipes.contrast import CONTRAST_RECIPES
+from minivlm.recipes.language import LANGUAGE_RECIPES
+from minivlm.recipes.llava import LLAVA_RECIPES
+from minivlm.recipes.speak import CAPTIONER_RECIPES
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from minivlm.run import Run
 
+RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | LLAVA_RECIPES | CAPTIONER_RECIPES
 DEFAULT = "clip"
 
 
@@ -32,8 +38,51 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
     if options.resume:
         recipe = resumed_recipe(type(recipe), Path(options.out or f"out/{name}"))
     elif options.data:
-        recipe = recipe.for_data(options.data)
+        recipe = recipe.for_data(options.data, options.out or f"out/{name}")
     return name, override(recipe, {k: v for k, v in given.items() if k not in names}), options
+
+
+def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe, Options]]:
+    """What has to be trained, in order: first what the recipe builds on and is not there yet, last the recipe itself.
+
+    Only the directories that a recipe itself proposes are filled; one that the user names has to be there.
+    """
+    from minivlm.run import Run
+
+    todo = []
+    for needed, directory in {} if options.resume else recipe.needs().items():
+        proposed = RECIPES[name].for_data(options.data, options.out or f"out/{name}") if options.data else RECIPES[name]
+        if directory != proposed.needs()[needed] or (Path(directory) / "config.json").exists():
+            continue
+        begun = bool(Run(directory).all())
+        part = dataclasses.replace(options, out=directory, resume=begun, stop_at=None)
+        if begun:
+            inner = resumed_recipe(type(RECIPES[needed]), Path(directory))
+        else:
+            inner = RECIPES[needed].for_data(options.data, directory) if options.data else RECIPES[needed]
+        todo += [one for one in chain(needed, inner, part) if one not in todo]
+    return [*todo, (name, recipe, options)]
+
+
+def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
+    """part | parameters | frozen or trained | learning rate | starts from, read from the parameters themselves."""
+    rows, seen = [], set()
+    for name, part in model.named_children():
+        adapters = {id(p) for key, p in part.named_parameters() if "lora_" in key}
+        own = [p for p in part.parameters() if id(p) not in adapters | seen]  # a tied head is counted once
+        seen |= {id(p) for p in own}
+        rows.append((name, own))
+        if adapters:
+            rows.append((f"{name} LoRA", [p for p in part.parameters() if id(p) in adapters]))
+    lines = [("part", "parameters", "", "learning rate", "starts from")]
+    for name, parameters in rows:
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() for p in parameters)
+        if total:
+            state = "trained" if trained == total else "frozen" if not trained else f"{trained:,} trained"
+            lines.append((name, f"{total:,}", state, f"{rate:g}" if trained else "-", origins.get(name, "new")))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def resumed_recipe(cls: type[Recipe], directory: Path) -> Recipe:
@@ -88,6 +137,7 @@ def finish(run: Run, work) -> None:
 
     best = run.best()
     restore_weights(best, work.model)
+    work.finish()
     scores = work.evaluate()
     print(f"\nthe best checkpoint (step {read_record(best)['step']}) on held-out data:\n\n{table(scores)}\n")
     checkpoint.save(run.directory, work.model, work.processor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from minivlm import config
 from minivlm.errors import UserError, nearest
@@ -32,6 +32,10 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
+
+    def needs(self) -> dict[str, str]:
+        """What it builds on: recipe → the directory where that recipe's model is looked for."""
+        return {}
 
     def is_time_to_save(self, step: int) -> bool:
         """Every save_every steps, at the end, and once early, so that a run that dies young leaves something."""
@@ -120,6 +124,9 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
 
 
 def as_typed(text: str | bool, hint: Any) -> Any:
+    choices = [word for kind in config.alternatives(hint) for word in get_args(kind) if get_origin(kind) is Literal]
+    if text in choices:
+        return text  # one of the words may be "none"
     value = read_value(text)
     if str in config.alternatives(hint) and not isinstance(value, (str, bool, type(None))):
         return text  # a folder may be called 2024
@@ -127,11 +134,11 @@ def as_typed(text: str | bool, hint: Any) -> Any:
 
 
 def dotted_names(value: Any, prefix: str = "") -> list[str]:
-    names = []
+    names, hints = [], config.field_types(type(value))
     for f in dataclasses.fields(value):
         inner = getattr(value, f.name)
         if dataclasses.is_dataclass(inner):
             names += dotted_names(inner, f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
+        if not dataclasses.is_dataclass(inner) or type(None) in config.alternatives(hints[f.name]):
+            names.append(prefix + f.name)  # a part that may be left out can be set to none as a whole
     return names

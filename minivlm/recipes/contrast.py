@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
 
@@ -39,7 +39,7 @@ class ContrastRecipe(Recipe):
     model: CLIPConfig  # its vocab_size and end_token follow from the tokeniser
     data: PairsConfig = PairsConfig()
 
-    def for_data(self, directory: str) -> ContrastRecipe:
+    def for_data(self, directory: str, out: str) -> ContrastRecipe:
         """The same on another folder. Photographs need more than shapes do: their own size, augmentation and vocabulary."""
         if (Path(directory) / "world.json").exists():
             return replace(self, data=replace(self.data, directory=directory))
@@ -72,40 +72,26 @@ class ContrastRecipe(Recipe):
         return Contrast(self, train, processor, model)
 
 
-class Contrast:
-    """A recipe at work: its batches, and what it is judged by."""
-
+class Contrast(Work):
     score_name = "text→image Recall@1"
 
     def __init__(self, recipe: ContrastRecipe, train: Pairs, processor: Processor, model: CLIP):
-        self.recipe, self.train, self.processor, self.model = recipe, train, processor, model
+        super().__init__(recipe, model, processor, len(train))
+        self.train = train
         c = processor.config
         self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=recipe.data.augment)
         chance = sum(model.chance_losses(recipe.batch_size).values())
         self.chance_text = f"chance {chance:.2f}" if chance else "chance unknown"
 
     def notes(self) -> list[str]:
-        """What the user should know before the first step."""
         cut = self.processor.too_long(list(self.train.texts()))
         context = self.model.config.text.context
         notes = [f"{cut} captions are longer than the context of {context} tokens and are cut to it"] if cut else []
         return [f"{len(self.train)} training images in {self.recipe.data.directory}", *self.train.notes, *notes]
 
-    def indices(self, step: int) -> np.ndarray:
-        """Which samples step `step` sees: each epoch is a permutation drawn from (seed, epoch)."""
-        n, B = len(self.train), self.recipe.batch_size
-        epoch, position = divmod(step, n // B)
-        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(n)
-        return order[position * B : (position + 1) * B]
-
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """images (B/W, 3, S, S), tokens (B/W, T), mask (B/W, T) of process `rank` of W.
-
-        A function of (seed, step) alone, sample by sample, so that runs resume and any number of processes share a batch.
-        """
-        indices = self.indices(step)
-        rngs = [np.random.default_rng((self.recipe.seed, step, i)) for i in range(len(indices))][rank::world]
-        indices = indices[rank::world]
+        """images (B/W, 3, S, S), tokens (B/W, T), mask (B/W, T) of process `rank` of W."""
+        indices, rngs = zip(*self.share(step, rank, world), strict=True)
         captions = [self.train.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
         pictures = self.train.images(indices)
         if self.recipe.data.augment:
@@ -117,11 +103,9 @@ class Contrast:
         return {"images": images, "tokens": tokens, "mask": mask}
 
     def ids(self, step: int) -> list[str]:
-        """Names of the samples of a step, for messages."""
         return [self.train.key(i) for i in self.indices(step)]
 
     def validate(self) -> float:
-        """One number to choose the best checkpoint by; higher is better."""
         pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.config.image_size)
         return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
 
@@ -173,7 +157,7 @@ PHOTOGRAPHS = ContrastRecipe(
     batch_size=256,
 )
 
-RECIPES = {
+CONTRAST_RECIPES = {
     "clip": CLIP_SHAPES,
     "clip-resnet": replace(
         CLIP_SHAPES,

@@ -1,14 +1,22 @@
 """What a trained model can be asked for; sample.py is a command line over these."""
 
+from minivlm.tasks.chat import Chat
 from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
 from minivlm.tasks.search import search_images
+from minivlm.tasks.speak import answer, answer_all, caption, caption_all, complete
 from minivlm.tasks.zero_shot import TEMPLATE_SETS, class_features, zero_shot_classify
 
 __all__ = [
     "TEMPLATE_SETS",
+    "Chat",
     "ImageIndex",
+    "answer",
+    "answer_all",
     "build_image_index",
+    "caption",
+    "caption_all",
     "class_features",
+    "complete",
     "index_path",
     "open_image_index",
     "search_images",

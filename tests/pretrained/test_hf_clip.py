@@ -150,5 +150,8 @@ def test_published_sizes(name, parameters):
 
 def test_other_types_are_listed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(UserError, match="type 'mamba', which is not supported; there are clip, open_clip, siglip"):
+    with pytest.raises(
+        UserError,
+        match="type 'mamba', which is not supported; there are clip, gpt2, llama, llava, mistral, open_clip, opt, qwen2, siglip",
+    ):
         load(tmp_path)

@@ -1,0 +1,33 @@
+"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava`.
+
+Every contestant lives in a process of its own (so that its memory can be told apart) and they take turns, round after
+round, so that a machine that slows down slows all of them. What counts is the ratio within one run.
+open_clip and transformers take part where they are installed; each is given its best setting for the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from minivlm.bench.clip import SIZES, bench_clip, bench_load
+from minivlm.bench.llava import bench_decode, bench_llava
+from minivlm.bench.loss import bench_loss
+from minivlm.errors import UserError
+
+BENCHES = {"clip": bench_clip, "loss": bench_loss, "load": bench_load, "decode": bench_decode, "llava": bench_llava}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minivlm.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--size", choices=SIZES, default="64px", help="clip: which model")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "both"), default="both", help="clip, decode, llava: which arithmetic"
+    )
+    parser.add_argument("--batch", type=int, help="loss: how many pairs (8192); decode: how many rows (1 and 8)")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(argv)
+    for name in ("rounds", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} is {value}; at least one is needed.")
+    BENCHES[options.bench](options)

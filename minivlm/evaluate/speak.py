@@ -1,0 +1,123 @@
+"""A model that speaks about pictures is judged by its answers and by its captions, on pictures it has not seen.
+
+Beside each accuracy stand what the question alone is worth (chance) and what the same model says when it is shown the
+picture of another question (blind): an answer that survives that was not seen but guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minivlm.datasets.talk import Question, Talk, open_talk
+from minivlm.evaluate.language import is_shapes
+from minivlm.metrics import Score, scene_match, vqa_accuracy
+from minivlm.metrics.vqa import agreement, normalise
+from minivlm.pictures import Row, sheet, wrap
+from minivlm.tasks.speak import answer_all, can_answer, caption_all
+
+TILE = 176  # pixels of a picture on the sheet
+CAPTIONS = 500  # at most, to be described
+SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
+
+
+def speech(model, processor, directory: str | Path) -> dict[str, Score]:
+    """All scores on the held-out part of a dataset, by name, in the order of the table."""
+    scores = {}
+    for split, name in SHAPES_SPLITS.items() if is_shapes(directory) else [("test", "")]:
+        talk = open_talk(directory, split, image_size=processor.image_size)
+        if can_answer(model, processor) and (questions := talk.questions()):
+            scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
+        if talk.captions(0):
+            scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
+    return scores
+
+
+def answers(model, processor, talk: Talk, questions: Sequence[Question]) -> dict[str, Score]:
+    """Accuracy in all, by kind of question, and blind."""
+    said = ask(model, processor, talk, questions)
+    blind = ask(model, processor, talk, questions, shift=len(questions) // 2)
+    scores = vqa_accuracy(questions, said)
+    alone = vqa_accuracy(questions, blind)["accuracy"]
+    return {**scores, "accuracy, blind": alone}
+
+
+def ask(model, processor, talk: Talk, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
+    """The model's answers. shift: each question is asked about the picture of the one so many places further."""
+    n = len(questions)
+    shown = [LazyPictures(talk, questions[(i + shift) % n].index) for i in range(n)]
+    samples = [(pictures, question.text) for pictures, question in zip(shown, questions, strict=True)]
+    return answer_all(samples, model, processor, max_new_tokens=16)
+
+
+class LazyPictures(Sequence):
+    """The pictures of a sample, read when they are needed."""
+
+    def __init__(self, talk: Talk, index: int):
+        self.talk, self.index = talk, index
+
+    def __getitem__(self, i):
+        return self.talk.images([self.index])[0][i]
+
+    def __len__(self) -> int:
+        return len(self.talk.images([self.index])[0])
+
+
+def captions(model, processor, talk: Talk, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
+    """Of the shapes world: is everything said that is there? Of photographs: how many words are right."""
+    indices = range(min(len(talk), most))
+    said = caption_all([LazyPictures(talk, i) for i in indices], model, processor, max_new_tokens=64)
+    if is_shapes(directory):
+        scores = scene_match(said, [talk.captions(i)[0] for i in indices])
+        return {f"captions, {name}": score for name, score in scores.items()}
+    return {"captions, words in common": word_overlap(said, [talk.captions(i) for i in indices])}
+
+
+def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
+    """Mean F1 of the distinct words of a caption and its best reference; chance: with the next picture's references."""
+
+    def f1(text: str, references: Sequence[str]) -> float:
+        a = set(normalise(text).split())
+        sets = [set(normalise(r).split()) for r in references]
+        return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
+
+    n = len(said)
+    right = sum(f1(text, known[i]) for i, text in enumerate(said)) / n
+    return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(said)) / n)
+
+
+def speech_picture(model, processor, directory: str | Path, path: Path) -> None:
+    """Held-out pictures with question, answer and the model's answer; without questions, with their captions."""
+    talk = open_talk(directory, "test", image_size=processor.image_size)
+    questions = talk.questions() if can_answer(model, processor) else []
+    rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
+    sheet(rows, title="What the model says about held-out pictures", tile=TILE, columns=4).save(path)
+
+
+def question_rows(model, processor, talk: Talk, questions: Sequence[Question], *, columns: int = 4) -> list[Row]:
+    """A row for each kind of question."""
+    rows = []
+    for kind in list(dict.fromkeys(q.kind for q in questions))[:6]:
+        chosen = [q for q in questions if q.kind == kind]
+        chosen = chosen[:: max(1, len(chosen) // columns)][:columns]
+        said = ask(model, processor, talk, chosen)
+        right = [
+            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5
+            for s, q in zip(said, chosen, strict=True)
+        ]
+        notes = [
+            "\n".join([*wrap(q.text, 13, TILE), f"→ {s}" + ("" if ok else f", not {q.answers[0]}")])
+            for q, s, ok in zip(chosen, said, right, strict=True)
+        ]
+        rows.append(Row(kind, [talk.images([q.index])[0][0] for q in chosen], right, notes))
+    return rows
+
+
+def caption_rows(model, processor, talk: Talk, *, columns: int = 4, n: int = 12) -> list[Row]:
+    indices = range(0, len(talk), max(1, len(talk) // n))[:n]
+    said = caption_all([LazyPictures(talk, i) for i in indices], model, processor, max_new_tokens=64)
+    right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(said, indices, strict=True)]
+    pictures = [talk.images([i])[0][0] for i in indices]
+    notes = ["\n".join(wrap(text, 13, TILE)) for text in said]
+    starts = range(0, len(pictures), columns)
+    return [Row("", pictures[s : s + columns], right[s : s + columns], notes[s : s + columns]) for s in starts]

@@ -1,0 +1,252 @@
+"""The decoder-only language model: GPT-2, OPT, LLaMA, Qwen2 and our own small ones are configurations of it.
+
+    tokens (B, T) ─ embedding ─→ (B, T, D) ─ + positions ─→ blocks ─→ norm ─→ head ─→ logits (B, T, V)
+                                     ▲
+                     whoever shows it pictures gives embeddings in place of tokens
+
+Radford et al. 2019 (GPT-2): learned positions, LayerNorm. Touvron et al. 2023 (LLaMA): rotary, RMSNorm, gated MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minivlm import generation
+from minivlm.base import Model
+from minivlm.layers.decoder import PackedDecoder, can_be_packed
+from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.position import Cache
+from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.losses import next_token_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(TransformerConfig):
+    """The defaults are GPT-2's way; LLaMA's: rope_theta, rmsnorm, gated_mlp, no biases, positions "none"."""
+
+    vocab_size: int
+    context: int = 1024  # tokens it can read
+    causal: bool = True
+    positions: Literal["learned", "none"] = "learned"  # added to the embeddings; rotary ones are rope_theta
+    position_offset: int = 0  # rows of the table before that of position 0; OPT has two
+    embedding_width: int | None = None  # where embeddings and head are narrower than the blocks (OPT-350m)
+    final_norm: bool = True
+    tie_head: bool = True  # the head is the embedding (Press & Wolf 2017)
+    end_tokens: tuple[int, ...] = ()  # any of these ends an answer
+    pad_token: int = 0
+
+
+class LMOutput:
+    """hidden (B, T, E): what the head reads; logits (B, T, V), computed when they are looked at; loss: scalar or None."""
+
+    def __init__(self, hidden: Tensor, head: nn.Module, loss: Tensor | None = None):
+        self.hidden, self.head, self.loss = hidden, head, loss
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.head(self.hidden)
+
+
+class LanguageModel(Model):
+    """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
+
+    embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
+    """
+
+    config_class = LanguageModelConfig
+
+    def __init__(self, config: LanguageModelConfig, *, seed: int = 0):
+        super().__init__(config)
+        c = config
+        E = c.embedding_width or c.width
+        self.token_embedding = nn.Embedding(c.vocab_size, E)
+        learned = c.positions == "learned"
+        self.position_embedding = nn.Embedding(c.position_offset + c.context, c.width) if learned else None
+        self.project_in = nn.Linear(E, c.width, bias=False) if c.width != E else None
+        self.project_out = nn.Linear(c.width, E, bias=False) if c.width != E else None
+        self.dropout = nn.Dropout(c.dropout)
+        self.transformer = Transformer(c)
+        self.norm = make_norm(c) if c.final_norm else None
+        self.head = nn.Linear(E, c.vocab_size, bias=False)
+        if c.tie_head:
+            self.head.weight = self.token_embedding.weight
+        self.packing: PackedDecoder | None = None  # a second copy of the weights, for speaking
+        initialise(self, torch.Generator().manual_seed(seed))
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+    ) -> LMOutput:
+        x = self.embed(tokens) if embeddings is None else embeddings
+        hidden = self.states(x, mask)
+        loss = None if labels is None else next_token_loss(hidden, labels, self.head.weight)
+        return LMOutput(hidden, self.head, loss)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) → (B, T, D): the words alone, without positions."""
+        x = self.token_embedding(tokens)
+        return x if self.project_in is None else self.project_in(x)
+
+    def states(
+        self, x: Tensor, mask: Tensor | None = None, *, cache: Cache | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, T, D) → (B, T, E), what the head reads. With a cache, x continues what it holds.
+
+        at (B,): the one token of each row whose state is wanted → (B, E).
+        """
+        T, context = x.shape[1], self.config.context
+        if cache is None and context < T:
+            raise ValueError(f"texts have {T} tokens, but the context is {context}; cut them first")
+        positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions + self.config.position_offset)
+        x, options = self.dropout(x), dict(mask=mask, positions=positions, cache=cache)
+        x = self.transformer(x, **options) if at is None else self.transformer.read(x, at, **options)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def losses(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> dict[str, Tensor]:
+        """What training adds up. Padding on the right, where causal attention does not look, so no mask is needed.
+
+        segments (B, T): the number of the text that a token belongs to, where several share a row (see `pack`).
+        """
+        mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
+        return {"next token": next_token_loss(self.states(self.embed(tokens), mask), labels, self.head.weight)}
+
+    # ---- speaking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(
+        self,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        room: int,
+        static: bool = False,
+    ) -> LMDecoding:
+        """Read a prompt (B, T) and be ready for `room` more tokens a row. Raises ValueError if the context is too short.
+
+        static: all steps have the same shapes, as torch.compile wants them (see `Cache`).
+        """
+        x = self.embed(tokens) if embeddings is None else embeddings
+        mask = None if mask is None or mask.all() else mask
+        if mask is not None:
+            x, mask = to_the_left(x, mask)
+        if x.shape[1] + room > self.config.context:
+            raise ValueError(
+                f"a prompt of {x.shape[1]} tokens and {room} new ones do not fit the context of {self.config.context}"
+            )
+        cache = self.transformer.new_cache(len(x), x.shape[1] + room)
+        last = torch.full_like(cache.lengths, x.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
+        hidden = self.states(x, mask, cache=cache, at=last)
+        cache.static = static  # of the steps; the prompt is read once
+        return LMDecoding(self, cache, self.head(hidden).float(), room=room)
+
+    def packed(self) -> PackedDecoder | None:
+        """The weights as `PackedDecoder` lays them out, made anew if they have changed; None where that cannot be."""
+        if not can_be_packed(self):
+            return None
+        if self.packing is None or not self.packing.is_current():
+            self.packing = PackedDecoder(self)
+        return self.packing
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        self.packing = None  # training has no use for the copy, and would outdate it
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> LanguageModel:
+        self.packing = None  # another device or dtype
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packing": None}  # neither copied nor pickled
+
+    def generate(
+        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
+    ) -> Tensor:
+        """(B, T) → (B, ≤ max_new_tokens); options: see `generation.Options`."""
+        options = self.options(max_new_tokens=max_new_tokens, **options)
+        decoding = self.begin(tokens, mask, room=max_new_tokens)
+        return generation.generate(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
+
+    def stream(
+        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
+    ) -> Iterator[Tensor]:
+        """`generate`, token by token: each (B,)."""
+        options = self.options(max_new_tokens=max_new_tokens, **options)
+        decoding = self.begin(tokens, mask, room=max_new_tokens)
+        return generation.stream(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as the config says."""
+        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
+        return replace(known, **given)
+
+
+class LMDecoding:
+    """A language model in the middle of speaking (see `generation.Decoding`). room: tokens that may still be appended."""
+
+    def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int):
+        self.model, self.cache, self.logits, self.room = model, cache, logits, room
+        self.packed: PackedDecoder | None = None
+
+    def step(self, tokens: Tensor) -> None:
+        if self.room < 1:
+            raise ValueError("there is no room for another token; begin with more")
+        if self.packed is None:  # not before the first token is out: copying the weights takes as long as some steps
+            self.packed = self.model.packed()
+        self.logits = self.predict(tokens)
+        self.room -= 1
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """tokens (B,) → logits (B, V) of what follows."""
+        if self.packed is not None:
+            return self.packed(tokens, self.cache).float()
+        hidden = self.model.states(self.model.embed(tokens[:, None]), cache=self.cache)
+        return self.model.head(hidden[:, 0]).float()
+
+    def compile(self, **options) -> None:
+        """Every further step through torch.compile; its shapes stay the same if the decoding was begun with static=True."""
+        self.predict = torch.compile(self.predict, fullgraph=True, dynamic=False, **options)
+
+    def reorder(self, rows: Tensor) -> None:
+        self.cache.reorder(rows)
+        self.logits = self.logits[rows]
+
+
+def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:
+    """(T,); or (B, T) where a mask (B, T) has padding to be skipped, or one (B, T, T) keeps several texts apart."""
+    if mask is None:
+        return torch.arange(x.shape[1], device=x.device)
+    if mask.dim() == 3:
+        return mask.tril().sum(dim=2) - 1  # how many of its own text stand before a token
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def to_the_left(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, D) with padding anywhere → the same with padding on the right alone."""
+    order = (~mask).long().argsort(dim=1, stable=True)
+    return x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel, generator: torch.Generator) -> None:
+    """GPT-2's scales for the embeddings (0.02 for tokens, 0.01 for positions); the rest as `initialise_linears` says."""
+    initialise_linears(model, generator)
+    normal(model.token_embedding.weight, 0.02, generator)  # the tied head as well
+    if model.position_embedding is not None:
+        normal(model.position_embedding.weight, 0.01, generator)
+    if not model.config.tie_head:
+        normal(model.head.weight, 0.02, generator)

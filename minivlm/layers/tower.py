@@ -1,0 +1,58 @@
+"""A vision tower as a language model uses it: all its features, not one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.resnet import ResNet, ResNetConfig
+from minivlm.layers.vit import ConvolutionStem, VisionConfig, VisionTransformer
+
+
+def make_tower(config: VisionConfig | ResNetConfig, generator: torch.Generator) -> nn.Module:
+    """The tower of a config, with CLIP's initialisation."""
+    tower = ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
+    initialise_linears(tower, generator)
+    initialise_tower(tower, generator)
+    return tower
+
+
+@torch.no_grad()
+def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
+    """What is a tower's own; its linear layers: `initialise_linears`.
+
+    | tensor                     | normal, mean 0, standard deviation     |
+    |----------------------------|----------------------------------------|
+    | class token, pool query    | 1/√width                               |
+    | positions                  | 1/√width, or 0.5 after a stem          |
+    | stem of convolutions       | √(2 / fan in)  (He et al. 2015)        |
+
+    The last batch norm of every ResNet bottleneck starts at zero, so that the block starts as its shortcut (Goyal et
+    al. 2017, §5.1). A stem's output is twice as large as a patch embedding's (0.93 against 0.42 on the shapes world), and
+    positions start larger beside it.
+    """
+    for module in tower.modules():
+        if isinstance(module, ConvolutionStem):
+            for conv in module.convolutions():
+                normal(conv.weight, (2 / conv.weight[0].numel()) ** 0.5, generator)
+    stem = getattr(tower.config, "stem", "patch") == "convolutions"
+    for name, parameter in tower.named_parameters():
+        if name.endswith(("class_embedding", "query", "position_embedding")):
+            positions = name.endswith("position_embedding")
+            normal(parameter, 0.5 if stem and positions else parameter.shape[-1] ** -0.5, generator)
+        elif name.endswith("expand.norm.weight"):
+            parameter.zero_()
+
+
+def look(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
+    """images (…, 3, H, W) → (M, N, C): of each picture the features after these layers, several side by side.
+
+    class_token: keep it, in front of the patches. A frozen tower keeps no activations, since nothing asks for gradients.
+    """
+    pixels = images.flatten(0, -4)
+    states = [tower.features(pixels, layer=layer) for layer in layers]
+    x = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+    return x if class_token else x[:, getattr(tower, "leading", 0) :]

@@ -1,0 +1,143 @@
+"""LLaVA: the features of a picture, projected to the width of words, stand in the text where `<image>` stands.
+
+    image (B, I, 3, H, W) ─→ vision tower ─→ projector ─┐ fill in
+    tokens (B, T)         ─→ embedding ─────────────────┴───────→ language model ─→ text
+
+Liu et al. 2023a, "Visual Instruction Tuning", figure 1 (linear projector); 2023b, LLaVA-1.5 (two layers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
+from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
+from minivlm.layers.projector import LinearProjector, MLPProjector
+from minivlm.layers.resnet import ResNetConfig
+from minivlm.layers.tower import look, make_tower
+from minivlm.layers.vit import VisionConfig
+from minivlm.losses import next_token_loss
+from minivlm.models.speaking import SpeakingModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaVAConfig:
+    vision: VisionConfig | ResNetConfig
+    language: LanguageModelConfig
+    image_token: int  # the placeholder's id; a picture takes as many of them as it has features
+    projector: Literal["linear", "mlp"] = "mlp"
+    projector_activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    projector_bias: bool = True  # of the MLP
+    vision_layers: tuple[int, ...] = (-2,)  # whose features are read (several: side by side); −2: the last but one
+    class_token: bool = False  # True: the class token is read as well
+    tiles: int = 1  # n: a picture is seen whole, and again in n × n tiles (LLaVA-NeXT's AnyRes)
+    lora: LoRAConfig | None = None  # on the language model, while it is trained so
+
+    def __post_init__(self):
+        if len({self.vision.features_at(layer)[0] for layer in self.vision_layers}) != 1:
+            raise ValueError(f"the features of layers {self.vision_layers} do not lie side by side: their grids differ")
+
+    @property
+    def features_per_view(self) -> int:
+        """Placeholders that one view of a picture takes."""
+        return self.vision.features_at(self.vision_layers[0])[0] + int(self.class_token)
+
+    @property
+    def feature_width(self) -> int:
+        return sum(self.vision.features_at(layer)[1] for layer in self.vision_layers)
+
+    @property
+    def views(self) -> int:
+        """Of one picture: itself, and its tiles."""
+        return 1 + self.tiles**2 if self.tiles > 1 else 1
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders that one picture takes."""
+        return self.views * self.features_per_view
+
+
+class LLaVA(SpeakingModel):
+    """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No picture at all: None.
+
+    With tiles, each picture is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
+    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
+    """
+
+    config_class = LLaVAConfig
+
+    def __init__(self, config: LLaVAConfig, *, seed: int = 0):
+        super().__init__(config)
+        c = config
+        generator = torch.Generator().manual_seed(seed)
+        self.vision = make_tower(c.vision, generator)
+        if c.projector == "linear":
+            self.projector = LinearProjector(c.feature_width, c.language.width)
+        else:
+            sizes = (c.feature_width, c.language.width)
+            self.projector = MLPProjector(*sizes, c.projector_activation, bias=c.projector_bias)
+        initialise_linears(self.projector, generator)
+        self.language_model = LanguageModel(c.language, seed=seed)
+        if c.lora is not None:
+            add_lora(self.language_model, c.lora, generator=generator)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+    ) -> LMOutput:
+        return self.language_model(embeddings=self.embed(images, tokens, features), mask=mask, labels=labels)
+
+    def losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What training adds up; where: see `next_token_loss`."""
+        hidden = self.language_model.states(self.embed(images, tokens, features))
+        return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
+
+    def embed(self, images: Tensor | None, tokens: Tensor, features: Tensor | None = None) -> Tensor:
+        """tokens (B, T) → (B, T, D), pictures in their places."""
+        x = self.language_model.embed(tokens)
+        if images is None and features is None:
+            return x
+        seen = self.projector(self.look(images) if features is None else features)  # (B·I, N, D)
+        return fill(x, tokens == self.config.image_token, seen.flatten(0, 1))
+
+    def look(self, images: Tensor) -> Tensor:
+        """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower sees, before the projector."""
+        return look(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
+
+    # ---- speaking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+        return self.language_model.begin(mask=mask, embeddings=self.embed(images, tokens), room=room)
+
+    def merge_lora(self) -> None:
+        """The adapters become part of the language model's weights."""
+        merge_lora(self.language_model)
+        self.config = replace(self.config, lora=None)
+
+
+def fill(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """x (B, T, D) with the True positions of places (B, T) replaced, in reading order, by values (M, D).
+
+    Raises ValueError unless there are M of them (looked at on the CPU alone; a GPU would be waited for).
+    """
+    if x.device.type == "cpu" and (count := int(places.sum())) != len(values):
+        raise ValueError(f"the text has places for {count} image features, but the images have {len(values)}")
+    return x.masked_scatter(places[..., None], values.to(x.dtype))

@@ -1,0 +1,105 @@
+"""What transformers' language models have in common: special tokens, a tokeniser that fits, and whose the head is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModelConfig
+from minivlm.pretrained import preprocessing
+from minivlm.pretrained.files import read_json
+from minivlm.pretrained.names import Row, find
+from minivlm.processor import Processor, ProcessorConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def generation_settings(directory: Path) -> dict[str, Any]:
+    """What generation_config.json says about the tokens that end and fill an answer; it goes before config.json."""
+    path = directory / "generation_config.json"
+    values = read_json(path) if path.exists() else {}
+    return {k: values[k] for k in ("eos_token_id", "pad_token_id") if values.get(k) is not None}
+
+
+def read_special_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    """eos_token_id (a number, several, or none) and pad_token_id → the fields of `LanguageModelConfig`."""
+    end, pad = values.get("eos_token_id"), values.get("pad_token_id")
+    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    if pad is None or pad < 0:  # the first LLaMAs have −1, which is no token
+        pad = ends[0] if ends else 0
+    return {"end_tokens": ends, "pad_token": pad}
+
+
+def write_special_tokens(config: LanguageModelConfig) -> dict[str, Any]:
+    ends = list(config.end_tokens)
+    end = ends if len(ends) > 1 else ends[0] if ends else None
+    return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": config.pad_token}
+
+
+def refuse_unless(values: dict[str, Any], **supported) -> None:
+    """UserError if a field that changes what the model computes has another value than the one that is supported."""
+    for name, value in supported.items():
+        if (given := values.get(name, value)) != value:
+            raise UserError(f"config.json has {name} = {given!r}, which is not supported; {value!r} is.")
+
+
+def kind_of(config: LanguageModelConfig) -> str:
+    """The model_type that comes nearest. What it cannot say is found by reading it back (see `pretrained.write`)."""
+    if config.rope_theta is None:
+        return "opt" if config.position_offset else "gpt2"
+    return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+
+
+def read_processor(directory: Path, config: LanguageModelConfig, source: Tokenizer | bytes | None) -> Processor:
+    """For texts alone. source: the tokeniser, as `Processor` takes it."""
+    check_vocabulary(vocabulary(source, directory), config)
+    pad = preprocessing.read_pad_token(directory, config.pad_token)
+    return Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
+
+
+def vocabulary(source: Tokenizer | bytes | None, directory: Path) -> dict[str, int]:
+    """Token → id, read from the JSON alone: to build the tokeniser takes several times as long. No tokeniser: {}."""
+    if not isinstance(source, bytes):
+        return {} if source is None else source.get_vocab()
+    try:
+        values = json.loads(source)
+        vocab = values["model"]["vocab"]
+        if isinstance(vocab, list):  # a unigram model: [token, score] in the order of the ids
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        return {**vocab, **{token["content"]: token["id"] for token in values["added_tokens"]}}
+    except (KeyError, TypeError, ValueError) as error:
+        path = directory / "tokenizer.json"
+        raise UserError(f"{path} cannot be read as a tokeniser ({type(error).__name__}: {error}).") from error
+
+
+def check_vocabulary(vocab: dict[str, int], config: LanguageModelConfig) -> None:
+    """UserError for a tokeniser with ids that the model has no embedding for."""
+    largest = max(vocab, key=vocab.get, default=None)
+    if largest is not None and vocab[largest] >= config.vocab_size:
+        raise UserError(
+            f"the tokeniser is not the model's: {largest!r} is token {vocab[largest]}, but vocab_size in config.json is "
+            f"{config.vocab_size}, so the last is token {config.vocab_size - 1}."
+        )
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def has_own_head(weights: Mapping[str, Tensor], rows: list[Row], prefix: str) -> bool:
+    """Does the file hold a head besides the embedding, and other numbers in it? Then the two are not tied, whatever the
+    config says (transformers 5 decides likewise)."""
+    names = [find(rows, f"{prefix}{name}.weight")[0] for name in ("token_embedding", "head")]
+    stored = [[weights[name] for name in spellings if name in weights][:1] for spellings in names]
+    return all(stored) and not torch.equal(stored[0][0], stored[1][0])

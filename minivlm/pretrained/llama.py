@@ -1,0 +1,198 @@
+"""LLaMA as Hugging Face transformers stores it (LlamaForCausalLM: LLaMA, TinyLlama, SmolLM2, Vicuna …), and two that
+differ in a field or two: Qwen2 (Qwen2ForCausalLM) and Mistral (MistralForCausalLM)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
+from minivlm.layers.position import RopeScaling
+from minivlm.pretrained import language
+from minivlm.pretrained.hf_clip import read_activation, write_activation
+from minivlm.pretrained.names import Row, table, under
+from minivlm.processor import Processor
+
+model_class = LanguageModel
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+BLOCK = table("""
+    input_layernorm             attention_norm
+    self_attn.q_proj            attention.q_proj
+    self_attn.k_proj            attention.k_proj
+    self_attn.v_proj            attention.v_proj
+    self_attn.o_proj            attention.out_proj
+    post_attention_layernorm    mlp_norm
+    mlp.gate_proj               mlp.gate_proj
+    mlp.up_proj                 mlp.up_proj
+    mlp.down_proj               mlp.down_proj
+""")
+
+MODEL = table("""
+    embed_tokens    token_embedding
+    norm            norm
+""") + under(BLOCK, "layers.*.", "transformer.blocks.*.")  # fmt: skip
+
+ROWS = under(MODEL, ("model.", ""), "") + table("lm_head head")
+
+
+def rows(config: LanguageModelConfig) -> list[Row]:
+    return ROWS
+
+
+# ---- config: a file holds only what differs from these ---------------------------------------------------------------
+
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+DEFAULTS = {
+    "llama": LLAMA,
+    "mistral": {
+        **LLAMA,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        **LLAMA,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "eos_token_id": None,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # that are written
+
+
+def read_config(values: dict[str, Any]) -> LanguageModelConfig:
+    """transformers' config.json → ours."""
+    kind = values["model_type"]
+    v = {**DEFAULTS[kind], **values}
+    refuse_window(v)
+    biases = {"qkv_bias": v["attention_bias"], "out_bias": v["attention_bias"], "mlp_bias": v["mlp_bias"]}
+    if kind != "llama":  # they have no such fields
+        biases = {"qkv_bias": kind == "qwen2", "out_bias": False, "mlp_bias": False}
+    return LanguageModelConfig(
+        vocab_size=v["vocab_size"],
+        context=v["max_position_embeddings"],
+        positions="none",
+        width=v["hidden_size"],
+        depth=v["num_hidden_layers"],
+        heads=v["num_attention_heads"],
+        kv_heads=v["num_key_value_heads"],
+        head_width=v["head_dim"],
+        mlp_width=v["intermediate_size"],
+        gated_mlp=True,
+        activation=read_activation(v["hidden_act"]),
+        norm="rmsnorm",
+        norm_eps=v["rms_norm_eps"],
+        **biases,
+        **read_rope(v),
+        tie_head=v["tie_word_embeddings"],
+        **language.read_special_tokens(v),
+    )
+
+
+def refuse_window(values: dict[str, Any]) -> None:
+    """UserError if a token sees only so many before it, and these are fewer than the context."""
+    slides = values["model_type"] == "mistral"
+    if values["model_type"] == "qwen2" and values["use_sliding_window"]:
+        types = values.get("layer_types")
+        full = values["max_window_layers"] >= values["num_hidden_layers"]
+        slides = "sliding_attention" in types if types else not full
+    window, context = values.get("sliding_window"), values["max_position_embeddings"]
+    if slides and window is not None and window < context:
+        raise UserError(
+            f"config.json asks for attention to the last {window} tokens alone (sliding_window), of a context of "
+            f"{context}, which is not supported."
+        )
+
+
+def read_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling of transformers 4, or rope_parameters of transformers 5 → our fields."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)  # one for each type of layer, of which we have only this
+    language.refuse_unless({**values, **rope}, partial_rotary_factor=1.0)
+    theta = float(rope.get("rope_theta", values.get("rope_theta", 10_000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind == "linear":
+        return {"rope_theta": theta, "rope_scaling": RopeScaling("linear", float(rope["factor"]))}
+    if kind != "llama3":
+        raise UserError(
+            f"config.json asks for rotary positions of the type {kind!r}; there are default, linear and llama3."
+        )
+    scaling = RopeScaling(
+        "llama3",
+        float(rope["factor"]),
+        low_frequency=float(rope["low_freq_factor"]),
+        high_frequency=float(rope["high_freq_factor"]),
+        original_context=rope.get("original_max_position_embeddings", values["max_position_embeddings"]),
+    )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def write_config(config: LanguageModelConfig) -> dict[str, Any]:
+    """Ours → transformers' config.json: LLaMA's, or Qwen2's where q, k and v alone have biases."""
+    kind = "qwen2" if language.kind_of(config) == "qwen2" else "llama"
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": config.head_width or config.width // config.heads,
+        "hidden_act": write_activation(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": write_rope_scaling(config.rope_scaling),
+        **({"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias} if kind == "llama" else {}),
+        "tie_word_embeddings": config.tie_head,
+        **language.write_special_tokens(config),
+    }
+
+
+def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """As transformers 4 has it, which transformers 5 reads as well."""
+    if scaling is None:
+        return None
+    values = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        values["low_freq_factor"] = scaling.low_frequency
+        values["high_freq_factor"] = scaling.high_frequency
+        values["original_max_position_embeddings"] = scaling.original_context
+    return values
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
+    # Of vocab.json and merges.txt alone, without tokenizer.json, not all rules would be known.
+    path = directory / "tokenizer.json"
+    return language.read_processor(directory, config, path.read_bytes() if path.exists() else None)

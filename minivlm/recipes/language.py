@@ -1,0 +1,150 @@
+"""A language model on the texts of a dataset: what the others are built on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.conversation import Sample, collate
+from minivlm.datasets.packing import pack
+from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes_episodes import document, documents
+from minivlm.datasets.talk import DESCRIBE, open_talk
+from minivlm.errors import UserError
+from minivlm.evaluate.language import held_out_texts, is_shapes, perplexity
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
+from minivlm.metrics import Score
+from minivlm.pictures import Row, sheet
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.work import Work
+from minivlm.training import OptimiserConfig
+
+SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
+FOR_TOKENISER = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextsConfig:
+    directory: str = "data/shapes"
+    vocab_size: int = 512  # of the byte-level BPE that is trained on them
+    pack: bool = False  # several texts in a row, so that less of a batch is padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe(Recipe):
+    model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
+    data: TextsConfig = TextsConfig()
+
+    def for_data(self, directory: str, out: str) -> LanguageRecipe:
+        """The same on another folder's captions, questions and conversations."""
+        vocab_size = self.data.vocab_size if is_shapes(directory) else 4096
+        data = replace(self.data, directory=directory, vocab_size=vocab_size)
+        return replace(self, summary=f"a small language model on the texts of {directory}", data=data)
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Language:
+        directory = Path(self.data.directory)
+        if directory == Path("data/shapes") and not (directory / "world.json").exists():
+            make_shapes(directory, image_size=48, progress=not quiet)
+        texts = None if is_shapes(directory) else list(open_talk(directory, "train", image_size=None).texts())
+        if texts is not None and len(texts) < self.batch_size:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be filled from the {len(texts)} texts in {directory}; "
+                f"choose --batch_size {len(texts)} or less."
+            )
+        if checkpoint is not None:
+            _, processor = load(checkpoint)
+        else:
+            words = chain([DESCRIBE], documents(0, "train", FOR_TOKENISER)) if texts is None else texts
+            sizes = dict(vocab_size=self.data.vocab_size, image_size=48, context=self.model.context)
+            processor = Processor.train(words, **sizes)
+        config = replace(
+            self.model,
+            vocab_size=processor.vocab_size,
+            end_tokens=(processor.end_token,),
+            pad_token=processor.pad_token,
+        )
+        try:
+            model = LanguageModel(config, seed=self.seed)
+        except ValueError as error:  # sizes that do not fit each other
+            raise UserError(f"the model cannot be built: {error}.") from None
+        return Language(self, model, processor, texts)
+
+
+class Language(Work):
+    score_name = "1 / perplexity"
+    chance_text = ""
+
+    def __init__(self, recipe: LanguageRecipe, model: LanguageModel, processor: Processor, texts: list[str] | None):
+        super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
+        self.texts = texts
+        self.held_out = held_out_texts(recipe.data.directory)
+        self.chance_text = f"unigrams {torch.tensor(self.score().chance).log():.2f}"
+
+    def notes(self) -> list[str]:
+        if self.texts is None:
+            return [f"texts of the shapes world, drawn as they are read ({self.recipe.data.directory})"]
+        cut = self.processor.too_long(self.texts)
+        notes = [f"{cut} texts are longer than the context of {self.processor.context} and are cut to it"] if cut else []
+        return [f"{len(self.texts)} texts in {self.recipe.data.directory}", *notes]
+
+    def read(self, index: int) -> str:
+        return document(0, "train", index) if self.texts is None else self.texts[index]
+
+    def indices(self, step: int):
+        if self.texts is not None:
+            return super().indices(step)
+        B = self.recipe.batch_size  # from an endless supply, in order: a seed begins elsewhere
+        return (torch.arange(B) + B * step + self.recipe.seed * 10**7).numpy()
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """tokens and labels (B/W, T) of process `rank` of W; packed: fewer rows, and their segments."""
+        rows = self.processor.encode([self.read(index) for index, _ in self.share(step, rank, world)])
+        rows = [self.processor.cut(row) for row in rows]
+        if self.recipe.data.pack:
+            return pack(rows, self.processor.context, self.processor.pad_token)
+        return collate([Sample(row, row, []) for row in rows], self.processor.pad_token)
+
+    def ids(self, step: int) -> list[str]:
+        return [f"text {index}" for index in self.indices(step)]
+
+    def score(self, n: int = 200) -> Score:
+        return perplexity(self.model, self.processor, self.held_out[:n])
+
+    def validate(self) -> float:
+        return 1 / self.score().value
+
+    def evaluate(self) -> dict[str, Score]:
+        return evaluate.language(self.model, self.processor, self.recipe.data.directory)
+
+    def picture(self, path: Path) -> None:
+        """How the model goes on with the beginnings of held-out texts."""
+        beginnings = [" ".join(text.split()[: max(3, len(text.split()) // 2)]) for text in self.held_out[:12]]
+        rows = []
+        for text in beginnings:
+            tokens = torch.tensor([[self.processor.start_token, *self.processor.ids(text)]])
+            said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
+            rows.append(Row(text[-160:], [], detail="→ " + said))
+        sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
+
+    def next_commands(self, out: Path) -> list[str]:
+        start = " ".join(self.held_out[0].split()[:12])
+        return [f'python sample.py complete {out} "{start}"', "python train.py llava"]
+
+
+LANGUAGE_RECIPES = {
+    "lm": LanguageRecipe(
+        summary="a small language model on the texts of the shapes world",
+        model=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=192),
+        optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
+        steps=1200,
+        batch_size=64,
+        save_every=400,
+    ),
+}

@@ -1,0 +1,206 @@
+"""LLaVA in its two stages (Liu et al. 2023a, §4.2): first the projector learns to be read, then the whole to converse.
+
+    clip ─ vision tower, frozen ─────┐
+    lm   ─ language model, frozen ───┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minivlm.checkpoint import load
+from minivlm.conversation import collate, encode_conversation
+from minivlm.datasets.talk import Talk
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.lora import LoRAConfig, add_lora
+from minivlm.losses import labelled
+from minivlm.models.llava import LLaVA, LLaVAConfig
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.speak import Speaking, TalkConfig, open_train
+from minivlm.tasks.features import inference
+from minivlm.training import OptimiserConfig, autocast
+
+CACHE_LIMIT = 4 * 2**30  # bytes of image features that may be kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaVARecipe(Recipe):
+    stage: Literal["align", "instruct"]
+    vision_from: str = "out/clip"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    language_from: str = "out/lm"  # likewise, a language model
+    starts_from: str | None = None  # stage "instruct": a LLaVA that went through stage "align"
+    projector: Literal["linear", "mlp"] = "mlp"
+    vision_layers: tuple[int, ...] = (-2,)
+    tiles: int = 1
+    lora: LoRAConfig | None = None  # stage "instruct": None trains the language model itself
+    data: TalkConfig = field(default_factory=TalkConfig)
+
+    def needs(self) -> dict[str, str]:
+        if self.stage == "instruct":
+            return {"llava-stage1": self.starts_from}
+        return {"clip": self.vision_from, "lm": self.language_from}
+
+    def for_data(self, directory: str, out: str) -> LLaVARecipe:
+        """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
+        beside = f"{Path(out).parent / Path(directory).resolve().name}"
+        changed = {"data": replace(self.data, directory=directory), "summary": f"{self.summary}, on {directory}"}
+        if self.stage == "instruct":
+            return replace(self, **changed, starts_from=f"{beside}-llava-stage1")
+        return replace(self, **changed, vision_from=f"{beside}-clip", language_from=f"{beside}-lm")
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> LLaVAWork:
+        if checkpoint is not None:
+            model, processor = load(checkpoint)
+        else:
+            model, processor = self.align() if self.stage == "align" else self.instruct()
+        model.freeze("vision")
+        if self.stage == "align":
+            model.freeze("language_model")
+        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        return LLaVAWork(self, model, processor, train)
+
+    def align(self) -> tuple[LLaVA, Processor]:
+        """Vision tower and language model put together, with a new projector between them."""
+        clip, eyes = load(self.vision_from)
+        speaker, words = load(self.language_from)
+        if not hasattr(clip, "encode_image"):
+            raise UserError(f"--vision_from {self.vision_from} holds a {type(clip).__name__}, but a CLIP is wanted.")
+        if not isinstance(speaker, LanguageModel):
+            raise UserError(f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model.")
+        speaker, words = with_image_token(speaker, words)
+        config = LLaVAConfig(
+            vision=clip.config.vision,
+            language=speaker.config,
+            image_token=words.image_token_id,
+            projector=self.projector,
+            vision_layers=self.vision_layers,
+            tiles=self.tiles,
+        )
+        model = LLaVA(config, seed=self.seed)
+        model.vision.load_state_dict(clip.vision.state_dict())
+        model.language_model.load_state_dict(speaker.state_dict())
+        context = speaker.config.context
+        sees = dict(image_tokens=config.image_tokens, tiles=self.tiles, context=context)
+        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+        return model, Processor(words.tokenizer, replace(eyes.config, pad_to_context=False, **sees, **spoken))
+
+    def instruct(self) -> tuple[LLaVA, Processor]:
+        model, processor = load(self.starts_from)
+        if not isinstance(model, LLaVA):
+            raise UserError(f"--starts_from {self.starts_from} holds a {type(model).__name__}, but a LLaVA is wanted.")
+        if self.lora is not None:
+            add_lora(model.language_model, self.lora, generator=torch.Generator().manual_seed(self.seed))
+            model.config = replace(model.config, lora=self.lora)
+        return model, processor
+
+
+def with_image_token(model: LanguageModel, processor: Processor) -> tuple[LanguageModel, Processor]:
+    """The tokeniser knows the mark `<image>`; the language model has a (never read) row for it."""
+    if processor.image_token_id is None:
+        processor.tokenizer.add_special_tokens([processor.config.image_token])
+        processor = Processor(processor.tokenizer, processor.config)
+    size = processor.image_token_id + 1
+    if size <= model.config.vocab_size:
+        return model, processor
+    grown = LanguageModel(replace(model.config, vocab_size=size))
+    state = model.state_dict()
+    for name in ("token_embedding.weight", "head.weight"):
+        row = state[name].mean(dim=0, keepdim=True)  # an unlikely word rather than a random one
+        state[name] = torch.cat([state[name], row.expand(size - len(state[name]), -1)])
+    grown.load_state_dict(state)
+    return grown, processor
+
+
+class LLaVAWork(Speaking):
+    def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Talk):
+        super().__init__(recipe, model, processor, train)
+        align = recipe.stage == "align"
+        self.origins = {
+            "vision": recipe.vision_from if align else recipe.starts_from,
+            "projector": "new" if align else recipe.starts_from,
+            "language_model": recipe.language_from if align else recipe.starts_from,
+            "language_model LoRA": "new, zero",
+        }
+        self.answers = not align and bool(self.val.questions())
+        self.score_name = "accuracy of answers" if self.answers else "object recall of captions"
+        self.features: Tensor | None = None
+        self.cut = 0
+
+    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        """The frozen tower sees every training picture once; its features are kept for all epochs."""
+        n, c = len(self.train), self.model.config
+        bytes_each = c.image_tokens * c.feature_width * precision.itemsize
+        if not self.train.one_picture_each or n * bytes_each > CACHE_LIMIT:
+            return
+        from tqdm import tqdm
+
+        features = torch.empty(n, c.image_tokens, c.feature_width, dtype=precision)
+        with inference(self.model), autocast(device, precision):
+            for i in tqdm(range(0, n, 250), desc="image features", unit=" batches", leave=False):
+                indices = range(i, min(i + 250, n))
+                images = self.processor.images([picture for [picture] in self.train.images(indices)])
+                seen = self.model.look(images.to(device))  # (b · views, N, C)
+                features[i : i + 250] = seen.reshape(len(indices), -1, c.feature_width).to("cpu", precision)
+        self.features = features
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """tokens and labels (B/W, T), where the labels are, and images or their features, of process `rank` of W."""
+        share = self.share(step, rank, world)
+        indices = [index for index, _ in share]
+        speak = self.train.caption_conversation if self.recipe.stage == "align" else self.train.conversation
+        samples = [encode_conversation(speak(i, rng), self.processor, context=self.processor.context) for i, rng in share]
+        batch = collate(samples, self.processor.pad_token)
+        if self.recipe.micro_batch is None:
+            batch["where"] = labelled(batch["labels"])
+        if self.features is not None:
+            return {**batch, "features": self.features[torch.tensor(indices)]}
+        pictures = [picture for pictures in self.train.images(indices) for picture in pictures]
+        return {**batch, "images": self.processor.images(pictures)} if pictures else batch
+
+    def validate(self) -> float:
+        if not self.answers:
+            return self.captions_score()
+        return self.answers_score()
+
+    def next_commands(self, out: Path) -> list[str]:
+        picture = self.held_out_picture()
+        if self.recipe.stage == "align":
+            return [f"python sample.py caption {out} {picture}", "python train.py llava"]
+        return [
+            f"python sample.py caption {out} {picture}",
+            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
+            f"python sample.py chat {out} {picture}",
+        ]
+
+    def finish(self) -> None:
+        if self.model.config.lora is not None:
+            self.model.merge_lora()
+
+
+LLAVA_RECIPES = {
+    "llava-stage1": LLaVARecipe(
+        summary="LLaVA, stage 1: the projector alone learns, on captions",
+        stage="align",
+        optimiser=OptimiserConfig(learning_rate=2e-3, warmup=50, weight_decay=0.0),
+        steps=400,
+        batch_size=64,
+        save_every=200,
+    ),
+    "llava": LLaVARecipe(
+        summary="LLaVA: a frozen vision tower, a projector and a language model that converse about pictures",
+        stage="instruct",
+        starts_from="out/llava-stage1",
+        lora=LoRAConfig(rank=32, alpha=64),
+        optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
+        steps=1600,
+        batch_size=64,
+        save_every=400,
+    ),
+}

@@ -1,0 +1,154 @@
+"""The prefix pattern as recipes: what they have in common, and the captioner, which is trained as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+from torch import Tensor
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.conversation import Sample, collate
+from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.talk import Talk, open_talk
+from minivlm.errors import UserError
+from minivlm.evaluate.language import is_shapes
+from minivlm.layers.language_model import LanguageModelConfig
+from minivlm.layers.vit import VisionConfig
+from minivlm.metrics import Score, vqa_accuracy
+from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.work import Work
+from minivlm.training import OptimiserConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig:
+    directory: str = "data/shapes"
+    vocab_size: int = 512  # of a tokeniser that is trained on it; not used where a language model brings its own
+
+
+def open_train(directory: str, image_size: int, batch_size: int, *, quiet: bool) -> Talk:
+    """The training split; the shapes world is made if it is missing. UserError where it does not fill a batch."""
+    path = Path(directory)
+    if path == Path("data/shapes") and not (path / "world.json").exists():
+        make_shapes(path, image_size=image_size, progress=not quiet)
+    talk = open_talk(path, "train", image_size=image_size)
+    if len(talk) < batch_size:
+        raise UserError(
+            f"a batch of {batch_size} cannot be filled from the {len(talk)} training samples in {directory}; "
+            f"choose --batch_size {len(talk)} or less."
+        )
+    return talk
+
+
+class Speaking(Work):
+    """A model that speaks about pictures, at work."""
+
+    def __init__(self, recipe: Recipe, model, processor: Processor, train: Talk):
+        super().__init__(recipe, model, processor, len(train))
+        self.train = train
+        self.chance_text = f"uniform {np.log(model.language_model.config.vocab_size):.2f}"
+        self.val = open_talk(recipe.data.directory, "val", image_size=processor.image_size)
+
+    def notes(self) -> list[str]:
+        return [f"{len(self.train)} training samples in {self.recipe.data.directory}", *self.train.notes]
+
+    def ids(self, step: int) -> list[str]:
+        return [self.train.key(i) for i in self.indices(step)]
+
+    def evaluate(self) -> dict[str, Score]:
+        return evaluate.speech(self.model, self.processor, self.recipe.data.directory)
+
+    def picture(self, path: Path) -> None:
+        evaluate.speech_picture(self.model, self.processor, self.recipe.data.directory, path)
+
+    def captions_score(self) -> float:
+        """Of 200 validation pictures."""
+        scores = evaluate.captions(self.model, self.processor, self.val, self.recipe.data.directory, most=200)
+        return list(scores.values())[-1].value
+
+    def answers_score(self) -> float:
+        """Of the validation questions."""
+        said = evaluate.ask(self.model, self.processor, self.val, self.val.questions())
+        return vqa_accuracy(self.val.questions(), said)["accuracy"].value
+
+    def held_out_picture(self) -> str:
+        test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
+        return quote(str(Path(self.recipe.data.directory) / test.key(0)))
+
+
+# ---- the captioner ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerRecipe(Recipe):
+    model: ImageCaptioningConfig  # vocab_size and end_tokens follow from the tokeniser
+    data: TalkConfig = TalkConfig()
+
+    def for_data(self, directory: str, out: str) -> CaptionerRecipe:
+        """The same on another folder's captions."""
+        vocab_size = self.data.vocab_size if is_shapes(directory) else 4096
+        data = replace(self.data, directory=directory, vocab_size=vocab_size)
+        return replace(self, summary=f"a captioner of {directory}", data=data)
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Captioner:
+        size, context = self.model.vision.image_size, self.model.language.context
+        train = open_train(self.data.directory, size, self.batch_size, quiet=quiet)
+        if not train.captions(0):
+            raise UserError(f"{self.data.directory} has no captions (captions.jsonl), which a captioner learns from.")
+        if checkpoint is not None:
+            _, processor = load(checkpoint)
+        else:
+            words = (text for i in range(len(train)) for text in train.captions(i))
+            room = context - self.model.vision.patches
+            processor = Processor.train(words, vocab_size=self.data.vocab_size, image_size=size, context=room)
+        language = replace(
+            self.model.language,
+            vocab_size=processor.vocab_size,
+            end_tokens=(processor.end_token,),
+            pad_token=processor.pad_token,
+        )
+        try:
+            model = ImageCaptioningModel(replace(self.model, language=language), seed=self.seed)
+        except ValueError as error:  # sizes that do not fit each other
+            raise UserError(f"the model cannot be built: {error}.") from None
+        return Captioner(self, model, processor, train)
+
+
+class Captioner(Speaking):
+    score_name = "object recall of captions"
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """images (B/W, 3, S, S), tokens and labels (B/W, T) of process `rank` of W."""
+        share = self.share(step, rank, world)
+        captions = [known[int(rng.random() * len(known))] for i, rng in share if (known := self.train.captions(i))]
+        rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
+        pictures = self.train.images([index for index, _ in share])
+        images = self.processor.images([picture for [picture] in pictures])
+        return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
+
+    def validate(self) -> float:
+        return self.captions_score()
+
+    def next_commands(self, out: Path) -> list[str]:
+        return [f"python sample.py caption {out} {self.held_out_picture()} --num_beams 3"]
+
+
+CAPTIONER_RECIPES = {
+    "captioner": CaptionerRecipe(
+        summary="pictures in, captions out: a ViT and a decoder trained together",
+        model=ImageCaptioningConfig(
+            vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
+            language=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=128),
+        ),
+        optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
+        steps=1200,
+        batch_size=128,
+        save_every=400,
+    ),
+}

@@ -1,0 +1,76 @@
+"""A recipe at work: what train.py asks of it, and what all recipes do alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minivlm.metrics import Score
+from minivlm.recipes.base import Recipe
+
+
+class Work:
+    """model, processor, and the n training samples of a recipe.
+
+    score_name   what `validate` returns, in words
+    chance_text  what the loss of a model that knows nothing would be
+    origins      part of the model (a dotted name) → where its weights come from, for the table of parts
+    """
+
+    score_name: str
+    chance_text: str
+
+    def __init__(self, recipe: Recipe, model: nn.Module, processor, n: int):
+        self.recipe, self.model, self.processor, self.n = recipe, model, processor, n
+        self.origins: dict[str, str] = {}
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which samples step `step` sees: each epoch is a permutation drawn from (seed, epoch)."""
+        B = self.recipe.batch_size
+        epoch, position = divmod(step, self.n // B)
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(self.n)
+        return order[position * B : (position + 1) * B]
+
+    def share(self, step: int, rank: int, world: int) -> list[tuple[int, np.random.Generator]]:
+        """The samples of process `rank` of `world`, each with its own source of chance: a function of (seed, step) alone,
+        so that runs resume and any number of processes share a batch."""
+        samples = enumerate(self.indices(step).tolist())
+        rngs = [(index, np.random.default_rng((self.recipe.seed, step, i))) for i, index in samples]
+        return rngs[rank::world]
+
+    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        """Called once before the first step, when the model is on its device."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """The arguments of `model.losses`."""
+        raise NotImplementedError
+
+    def ids(self, step: int) -> list[str]:
+        """Names of the samples of a step, for messages."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        return []
+
+    def validate(self) -> float:
+        """One number between 0 and 1 to choose the best checkpoint by; higher is better."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, Score]:
+        """All scores on held-out data."""
+        raise NotImplementedError
+
+    def picture(self, path: Path) -> None:
+        """What was learnt, to look at."""
+        raise NotImplementedError
+
+    def next_commands(self, out: Path) -> list[str]:
+        """What to try on the model in `out`."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called once after training, before the model is evaluated and saved."""
