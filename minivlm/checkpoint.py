@@ -153,10 +153,12 @@ def load(
 
     source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, LLaVA;
     open_clip), or the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
-    dtype None: as stored.
+    A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
     """
+    if (Path(source) / "adapter_config.json").exists():
+        return load_with_adapter(Path(source), device=device, dtype=dtype)
     directory = locate(source, pretrained.weight_patterns)
     kind = pretrained.recognise(directory)
     described = read_ours(directory) if kind == "minivlm" else pretrained.read(directory, kind)
@@ -171,6 +173,18 @@ def load(
         tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
         fill(model, tensors, device=device, dtype=dtype)
     return model.eval(), described.processor
+
+
+def load_with_adapter(directory: Path, **where: Any) -> tuple[nn.Module, Processor | None]:
+    """The base that an adapter names, a path or a hub id, and the adapter's layers in it (see `minivlm.adapters`)."""
+    from minivlm.adapters import load_adapter
+
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(f"{directory / 'adapter_config.json'} does not name the base that the adapter belongs to.")
+    model, processor = load(base, **where)
+    load_adapter(directory, model)
+    return model.to(where["device"]).eval(), processor
 
 
 @contextmanager

@@ -141,13 +141,16 @@ class Processor:
 
     # ---- strings -----------------------------------------------------------------------------------------------------
 
-    def text(self, strings: Sequence[str], *, cut: bool = False) -> tuple[Tensor, Tensor]:
+    def text(self, strings: Sequence[str], *, cut: bool = False, expand: bool = False) -> tuple[Tensor, Tensor]:
         """B strings → tokens (B, T) int64, mask (B, T) bool, True = a real token; T is that of the longest.
 
         cut: a text longer than the context loses its last words, but not its end token. Otherwise nothing is ever cut:
-        it comes back longer, and the model refuses it.
+        it comes back longer, and the model refuses it. expand: each `<image>` becomes as many placeholders as a picture
+        has features; without, it is one token, as the published tokenisers have it (`generate` takes both).
         """
         rows = self.encode(strings)
+        if expand:
+            rows = [self.expand(row) for row in rows]
         if cut:
             rows = [self.cut(row) for row in rows]
         T = max([len(row) for row in rows] + [self.context if self.config.pad_to_context else 0])
@@ -159,8 +162,8 @@ class Processor:
         return tokens, mask
 
     def encode(self, strings: Sequence[str]) -> list[list[int]]:
-        """The ids of each string, start and end tokens included, neither cut nor padded. An `<image>` mark is one token,
-        as the published tokenisers have it; `ids` makes room for the picture."""
+        """The ids of each string, start and end tokens included, neither cut nor padded. An `<image>` mark is one
+        token, as the published tokenisers have it; `ids` makes room for the picture."""
         if isinstance(strings, str):
             raise TypeError(f"a list of strings is wanted, not one string: [{strings!r}]")
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(strings))]
@@ -204,7 +207,7 @@ class Processor:
 
     @cached_property
     def margins(self) -> tuple[str, str]:
-        """What the tokeniser puts before and after every text, so that a word is one token wherever it is: " ", or ""."""
+        """What the tokeniser puts before and after texts, so that a word is one token wherever it is: " ", or ""."""
         before, _, after = self.spell([self.ids("a")])[0].partition("a")
         return before, after
 

@@ -67,6 +67,15 @@ def test_stage_two_trains_projector_and_adapters_and_leaves_them_merged(built):
     assert any(name.startswith("projector.") for name in changed)
 
 
+def test_the_adapter_alone_gives_the_same_answers_on_its_base(built):
+    merged, processor = minivlm.load(built / "llava")
+    alone, _ = minivlm.load(built / "llava/adapter")
+    tokens, mask = processor.text(["<image> is there a red circle?"], expand=True)
+    images = torch.randn(1, 3, 32, 32)
+    assert alone.config.lora is not None
+    torch.testing.assert_close(alone(images, tokens, mask).logits, merged(images, tokens, mask).logits)
+
+
 def test_every_stage_leaves_its_metrics_and_a_picture(built):
     metrics = {name: json.loads((built / name / "metrics.json").read_text()) for name in ("lm", "stage1", "llava")}
     assert 1 < metrics["lm"]["perplexity"]["value"] < 300  # the size of the vocabulary

@@ -162,7 +162,8 @@ class LanguageModel(Model):
         return self.packing
 
     def train(self, mode: bool = True) -> LanguageModel:
-        self.packing = None  # training has no use for the copy, and would outdate it
+        if mode:
+            self.packing = None  # training has no use for the copy, and outdates it
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> LanguageModel:
@@ -200,14 +201,15 @@ class LMDecoding:
     def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int):
         self.model, self.cache, self.logits, self.room = model, cache, logits, room
         self.packed: PackedDecoder | None = None
+        self.steps = 0
 
     def step(self, tokens: Tensor) -> None:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
-        if self.packed is None:  # not before the first token is out: copying the weights takes as long as some steps
+        if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
             self.packed = self.model.packed()
         self.logits = self.predict(tokens)
-        self.room -= 1
+        self.steps, self.room = self.steps + 1, self.room - 1
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:

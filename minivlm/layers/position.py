@@ -133,12 +133,12 @@ class Cache:
     def width(self, T: int, end: int) -> int:
         """How many columns a step looks at: no more than `end`, but where more are cheaper.
 
-        In bf16 on a CPU, PyTorch copies keys and values for a product unless it gets all columns, and compiles a kernel
-        (1 ms) for every new shape, so that the width had better be the same for many steps.
+        For the product with one query, PyTorch copies keys and values on a CPU unless it gets all columns, and in bf16 it
+        compiles a kernel (1 ms) for every new shape, so that the width had better be the same for many steps.
         """
         if self.static:
             return self.capacity
-        if T > 1 or self.keys.device.type != "cpu" or self.keys.dtype != torch.bfloat16:
+        if T > 1 or self.keys.device.type != "cpu":
             return end
         return self.capacity if self.capacity < 2 * end else min(self.capacity, (end + 63) // 64 * 64)
 

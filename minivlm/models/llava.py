@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
@@ -113,7 +113,7 @@ class LLaVA(SpeakingModel):
         """tokens (B, T) → (B, T, D), pictures in their places."""
         x = self.language_model.embed(tokens)
         if images is None and features is None:
-            return x
+            return fill(x, tokens == self.config.image_token, x.new_empty(0, x.shape[-1]))
         seen = self.projector(self.look(images) if features is None else features)  # (B·I, N, D)
         return fill(x, tokens == self.config.image_token, seen.flatten(0, 1))
 
@@ -125,7 +125,22 @@ class LLaVA(SpeakingModel):
 
     @torch.no_grad()
     def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+        """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.begin`."""
+        if images is not None and self.config.image_tokens > 1:
+            pictures = images.flatten(0, -4).shape[0] // self.config.views
+            if (tokens == self.config.image_token).sum() == pictures:
+                tokens, mask = self.make_room(tokens, mask)
         return self.language_model.begin(mask=mask, embeddings=self.embed(images, tokens), room=room)
+
+    def make_room(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """tokens, mask (B, T) with one mark a picture → the same, right-padded, with a placeholder for every feature."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        copies = torch.where(tokens == self.config.image_token, self.config.image_tokens, 1) * mask
+        rows = [row.repeat_interleave(n) for row, n in zip(tokens, copies, strict=True)]
+        lengths = copies.sum(dim=1, keepdim=True)
+        pad = self.config.language.pad_token
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths
 
     def merge_lora(self) -> None:
         """The adapters become part of the language model's weights."""

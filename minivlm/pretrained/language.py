@@ -89,8 +89,8 @@ def check_vocabulary(vocab: dict[str, int], config: LanguageModelConfig) -> None
     largest = max(vocab, key=vocab.get, default=None)
     if largest is not None and vocab[largest] >= config.vocab_size:
         raise UserError(
-            f"the tokeniser is not the model's: {largest!r} is token {vocab[largest]}, but vocab_size in config.json is "
-            f"{config.vocab_size}, so the last is token {config.vocab_size - 1}."
+            f"the tokeniser is not the model's: {largest!r} is token {vocab[largest]}, but vocab_size in config.json "
+            f"is {config.vocab_size}, so the last is token {config.vocab_size - 1}."
         )
 
 

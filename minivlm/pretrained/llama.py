@@ -133,7 +133,7 @@ def read_rope(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)  # one for each type of layer, of which we have only this
     language.refuse_unless({**values, **rope}, partial_rotary_factor=1.0)
-    theta = float(rope.get("rope_theta", values.get("rope_theta", 10_000.0)))
+    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta}

@@ -115,8 +115,8 @@ def reads_class_token(strategy: str, vision: VisionConfig) -> bool:
         raise UserError(f"config.json has vision_feature_select_strategy {strategy!r}; there are default and full.")
     if is_siglip(vision) and strategy == "default":
         raise UserError(
-            "config.json has vision_feature_select_strategy 'default', which drops the class token, but SigLIP has none, "
-            "so its first patch would be lost; it should be 'full'."
+            "config.json has vision_feature_select_strategy 'default', which drops the class token, but SigLIP has "
+            "none, so its first patch would be lost; it should be 'full'."
         )
     return strategy == "full" and not is_siglip(vision)
 

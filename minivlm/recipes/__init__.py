@@ -137,7 +137,7 @@ def finish(run: Run, work) -> None:
 
     best = run.best()
     restore_weights(best, work.model)
-    work.finish()
+    work.finish(run.directory)
     scores = work.evaluate()
     print(f"\nthe best checkpoint (step {read_record(best)['step']}) on held-out data:\n\n{table(scores)}\n")
     checkpoint.save(run.directory, work.model, work.processor)

@@ -141,7 +141,10 @@ class Language(Work):
 LANGUAGE_RECIPES = {
     "lm": LanguageRecipe(
         summary="a small language model on the texts of the shapes world",
-        model=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=192),
+        # Rotary positions: "what came one before" is the same turn everywhere, and copying begins with it.
+        model=LanguageModelConfig(
+            width=128, depth=4, heads=4, vocab_size=512, context=192, positions="none", rope_theta=10_000.0
+        ),
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
         steps=1200,
         batch_size=64,

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
 from minivlm.conversation import collate, encode_conversation
 from minivlm.datasets.talk import Talk
@@ -179,8 +180,10 @@ class LLaVAWork(Speaking):
             f"python sample.py chat {out} {picture}",
         ]
 
-    def finish(self) -> None:
-        if self.model.config.lora is not None:
+    def finish(self, out: Path) -> None:
+        """Adapters are left twice: alone, for the base that they belong to, and as part of the weights."""
+        if (lora := self.model.config.lora) is not None:
+            save_adapter(out / "adapter", self.model, base=str(self.recipe.starts_from), config=lora)
             self.model.merge_lora()
 
 

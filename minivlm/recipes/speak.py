@@ -144,7 +144,9 @@ CAPTIONER_RECIPES = {
         summary="pictures in, captions out: a ViT and a decoder trained together",
         model=ImageCaptioningConfig(
             vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
-            language=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=128),
+            language=LanguageModelConfig(
+                width=128, depth=4, heads=4, vocab_size=512, context=128, positions="none", rope_theta=10_000.0
+            ),
         ),
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
         steps=1200,

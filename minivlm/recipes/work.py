@@ -72,5 +72,5 @@ class Work:
         """What to try on the model in `out`."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Called once after training, before the model is evaluated and saved."""
+    def finish(self, out: Path) -> None:
+        """Called once after training, before the model is evaluated and saved in `out`."""

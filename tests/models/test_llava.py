@@ -62,6 +62,10 @@ class TestFillingIn:
         model, tokens = llava(), text(1, 20, 21, 22)
         assert torch.equal(model(None, tokens).logits, model.language_model(tokens).logits)
 
+    def test_a_place_without_any_picture_is_an_error(self):
+        with pytest.raises(ValueError, match="has places for 8 image features, but the images have 0$"):
+            llava()(None, ROW)
+
     @pytest.mark.parametrize("images", [1, 3])
     def test_a_wrong_number_is_an_error_with_both(self, images):
         with pytest.raises(ValueError, match=f"has places for 8 image features, but the images have {4 * images}$"):
@@ -265,6 +269,17 @@ class TestSpeaking:
             best = model(images, tokens).logits[:, -1].argmax(dim=-1)
             assert said[0, t] == best
             tokens = torch.cat([tokens, best[:, None]], dim=1)
+
+    def test_a_prompt_may_have_one_mark_a_picture(self):
+        """As `Processor.text` and published tokenisers write it, rows of different lengths and numbers of pictures."""
+        model, images = llava(), pictures(3)
+        short = torch.tensor([[1, MARK, 20, 0, 0, 0], [1, MARK, 21, 22, MARK, 23]])
+        mask = torch.arange(6) < torch.tensor([[3], [6]])
+        long = text(1, "picture", 21, 22, "picture", 23)
+        rows = torch.cat([F.pad(text(1, "picture", 20), (0, long.shape[1] - N - 2)), long])
+        wide = torch.arange(long.shape[1]) < torch.tensor([[N + 2], [long.shape[1]]])
+        said = model.generate(images, short, mask, max_new_tokens=5)
+        assert torch.equal(said, model.generate(images, rows, wide, max_new_tokens=5))
 
     def test_streams_the_same(self):
         model, images = llava(), pictures(3)

@@ -205,7 +205,7 @@ THREE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     ("values", "theta", "scaling"),
     [
         ({"rope_theta": 100000}, 1e5, None),
-        ({"rope_scaling": None, "rope_parameters": None}, 1e4, None),
+        ({"rope_theta": None, "rope_scaling": None, "rope_parameters": None}, 1e4, None),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
         ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, 1e6, None),
         ({"rope_theta": 1e5, "rope_scaling": {"type": "linear", **LINEAR}}, 1e5, RopeScaling("linear", 2.0)),
