@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from minivlm.base import Model
+from minivlm.layers import LanguageModel, LanguageModelConfig
 from minivlm.testing import assert_same
 
 
@@ -28,3 +29,22 @@ def test_gradients_in_parts_are_those_of_the_whole_batch_where_the_last_part_is_
     assert_same(parts["square"], whole)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert_same(parameter.grad, gradient)
+
+
+def test_labelled_tokens_weigh_alike_wherever_their_sample_stands():
+    """A part of few labels must not count as much as one of many."""
+    model = LanguageModel(LanguageModelConfig(width=8, depth=1, heads=2, vocab_size=9, context=8))
+    tokens = torch.randint(1, 9, (6, 8))
+    labels = tokens.masked_fill(torch.arange(8) < torch.tensor([[0], [7], [3], [7], [5], [2]]), -100)
+    whole = model.losses(tokens, labels)["next token"]
+    parts = model.backward_in_parts({"tokens": tokens, "labels": labels}, 4)
+    assert_same(parts["next token"], whole)
+
+
+def test_frozen_parts_stay_in_eval_mode_and_get_no_gradients():
+    model = Regression()
+    model.tower = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    model.freeze("tower")
+    model.train()
+    assert model.training and model.line.training and not model.tower.training and not model.tower[1].training
+    assert not any(p.requires_grad for p in model.tower.parameters()) and model.line.weight.requires_grad

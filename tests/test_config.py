@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from minivlm.config import alternatives, coerce, describe, field_types, from_dict, to_dict
+from minivlm.config import alternatives, coerce, complete, describe, field_types, from_dict, to_dict
 from minivlm.errors import UserError
 
 
@@ -123,3 +123,13 @@ def test_annotations():
     assert describe(int | None) == "int or None" and describe(Literal["a", 1]) == "one of a, 1"
     assert coerce(tuple[int, ...], [1, 2], "x") == (1, 2)
     assert coerce(int | str, "8", "x") == "8"
+
+
+def test_what_an_older_version_wrote_is_completed_with_defaults_and_nothing_else():
+    whole = to_dict(Scene(shape=Square(2)))
+    older = {**whole, "shape": {"type": "Square", "side": 2}}
+    del older["name"]
+    assert complete(Scene, older) == whole
+    del older["shape"]["side"]  # without a default: still missing
+    with pytest.raises(UserError, match=r"config\.shape lacks side"):
+        from_dict(Scene, complete(Scene, older))
