@@ -52,29 +52,28 @@ def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
     q = q.reshape(B, G, H // G * T, K)  # the H/G query heads of a group share its keys
-    scores = (q * K**-0.5) @ k.transpose(-2, -1)  # (B, G, H/G·T, S)
+    scores = ((q * K**-0.5) @ k.transpose(-2, -1)).view(B, H, T, S)
     if (allowed := combine(mask, causal, T, S, q.device)) is not None:
         shut = ~allowed
-        weights = scores.view(B, H, T, S).masked_fill_(shut, torch.finfo(q.dtype).min).softmax(dim=-1)
-        if mask is not None or T > S:  # where all is shut, the softmax is even; but it attends to nothing
-            weights = weights.masked_fill(shut, 0.0)
-        weights = weights.view(B, G, H // G * T, S)
-    else:
-        weights = scores.softmax(dim=-1)
+        # Adding costs what masked_fill would, but nothing in backward.
+        scores += torch.zeros_like(shut, dtype=q.dtype).masked_fill_(shut, torch.finfo(q.dtype).min)
+    weights = scores.softmax(dim=-1)
+    if mask is not None or (causal and T > S):  # where all is shut, the softmax is even; but it attends to nothing
+        weights = weights.masked_fill(shut, 0.0)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return (weights @ v).view(B, H, T, K)
+    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, K)
 
 
 def attend_in_strips(q, k, v, *, dropout=0.0, height: int = 160) -> Tensor:
     """Causal attention, `height` queries at a time with the keys up to the last of them: most of the upper right half,
     which would be masked, is never computed."""
     T, S = q.shape[2], k.shape[2]
-    strips = []
-    for start in range(0, T, height):
-        end = min(start + height, T)
-        seen = slice(0, end + S - T)
-        strips.append(attend_reference(q[:, :, start:end], k[:, :, seen], v[:, :, seen], causal=True, dropout=dropout))
+    strips, end = [], S - T
+    for queries in q.split(height, dim=2):
+        end += queries.shape[2]
+        keys, values = (k, v) if end == S else (k[:, :, :end], v[:, :, :end])
+        strips.append(attend_reference(queries, keys, values, causal=True, dropout=dropout))
     return torch.cat(strips, dim=2) if len(strips) > 1 else strips[0]
 
 
@@ -115,8 +114,8 @@ class Attention(nn.Module):
 
     x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
-    rope: rotates q and k (see `Rotary`); query_rope: q, if it stands elsewhere than the context. cache: gives the keys
-    so far (see `Cache`), and who may see them if x asks itself.
+    rope: rotates q and k (see `Rotary`). cache: gives the keys so far (see `Cache`).
+    last: only so many of x ask, those at its end, and the result is (B, last, D).
     backend: "auto", "reference" or "fused"; see `attend`.
     """
 
@@ -148,19 +147,21 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(heads * self.head_width, width, bias=out_bias)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask=None, rope=None, query_rope=None, cache=None
+        self, x: Tensor, context: Tensor | None = None, *, mask=None, rope=None, cache=None, last: int | None = None
     ) -> Tensor:
         source = x if context is None else context
-        q = self.split(self.q_proj(x), self.heads)  # (B, H, T, K)
+        asking = x if last is None else x[:, -last:]
+        q = self.split(self.q_proj(asking), self.heads)  # (B, H, T, K)
         k = self.split(self.k_proj(source), self.kv_heads)  # (B, G, S, K)
         v = self.split(self.v_proj(source), self.kv_heads)
         if rope is not None:
-            q, k = (query_rope or rope)(q), rope(k)
+            q, k = rope.last(q.shape[2])(q), rope(k)
         mask, causal = expand_mask(mask), self.causal
         if cache is not None:
-            k, v, visible = cache.append(k, v)  # all keys so far, and who may see them
-            if context is None:
-                mask, causal = visible, visible is None
+            k, v, mask = cache.append(k, v)  # all keys so far, and who may see them
+            causal = mask is None  # else the cache's mask already says so
+        if last is not None and mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., -last:, :]
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask=mask, causal=causal, dropout=dropout, backend=self.backend)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, H·K) → (B, T, D)

@@ -51,8 +51,9 @@ class PackedDecoder:
             x = x + model.position_embedding(positions[..., 0] + model.config.position_offset)
         rope = model.transformer.rotary(positions)
         rope = None if rope is None else rope.to(self.dtype)
+        hide = None if x.device.type != "cpu" else hidden(cache, self.dtype)
         for index, block in enumerate(self.blocks):
-            x = block(x, rope, cache.layer(index))
+            x = block(x, rope, cache.layer(index), hide)
         cache.advance(None, 1)
         x = x if model.norm is None else model.norm(x)
         return self.head(x if self.project_out is None else self.project_out(x))
@@ -70,42 +71,50 @@ class PackedBlock:
         self.up = Matrix.of(*ups, dtype=dtype)
         self.down = Matrix.of(mlp.down_proj, dtype=dtype)
 
-    def __call__(self, x: Tensor, rope: Rotary | None, cache: LayerCache) -> Tensor:
+    def __call__(self, x: Tensor, rope: Rotary | None, cache: LayerCache, hide: Tensor | None) -> Tensor:
         b = self.block
         if b.pre_norm:
-            x = x + self.attention(b.attention_norm(x), rope, cache)
+            x = x + self.attention(b.attention_norm(x), rope, cache, hide)
             return x + self.mlp(b.mlp_norm(x))
-        x = b.attention_norm(x + self.attention(x, rope, cache))
+        x = b.attention_norm(x + self.attention(x, rope, cache, hide))
         return b.mlp_norm(x + self.mlp(x))
 
-    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache) -> Tensor:
+    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache, hide: Tensor | None) -> Tensor:
         a = self.block.attention
         H, G = a.heads, a.kv_heads
         qkv = self.qkv(x).view(len(x), H + 2 * G, 1, a.head_width)
         qk = qkv[:, : H + G] if rope is None else rope(qkv[:, : H + G])
         k, v, visible = cache.append(qk[:, H:], qkv[:, H + G :])  # (B, G, S, K): all so far
-        return self.out(attend_to_past(qk[:, :H], k, v, visible, a.backend).flatten(1))
+        if hide is None:
+            return self.out(attend(qk[:, :H], k, v, mask=visible, backend=a.backend).flatten(1))
+        return self.out(attend_to_past(qk[:, :H], k, v, hide))
 
     def mlp(self, x: Tensor) -> Tensor:
         mlp = self.block.mlp
         if mlp.gate_proj is None:
             return self.down(mlp.activation(self.up(x)))
         gate, up = self.up(x).chunk(2, dim=1)
-        return self.down(mlp.activation(gate) * up)
+        return self.down(mlp.activation(gate).mul_(up))
 
 
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, backend: str) -> Tensor:
-    """`attend` for one query a row, which sees itself at least, so that nobody need care for those that see nothing.
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, hide: Tensor) -> Tensor:
+    """`attend` for one query a row: q (B, H, 1, K), k and v (B, G, S, K), hide: see `hidden` → (B, H·K).
 
-    On a CPU the formula is as fast as PyTorch's fused kernel (batch 1), 1.2 times (batch 8), or 3 times (bf16).
+    On a CPU as fast as PyTorch's fused kernel (batch 1), 1.2 times as fast (batch 8), or 3 times (bf16).
     """
-    if backend != "auto" or q.device.type != "cpu":
-        return attend(q, k, v, mask=visible, backend=backend)
-    B, G, _, K = k.shape
-    scores = (q * K**-0.5).view(B, G, -1, K) @ k.transpose(-2, -1)  # (B, G, H/G, S)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return scores.softmax(dim=-1) @ v  # (B, G, H/G, K)
+    (B, H, _, K), G = q.shape, k.shape[1]
+    q, k, v = q.reshape(B * G, H // G, K), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.baddbmm(hide, q, k.transpose(1, 2), alpha=K**-0.5)  # (B·G, H/G, S)
+    return torch.bmm(scores.softmax(dim=-1), v).view(B, H * K)
+
+
+def hidden(cache: Cache, dtype: torch.dtype) -> Tensor:
+    """Added to the scores of this step: 0 where a row may look, −∞ elsewhere, (1, 1, S) or (B·G, 1, S)."""
+    _, B, G, _, _ = cache.keys.shape
+    if cache.visible is None:
+        return torch.zeros(1, 1, 1, dtype=dtype)
+    hide = torch.zeros(cache.visible.shape, dtype=dtype).masked_fill_(~cache.visible, -torch.inf)
+    return hide[None] if hide.dim() == 2 else hide.expand(B, G, 1, -1).flatten(0, 1)
 
 
 class Matrix(NamedTuple):

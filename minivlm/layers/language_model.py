@@ -98,11 +98,11 @@ class LanguageModel(Model):
         return x if self.project_in is None else self.project_in(x)
 
     def states(
-        self, x: Tensor, mask: Tensor | None = None, *, cache: Cache | None = None, at: Tensor | None = None
+        self, x: Tensor, mask: Tensor | None = None, *, cache: Cache | None = None, last: int | None = None
     ) -> Tensor:
         """Embeddings (B, T, D) → (B, T, E), what the head reads. With a cache, x continues what it holds.
 
-        at (B,): the one token of each row whose state is wanted → (B, E).
+        last: → (B, last, E), of the last tokens alone, which saves most of the last block's work for the others.
         """
         T, context = x.shape[1], self.config.context
         if cache is None and context < T:
@@ -110,8 +110,7 @@ class LanguageModel(Model):
         positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.config.position_offset)
-        x, options = self.dropout(x), dict(mask=mask, positions=positions, cache=cache)
-        x = self.transformer(x, **options) if at is None else self.transformer.read(x, at, **options)
+        x = self.transformer(self.dropout(x), mask=mask, positions=positions, cache=cache, last=last)
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
@@ -121,7 +120,17 @@ class LanguageModel(Model):
         segments (B, T): the number of the text that a token belongs to, where several share a row (see `pack`).
         """
         mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
-        return {"next token": next_token_loss(self.states(self.embed(tokens), mask), labels, self.head.weight)}
+        return {"next token": self.loss(self.embed(tokens), labels, mask)}
+
+    def loss(self, x: Tensor, labels: Tensor, mask: Tensor | None = None, *, where: Tensor | None = None) -> Tensor:
+        """`next_token_loss` of embeddings x (B, T, D). What stands in front of the first label, such as a picture, passes
+        through all blocks but the last."""
+        if where is None or labels.device.type == "cpu":  # else a GPU would be waited for
+            first = int((labels[:, 1:] != -100).any(dim=0).int().argmax())
+            last, labels, where = labels.shape[1] - first, labels[:, first:], None
+        else:
+            last = None
+        return next_token_loss(self.states(x, mask, last=last), labels, self.head.weight, where=where)
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
@@ -148,8 +157,11 @@ class LanguageModel(Model):
                 f"a prompt of {x.shape[1]} tokens and {room} new ones do not fit the context of {self.config.context}"
             )
         cache = self.transformer.new_cache(len(x), x.shape[1] + room)
-        last = torch.full_like(cache.lengths, x.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
-        hidden = self.states(x, mask, cache=cache, at=last)
+        lengths = None if mask is None else mask.sum(dim=1)
+        last = 1 if mask is None else x.shape[1] - int(lengths.min()) + 1  # from the end of the shortest row on
+        hidden = self.states(x, mask, cache=cache, last=last)
+        end = -1 if mask is None else lengths - lengths.min()
+        hidden = hidden[torch.arange(len(x), device=x.device), end]  # (B, E), the last token of each row
         cache.static = static  # of the steps; the prompt is read once
         return LMDecoding(self, cache, self.head(hidden).float(), room=room)
 

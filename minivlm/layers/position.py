@@ -60,10 +60,9 @@ class Rotary:
     def to(self, dtype: torch.dtype) -> Rotary:
         return Rotary(self.cos.to(dtype), self.sin.to(dtype))
 
-    def take(self, at: Tensor) -> Rotary:
-        """Of one token a row, at (B,)."""
-        pick = lambda x: x.expand(len(at), -1, -1, -1).gather(2, at[:, None, None, None].expand(-1, 1, 1, x.shape[-1]))
-        return Rotary(pick(self.cos), pick(self.sin))
+    def last(self, T: int) -> Rotary:
+        """Of the last T positions."""
+        return self if self.cos.shape[2] == T else Rotary(self.cos[:, :, -T:], self.sin[:, :, -T:])
 
     def __call__(self, x: Tensor) -> Tensor:
         swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (first, second) → (second, first)

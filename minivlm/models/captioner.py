@@ -76,7 +76,7 @@ class ImageCaptioningModel(SpeakingModel):
 
     def states(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the head reads at the words: (B, T, E)."""
-        return self.language_model.states(*self.embed(images, tokens, mask))[:, -tokens.shape[1] :]
+        return self.language_model.states(*self.embed(images, tokens, mask), last=tokens.shape[1])
 
     def embed(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, N + T, D) and its mask: the picture, then the words."""

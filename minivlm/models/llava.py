@@ -21,7 +21,6 @@ from minivlm.layers.projector import LinearProjector, MLPProjector
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.tower import look, make_tower
 from minivlm.layers.vit import VisionConfig
-from minivlm.losses import next_token_loss
 from minivlm.models.speaking import SpeakingModel
 
 
@@ -106,8 +105,7 @@ class LLaVA(SpeakingModel):
         where: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up; where: see `next_token_loss`."""
-        hidden = self.language_model.states(self.embed(images, tokens, features))
-        return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
+        return {"next token": self.language_model.loss(self.embed(images, tokens, features), labels, where=where)}
 
     def embed(self, images: Tensor | None, tokens: Tensor, features: Tensor | None = None) -> Tensor:
         """tokens (B, T) → (B, T, D), pictures in their places."""

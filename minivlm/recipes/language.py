@@ -146,8 +146,8 @@ LANGUAGE_RECIPES = {
             width=128, depth=4, heads=4, vocab_size=512, context=192, positions="none", rope_theta=10_000.0
         ),
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
-        steps=1200,
+        steps=1500,
         batch_size=64,
-        save_every=400,
+        save_every=500,
     ),
 }
