@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.attention import attend
 from minivlm.layers.position import Cache, LayerCache, Rotary
-from minivlm.layers.transformer import Block, matrix_dtype
+from minivlm.layers.transformer import Block
 
 if TYPE_CHECKING:
     from minivlm.layers.language_model import LanguageModel
@@ -28,20 +28,22 @@ LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is
 
 
 class PackedDecoder:
-    """tokens (B,), the cache of what came before → logits (B, V); the tokens are appended to the cache."""
+    """tokens (B,), the cache of what came before → logits (B, V); the tokens are appended to the cache.
 
-    def __init__(self, model: LanguageModel):
-        self.model, self.dtype = model, matrix_dtype(model.head.weight)
-        self.blocks = [PackedBlock(block, self.dtype) for block in model.transformer.blocks]
-        self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=self.dtype)
-        self.head = Matrix.of(model.head, dtype=self.dtype)
+    dtype: that of the matrices and of the cache.
+    """
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.blocks = [PackedBlock(block, dtype) for block in model.transformer.blocks]
+        self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=dtype)
+        self.head = Matrix.of(model.head, dtype=dtype)
         self.made_of = fingerprint(model)
 
     def is_current(self) -> bool:
         """Has no parameter changed or been replaced since?"""
         before, now = self.made_of, fingerprint(self.model)
-        same = len(before) == len(now) and all(a is b and x == y for (a, *x), (b, *y) in zip(before, now, strict=True))
-        return same and self.dtype == matrix_dtype(self.model.head.weight)
+        return len(before) == len(now) and all(a is b and x == y for (a, *x), (b, *y) in zip(before, now, strict=True))
 
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         model = self.model

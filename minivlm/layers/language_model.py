@@ -107,6 +107,8 @@ class LanguageModel(Model):
         T, context = x.shape[1], self.config.context
         if cache is None and context < T:
             raise ValueError(f"texts have {T} tokens, but the context is {context}; cut them first")
+        if torch.is_grad_enabled():
+            self.packing = None  # the weights are about to change
         positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.config.position_offset)
@@ -125,11 +127,10 @@ class LanguageModel(Model):
     def loss(self, x: Tensor, labels: Tensor, mask: Tensor | None = None, *, where: Tensor | None = None) -> Tensor:
         """`next_token_loss` of embeddings x (B, T, D). What stands in front of the first label, such as a picture, passes
         through all blocks but the last."""
+        last = None
         if where is None or labels.device.type == "cpu":  # else a GPU would be waited for
             first = int((labels[:, 1:] != -100).any(dim=0).int().argmax())
             last, labels, where = labels.shape[1] - first, labels[:, first:], None
-        else:
-            last = None
         return next_token_loss(self.states(x, mask, last=last), labels, self.head.weight, where=where)
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
@@ -157,26 +158,28 @@ class LanguageModel(Model):
                 f"a prompt of {x.shape[1]} tokens and {room} new ones do not fit the context of {self.config.context}"
             )
         cache = self.transformer.new_cache(len(x), x.shape[1] + room)
-        lengths = None if mask is None else mask.sum(dim=1)
-        last = 1 if mask is None else x.shape[1] - int(lengths.min()) + 1  # from the end of the shortest row on
-        hidden = self.states(x, mask, cache=cache, last=last)
-        end = -1 if mask is None else lengths - lengths.min()
-        hidden = hidden[torch.arange(len(x), device=x.device), end]  # (B, E), the last token of each row
+        if mask is None:
+            hidden = self.states(x, cache=cache, last=1)[:, 0]  # (B, E)
+        else:
+            lengths = mask.sum(dim=1)
+            shortest = int(lengths.min())
+            if shortest == 0:
+                raise ValueError("a row of the prompt has no token at all; begin with one, such as a start token")
+            hidden = self.states(x, mask, cache=cache, last=x.shape[1] - shortest + 1)
+            hidden = hidden[torch.arange(len(x), device=x.device), lengths - shortest]  # each row's last token
         cache.static = static  # of the steps; the prompt is read once
         return LMDecoding(self, cache, self.head(hidden).float(), room=room)
 
-    def packed(self) -> PackedDecoder | None:
-        """The weights as `PackedDecoder` lays them out, made anew if they have changed; None where that cannot be."""
+    def packed(self, dtype: torch.dtype) -> PackedDecoder | None:
+        """The weights as `PackedDecoder` lays them out, kept until they change; None where that cannot be."""
         if not can_be_packed(self):
             return None
-        if self.packing is None or not self.packing.is_current():
-            self.packing = PackedDecoder(self)
-        return self.packing
-
-    def train(self, mode: bool = True) -> LanguageModel:
-        if mode:
-            self.packing = None  # training has no use for the copy, and outdates it
-        return super().train(mode)
+        packing = self.packing
+        if packing is None or packing.dtype != dtype or not packing.is_current():
+            packing = PackedDecoder(self, dtype)
+        training = any(p.grad is not None for p in self.parameters())  # fused optimisers change weights unnoticed
+        self.packing = None if training else packing
+        return packing
 
     def _apply(self, fn, recurse: bool = True) -> LanguageModel:
         self.packing = None  # another device or dtype
@@ -219,7 +222,7 @@ class LMDecoding:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
         if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
-            self.packed = self.model.packed()
+            self.packed = self.model.packed(self.cache.keys.dtype)
         self.logits = self.predict(tokens)
         self.steps, self.room = self.steps + 1, self.room - 1
 

@@ -172,14 +172,15 @@ class LayerCache(NamedTuple):
         """New k, v (B, G, T, K) are written in place → all keys, all values (B, G, S, K), who may see them.
 
         None: causal order alone decides. A padded key lies behind its row's length, where no real token looks, until the
-        next real token overwrites it.
+        next real token overwrites it. No gradient flows through a cache.
         """
         positions = self.cache.positions
-        if positions.dim() == 1:
-            self.new[0].copy_(k)
-            self.new[1].copy_(v)
-        else:
-            index = positions[:, None, :, None].expand_as(k)
-            self.seen[0].scatter_(2, index, k.to(self.seen[0].dtype))
-            self.seen[1].scatter_(2, index, v.to(self.seen[1].dtype))
+        with torch.no_grad():
+            if positions.dim() == 1:
+                self.new[0].copy_(k)
+                self.new[1].copy_(v)
+            else:
+                index = positions[:, None, :, None].expand_as(k)
+                self.seen[0].scatter_(2, index, k.to(self.seen[0].dtype))
+                self.seen[1].scatter_(2, index, v.to(self.seen[1].dtype))
         return *self.seen, self.cache.visible

@@ -59,7 +59,9 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 def matrix_dtype(x: Tensor) -> torch.dtype:
     """What a product with x is computed in: its dtype, or autocast's."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has no autocast to ask for
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    )  # meta has no autocast to ask for
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 

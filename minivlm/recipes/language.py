@@ -141,13 +141,13 @@ class Language(Work):
 LANGUAGE_RECIPES = {
     "lm": LanguageRecipe(
         summary="a small language model on the texts of the shapes world",
-        # Rotary positions: "what came one before" is the same turn everywhere, and copying begins with it.
-        model=LanguageModelConfig(
-            width=128, depth=4, heads=4, vocab_size=512, context=192, positions="none", rope_theta=10_000.0
-        ),
+        # Rotary positions besides the learned ones: "what came one before" is the same turn everywhere, and copying
+        # begins with it (loss after 300 steps: 1.45, without them 1.57). The learned ones tell LLaVA's
+        # picture tokens, which always stand at the same places, where in the picture they are.
+        model=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=192, rope_theta=10_000.0),
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
-        steps=1500,
+        steps=1200,
         batch_size=64,
-        save_every=500,
+        save_every=400,
     ),
 }

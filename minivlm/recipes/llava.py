@@ -1,7 +1,7 @@
 """LLaVA in its two stages (Liu et al. 2023a, §4.2): first the projector learns to be read, then the whole to converse.
 
-    clip ─ vision tower, frozen ─────┐
-    lm   ─ language model, frozen ───┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
+    clip-resnet ─ vision tower, frozen ──┐
+    lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CACHE_LIMIT = 4 * 2**30  # bytes of image features that may be kept
 @dataclass(frozen=True, kw_only=True)
 class LLaVARecipe(Recipe):
     stage: Literal["align", "instruct"]
-    vision_from: str = "out/clip"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
     starts_from: str | None = None  # stage "instruct": a LLaVA that went through stage "align"
     projector: Literal["linear", "mlp"] = "mlp"
@@ -46,7 +46,7 @@ class LLaVARecipe(Recipe):
     def needs(self) -> dict[str, str]:
         if self.stage == "instruct":
             return {"llava-stage1": self.starts_from}
-        return {"clip": self.vision_from, "lm": self.language_from}
+        return {"clip-resnet": self.vision_from, "lm": self.language_from}
 
     def for_data(self, directory: str, out: str) -> LLaVARecipe:
         """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
@@ -54,7 +54,7 @@ class LLaVARecipe(Recipe):
         changed = {"data": replace(self.data, directory=directory), "summary": f"{self.summary}, on {directory}"}
         if self.stage == "instruct":
             return replace(self, **changed, starts_from=f"{beside}-llava-stage1")
-        return replace(self, **changed, vision_from=f"{beside}-clip", language_from=f"{beside}-lm")
+        return replace(self, **changed, vision_from=f"{beside}-clip-resnet", language_from=f"{beside}-lm")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> LLaVAWork:
         if checkpoint is not None:
@@ -192,18 +192,17 @@ LLAVA_RECIPES = {
         summary="LLaVA, stage 1: the projector alone learns, on captions",
         stage="align",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=50, weight_decay=0.0),
-        steps=400,
+        steps=300,
         batch_size=64,
-        save_every=200,
+        save_every=300,
     ),
     "llava": LLaVARecipe(
         summary="LLaVA: a frozen vision tower, a projector and a language model that converse about pictures",
         stage="instruct",
         starts_from="out/llava-stage1",
-        lora=LoRAConfig(rank=32, alpha=64),
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
-        steps=1600,
+        steps=2000,
         batch_size=64,
-        save_every=400,
+        save_every=500,
     ),
 }

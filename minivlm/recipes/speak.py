@@ -145,7 +145,7 @@ CAPTIONER_RECIPES = {
         model=ImageCaptioningConfig(
             vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
             language=LanguageModelConfig(
-                width=128, depth=4, heads=4, vocab_size=512, context=128, positions="none", rope_theta=10_000.0
+                width=128, depth=4, heads=4, vocab_size=512, context=128, rope_theta=10_000.0
             ),
         ),
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minivlm.layers import Attention, Cache, CrossAttention, Rotary, attend, set_attention_backend
+from minivlm.layers.attention import attend_in_strips
 from minivlm.testing import (
     assert_batch_independent,
     assert_causal,
@@ -95,6 +96,17 @@ class TestAttend:
         y = attend(q, k, v, causal=True, backend=backend)
         assert not y[:, :, :4].any()  # the last query sees the last key, so the first four see none
         assert_same(y, in_three_loops(q, k, v, causal=True))
+
+    @pytest.mark.parametrize(("queries", "keys", "height"), [(T, T, 2), (T, S, 2), (S, S, 3), (T, S, 1), (T, T, 9)])
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    def test_strips_are_the_whole_in_value_and_gradient(self, queries, keys, height, kv_heads):
+        inputs = tensors(kv_heads=kv_heads, queries=queries, keys=keys)
+        reference = partial(attend, causal=True, backend="reference")
+        assert_same_gradients(reference, partial(attend_in_strips, height=height), inputs)
+
+    def test_a_query_that_may_see_nothing_among_more_queries_than_keys_in_bf16(self):
+        q, k, v = tensors(queries=S, keys=3, dtype=torch.bfloat16)
+        assert not attend(q, k, v, causal=True)[:, :, :4].any()
 
     def test_the_mean_where_all_keys_are_alike(self):
         q, _, v = tensors()
@@ -216,6 +228,25 @@ class TestAttention:
                 y = attention(piece, cache=cache.layer(0))
                 cache.advance(None, piece.shape[1])
         assert_same(y, attention(x)[:, 2:])
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
+    def test_the_last_alone(self, causal, mask):
+        attention, x = Attention(16, 4, kv_heads=2, causal=causal), torch.randn(B, T, 16)
+        options = dict(mask=masks(T, T)[mask], rope=Rotary.at(torch.arange(T), K))
+        assert_same(attention(x, last=2, **options), attention(x, **options)[:, -2:])
+
+    def test_the_last_alone_leaves_all_keys_in_the_cache(self):
+        attention, x, new = Attention(16, 4, causal=True), torch.randn(B, T, 16), torch.randn(B, 1, 16)
+        caches = [Cache(1, B, 4, T + 1, K) for _ in range(2)]
+        with torch.no_grad():
+            for cache, last in zip(caches, (None, 2), strict=True):
+                cache.begin(T)
+                attention(x, cache=cache.layer(0), last=last)
+                cache.advance(None, T)
+                cache.begin(1)
+            a, b = (attention(new, cache=cache.layer(0)) for cache in caches)
+        assert torch.equal(a, b)
 
     def test_sizes_that_cannot_be(self):
         with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):

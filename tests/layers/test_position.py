@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivlm.layers import Cache, Rotary, resize_position_table
+from minivlm.layers import Cache, RopeScaling, Rotary, resize_position_table
 from minivlm.testing import assert_same
 
 K = 8
@@ -46,9 +46,30 @@ class TestRotary:
 
     def test_keeps_the_dtype(self):
         x = torch.randn(1, 1, 4, K)
-        y = Rotary.at(torch.arange(4), K)(x.bfloat16())
-        assert y.dtype == torch.bfloat16
-        assert_same(y, Rotary.at(torch.arange(4), K)(x))
+        rope = Rotary.at(torch.arange(4), K)
+        for y in (rope(x.bfloat16()), rope.to(torch.bfloat16)(x.bfloat16())):
+            assert y.dtype == torch.bfloat16
+            assert_same(y, rope(x))
+
+    def test_the_last_positions_alone(self):
+        x, rope = torch.randn(2, 3, 5, K), Rotary.at(torch.arange(5), K)
+        assert torch.equal(rope.last(2)(x[:, :, -2:]), rope(x)[:, :, -2:])
+        assert rope.last(5) is rope
+
+
+class TestRopeScaling:
+    def test_linear_lays_positions_closer_together(self):
+        x = torch.randn(1, 1, 4, K)
+        positions = torch.arange(4)
+        scaled = Rotary.at(positions, K, 100.0, RopeScaling("linear", 4.0))(x)
+        assert_same(scaled, Rotary.at(positions / 4, K, 100.0)(x))
+
+    def test_llama3_keeps_what_turns_fast_and_slows_what_turns_slowly(self):
+        scaling = RopeScaling("llama3", 8.0, low_frequency=1.0, high_frequency=4.0, original_context=100)
+        turns = torch.tensor([9.0, 4.0, 2.5, 1.0, 0.2], dtype=torch.float64)  # within the original context
+        frequency = turns * 2 * torch.pi / 100
+        share = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0], dtype=torch.float64)  # of the frequency that is kept
+        assert_same(scaling(frequency), share * frequency + (1 - share) * frequency / 8)
 
 
 class TestResize:
@@ -85,33 +106,89 @@ class TestResize:
             resize_position_table(torch.randn(8, 3), (4, 4))
 
 
+def put(cache, values, mask=None):
+    """One step of one layer of one channel: values (B, T) are the keys, and negative the values."""
+    x = torch.tensor(values, dtype=cache.keys.dtype)[:, None, :, None]
+    cache.begin(x.shape[2])
+    keys, negative, visible = cache.layer(0).append(x, -x)
+    cache.advance(mask, x.shape[2])
+    assert torch.equal(negative, -keys)
+    return keys.flatten(1), visible
+
+
+def new_cache(batch, capacity, **options):
+    return Cache(1, batch, 1, capacity, 1, **options)
+
+
+LEFT = torch.tensor([[True, True, True], [True, False, False]])  # row 1: one token, two of padding
+
+
 class TestCache:
+    def test_rows_of_one_length_need_no_mask(self):
+        cache = new_cache(2, 8)
+        assert cache.begin(3).tolist() == [0, 1, 2]
+        keys, visible = put(cache, [[1, 2, 3], [10, 20, 30]])
+        assert keys.tolist() == [[1, 2, 3], [10, 20, 30]] and visible is None
+        assert cache.begin(2).tolist() == [3, 4]
+        keys, visible = put(cache, [[4, 5], [40, 50]])
+        assert keys.tolist() == [[1, 2, 3, 4, 5], [10, 20, 30, 40, 50]] and visible is None
+        assert cache.lengths.tolist() == [5, 5] and cache.filled == 5 and cache.even
+
     def test_new_keys_stand_behind_each_row_and_padding_is_overwritten(self):
-        cache = Cache(1, batch=2, kv_heads=1, capacity=4, head_width=1)
-        prompt = torch.tensor([[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]).view(2, 1, 3, 1)  # row 1: one token, two of padding
-        mask = torch.tensor([[True, True, True], [True, False, False]])
-        assert cache.begin(3).tolist() == [[0, 1, 2], [0, 1, 2]]
-        keys, values, visible = cache.layer(0).append(prompt, -prompt, mask)
-        assert visible[0, 0].tolist() == [[True, False, False, False], [True, True, False, False], [True] * 3 + [False]]
-        cache.advance(mask, 3)
-        assert cache.lengths.tolist() == [3, 1]
+        cache = new_cache(2, 4)
+        keys, visible = put(cache, [[1, 2, 3], [10, 0, 0]], LEFT)
+        assert visible is None  # padding stands behind what is real, where causal attention does not look
+        assert cache.lengths.tolist() == [3, 1] and not cache.even
 
         assert cache.begin(1).tolist() == [[3], [1]]
-        new = torch.tensor([4.0, 11.0]).view(2, 1, 1, 1)
-        keys, values, visible = cache.layer(0).append(new, -new, None)
-        assert keys.flatten(1).tolist() == [[1, 2, 3, 4], [10, 11, 0, 0]]
-        assert torch.equal(values, -keys)
+        keys, visible = put(cache, [[4], [11]])
+        assert keys.tolist() == [[1, 2, 3, 4], [10, 11, 0, 0]]
         assert visible.flatten(1).tolist() == [[True] * 4, [True, True, False, False]]
+
+    def test_several_new_tokens_see_themselves_and_what_came_before(self):
+        cache = new_cache(2, 5)
+        put(cache, [[1, 2, 3], [10, 0, 0]], LEFT)
+        _, visible = put(cache, [[4, 5], [11, 12]])
+        assert visible[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+        assert visible[1, 0].tolist() == [[True] * 2 + [False] * 3, [True] * 3 + [False] * 2]
+
+    def test_one_token_on_a_cpu_looks_at_all_columns_if_few_are_empty(self):
+        cache = new_cache(1, 8)
+        put(cache, [[1, 2, 3, 4]])
+        keys, visible = put(cache, [[5]])
+        assert keys.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+        assert visible.tolist() == [[True] * 5 + [False] * 3]
+
+    def test_else_its_width_changes_once_in_64_steps(self):
+        cache = new_cache(1, 500)
+        widths = [put(cache, [[i]])[0].shape[1] for i in range(300)]
+        assert widths == [64] * 64 + [128] * 64 + [192] * 64 + [256] * 58 + [500] * 50
+
+    def test_static_shapes_never_change(self):
+        cache = new_cache(2, 6, static=True)
+        assert cache.begin(3).tolist() == [[0, 1, 2], [0, 1, 2]]
+        for values, mask in [([[1, 2, 3], [10, 0, 0]], LEFT), ([[4], [11]], None), ([[5], [12]], None)]:
+            keys, visible = put(cache, values, mask)
+            assert keys.shape == (2, 6) and visible.shape == (2, 1, len(values[0]), 6) and cache.filled == 0
+        assert keys.tolist() == [[1, 2, 3, 4, 5, 0], [10, 11, 12, 0, 0, 0]]
+        assert visible.flatten(1).sum(dim=1).tolist() == [5, 3]
+
+    def test_rows_go_on_as_others_did(self):
+        cache = new_cache(2, 4)
+        put(cache, [[1, 2, 3], [10, 0, 0]], LEFT)
+        cache.reorder(torch.tensor([1, 0, 1]))
+        keys, _ = put(cache, [[4], [5], [6]])
+        assert keys[:, :2].tolist() == [[10, 4], [1, 2], [10, 6]] and keys[1].tolist() == [1, 2, 3, 5]
+        assert cache.lengths.tolist() == [2, 4, 2]
 
     def test_layers_are_apart(self):
         cache = Cache(2, batch=1, kv_heads=1, capacity=2, head_width=1)
         cache.begin(1)
-        cache.layer(1).append(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), None)
+        cache.layer(1).append(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
         assert cache.keys[:, 0, 0, 0, 0].tolist() == [0, 1]
 
-    def test_a_full_cache_does_not_overwrite(self):
-        cache = Cache(1, batch=1, kv_heads=1, capacity=2, head_width=1)
-        cache.begin(3)
-        x = torch.ones(1, 1, 3, 1)
-        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-            cache.layer(0).append(x, x, None)
+    def test_a_full_cache(self):
+        cache = new_cache(1, 2)
+        put(cache, [[1]])
+        with pytest.raises(ValueError, match="1 tokens and 2 more do not fit a cache made for 2"):
+            cache.begin(2)

@@ -131,6 +131,29 @@ class TestTransformer:
             with pytest.raises(ValueError, match=f"layer {layer} does not exist: a stack of 3 blocks"):
                 model(h, layer=layer)
 
+    @pytest.mark.parametrize("config", [SMALL, CAUSAL, BERT, LLAMA], ids=["small", "gpt", "bert", "llama"])
+    @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+    def test_the_last_states_alone_in_value_and_gradient(self, config, mask):
+        model = Transformer(config).double()
+        assert_same_gradients(
+            lambda x: model(x, mask=mask)[:, -3:], lambda x: model(x, mask=mask, last=3), [x().double()], model
+        )
+
+    def test_the_last_states_of_a_reader(self):
+        model, h, context = Transformer(READER), x(), torch.randn(B, 5, 6)
+        seen = torch.rand(B, T, 5) > 0.3
+        full = model(h, context, context_mask=seen)
+        assert_same(model(h, context, context_mask=seen, last=2), full[:, -2:])
+
+    def test_autocast_casts_once_and_gives_bf16_products(self):
+        """What q, k and v read is cast for all three, and the cache has the dtype of what they give."""
+        model, h = Transformer(LLAMA), x()
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model.new_cache(B, T)
+            y = model(h, cache=cache)
+        assert cache.keys.dtype == torch.bfloat16 and y.dtype == torch.float32
+        assert 0 < (y - model(h)).abs().max() < 0.1
+
     def test_cross_attention_in_every_nth_block(self):
         model = Transformer(replace(READER, depth=5, cross_attention_every=2))
         assert [block.cross_attention is not None for block in model.blocks] == [True, False, True, False, True]

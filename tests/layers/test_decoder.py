@@ -1,0 +1,236 @@
+"""Each step of the packed decoder beside its plain twin, `LanguageModel.states`."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from minivlm.layers import LanguageModel, LanguageModelConfig, RopeScaling, decoder
+from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from minivlm.testing import assert_same
+
+GPT2 = LanguageModelConfig(width=16, depth=2, heads=4, vocab_size=30, context=40, activation="gelu_tanh")
+LLAMA = replace(
+    GPT2,
+    kv_heads=2,
+    positions="none",
+    rope_theta=100.0,
+    norm="rmsnorm",
+    activation="silu",
+    gated_mlp=True,
+    mlp_width=24,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+)
+CONFIGS = {
+    "gpt2": GPT2,
+    "opt": replace(GPT2, activation="relu", position_offset=2),
+    "opt-350m": replace(GPT2, norm_place="post", final_norm=False, embedding_width=6, position_offset=2),
+    "llama": LLAMA,
+    "llama3": replace(LLAMA, rope_scaling=RopeScaling("llama3", 8.0, original_context=20), tie_head=False),
+    "qwen2": replace(LLAMA, qkv_bias=True),
+    "wide heads": replace(LLAMA, head_width=6, kv_heads=1, heads=3),
+    "gated with biases": replace(LLAMA, mlp_bias=True, out_bias=True),
+}
+TOKENS = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(0))
+MASKS = {"even": None, "uneven": torch.arange(9) < torch.tensor([[9], [4], [6]])}
+
+
+def model_of(config=LLAMA, dtype=torch.float64):
+    return randomise(LanguageModel(config)).to(dtype).eval()
+
+
+def randomise(model):
+    """Biases and norms as well, which start at 0 and 1."""
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def plain(model, *arguments, **options):
+    """A decoding that is not packed."""
+    decoding = model.begin(*arguments, **options)
+    decoding.steps = 1
+    return decoding
+
+
+def assert_same_steps(model, mask=None, *, room=7, tolerance=None, **options):
+    packed, twin = model.begin(TOKENS, mask, room=room, **options), plain(model, TOKENS, mask, room=room)
+    assert torch.equal(packed.logits, twin.logits)
+    for i in range(7):
+        tokens = (TOKENS[:, 0] + i) % 30
+        packed.step(tokens)
+        twin.step(tokens)
+        assert_same(packed.logits, twin.logits, f"step {i}", tolerance=tolerance)
+    assert packed.packed is not None and twin.packed is None
+    return packed
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_packed_is_plain(config, mask):
+    assert_same_steps(model_of(CONFIGS[config]), MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("room", [7, 31])  # the cache is looked at as a whole, or in part
+def test_packed_is_plain_with_more_room(room, mask):
+    assert_same_steps(model_of(), MASKS[mask], room=room)
+
+
+def test_packed_is_plain_beyond_64_columns():
+    model = model_of(replace(LLAMA, context=300))
+    packed, twin = model.begin(TOKENS, room=200), plain(model, TOKENS, room=200)
+    for i in range(70):
+        packed.step(TOKENS[:, i % 9])
+        twin.step(TOKENS[:, i % 9])
+    assert_same(packed.logits, twin.logits)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("config", ["gpt2", "llama"])
+def test_packed_is_plain_in_bf16(config, mask):
+    assert_same_steps(model_of(CONFIGS[config], torch.bfloat16), MASKS[mask], tolerance=0.05)
+
+
+def test_a_cache_does_not_forget_what_autocast_made_it():
+    """Begun under autocast, a decoding computes in bf16 even where the autocast has ended."""
+    model = model_of(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoding = model.begin(TOKENS, room=2)
+    decoding.step(TOKENS[:, 0])
+    assert decoding.packed.dtype == decoding.cache.keys.dtype == torch.bfloat16
+    exact = model.begin(TOKENS, room=2)
+    exact.step(TOKENS[:, 0])
+    assert 0 < (decoding.logits - exact.logits).abs().max() < 0.2 and exact.packed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_go_on_as_others_did(mask):
+    model = model_of()
+    packed, twin = (
+        begin(TOKENS, MASKS[mask], room=4) for begin in (model.begin, lambda *a, **o: plain(model, *a, **o))
+    )
+    for rows in ([2, 0, 0, 1], [3, 3], [0, 1]):
+        for decoding in (packed, twin):
+            decoding.reorder(torch.tensor(rows))
+            decoding.step(torch.arange(len(rows)))
+        assert_same(packed.logits, twin.logits, str(rows))
+
+
+def test_the_cache_is_as_the_plain_twin_leaves_it():
+    """So a conversation can go on with a further prompt."""
+    model = model_of()
+    packed, twin = model.begin(TOKENS, room=4), plain(model, TOKENS, room=4)
+    for decoding in (packed, twin):
+        decoding.step(TOKENS[:, 0])
+    a, b = (model.states(model.embed(TOKENS[:, :2]), cache=d.cache) for d in (packed, twin))
+    assert_same(a, b)
+
+
+def test_no_room_left():
+    model = model_of()
+    for static in (False, True):
+        decoding = model.begin(TOKENS, room=1, static=static)
+        decoding.step(TOKENS[:, 0])
+        with pytest.raises(ValueError, match="no room for another token"):
+            decoding.step(TOKENS[:, 0])
+
+
+class TestWeights:
+    """What is laid out is a copy, so it has to follow the weights, and to stay out of everyone's way."""
+
+    def test_one_copy_serves_all_until_the_weights_change(self):
+        model = model_of()
+        assert model.begin(TOKENS, room=2).packed is None  # not before the first token is out
+        first, second = assert_same_steps(model), assert_same_steps(model)
+        assert first.packed is second.packed
+
+    @pytest.mark.parametrize("speak_before", ["the forward", "the update"])
+    @pytest.mark.parametrize("fused", [False, True])  # fused optimisers do not count their changes
+    def test_after_training(self, fused, speak_before):
+        model = model_of(dtype=torch.float32)  # in eval mode all along
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        if speak_before == "the forward":
+            assert_same_steps(model)
+        sum(model.losses(TOKENS, TOKENS).values()).backward()
+        assert model.packing is None
+        if speak_before == "the update":
+            assert_same_steps(model)
+        optimiser.step()
+        optimiser.zero_grad()
+        assert_same_steps(model)
+
+    def test_there_is_none_while_training(self):
+        decoding = model_of().train().begin(TOKENS, room=2)
+        decoding.step(TOKENS[:, 0])
+        assert decoding.packed is None
+
+    def test_after_other_weights_were_loaded_in_place_or_assigned(self):
+        for assign in (False, True):
+            model, other = model_of(), model_of()
+            assert_same_steps(model)
+            model.load_state_dict(other.state_dict(), assign=assign)
+            assert_same_steps(model)
+
+    def test_after_another_dtype(self):
+        model = model_of()
+        assert_same_steps(model)
+        model.float()
+        assert model.packing is None
+        assert_same_steps(model)
+
+    def test_adapters_are_merged_in_it_while_they_learn_and_when_they_are_merged(self):
+        model = model_of()
+        assert_same_steps(model)
+        add_lora(model, LoRAConfig(rank=2, targets=("q_proj", "v_proj", "down_proj")))
+        for step in (lambda p: nn.init.normal_(p, std=0.3), lambda p: p.add_(0.1)):
+            with torch.no_grad():
+                for parameter in lora_parameters(model):
+                    step(parameter)
+            assert_same_steps(model)
+        merge_lora(model)
+        assert_same_steps(model)
+
+    def test_it_is_neither_saved_nor_copied(self):
+        model = model_of()
+        names = list(model.state_dict())
+        assert_same_steps(model)
+        assert model.packing is not None
+        assert list(model.state_dict()) == names
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert twin.packing is None
+            assert_same_steps(twin)
+
+    def test_what_is_too_large_or_reads_a_context_goes_the_plain_way(self, monkeypatch):
+        reader = model_of(replace(LLAMA, cross_attention_every=1))
+        monkeypatch.setattr(decoder, "LARGEST", 1000)
+        for model in (reader, model_of()):
+            decoding = model.begin(TOKENS, room=2)
+            decoding.step(TOKENS[:, 0])
+            assert decoding.packed is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("largest", [decoder.LARGEST, 0], ids=["packed", "plain"])
+def test_a_compiled_step_is_compiled_once(largest, mask, backend, monkeypatch):
+    monkeypatch.setattr(decoder, "LARGEST", largest)
+    torch._dynamo.reset()
+    model, counter = model_of(dtype=torch.float32), CompileCounter()
+    for _ in range(2):  # the second conversation finds everything compiled
+        compiled, eager = (model.begin(TOKENS, MASKS[mask], room=8, static=static) for static in (True, False))
+        compiled.compile(backend=counter if backend == "eager" else backend)
+        for i in range(8):
+            tokens = eager.logits.argmax(dim=-1)
+            assert torch.equal(compiled.logits.argmax(dim=-1), tokens), f"token {i}"
+            compiled.step(tokens)
+            eager.step(tokens)
+            assert_same(compiled.logits, eager.logits)
+        assert (compiled.packed is None) == (largest == 0)
+    assert counter.frame_count == (backend == "eager")
