@@ -201,8 +201,8 @@ LLAVA_RECIPES = {
         stage="instruct",
         starts_from="out/llava-stage1",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
-        steps=2000,
+        steps=1600,
         batch_size=64,
-        save_every=500,
+        save_every=400,
     ),
 }
