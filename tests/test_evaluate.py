@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from minivlm import evaluate
-from minivlm.evaluate import compare
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
+from minivlm.evaluate import compare
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig

@@ -21,12 +21,13 @@ CAPTIONS = 500  # at most, to be described
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
 
-def speech(model, processor, directory: str | Path) -> dict[str, Score]:
+def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
+    ask_questions = ask_questions and can_answer(model, processor)
     scores = {}
     for split, name in SHAPES_SPLITS.items() if is_shapes(directory) else [("test", "")]:
         talk = open_talk(directory, split, image_size=processor.image_size)
-        if can_answer(model, processor) and (questions := talk.questions()):
+        if ask_questions and (questions := talk.questions()):
             scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
         if talk.captions(0):
             scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
@@ -86,10 +87,10 @@ def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
     return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(said)) / n)
 
 
-def speech_picture(model, processor, directory: str | Path, path: Path) -> None:
+def speech_picture(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
     """Held-out pictures with question, answer and the model's answer; without questions, with their captions."""
     talk = open_talk(directory, "test", image_size=processor.image_size)
-    questions = talk.questions() if can_answer(model, processor) else []
+    questions = talk.questions() if ask_questions and can_answer(model, processor) else []
     rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
     sheet(rows, title="What the model says about held-out pictures", tile=TILE, columns=4).save(path)
 
@@ -102,8 +103,7 @@ def question_rows(model, processor, talk: Talk, questions: Sequence[Question], *
         chosen = chosen[:: max(1, len(chosen) // columns)][:columns]
         said = ask(model, processor, talk, chosen)
         right = [
-            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5
-            for s, q in zip(said, chosen, strict=True)
+            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5 for s, q in zip(said, chosen, strict=True)
         ]
         notes = [
             "\n".join([*wrap(q.text, 13, TILE), f"→ {s}" + ("" if ok else f", not {q.answers[0]}")])

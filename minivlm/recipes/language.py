@@ -91,7 +91,9 @@ class Language(Work):
         if self.texts is None:
             return [f"texts of the shapes world, drawn as they are read ({self.recipe.data.directory})"]
         cut = self.processor.too_long(self.texts)
-        notes = [f"{cut} texts are longer than the context of {self.processor.context} and are cut to it"] if cut else []
+        notes = (
+            [f"{cut} texts are longer than the context of {self.processor.context} and are cut to it"] if cut else []
+        )
         return [f"{len(self.texts)} texts in {self.recipe.data.directory}", *notes]
 
     def read(self, index: int) -> str:

@@ -1,7 +1,7 @@
 """LLaVA in its two stages (Liu et al. 2023a, §4.2): first the projector learns to be read, then the whole to converse.
 
-    clip-resnet ─ vision tower, frozen ──┐
-    lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
+clip-resnet ─ vision tower, frozen ──┐
+lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
-from minivlm.conversation import collate, encode_conversation
+from minivlm.conversation import Sample, collate, encode_conversation
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
@@ -28,6 +29,7 @@ from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.tasks.features import inference
 from minivlm.training import OptimiserConfig, autocast
 
+LOOKED_AT = 500  # samples, before the first step, to tell how many are cut
 CACHE_LIMIT = 4 * 2**30  # bytes of image features that may be kept
 
 
@@ -74,7 +76,9 @@ class LLaVARecipe(Recipe):
         if not hasattr(clip, "encode_image"):
             raise UserError(f"--vision_from {self.vision_from} holds a {type(clip).__name__}, but a CLIP is wanted.")
         if not isinstance(speaker, LanguageModel):
-            raise UserError(f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model.")
+            raise UserError(
+                f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model."
+            )
         speaker, words = with_image_token(speaker, words)
         config = LLaVAConfig(
             vision=clip.config.vision,
@@ -132,7 +136,14 @@ class LLaVAWork(Speaking):
         self.answers = not align and bool(self.val.questions())
         self.score_name = "accuracy of answers" if self.answers else "object recall of captions"
         self.features: Tensor | None = None
-        self.cut = 0
+
+    def notes(self) -> list[str]:
+        """And how many conversations the context has no room for."""
+        n = min(len(self.train), LOOKED_AT)
+        cut = sum(self.sample(i, np.random.default_rng(i)).cut > 0 for i in range(n))
+        context = self.processor.context
+        told = [f"{cut} of the first {n} samples are longer than the context of {context} tokens: their text is cut"]
+        return super().notes() + (told if cut else [])
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """The frozen tower sees every training picture once; its features are kept for all epochs."""
@@ -151,13 +162,15 @@ class LLaVAWork(Speaking):
                 features[i : i + 250] = seen.reshape(len(indices), -1, c.feature_width).to("cpu", precision)
         self.features = features
 
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        speak = self.train.caption_conversation if self.recipe.stage == "align" else self.train.conversation
+        return encode_conversation(speak(index, rng), self.processor, context=self.processor.context)
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and labels (B/W, T), where the labels are, and images or their features, of process `rank` of W."""
         share = self.share(step, rank, world)
         indices = [index for index, _ in share]
-        speak = self.train.caption_conversation if self.recipe.stage == "align" else self.train.conversation
-        samples = [encode_conversation(speak(i, rng), self.processor, context=self.processor.context) for i, rng in share]
-        batch = collate(samples, self.processor.pad_token)
+        batch = collate([self.sample(index, rng) for index, rng in share], self.processor.pad_token)
         if self.recipe.micro_batch is None:
             batch["where"] = labelled(batch["labels"])
         if self.features is not None:

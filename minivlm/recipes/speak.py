@@ -47,7 +47,9 @@ def open_train(directory: str, image_size: int, batch_size: int, *, quiet: bool)
 
 
 class Speaking(Work):
-    """A model that speaks about pictures, at work."""
+    """A model that speaks about pictures, at work. answers: it is trained, and so judged, on questions as well."""
+
+    answers = False
 
     def __init__(self, recipe: Recipe, model, processor: Processor, train: Talk):
         super().__init__(recipe, model, processor, len(train))
@@ -62,10 +64,12 @@ class Speaking(Work):
         return [self.train.key(i) for i in self.indices(step)]
 
     def evaluate(self) -> dict[str, Score]:
-        return evaluate.speech(self.model, self.processor, self.recipe.data.directory)
+        where = self.recipe.data.directory
+        return evaluate.speech(self.model, self.processor, where, ask_questions=self.answers)
 
     def picture(self, path: Path) -> None:
-        evaluate.speech_picture(self.model, self.processor, self.recipe.data.directory, path)
+        where = self.recipe.data.directory
+        evaluate.speech_picture(self.model, self.processor, where, path, ask_questions=self.answers)
 
     def captions_score(self) -> float:
         """Of 200 validation pictures."""
@@ -144,9 +148,7 @@ CAPTIONER_RECIPES = {
         summary="pictures in, captions out: a ViT and a decoder trained together",
         model=ImageCaptioningConfig(
             vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),
-            language=LanguageModelConfig(
-                width=128, depth=4, heads=4, vocab_size=512, context=128, rope_theta=10_000.0
-            ),
+            language=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=128, rope_theta=10_000.0),
         ),
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
         steps=1200,

@@ -63,7 +63,7 @@ class TestFillingIn:
         assert torch.equal(model(None, tokens).logits, model.language_model(tokens).logits)
 
     def test_a_place_without_any_picture_is_an_error(self):
-        with pytest.raises(ValueError, match="has places for 8 image features, but the images have 0$"):
+        with pytest.raises(ValueError, match=r"has places for 8 image features, but the images have 0$"):
             llava()(None, ROW)
 
     @pytest.mark.parametrize("images", [1, 3])
