@@ -79,7 +79,7 @@ def test_every_command_runs(desk, monkeypatch):
             continue
         words = shlex.split(line)
         if words[:3] == ["python", "train.py", "llava"]:
-            train_small(["llava-stage1"])  # which the command would train in full
+            train_small(["llava-stage1", "--vision_from", "out/clip"])  # which the command would train in full
         if words[:2] == ["python", "train.py"]:
             train_small(words[2:])
         elif words[:2] == ["python", "sample.py"]:

@@ -38,7 +38,8 @@ def built(world, tmp_path_factory):
     train.main(arguments("lm", **LM | data, out=out / "lm"))
     base = {"vision_from": out / "clip", "language_from": out / "lm"}
     train.main(arguments("llava-stage1", **SHORT | data | base, out=out / "stage1"))
-    train.main(arguments("llava", **SHORT | data, starts_from=out / "stage1", out=out / "llava"))
+    lora = {"lora.rank": 2, "lora.alpha": 4}
+    train.main(arguments("llava", **SHORT | data | lora, starts_from=out / "stage1", out=out / "llava"))
     return out
 
 
@@ -88,7 +89,7 @@ def test_every_stage_leaves_its_metrics_and_a_picture(built):
 
 def test_the_table_of_parts_is_read_from_the_parameters(built, world, tmp_path, capsys):
     options = SHORT | {"data": world, "starts_from": built / "stage1", "out": tmp_path / "llava", "steps": 1}
-    train.main(arguments("llava", **options))
+    train.main(arguments("llava", **options | {"lora.rank": 2}))
     said = capsys.readouterr().out
     rows = {line.split("  ")[0].strip(): line for line in said.splitlines()}
     assert "frozen" in rows["vision"] and "-" in rows["vision"] and str(built / "stage1") in rows["vision"]
@@ -110,7 +111,7 @@ def test_lora_none_trains_the_language_model_itself(built, world, tmp_path):
 
 def test_a_stage_resumes_to_the_bit(built, world, tmp_path):
     options = SHORT | {"data": world, "starts_from": built / "stage1", "out": tmp_path / "llava"}
-    train.main(arguments("llava", **options, stop_at=2))
+    train.main(arguments("llava", **options | {"lora.rank": 2, "lora.alpha": 4}, stop_at=2))
     train.main(["llava", "--resume", "--out", str(tmp_path / "llava"), "--device", "cpu", "--precision", "fp32"])
     losses = [
         [line["loss"] for line in training.read_log(d / "log.jsonl")] for d in (tmp_path / "llava", built / "llava")
@@ -124,15 +125,15 @@ def test_what_is_missing_is_planned_first_and_what_is_there_is_used(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     plan = recipes.chain(*recipes.command_line(["llava"]))
     assert [(name, options.out) for name, _, options in plan] == [
-        ("clip", "out/clip"),
+        ("clip-resnet", "out/clip-resnet"),
         ("lm", "out/lm"),
         ("llava-stage1", "out/llava-stage1"),
         ("llava", None),
     ]
     plan = recipes.chain(*recipes.command_line(["llava", "--data", "photos", "--device", "cpu"]))
-    names = ["out/photos-clip", "out/photos-lm", "out/photos-llava-stage1", None]
+    names = ["out/photos-clip-resnet", "out/photos-lm", "out/photos-llava-stage1", None]
     assert [options.out for *_, options in plan] == names
-    assert plan[2][1].vision_from == "out/photos-clip" and plan[3][1].starts_from == "out/photos-llava-stage1"
+    assert plan[2][1].vision_from == "out/photos-clip-resnet" and plan[3][1].starts_from == "out/photos-llava-stage1"
     assert all(options.data == "photos" and options.device == "cpu" for *_, options in plan)
     plan = recipes.chain(*recipes.command_line(["llava", "--starts_from", str(built / "stage1")]))
     assert [name for name, *_ in plan] == ["llava"]

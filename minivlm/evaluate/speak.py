@@ -106,7 +106,7 @@ def question_rows(model, processor, talk: Talk, questions: Sequence[Question], *
             agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5 for s, q in zip(said, chosen, strict=True)
         ]
         notes = [
-            "\n".join([*wrap(q.text, 13, TILE), f"→ {s}" + ("" if ok else f", not {q.answers[0]}")])
+            "\n".join([*wrap(q.text, 13, TILE), f"says {s}" + ("" if ok else f", not {q.answers[0]}")])
             for q, s, ok in zip(chosen, said, right, strict=True)
         ]
         rows.append(Row(kind, [talk.images([q.index])[0][0] for q in chosen], right, notes))

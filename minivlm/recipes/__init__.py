@@ -125,7 +125,7 @@ def help_text(name: str, recipe: Recipe) -> str:
 
 def value_at(value, dotted: str):
     for part in dotted.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)  # of a part that is left out
     return value
 
 

@@ -115,7 +115,7 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
         if () in inner:
             new[field_name] = config.coerce(hints[field_name], as_typed(inner[()], hints[field_name]), f"--{name}")
         else:
-            new[field_name] = set_fields(getattr(value, field_name), inner, f"{name}.")
+            new[field_name] = set_fields(part_of(value, field_name), inner, f"{name}.")
     try:
         return replace(value, **new)
     except ValueError as error:
@@ -133,10 +133,23 @@ def as_typed(text: str | bool, hint: Any) -> Any:
     return value
 
 
+def part_of(value: Any, name: str) -> Any:
+    """A field's value; of an optional part that is left out, what it would be by default."""
+    inner = getattr(value, name)
+    if inner is not None:
+        return inner
+    for kind in config.alternatives(config.field_types(type(value))[name]):
+        if dataclasses.is_dataclass(kind) and all(
+            f.default is not dataclasses.MISSING for f in dataclasses.fields(kind)
+        ):
+            return kind()
+    return None
+
+
 def dotted_names(value: Any, prefix: str = "") -> list[str]:
     names, hints = [], config.field_types(type(value))
     for f in dataclasses.fields(value):
-        inner = getattr(value, f.name)
+        inner = part_of(value, f.name)
         if dataclasses.is_dataclass(inner):
             names += dotted_names(inner, f"{prefix}{f.name}.")
         if not dataclasses.is_dataclass(inner) or type(None) in config.alternatives(hints[f.name]):

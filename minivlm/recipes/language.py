@@ -132,7 +132,7 @@ class Language(Work):
         for text in beginnings:
             tokens = torch.tensor([[self.processor.start_token, *self.processor.ids(text)]])
             said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
-            rows.append(Row(text[-160:], [], detail="→ " + said))
+            rows.append(Row(text[-160:], [], detail="goes on: " + said))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
 
     def next_commands(self, out: Path) -> list[str]:
@@ -143,6 +143,7 @@ class Language(Work):
 LANGUAGE_RECIPES = {
     "lm": LanguageRecipe(
         summary="a small language model on the texts of the shapes world",
+        measured="7 to 15 min on one busy core: perplexity 3.0 (unigrams 78; mean of 2 seeds)",
         # Rotary positions besides the learned ones: "what came one before" is the same turn everywhere, and copying
         # begins with it (loss after 300 steps: 1.45, without them 1.57). The learned ones tell LLaVA's
         # picture tokens, which always stand at the same places, where in the picture they are.

@@ -203,6 +203,7 @@ class LLaVAWork(Speaking):
 LLAVA_RECIPES = {
     "llava-stage1": LLaVARecipe(
         summary="LLaVA, stage 1: the projector alone learns, on captions",
+        measured="1.5 to 2 min on one core, after clip-resnet and lm",
         stage="align",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=50, weight_decay=0.0),
         steps=300,
@@ -211,6 +212,7 @@ LLAVA_RECIPES = {
     ),
     "llava": LLaVARecipe(
         summary="LLaVA: a frozen vision tower, a projector and a language model that converse about pictures",
+        measured="8 min on one core after stage 1: 83 % of balanced questions, 74 % about never-seen pairs (mean of 2 seeds)",
         stage="instruct",
         starts_from="out/llava-stage1",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
