@@ -129,6 +129,10 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
+        # Every optimiser imports this. Imported while there is a group, it holds the group for ever: its threads then
+        # outlive destroy_process_group, and now and then abort the process when Python ends (torch 2.13).
+        import torch._dynamo  # noqa: F401
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 

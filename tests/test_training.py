@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +90,24 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_norm_and_samples(tmp_pat
 def test_batches_come_in_order_for_the_steps_asked_for():
     made = list(training.batches(lambda step: {"x": torch.tensor(step)}, 3, 6, torch.device("cpu")))
     assert [batch["x"].item() for batch in made] == [3, 4, 5]
+
+
+def test_nothing_holds_the_process_group_when_it_has_been_left(tmp_path):
+    """What holds it keeps its threads alive, and these may abort the process when Python ends."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import weakref, torch, torch.distributed as dist\n"
+        "from minivlm import training\n"
+        "training.start_processes(torch.device('cpu'))\n"
+        "group = weakref.ref(dist.group.WORLD)\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimiser = training.make_optimiser(model, training.OptimiserConfig())\n"
+        "model(torch.ones(1, 2)).sum().backward()\n"
+        "training.optimise(model, optimiser, 1e-3, 1.0)\n"
+        "training.stop_processes()\n"
+        "print('released' if group() is None else 'still held')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent.parent)}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert said.strip() == "released"
