@@ -131,9 +131,9 @@ def test_what_is_missing_is_planned_first_and_what_is_there_is_used(tmp_path, mo
         ("llava", None),
     ]
     plan = recipes.chain(*recipes.command_line(["llava", "--data", "photos", "--device", "cpu"]))
-    names = ["out/photos-clip-resnet", "out/photos-lm", "out/photos-llava-stage1", None]
+    names = ["out/photos-clip", "out/photos-lm", "out/photos-llava-stage1", None]
     assert [options.out for *_, options in plan] == names
-    assert plan[2][1].vision_from == "out/photos-clip-resnet" and plan[3][1].starts_from == "out/photos-llava-stage1"
+    assert plan[2][1].vision_from == "out/photos-clip" and plan[3][1].starts_from == "out/photos-llava-stage1"
     assert all(options.data == "photos" and options.device == "cpu" for *_, options in plan)
     plan = recipes.chain(*recipes.command_line(["llava", "--starts_from", str(built / "stage1")]))
     assert [name for name, *_ in plan] == ["llava"]
@@ -166,3 +166,19 @@ def test_the_captioner_learns_to_caption(world, tmp_path):
     assert {"captions, exact scene match", "never-seen pairs, captions, exact scene match"} <= set(metrics)
     losses = [line["loss"] for line in training.read_log(tmp_path / "captioner/log.jsonl")]
     assert losses[-1] < losses[0]
+
+
+def test_parts_of_a_batch_need_one_picture_in_every_sample(built, world, tmp_path, monkeypatch):
+    """Otherwise the third of four samples might be shown the fourth's picture."""
+    monkeypatch.setattr("minivlm.datasets.shapes_talk.ShapesTalk.one_picture_each", False)
+    options = SHORT | {"data": world, "starts_from": built / "stage1", "out": tmp_path / "llava", "micro_batch": 2}
+    with pytest.raises(UserError, match="--micro_batch needs one picture in every sample"):
+        train.main(arguments("llava", **options))
+
+
+def test_stage_two_in_parts_takes_the_steps_of_the_whole_batch(built, world, tmp_path):
+    options = SHORT | {"data": world, "starts_from": built / "stage1"}
+    for name, extra in (("whole", {}), ("parts", {"micro_batch": 3})):
+        train.main(arguments("llava", **options | extra, out=tmp_path / name))
+    losses = [[line["loss"] for line in training.read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "parts")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -21,13 +21,14 @@ import numpy as np
 
 from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
 from minivlm.datasets.images import in_parallel, read_image
+from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError, run_command_line
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     problems: list[str] = []
-    if (args.directory / "world.json").is_file():
+    if is_world(args.directory):
         items, read = read_world(args.directory)
     else:
         items, read = read_folder(args.directory, problems), folder_reader(args.directory)

@@ -26,6 +26,7 @@ import numpy as np
 
 from minivlm.datasets.images import EXTENSIONS, ImageCache, cache_folder, check_header, read_image
 from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.errors import UserError
 
 # Radford et al. 2021, §3.1.4, speak of "a photo of a {label}."; several wordings teach more than one phrase.
@@ -58,9 +59,7 @@ def open_pairs(
                 read-only
     """
     directory = Path(directory)
-    if (directory / "world.json").is_file():
-        from minivlm.datasets.shapes import ShapesWorld
-
+    if is_world(directory):
         return ShapesWorld(directory, split)
     return FolderPairs(directory, split, image_size=image_size, cache=cache)
 

@@ -157,6 +157,11 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
     return UserError(f"the shapes world {reason}. Make room or choose another directory.")
 
 
+def is_world(directory: str | os.PathLike) -> bool:
+    """Does the folder hold a shapes world?"""
+    return (Path(directory) / "world.json").is_file()
+
+
 def is_made(directory: Path, world: World) -> bool:
     try:
         open_pixels(directory, world)

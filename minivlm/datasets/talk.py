@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivlm.conversation import Turn, with_images
+from minivlm.datasets.shapes import is_world
 
 DESCRIBE = "describe the picture."
 
@@ -84,7 +85,7 @@ def open_talk(directory: str | os.PathLike, split: str, *, image_size: int | Non
     from minivlm.datasets.folder_talk import FolderTalk
 
     directory = Path(directory)
-    if (directory / "world.json").is_file():
+    if is_world(directory):
         from minivlm.datasets.shapes_talk import ShapesTalk
 
         return ShapesTalk(directory, split)

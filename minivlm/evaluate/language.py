@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from minivlm.conversation import Sample, collate
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import documents, few_shot
 from minivlm.datasets.talk import open_talk
 from minivlm.metrics import Score
@@ -27,17 +28,13 @@ SHOTS = (1, 2, 4)  # examples of each word
 def language(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a language model on held-out texts of a dataset."""
     scores = {"perplexity": perplexity(model, processor, held_out_texts(directory))}
-    if is_shapes(directory):
+    if is_world(directory):
         scores |= {f"new words, {k} shot{'s' * (k > 1)}": new_words(model, processor, k) for k in SHOTS}
     return scores
 
 
-def is_shapes(directory: str | Path) -> bool:
-    return (Path(directory) / "world.json").exists()
-
-
 def held_out_texts(directory: str | Path) -> list[str]:
-    if is_shapes(directory):
+    if is_world(directory):
         return list(documents(0, "held out", HELD_OUT))
     return list(open_talk(directory, "test", image_size=None).texts())
 
@@ -54,9 +51,13 @@ def perplexity(model, processor, texts: Sequence[str], *, batch_size: int = 32) 
             tokens, labels = batch["tokens"].to(model.device), batch["labels"].to(model.device)
             total += n * sum(model.losses(tokens, labels).values()).item()
             count += n
+    return Score(math.exp(total / count), math.exp(unigram_entropy(rows)), share=False)
+
+
+def unigram_entropy(rows: Sequence[Sequence[int]]) -> float:
+    """The loss (nats a token) of the best model of these very texts that knows no context, first tokens not counted."""
     counts = Counter(token for row in rows for token in row[1:])
-    unigram = -sum(c / count * math.log(c / count) for c in counts.values())
-    return Score(math.exp(total / count), math.exp(unigram), share=False)
+    return -sum(c / counts.total() * math.log(c / counts.total()) for c in counts.values())
 
 
 def new_words(model, processor, shots: int, *, ways: int = 2, batch_size: int = 100) -> Score:

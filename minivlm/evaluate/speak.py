@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Question, Talk, open_talk
-from minivlm.evaluate.language import is_shapes
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
@@ -18,6 +18,7 @@ from minivlm.tasks.speak import answer_all, can_answer, caption_all
 
 TILE = 176  # pixels of a picture on the sheet
 CAPTIONS = 500  # at most, to be described
+AT_A_TIME = 64  # samples whose pictures are in memory
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
 
@@ -25,7 +26,7 @@ def speech(model, processor, directory: str | Path, *, ask_questions: bool = Tru
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
     ask_questions = ask_questions and can_answer(model, processor)
     scores = {}
-    for split, name in SHAPES_SPLITS.items() if is_shapes(directory) else [("test", "")]:
+    for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
         talk = open_talk(directory, split, image_size=processor.image_size)
         if ask_questions and (questions := talk.questions()):
             scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
@@ -45,30 +46,28 @@ def answers(model, processor, talk: Talk, questions: Sequence[Question]) -> dict
 
 def ask(model, processor, talk: Talk, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
     """The model's answers. shift: each question is asked about the picture of the one so many places further."""
-    n = len(questions)
-    shown = [LazyPictures(talk, questions[(i + shift) % n].index) for i in range(n)]
-    samples = [(pictures, question.text) for pictures, question in zip(shown, questions, strict=True)]
-    return answer_all(samples, model, processor, max_new_tokens=16)
+    n, said = len(questions), []
+    for start in range(0, n, AT_A_TIME):
+        part = range(start, min(start + AT_A_TIME, n))
+        pictures = talk.images([questions[(i + shift) % n].index for i in part])
+        samples = [(some, questions[i].text) for some, i in zip(pictures, part, strict=True)]
+        said += answer_all(samples, model, processor, max_new_tokens=16)
+    return said
 
 
-class LazyPictures(Sequence):
-    """The pictures of a sample, read when they are needed."""
-
-    def __init__(self, talk: Talk, index: int):
-        self.talk, self.index = talk, index
-
-    def __getitem__(self, i):
-        return self.talk.images([self.index])[0][i]
-
-    def __len__(self) -> int:
-        return len(self.talk.images([self.index])[0])
+def describe_all(model, processor, talk: Talk, indices: Sequence[int]) -> list[str]:
+    """The model's captions of these samples."""
+    said = []
+    for start in range(0, len(indices), AT_A_TIME):
+        said += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=64)
+    return said
 
 
 def captions(model, processor, talk: Talk, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
     """Of the shapes world: is everything said that is there? Of photographs: how many words are right."""
     indices = range(min(len(talk), most))
-    said = caption_all([LazyPictures(talk, i) for i in indices], model, processor, max_new_tokens=64)
-    if is_shapes(directory):
+    said = describe_all(model, processor, talk, indices)
+    if is_world(directory):
         scores = scene_match(said, [talk.captions(i)[0] for i in indices])
         return {f"captions, {name}": score for name, score in scores.items()}
     return {"captions, words in common": word_overlap(said, [talk.captions(i) for i in indices])}
@@ -115,7 +114,7 @@ def question_rows(model, processor, talk: Talk, questions: Sequence[Question], *
 
 def caption_rows(model, processor, talk: Talk, *, columns: int = 4, n: int = 12) -> list[Row]:
     indices = range(0, len(talk), max(1, len(talk) // n))[:n]
-    said = caption_all([LazyPictures(talk, i) for i in indices], model, processor, max_new_tokens=64)
+    said = describe_all(model, processor, talk, indices)
     right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(said, indices, strict=True)]
     pictures = [talk.images([i])[0][0] for i in indices]
     notes = ["\n".join(wrap(text, 13, TILE)) for text in said]

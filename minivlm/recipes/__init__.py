@@ -74,7 +74,7 @@ def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
         rows.append((name, own))
         if adapters:
             rows.append((f"{name} LoRA", [p for p in part.parameters() if id(p) in adapters]))
-    lines = [("part", "parameters", "", "learning rate", "starts from")]
+    lines = [("part", "parameters", "frozen or trained", "learning rate", "starts from")]
     for name, parameters in rows:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         total = sum(p.numel() for p in parameters)

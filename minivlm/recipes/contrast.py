@@ -13,9 +13,8 @@ from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
-from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.transforms import TrainTransform
-from minivlm.errors import UserError
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.text import TextConfig
 from minivlm.layers.vit import VisionConfig
@@ -23,6 +22,7 @@ from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
@@ -41,22 +41,17 @@ class ContrastRecipe(Recipe):
 
     def for_data(self, directory: str, out: str) -> ContrastRecipe:
         """The same on another folder. Photographs need more than shapes do: their own size, augmentation and vocabulary."""
-        if (Path(directory) / "world.json").exists():
+        if is_world(directory):
             return replace(self, data=replace(self.data, directory=directory))
         data = PairsConfig(directory=directory, augment=True, vocab_size=4096)
         return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Contrast:
         """Open the data (the shapes world is made if it is missing), take a checkpoint's tokeniser or train one, build."""
-        directory, size = Path(self.data.directory), self.model.vision.image_size
-        if directory == Path("data/shapes") and not (directory / "world.json").exists():
-            make_shapes(directory, image_size=size, progress=not quiet)
+        directory, size = self.data.directory, self.model.vision.image_size
+        make_world_if_missing(directory, size, quiet=quiet)
         train = open_pairs(directory, "train", image_size=size)
-        if len(train) < self.batch_size:
-            raise UserError(
-                f"a batch of {self.batch_size} cannot be filled from the {len(train)} training images in {directory}; "
-                f"choose --batch_size {len(train)} or less."
-            )
+        check_fills_a_batch(len(train), self.batch_size, "training images", directory)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:
@@ -65,11 +60,7 @@ class ContrastRecipe(Recipe):
                 list(train.texts()), vocab_size=self.data.vocab_size, image_size=size, context=context
             )
         text = replace(self.model.text, vocab_size=processor.vocab_size, end_token=processor.end_token)
-        try:
-            model = CLIP(replace(self.model, text=text), seed=self.seed)
-        except ValueError as error:  # sizes that do not fit each other
-            raise UserError(f"the model cannot be built: {error}.") from None
-        return Contrast(self, train, processor, model)
+        return Contrast(self, train, processor, build(CLIP, replace(self.model, text=text), seed=self.seed))
 
 
 class Contrast(Work):

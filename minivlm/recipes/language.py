@@ -13,21 +13,22 @@ from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, collate
 from minivlm.datasets.packing import pack
-from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents
 from minivlm.datasets.talk import DESCRIBE, open_talk
-from minivlm.errors import UserError
-from minivlm.evaluate.language import held_out_texts, is_shapes, perplexity
+from minivlm.evaluate.language import held_out_texts, perplexity, unigram_entropy
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.metrics import Score
 from minivlm.pictures import Row, sheet
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing, speaking
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
 FOR_TOKENISER = 4000
+VALIDATED = 200  # held-out texts that a checkpoint is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,48 +45,34 @@ class LanguageRecipe(Recipe):
 
     def for_data(self, directory: str, out: str) -> LanguageRecipe:
         """The same on another folder's captions, questions and conversations."""
-        vocab_size = self.data.vocab_size if is_shapes(directory) else 4096
+        vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
         return replace(self, summary=f"a small language model on the texts of {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Language:
-        directory = Path(self.data.directory)
-        if directory == Path("data/shapes") and not (directory / "world.json").exists():
-            make_shapes(directory, image_size=48, progress=not quiet)
-        texts = None if is_shapes(directory) else list(open_talk(directory, "train", image_size=None).texts())
-        if texts is not None and len(texts) < self.batch_size:
-            raise UserError(
-                f"a batch of {self.batch_size} cannot be filled from the {len(texts)} texts in {directory}; "
-                f"choose --batch_size {len(texts)} or less."
-            )
+        directory = self.data.directory
+        make_world_if_missing(directory, image_size=48, quiet=quiet)
+        texts = None if is_world(directory) else list(open_talk(directory, "train", image_size=None).texts())
+        if texts is not None:
+            check_fills_a_batch(len(texts), self.batch_size, "texts", directory)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:
             words = chain([DESCRIBE], documents(0, "train", FOR_TOKENISER)) if texts is None else texts
             sizes = dict(vocab_size=self.data.vocab_size, image_size=48, context=self.model.context)
             processor = Processor.train(words, **sizes)
-        config = replace(
-            self.model,
-            vocab_size=processor.vocab_size,
-            end_tokens=(processor.end_token,),
-            pad_token=processor.pad_token,
-        )
-        try:
-            model = LanguageModel(config, seed=self.seed)
-        except ValueError as error:  # sizes that do not fit each other
-            raise UserError(f"the model cannot be built: {error}.") from None
+        model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
         return Language(self, model, processor, texts)
 
 
 class Language(Work):
     score_name = "1 / perplexity"
-    chance_text = ""
 
     def __init__(self, recipe: LanguageRecipe, model: LanguageModel, processor: Processor, texts: list[str] | None):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
         self.texts = texts
         self.held_out = held_out_texts(recipe.data.directory)
-        self.chance_text = f"unigrams {torch.tensor(self.score().chance).log():.2f}"
+        self.chance_text = f"unigrams {unigram_entropy(processor.encode(self.held_out[:VALIDATED])):.2f}"
 
     def notes(self) -> list[str]:
         if self.texts is None:
@@ -116,11 +103,8 @@ class Language(Work):
     def ids(self, step: int) -> list[str]:
         return [f"text {index}" for index in self.indices(step)]
 
-    def score(self, n: int = 200) -> Score:
-        return perplexity(self.model, self.processor, self.held_out[:n])
-
     def validate(self) -> float:
-        return 1 / self.score().value
+        return 1 / perplexity(self.model, self.processor, self.held_out[:VALIDATED]).value
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.language(self.model, self.processor, self.recipe.data.directory)

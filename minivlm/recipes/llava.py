@@ -1,7 +1,9 @@
 """LLaVA in its two stages (Liu et al. 2023a, §4.2): first the projector learns to be read, then the whole to converse.
 
-clip-resnet ─ vision tower, frozen ──┐
-lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations; adapters, or the whole model)
+    clip-resnet ─ vision tower, frozen ──┐
+    lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations)
+
+Stage 2 trains the language model itself, or adapters on it (--lora.rank 16).
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class LLaVARecipe(Recipe):
         changed = {"data": replace(self.data, directory=directory), "summary": f"{self.summary}, on {directory}"}
         if self.stage == "instruct":
             return replace(self, **changed, starts_from=f"{beside}-llava-stage1")
-        return replace(self, **changed, vision_from=f"{beside}-clip-resnet", language_from=f"{beside}-lm")
+        return replace(self, **changed, vision_from=f"{beside}-clip", language_from=f"{beside}-lm")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> LLaVAWork:
         if checkpoint is not None:
@@ -134,7 +136,10 @@ class LLaVAWork(Speaking):
             "language_model LoRA": "new, zero",
         }
         self.answers = not align and bool(self.val.questions())
-        self.score_name = "accuracy of answers" if self.answers else "object recall of captions"
+        if self.answers:
+            self.score_name = "accuracy of answers"
+        if recipe.micro_batch is not None and not train.one_picture_each:
+            raise UserError("--micro_batch needs one picture in every sample, but here some have several, or none.")
         self.features: Tensor | None = None
 
     def notes(self) -> list[str]:
@@ -179,9 +184,7 @@ class LLaVAWork(Speaking):
         return {**batch, "images": self.processor.images(pictures)} if pictures else batch
 
     def validate(self) -> float:
-        if not self.answers:
-            return self.captions_score()
-        return self.answers_score()
+        return self.answers_score() if self.answers else self.captions_score()
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()

@@ -12,16 +12,16 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, collate
-from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Talk, open_talk
 from minivlm.errors import UserError
-from minivlm.evaluate.language import is_shapes
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing, speaking
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
@@ -34,15 +34,9 @@ class TalkConfig:
 
 def open_train(directory: str, image_size: int, batch_size: int, *, quiet: bool) -> Talk:
     """The training split; the shapes world is made if it is missing. UserError where it does not fill a batch."""
-    path = Path(directory)
-    if path == Path("data/shapes") and not (path / "world.json").exists():
-        make_shapes(path, image_size=image_size, progress=not quiet)
-    talk = open_talk(path, "train", image_size=image_size)
-    if len(talk) < batch_size:
-        raise UserError(
-            f"a batch of {batch_size} cannot be filled from the {len(talk)} training samples in {directory}; "
-            f"choose --batch_size {len(talk)} or less."
-        )
+    make_world_if_missing(directory, image_size, quiet=quiet)
+    talk = open_talk(directory, "train", image_size=image_size)
+    check_fills_a_batch(len(talk), batch_size, "training samples", directory)
     return talk
 
 
@@ -56,6 +50,9 @@ class Speaking(Work):
         self.train = train
         self.chance_text = f"uniform {np.log(model.language_model.config.vocab_size):.2f}"
         self.val = open_talk(recipe.data.directory, "val", image_size=processor.image_size)
+        shapes = is_world(recipe.data.directory)
+        self.captions_name = "captions, object recall" if shapes else "captions, words in common"
+        self.score_name = self.captions_name
 
     def notes(self) -> list[str]:
         return [f"{len(self.train)} training samples in {self.recipe.data.directory}", *self.train.notes]
@@ -74,12 +71,12 @@ class Speaking(Work):
     def captions_score(self) -> float:
         """Of 200 validation pictures."""
         scores = evaluate.captions(self.model, self.processor, self.val, self.recipe.data.directory, most=200)
-        return list(scores.values())[-1].value
+        return scores[self.captions_name].value
 
     def answers_score(self) -> float:
         """Of the validation questions."""
-        said = evaluate.ask(self.model, self.processor, self.val, self.val.questions())
-        return vqa_accuracy(self.val.questions(), said)["accuracy"].value
+        questions = self.val.questions()
+        return vqa_accuracy(questions, evaluate.ask(self.model, self.processor, self.val, questions))["accuracy"].value
 
     def held_out_picture(self) -> str:
         test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
@@ -96,7 +93,7 @@ class CaptionerRecipe(Recipe):
 
     def for_data(self, directory: str, out: str) -> CaptionerRecipe:
         """The same on another folder's captions."""
-        vocab_size = self.data.vocab_size if is_shapes(directory) else 4096
+        vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
         return replace(self, summary=f"a captioner of {directory}", data=data)
 
@@ -111,22 +108,12 @@ class CaptionerRecipe(Recipe):
             words = (text for i in range(len(train)) for text in train.captions(i))
             room = context - self.model.vision.patches
             processor = Processor.train(words, vocab_size=self.data.vocab_size, image_size=size, context=room)
-        language = replace(
-            self.model.language,
-            vocab_size=processor.vocab_size,
-            end_tokens=(processor.end_token,),
-            pad_token=processor.pad_token,
-        )
-        try:
-            model = ImageCaptioningModel(replace(self.model, language=language), seed=self.seed)
-        except ValueError as error:  # sizes that do not fit each other
-            raise UserError(f"the model cannot be built: {error}.") from None
+        config = replace(self.model, language=speaking(self.model.language, processor))
+        model = build(ImageCaptioningModel, config, seed=self.seed)
         return Captioner(self, model, processor, train)
 
 
 class Captioner(Speaking):
-    score_name = "object recall of captions"
-
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """images (B/W, 3, S, S), tokens and labels (B/W, T) of process `rank` of W."""
         share = self.share(step, rank, world)

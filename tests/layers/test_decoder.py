@@ -9,31 +9,18 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from minivlm.layers import LanguageModel, LanguageModelConfig, RopeScaling, decoder
+from minivlm.layers import LanguageModel, RopeScaling, decoder
 from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from minivlm.testing import assert_same
+from tests.languages import GPT2, LLAMA, OPT, OPT_350M, QWEN2
 
-GPT2 = LanguageModelConfig(width=16, depth=2, heads=4, vocab_size=30, context=40, activation="gelu_tanh")
-LLAMA = replace(
-    GPT2,
-    kv_heads=2,
-    positions="none",
-    rope_theta=100.0,
-    norm="rmsnorm",
-    activation="silu",
-    gated_mlp=True,
-    mlp_width=24,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-)
 CONFIGS = {
     "gpt2": GPT2,
-    "opt": replace(GPT2, activation="relu", position_offset=2),
-    "opt-350m": replace(GPT2, norm_place="post", final_norm=False, embedding_width=6, position_offset=2),
+    "opt": OPT,
+    "opt-350m": OPT_350M,
     "llama": LLAMA,
     "llama3": replace(LLAMA, rope_scaling=RopeScaling("llama3", 8.0, original_context=20), tie_head=False),
-    "qwen2": replace(LLAMA, qkv_bias=True),
+    "qwen2": QWEN2,
     "wide heads": replace(LLAMA, head_width=6, kv_heads=1, heads=3),
     "gated with biases": replace(LLAMA, mlp_bias=True, out_bias=True),
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivlm.layers import LanguageModel, LanguageModelConfig
+from minivlm.layers import LanguageModel
 from minivlm.losses import labelled, next_token_loss
 from minivlm.testing import (
     assert_batch_independent,
@@ -15,29 +15,20 @@ from minivlm.testing import (
     assert_same,
     assert_same_gradients,
 )
+from tests import languages
 
 B, T, V, D = 3, 8, 30, 16
-GPT2 = LanguageModelConfig(width=D, depth=2, heads=4, vocab_size=V, context=20)
-LLAMA = replace(
-    GPT2,
-    kv_heads=2,
-    positions="none",
-    rope_theta=100.0,
-    norm="rmsnorm",
-    activation="silu",
-    gated_mlp=True,
-    mlp_width=24,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
+GPT2, OPT, OPT_350M, LLAMA, QWEN2 = (
+    replace(config, context=20)
+    for config in (languages.GPT2, languages.OPT, languages.OPT_350M, languages.LLAMA, languages.QWEN2)
 )
 CONFIGS = {
     "gpt2": GPT2,
-    "opt": replace(GPT2, position_offset=2, activation="relu"),
-    "opt-350m": replace(GPT2, position_offset=2, norm_place="post", final_norm=False, embedding_width=6),
+    "opt": OPT,
+    "opt-350m": OPT_350M,
     "llama": LLAMA,
     "llama with a head of its own": replace(LLAMA, tie_head=False),
-    "qwen2": replace(LLAMA, qkv_bias=True),
+    "qwen2": QWEN2,
 }
 LENGTHS = torch.tensor([[T], [3], [5]])
 MASK = torch.arange(T) < LENGTHS
