@@ -21,7 +21,10 @@ def main(argv: list[str]) -> None:
     if options.help or options.list:
         print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
     else:
-        for part in recipes.chain(name, recipe, options):  # what it builds on, where that is missing, then itself
+        plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
+        if (sentence := recipes.announcement(plan)) and training.is_first_process():
+            print(sentence)
+        for part in plan:
             if not train(*part):
                 break
         training.stop_processes()

@@ -137,6 +137,11 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_first_process() -> bool:
+    """Of those that torchrun started, or the only one; known before they have joined a group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Inside, the other processes wait until the first is done: it makes what is missing, they find it there."""

@@ -130,13 +130,18 @@ def test_what_is_missing_is_planned_first_and_what_is_there_is_used(tmp_path, mo
         ("llava-stage1", "out/llava-stage1"),
         ("llava", None),
     ]
+    said = recipes.announcement(plan)
+    assert said == (
+        "llava builds on what is not there yet; trained first: "
+        "clip-resnet (out/clip-resnet), lm (out/lm), llava-stage1 (out/llava-stage1)"
+    )
     plan = recipes.chain(*recipes.command_line(["llava", "--data", "photos", "--device", "cpu"]))
     names = ["out/photos-clip", "out/photos-lm", "out/photos-llava-stage1", None]
     assert [options.out for *_, options in plan] == names
     assert plan[2][1].vision_from == "out/photos-clip" and plan[3][1].starts_from == "out/photos-llava-stage1"
     assert all(options.data == "photos" and options.device == "cpu" for *_, options in plan)
     plan = recipes.chain(*recipes.command_line(["llava", "--starts_from", str(built / "stage1")]))
-    assert [name for name, *_ in plan] == ["llava"]
+    assert [name for name, *_ in plan] == ["llava"] and recipes.announcement(plan) == ""
 
 
 def test_a_base_of_the_wrong_kind_is_refused(built, world, tmp_path):

@@ -64,6 +64,15 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
     return [*todo, (name, recipe, options)]
 
 
+def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:
+    """What `chain` found missing, in a sentence; nothing if nothing is."""
+    *missing, (name, *_) = plan
+    if not missing:
+        return ""
+    first = ", ".join(f"{needed} ({options.out})" for needed, _, options in missing)
+    return f"{name} builds on what is not there yet; trained first: {first}"
+
+
 def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
     """part | parameters | frozen or trained | learning rate | starts from, read from the parameters themselves."""
     rows, seen = [], set()
