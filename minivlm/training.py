@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.layers.resnet import ResNet
+from minivlm.layers.transformer import Transformer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -115,10 +117,15 @@ def optimise(model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, cl
     return norm
 
 
-def compile_parts(model: nn.Module) -> None:
-    """torch.compile on each tower, in place: names of parameters and checkpoints stay as they are."""
-    for part in model.children():
-        part.compile()
+def compile_parts(model: nn.Module, **options) -> None:
+    """torch.compile on what all models are made of, stacks of blocks and stages of a ResNet, by whatever method of the
+    model they are reached. In place: names of parameters and checkpoints stay as they are."""
+    for module in list(model.modules()):
+        if isinstance(module, Transformer):
+            module.compile(**options)
+        elif isinstance(module, ResNet):
+            for stage in module.stages:
+                stage.compile(**options)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

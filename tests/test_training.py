@@ -13,6 +13,10 @@ from torch import nn
 
 from minivlm import training
 from minivlm.errors import UserError
+from minivlm.layers import TextConfig
+from minivlm.models.clip import CLIP, CLIPConfig
+from tests import speakers
+from tests.speakers import VISION
 
 
 def test_learning_rate_warms_up_linearly_and_ends_near_zero():
@@ -111,3 +115,42 @@ def test_nothing_holds_the_process_group_when_it_has_been_left(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent.parent)}
     said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     assert said.strip() == "released"
+
+
+def losses_of(kind):
+    """A small model and its losses as a function."""
+    tokens = torch.randint(4, 60, (2, 9))
+    images = torch.randn(2, 3, 16, 16)
+    if kind == "clip":
+        text = TextConfig(width=16, depth=2, heads=2, vocab_size=64, context=9, end_token=3)
+        model = CLIP(CLIPConfig(vision=VISION, text=text, embed_width=8))
+        return model, lambda: model.losses(images, tokens)
+    if kind == "lm":
+        model = speakers.language_model()
+        return model, lambda: model.losses(tokens, tokens)
+    if kind == "captioner":
+        model = speakers.captioner()
+        return model, lambda: model.losses(images, tokens, tokens)
+    model = speakers.llava()
+    tokens[:, 1:5] = model.config.image_token
+    return model, lambda: model.losses(tokens, tokens, images)
+
+
+@pytest.mark.parametrize(("kind", "stacks"), [("clip", 2), ("lm", 1), ("captioner", 2), ("llava", 2)])
+def test_what_is_compiled_is_what_training_runs_and_gives_the_same_losses(kind, stacks):
+    """Models reach their parts by other methods than forward, too; a compiled module that nobody calls is worth nothing."""
+    model, losses = losses_of(kind)
+    plain = {name: loss.item() for name, loss in losses().items()}
+    training.compile_parts(model, backend="eager")
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    called = []
+
+    def noted(module):
+        call = module._compiled_call_impl
+        return lambda *args, **options: (called.append(module), call(*args, **options))[1]
+
+    for module in compiled:
+        module._compiled_call_impl = noted(module)
+    assert {name: loss.item() for name, loss in losses().items()} == pytest.approx(plain, rel=1e-5)
+    assert len(compiled) == stacks and {*map(id, called)} == {*map(id, compiled)}
+    assert list(model.state_dict()) == list(losses_of(kind)[0].state_dict())

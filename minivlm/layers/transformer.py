@@ -59,9 +59,8 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 def matrix_dtype(x: Tensor) -> torch.dtype:
     """What a product with x is computed in: its dtype, or autocast's."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # meta has no autocast to ask for
+    # A device without autocast, such as meta, cannot be asked whether it is on.
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 

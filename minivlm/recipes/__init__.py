@@ -123,7 +123,7 @@ def help_text(name: str, recipe: Recipe) -> str:
             "  --resume          go on from the last checkpoint in --out",
             "  --device D        auto, cpu, cuda, mps",
             "  --precision P     auto, fp32, bf16",
-            "  --compile         torch.compile the towers",
+            "  --compile         torch.compile the stacks of blocks",
             "  --stop_at N       stop after step N as Ctrl-C does",
             "  --list            every recipe, a line each",
             f"fields of {name}, with their values:",
