@@ -14,7 +14,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from minivlm.command_line import Parser, positive
+from minivlm.command_line import (
+    Parser,
+    bar,
+    check_picture_name,
+    check_pictures,
+    check_speaking,
+    positive,
+    report_skipped,
+    save_sheet,
+    speaking_arguments,
+    write_picture,
+)
 from minivlm.errors import UserError, nearest, run_command_line
 
 
@@ -65,13 +76,11 @@ def zero_shot_arguments(parser: Parser) -> None:
 
 
 def zero_shot(options: argparse.Namespace) -> None:
-    from minivlm.datasets.images import check_header
     from minivlm.tasks import zero_shot as task
 
     task.check_labels(options.labels)  # what can be refused without the model is refused before it is loaded
     templates = task.check(task.TEMPLATE_SETS.get(options.templates[0], options.templates))
-    for path in options.images:
-        check_header(path)
+    check_pictures(options.images)
     model, processor = load_comparer(options)
     answers = task.zero_shot_classify(
         options.images, options.labels, model, processor, templates=templates, top_k=options.top
@@ -83,14 +92,6 @@ def zero_shot(options: argparse.Namespace) -> None:
             print(f"  {label:{width}}  {bar(probability)}  {probability:6.1%}")
 
 
-def bar(share: float, width: int = 24) -> str:
-    """A bar of eighths of a character, or of # where the terminal has no blocks."""
-    if not (sys.stdout.encoding or "").lower().startswith("utf"):
-        return ("#" * round(share * width)).ljust(width)
-    whole, part = divmod(round(share * width * 8), 8)
-    return ("█" * whole + " ▏▎▍▌▋▊▉"[part]).ljust(width)[:width]
-
-
 # --------------------------------------------------------------------------------------------------------------- search
 
 
@@ -98,6 +99,9 @@ def search_arguments(parser: Parser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a folder of pictures, sub-folders included")
     parser.add_argument("query", metavar="QUERY", help="words, or the path of a picture")
     parser.add_argument("--top", type=positive, default=5, help="how many pictures to show (5)")
+    parser.add_argument(
+        "--rerank", metavar="K", type=positive, help="put the K closest in order by how well they match"
+    )
     parser.add_argument("--save", metavar="FILE", help="draw the pictures found into one picture")
 
 
@@ -109,70 +113,65 @@ def search(options: argparse.Namespace) -> None:
         check_picture_name(options.save)
     list_images(Path(options.directory))
     query = Path(options.query) if os.path.isfile(options.query) else options.query
+    if options.rerank and isinstance(query, Path):
+        raise UserError("--rerank matches words with pictures, but the query is a picture: leave it out.")
     model, processor = load_comparer(options)
+    if options.rerank:
+        tasks.check_matcher(model, processor)
     # The index belongs to the model's folder; a hub id, or a folder that is read-only, has it in the user's cache.
     writable = Path(options.model).is_dir() and os.access(options.model, os.W_OK)
     place = tasks.index_path(options.directory, options.model) if writable else None
     index = tasks.build_image_index(options.directory, model, processor, path=place)
     report_skipped({name: why for name, (_, why) in index.skipped.items()})
-    found = tasks.search_images(query, index, model, processor, top_k=options.top)
-    for rank, (path, score) in enumerate(found, start=1):
-        print(f"{rank:3}  {score:6.3f}  {os.path.join(options.directory, path.relative_to(index.directory))}")
+    found = tasks.search_images(query, index, model, processor, top_k=max(options.top, options.rerank or 0))
+    shown = [(path, f"{score:6.3f}") for path, score in found]
+    if options.rerank:
+        ordered = tasks.rerank(query, found, model, processor)
+        shown = [(path, f"{probability:6.1%}  {score:6.3f}") for path, score, probability in ordered]
+    for rank, (path, scores) in enumerate(shown[: options.top], start=1):
+        print(f"{rank:3}  {scores}  {os.path.join(options.directory, path.relative_to(index.directory))}")
     if options.save:
-        save_sheet(options.save, options.query, found)
+        save_sheet(options.save, options.query, shown[: options.top])
 
 
-def report_skipped(skipped: dict[str, str], shown: int = 5) -> None:
-    if skipped:
-        print(f"skipped, because they cannot be read ({len(skipped)}):", file=sys.stderr)
-        for why in list(skipped.values())[:shown]:
-            print(f"  {why}", file=sys.stderr)
-        if len(skipped) > shown:
-            print(f"  … and {len(skipped) - shown} more", file=sys.stderr)
+# ---------------------------------------------------------------------------------------------------------------- match
 
 
-def check_picture_name(path: str) -> None:
-    """Known before the search rather than after it: can a picture be written there?"""
-    from PIL import Image
-
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--save {path}: the name has to end in .png, .jpg or another kind of picture.")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
+def match_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more")
+    parser.add_argument("text", metavar="TEXT", help="what may be in them")
 
 
-def save_sheet(path: str, query: str, found: list[tuple[Path, float]]) -> None:
-    from minivlm.datasets.images import read_image
-    from minivlm.pictures import Row, sheet
+def match(options: argparse.Namespace) -> None:
+    from minivlm import tasks
 
-    images = [read_image(file, shorter_side=256) for file, _ in found]
-    notes = [f"{score:.3f}\n{file.name}" for file, score in found]
-    try:
-        sheet([Row("", images, notes=notes)], title=query, columns=4, tile=160).save(path)
-    except OSError as error:
-        raise UserError(f"--save {path}: the picture could not be written ({error.strerror or error}).") from None
-    print(f"wrote {path}")
+    check_pictures(options.images)
+    probabilities = tasks.match_all(options.images, [options.text], *load_model(options))[:, 0].tolist()
+    width = max(map(len, options.images))
+    for path, probability in zip(options.images, probabilities, strict=True):
+        print(f"{path:{width}}  {bar(probability)}  {probability:6.1%}")
+
+
+# --------------------------------------------------------------------------------------------------------------- attend
+
+
+def attend_arguments(parser: Parser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more")
+    parser.add_argument(
+        "--prompt", default="describe the picture.", help="what a model that answers is asked (%(default)s)"
+    )
+    parser.add_argument("--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s)")
+
+
+def attend(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+
+    check_picture_name(options.save)
+    check_pictures(options.images)
+    write_picture(tasks.attention_sheet(options.images, *load_model(options), prompt=options.prompt), options.save)
 
 
 # -------------------------------------------------------------------------------------------- caption, answer, complete
-
-
-GENERATION = {  # option → its type and what it does; the defaults are those of generation.Options
-    "temperature": (float, "how freely to choose among likely words: 0 always takes the likeliest (0)"),
-    "top_k": (int, "choose among the K likeliest tokens alone"),
-    "top_p": (float, "choose among the fewest tokens that together have this probability"),
-    "num_beams": (int, "follow so many beginnings at once and give the likeliest answer (1)"),
-    "repetition_penalty": (float, "above 1: make what was said before less likely (1)"),
-    "max_new_tokens": (int, "the longest answer (64, or what the context has room for)"),
-    "seed": (int, "the same seed chooses the same words (0)"),
-}
-
-
-def speaking_arguments(parser: Parser) -> None:
-    for name, (kind, meaning) in GENERATION.items():
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, type=kind, help=meaning)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
 
 
 def caption_arguments(parser: Parser) -> None:
@@ -214,18 +213,6 @@ def complete(options: argparse.Namespace) -> None:
 
     how = check_speaking(options)
     print(tasks.complete(options.text, *load_speaker(options), **how))
-
-
-def check_speaking(options: argparse.Namespace) -> dict:
-    """The options for `generate`; what can be refused without the model is refused before it is loaded."""
-    from minivlm.datasets.images import check_header
-    from minivlm.generation import Options
-
-    how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
-    Options(**how)
-    for path in getattr(options, "images", []):
-        check_header(path)
-    return how
 
 
 # ----------------------------------------------------------------------------------------------------------------- chat
@@ -293,6 +280,12 @@ TASKS = {
         search_arguments,
         search,
     ),
+    "match": Task(
+        "how probably does the text belong to the picture?",
+        'python sample.py match out/blip2-stage1 photo.png "a red circle and a blue star"',
+        match_arguments,
+        match,
+    ),
     "caption": Task(
         "what is in the picture?",
         "python sample.py caption out/llava photo.png",
@@ -311,6 +304,12 @@ TASKS = {
         chat_arguments,
         chat,
     ),
+    "attend": Task(
+        "what does the model look at?",
+        "python sample.py attend out/blip2 photo.png other.png --save maps.png",
+        attend_arguments,
+        attend,
+    ),
     "complete": Task(
         "how does the text go on?",
         'python sample.py complete out/lm "is there a"',
@@ -320,12 +319,17 @@ TASKS = {
 }
 
 
-def load_comparer(options: argparse.Namespace) -> tuple:
-    """The model and its processor, on the device asked for; UserError unless it turns images and texts into vectors."""
+def load_model(options: argparse.Namespace, **settings) -> tuple:
+    """The model and its processor, on the device asked for; the tasks say what it cannot do."""
     import minivlm
     from minivlm.training import choose_device
 
-    model, processor = minivlm.load(options.model, device=choose_device(options.device))
+    return minivlm.load(options.model, device=choose_device(options.device), **settings)
+
+
+def load_comparer(options: argparse.Namespace) -> tuple:
+    """The same; UserError unless it turns images and texts into vectors."""
+    model, processor = load_model(options)
     if not hasattr(model, "encode_image"):
         raise UserError(
             f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
@@ -336,14 +340,10 @@ def load_comparer(options: argparse.Namespace) -> tuple:
 
 
 def load_speaker(options: argparse.Namespace) -> tuple:
-    """The model and its processor, on the device and in the precision asked for; the tasks say what it cannot do."""
+    """The same, in the precision asked for."""
     import torch
 
-    import minivlm
-    from minivlm.training import choose_device
-
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    return minivlm.load(options.model, device=choose_device(options.device), dtype=dtype)
+    return load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
 
 
 if __name__ == "__main__":

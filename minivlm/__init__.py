@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
+    "BERT": "layers",
+    "BERTConfig": "layers",
+    "BLIP2": "models.blip2",
+    "BLIP2Config": "models.blip2",
+    "BLIP2Stage1": "models.blip2",
+    "BLIP2Stage1Config": "models.blip2",
     "CLIP": "models.clip",
     "CLIPConfig": "models.clip",
     "CLIPLoss": "losses",

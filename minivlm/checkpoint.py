@@ -32,10 +32,14 @@ from minivlm.pretrained.names import tied, to_ours
 from minivlm.processor import Processor, ProcessorConfig
 
 MODELS = {  # class name → the module it lives in
+    "BERT": "minivlm.layers.bert",
+    "BLIP2": "minivlm.models.blip2",
+    "BLIP2Stage1": "minivlm.models.blip2_stage1",
     "CLIP": "minivlm.models.clip",
     "ImageCaptioningModel": "minivlm.models.captioner",
     "LLaVA": "minivlm.models.llava",
     "LanguageModel": "minivlm.layers.language_model",
+    "T5": "minivlm.layers.t5",
 }
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -151,8 +155,8 @@ def load(
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
-    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, LLaVA;
-    open_clip), or the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
+    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, T5, BERT,
+    LLaVA, BLIP-2; open_clip), or the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.

@@ -1,8 +1,10 @@
-"""What command lines share: a parser whose complaints are one sentence, and types of numbers."""
+"""What command lines share: a parser whose complaints are one sentence, types and groups of options, bars, what is skipped."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 from minivlm.errors import UserError, nearest
@@ -28,3 +30,91 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 upwards")
     return int(text)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def check_picture_name(path: str) -> None:
+    """Known before the work rather than after it: can a picture be written there?"""
+    from PIL import Image
+
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--save {path}: the name has to end in .png, .jpg or another kind of picture.")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
+
+
+def save_sheet(path: str, query: str, found: list[tuple[Path, str]]) -> None:
+    """Pictures with their scores, drawn into one picture."""
+    from minivlm.datasets.images import read_image
+    from minivlm.pictures import Row, sheet
+
+    images = [read_image(file, shorter_side=256) for file, _ in found]
+    notes = [f"{scores.strip()}\n{file.name}" for file, scores in found]
+    write_picture(sheet([Row("", images, notes=notes)], title=query, columns=4, tile=160), path)
+
+
+def check_pictures(paths: list[str]) -> None:
+    """Known before the model is loaded: is each of them a picture?"""
+    from minivlm.datasets.images import check_header
+
+    for path in paths:
+        check_header(path)
+
+
+def write_picture(page, path: str) -> None:
+    """A PIL image to a file, and the name of it to the user."""
+    try:
+        page.save(path)
+    except OSError as error:
+        raise UserError(f"--save {path}: the picture could not be written ({error.strerror or error}).") from None
+    print(f"wrote {path}")
+
+
+def report_skipped(skipped: dict[str, str], shown: int = 5) -> None:
+    if skipped:
+        print(f"skipped, because they cannot be read ({len(skipped)}):", file=sys.stderr)
+        for why in list(skipped.values())[:shown]:
+            print(f"  {why}", file=sys.stderr)
+        if len(skipped) > shown:
+            print(f"  … and {len(skipped) - shown} more", file=sys.stderr)
+
+
+def bar(share: float, width: int = 24) -> str:
+    """A bar of eighths of a character, or of # where the terminal has no blocks."""
+    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return ("#" * round(share * width)).ljust(width)
+    whole, part = divmod(round(share * width * 8), 8)
+    return ("█" * whole + " ▏▎▍▌▋▊▉"[part]).ljust(width)[:width]
+
+
+# ---- speaking ---------------------------------------------------------------------------------------------------------
+
+
+GENERATION = {  # option → its type and what it does; the defaults are those of generation.Options
+    "temperature": (float, "how freely to choose among likely words: 0 always takes the likeliest (0)"),
+    "top_k": (int, "choose among the K likeliest tokens alone"),
+    "top_p": (float, "choose among the fewest tokens that together have this probability"),
+    "num_beams": (int, "follow so many beginnings at once and give the likeliest answer (1)"),
+    "repetition_penalty": (float, "above 1: make what was said before less likely (1)"),
+    "max_new_tokens": (int, "the longest answer (64, or what the context has room for)"),
+    "seed": (int, "the same seed chooses the same words (0)"),
+}
+
+
+def speaking_arguments(parser: Parser) -> None:
+    for name, (kind, meaning) in GENERATION.items():
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*spellings, type=kind, help=meaning)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
+
+
+def check_speaking(options: argparse.Namespace) -> dict:
+    """The options for `generate`; what can be refused without the model is refused before it is loaded."""
+    from minivlm.generation import Options
+
+    how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
+    Options(**how)
+    check_pictures(getattr(options, "images", []))
+    return how

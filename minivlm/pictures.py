@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE, PAPER, EDGE = "#1f2328", "#6b7280", "#ffffff", "#d0d5dd"
@@ -97,6 +98,20 @@ def fit(image: Image.Image, tile: int) -> Image.Image:
         image = image.resize((image.width * whole, image.height * whole), Image.Resampling.NEAREST)
         return image.resize(size, Image.Resampling.BOX)
     return image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def heat(image: Any, weights: Any, tile: int) -> Image.Image:
+    """The image in grey, as large as `fit` makes it, and over it how much weight lies where: none, red, most of all yellow.
+
+    weights (h, w) ≥ 0: a grid over the whole image.
+    """
+    picture = fit(image if isinstance(image, Image.Image) else Image.fromarray(image), tile)
+    grid = np.asarray(weights, dtype=np.float32)
+    film = Image.fromarray(grid / max(grid.max(), 1e-12)).resize(picture.size, Image.Resampling.BICUBIC)
+    share = np.asarray(film).clip(0, 1)[..., None]  # (H, W, 1)
+    glow = np.concatenate([np.full_like(share, 255), 235 * share**1.5, np.full_like(share, 30)], axis=-1)
+    grey = 0.7 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((grey + 0.85 * share * (glow - grey)).round().astype(np.uint8))
 
 
 @lru_cache

@@ -176,6 +176,6 @@ def test_a_real_model_from_its_directory(pictures, tmp_path, monkeypatch, capsys
 
 def test_the_command_line_exits_with_two_and_says_why():
     script = Path(sample.__file__)
-    done = subprocess.run([sys.executable, script, "seach", "out"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "compleet", "out"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown task 'seach'. Did you mean search?\n"
+    assert done.stderr == "error: unknown task 'compleet'. Did you mean complete?\n"

@@ -12,6 +12,7 @@ import torch
 
 import minivlm
 import sample
+from minivlm.command_line import GENERATION
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.layers import LanguageModel
@@ -87,7 +88,7 @@ def test_the_options_are_those_of_the_engine_in_either_spelling(monkeypatch, cap
             "answer", "llava", "red.png", "?", *(x for k, v in given.items() for x in (f"--{k.replace('_', joint)}", v))
         )
     assert seen == [given, given]
-    assert {*sample.GENERATION} <= {*vars(Options())}
+    assert {*GENERATION} <= {*vars(Options())}
 
 
 def test_weights_can_be_read_in_another_precision(monkeypatch, capsys):

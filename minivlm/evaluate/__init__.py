@@ -10,6 +10,7 @@ from pathlib import Path
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
 from minivlm.evaluate.language import language
+from minivlm.evaluate.match import matching
 from minivlm.evaluate.speak import ask, captions, speech, speech_picture
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "language",
     "main",
+    "matching",
     "picture",
     "retrieval",
     "shows",
@@ -33,6 +35,8 @@ __all__ = [
 
 def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a model of any kind on the held-out part of a dataset."""
+    if hasattr(model, "match"):
+        return matching(model, processor, directory)
     if hasattr(model, "encode_image"):
         return contrast(model, processor, directory)
     if hasattr(model, "vision"):

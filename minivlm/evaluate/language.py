@@ -1,6 +1,7 @@
 """A language model is judged by how well it expects texts that it has not read, and by what it picks up from its context.
 
-perplexity   exp of the mean surprise per token; beside it, that of the best model that knows no context (unigrams)
+perplexity   exp of the mean surprise per token; beside it, that of the best model that knows no context (unigrams).
+             One with an encoder reads the beginning of each text and is judged by the rest
 few-shot     words nobody has heard before are bound to looks by k examples each: is the right one said?
 """
 
@@ -8,17 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
+from torch import Tensor
 
-from minivlm.conversation import Sample, collate
+from minivlm.conversation import IGNORED, Sample, collate
+from minivlm.datasets.continuation import collate_pairs, split
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import documents, few_shot
 from minivlm.datasets.talk import open_talk
 from minivlm.metrics import Score
 from minivlm.tasks.features import inference
+from minivlm.tasks.speak import beginning, has_encoder, model_inputs
 
 HELD_OUT = 500  # documents of the shapes world
 EPISODES = 300
@@ -40,23 +44,41 @@ def held_out_texts(directory: str | Path) -> list[str]:
 
 
 def perplexity(model, processor, texts: Sequence[str], *, batch_size: int = 32) -> Score:
-    """exp of the mean cross-entropy per token, first tokens not counted. chance: unigrams fitted to these very texts."""
-    rows = [processor.cut(row) for row in processor.encode(texts)]
-    total, count = 0.0, 0
+    """exp of the mean cross-entropy per token that is foretold. chance: unigrams fitted to these very tokens."""
+    batches = batches_with_encoder if has_encoder(model) else batches_of_texts
+    total, counted = 0.0, []
     with inference(model):
-        for i in range(0, len(rows), batch_size):
-            part = rows[i : i + batch_size]
-            batch = collate([Sample(row, row, []) for row in part], processor.pad_token)
-            n = sum(len(row) - 1 for row in part)
-            tokens, labels = batch["tokens"].to(model.device), batch["labels"].to(model.device)
-            total += n * sum(model.losses(tokens, labels).values()).item()
-            count += n
-    return Score(math.exp(total / count), math.exp(unigram_entropy(rows)), share=False)
+        for batch, tokens in batches(processor, texts, batch_size):
+            losses = model.losses(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            total += len(tokens) * sum(losses.values()).item()
+            counted += tokens
+    return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
+
+
+def batches_of_texts(processor, texts: Sequence[str], batch_size: int) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    """The arguments of `model.losses`, and the tokens that it judges: all of a text but the first."""
+    for i in range(0, len(texts), batch_size):
+        rows = [processor.cut(row) for row in processor.encode(texts[i : i + batch_size])]
+        yield collate([Sample(row, row, []) for row in rows], processor.pad_token), [t for row in rows for t in row[1:]]
+
+
+def batches_with_encoder(
+    processor, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    """The same for texts that are cut in two, always at the same places: judged is what follows the cut."""
+    rng = np.random.default_rng(0)
+    for i in range(0, len(texts), batch_size):
+        batch = collate_pairs([split(text, rng) for text in texts[i : i + batch_size]], processor)
+        yield batch, batch["labels"][batch["labels"] != IGNORED].tolist()
 
 
 def unigram_entropy(rows: Sequence[Sequence[int]]) -> float:
     """The loss (nats a token) of the best model of these very texts that knows no context, first tokens not counted."""
-    counts = Counter(token for row in rows for token in row[1:])
+    return entropy([token for row in rows for token in row[1:]])
+
+
+def entropy(tokens: Sequence[int]) -> float:
+    counts = Counter(tokens)
     return -sum(c / counts.total() * math.log(c / counts.total()) for c in counts.values())
 
 
@@ -66,10 +88,8 @@ def new_words(model, processor, shots: int, *, ways: int = 2, batch_size: int = 
     with inference(model):
         for i in range(0, len(episodes), batch_size):
             part = episodes[i : i + batch_size]
-            rows = [[processor.start_token, *processor.ids(e.text)] for e in part]
-            batch = collate([Sample(row, row, []) for row in rows], processor.pad_token)
-            mask = torch.arange(batch["tokens"].shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-            said = model.generate(batch["tokens"].to(model.device), mask.to(model.device), max_new_tokens=8)
+            prompts = [beginning(e.text, model, processor) for e in part]
+            said = model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8)
             words = [text.split(".")[0].strip() for text in processor.decode(said.cpu())]
             right += sum(word == e.answer for word, e in zip(words, part, strict=True))
     return Score(right / len(episodes), 1 / ways)

@@ -1,21 +1,27 @@
-"""The bricks. They import torch and each other; the language model, which is a model as well, a little more."""
+"""The bricks. They import torch and each other; the language model and T5, which are models as well, a little more."""
 
 from minivlm.layers.attention import Attention, CrossAttention, attend, set_attention_backend
+from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import Cache, RopeScaling, Rotary, resize_position_table
 from minivlm.layers.projector import LinearProjector, MLPProjector
+from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
+from minivlm.layers.t5 import T5, T5Config
 from minivlm.layers.text import TextConfig, TextTransformer
 from minivlm.layers.transformer import Block, Transformer, TransformerConfig
 from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
 
 __all__ = [
+    "BERT",
     "MLP",
     "RESNET_SIZES",
+    "T5",
     "VIT_SIZES",
     "Attention",
+    "BERTConfig",
     "Block",
     "Cache",
     "CrossAttention",
@@ -25,10 +31,13 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "MLPProjector",
+    "QFormer",
+    "QFormerConfig",
     "ResNet",
     "ResNetConfig",
     "RopeScaling",
     "Rotary",
+    "T5Config",
     "TextConfig",
     "TextTransformer",
     "Transformer",

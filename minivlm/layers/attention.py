@@ -10,11 +10,17 @@ Vaswani et al. 2017, "Attention Is All You Need", §3.2; grouped queries: Ainsli
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.layers.position import LayerCache, Rotary
+
 BACKENDS = ("auto", "reference", "fused")
+KeysValues = tuple[Tensor, Tensor]  # each (B, G, S, K)
+Backend = str | Callable[..., Tensor]  # a function is called as `attend_reference` is; see `minivlm.recording`
 
 
 def attend(
@@ -24,22 +30,24 @@ def attend(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
     dropout: float = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """softmax(q kᵀ / √K) v over the positions that may be attended to.
 
     q (B, H, T, K), k and v (B, G, S, K) with H a multiple of G → (B, H, T, K).
     mask: boolean, broadcastable to (B, H, T, S), True = may be attended to. causal: query t sees keys ≤ t + S − T.
+    bias: added to the scores, broadcastable to (B, H, T, S). scale: of the scores; None: 1/√K.
     A query that may attend to nothing gets zeros.
     """
     if backend == "auto":
         backend = "reference" if plain_is_faster(q, k) else "fused"
-        if backend == "reference" and causal and mask is None and q.shape[2] <= k.shape[2]:
-            return attend_in_strips(q, k, v, dropout=dropout)
-    if backend == "reference":
-        return attend_reference(q, k, v, mask=mask, causal=causal, dropout=dropout)
-    return attend_fused(q, k, v, mask=mask, causal=causal, dropout=dropout)
+        if backend == "reference" and causal and mask is None and bias is None and q.shape[2] <= k.shape[2]:
+            return attend_in_strips(q, k, v, scale=scale, dropout=dropout)
+    run = {"reference": attend_reference, "fused": attend_fused}.get(backend, backend)
+    return run(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
 
 
 def plain_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -47,12 +55,23 @@ def plain_is_faster(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and (q.shape[-2] == 1 or k.shape[-2] <= 768)
 
 
-def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor:
+def attend_reference(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dropout=0.0) -> Tensor:
     """The formula as it is written; every fast twin is held against it."""
+    weights = attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=scale)  # (B, H, T, S)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    (B, H, T, S), G = weights.shape, k.shape[1]
+    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, v.shape[-1])
+
+
+def attention_weights(q, k, *, mask=None, causal=False, bias=None, scale=None) -> Tensor:
+    """softmax(q kᵀ / √K), (B, H, T, S): how much of its attention each query gives to each key."""
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
     q = q.reshape(B, G, H // G * T, K)  # the H/G query heads of a group share its keys
-    scores = ((q * K**-0.5) @ k.transpose(-2, -1)).view(B, H, T, S)
+    scores = ((q * (K**-0.5 if scale is None else scale)) @ k.transpose(-2, -1)).view(B, H, T, S)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     if (allowed := combine(mask, causal, T, S, q.device)) is not None:
         shut = ~allowed
         # Adding costs what masked_fill would, but nothing in backward.
@@ -60,37 +79,39 @@ def attend_reference(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor
     weights = scores.softmax(dim=-1)
     if mask is not None or (causal and T > S):  # where all is shut, the softmax is even; but it attends to nothing
         weights = weights.masked_fill(shut, 0.0)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, K)
+    return weights
 
 
-def attend_in_strips(q, k, v, *, dropout=0.0, height: int = 160) -> Tensor:
+def attend_in_strips(q, k, v, *, scale=None, dropout=0.0, height: int = 160) -> Tensor:
     """Causal attention, `height` queries at a time with the keys up to the last of them: most of the upper right half,
     which would be masked, is never computed. Scale and mask come with the product (baddbmm), at no cost of their own."""
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     k, v = k.reshape(B * G, S, K).transpose(1, 2), v.reshape(B * G, S, K)
-    strips, end = [], S - T
+    strips, end, scale = [], S - T, K**-0.5 if scale is None else scale
     for queries in q.split(height, dim=2):
         n = queries.shape[2]
         end += n
         keys, values = (k, v) if end == S else (k[..., :end], v[:, :end])
         future = torch.full((n, end), -torch.inf, dtype=q.dtype, device=q.device).triu(end - n + 1)
         queries = queries.reshape(B * G, H // G * n, K)
-        weights = torch.baddbmm(future.repeat(H // G, 1), queries, keys, alpha=K**-0.5).softmax(dim=-1)
+        weights = torch.baddbmm(future.repeat(H // G, 1), queries, keys, alpha=scale).softmax(dim=-1)
         weights = F.dropout(weights, dropout) if dropout else weights
         strips.append((weights @ values).view(B, H, n, K))
     return torch.cat(strips, dim=2)
 
 
-def attend_fused(q, k, v, *, mask=None, causal=False, dropout=0.0) -> Tensor:
+def attend_fused(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dropout=0.0) -> Tensor:
     """The same through PyTorch's fused kernels (FlashAttention and its kin, Dao et al. 2022)."""
     T, S = q.shape[2], k.shape[2]
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    allowed = None if causal and mask is None and T == S else combine(mask, causal, T, S, q.device)
-    if allowed is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal and T > 1, **grouped)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, **grouped)
+    options = dict(dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    allowed = None if causal and mask is None and bias is None and T == S else combine(mask, causal, T, S, q.device)
+    if allowed is None and bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1, **options)
+    shut = allowed
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        shut = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=shut, **options)
     if mask is not None or T > S:  # kernels differ in what they give for a row that may attend to nothing
         y = y.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
     return y
@@ -115,14 +136,18 @@ def expand_mask(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
 
 
+def last_queries(x: Tensor | None, last: int) -> Tensor | None:
+    """Of a mask or bias (…, T, S) the rows of the last queries; (…, 1, S) is the same for all."""
+    return x if x is None or x.shape[-2] == 1 else x[..., -last:, :]
+
+
 class Attention(nn.Module):
     """softmax(QKᵀ/√K)V: every x asks, every context answers; without a context x asks itself.
 
     x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
-    rope: rotates q and k (see `Rotary`). cache: gives the keys so far (see `Cache`).
-    last: only so many of x ask, those at its end, and the result is (B, last, D).
-    backend: "auto", "reference" or "fused"; see `attend`.
+    rope: rotates q and k (see `Rotary`). bias, scale, backend: see `attend`. cache: gives the keys so far (see `Cache`).
+    last: only so many of x ask, those at its end, and the result is (B, last, D); so does the bias.
     """
 
     def __init__(
@@ -136,6 +161,7 @@ class Attention(nn.Module):
         bias: bool = True,
         out_bias: bool = True,
         causal: bool = False,
+        scale: float | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -145,7 +171,8 @@ class Attention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width or width // heads
-        self.causal, self.dropout, self.backend = causal, dropout, "auto"
+        self.causal, self.scale, self.dropout = causal, scale, dropout
+        self.backend: Backend = "auto"
         context_width = context_width or width
         self.q_proj = nn.Linear(width, heads * self.head_width, bias=bias)
         self.k_proj = nn.Linear(context_width, kv_heads * self.head_width, bias=bias)
@@ -153,23 +180,37 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(heads * self.head_width, width, bias=out_bias)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask=None, rope=None, cache=None, last: int | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        rope: Rotary | None = None,
+        cache: LayerCache | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        source = x if context is None else context
         asking = x if last is None else x[:, -last:]
         q = self.split(self.q_proj(asking), self.heads)  # (B, H, T, K)
-        k = self.split(self.k_proj(source), self.kv_heads)  # (B, G, S, K)
-        v = self.split(self.v_proj(source), self.kv_heads)
+        k, v = self.remember(x if context is None else context)
         if rope is not None:
             q, k = rope.last(q.shape[2])(q), rope(k)
         mask, causal = expand_mask(mask), self.causal
         if cache is not None:
             k, v, mask = cache.append(k, v)  # all keys so far, and who may see them
             causal = mask is None  # else the cache's mask already says so
-        if last is not None and mask is not None and mask.shape[-2] > 1:
-            mask = mask[..., -last:, :]
+        if last is not None:
+            mask, bias = last_queries(mask, last), last_queries(bias, last)
+        return self.answer(q, k, v, mask=mask, causal=causal, bias=bias)
+
+    def remember(self, context: Tensor) -> KeysValues:
+        """(B, S, C) → its keys and values, each (B, G, S, K)."""
+        return self.split(self.k_proj(context), self.kv_heads), self.split(self.v_proj(context), self.kv_heads)
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """Queries (B, H, T, K), keys and values (B, G, S, K) → (B, T, D). options: see `attend`."""
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask=mask, causal=causal, dropout=dropout, backend=self.backend)
+        y = attend(q, k, v, scale=self.scale, dropout=dropout, backend=self.backend, **options)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, H·K) → (B, T, D)
 
     @staticmethod
@@ -179,10 +220,15 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """Attention whose keys and values always come from elsewhere: x (B, T, D), context (B, S, C) → (B, T, D)."""
+    """Attention whose keys and values always come from elsewhere: x (B, T, D), context (B, S, C) → (B, T, D).
 
-    def forward(self, x: Tensor, context: Tensor, *, mask=None) -> Tensor:
-        return super().forward(x, context, mask=mask)
+    A context that is read more than once is given as its keys and values, as `remember` makes them.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, *, mask: Tensor | None = None) -> Tensor:
+        q = self.split(self.q_proj(x), self.heads)
+        k, v = context if isinstance(context, tuple) else self.remember(context)
+        return self.answer(q, k, v, mask=expand_mask(mask))
 
 
 def set_attention_backend(model: nn.Module, backend: str) -> None:

@@ -69,6 +69,26 @@ class Rotary:
         return torch.addcmul(x * self.cos.to(x.dtype), swapped, self.sin.to(x.dtype))
 
 
+def relative_bucket(distance: Tensor, buckets: int, farthest: int, *, both_sides: bool) -> Tensor:
+    """key − query, int64 of any shape → which of `buckets` it falls into (Raffel et al. 2020 (T5), §2.1).
+
+    Half of them are for the nearest distances, one each; the rest grow wider logarithmically up to `farthest`. both_sides:
+    keys after the query have half of all buckets; otherwise they share bucket 0 with the query itself.
+    """
+    start = torch.zeros_like(distance)
+    if both_sides:
+        buckets //= 2
+        start = buckets * (distance > 0)
+        distance = distance.abs()
+    else:
+        distance = -distance.clamp(max=0)
+    near = buckets // 2
+    # In float32, as the published weights were trained: bucket borders depend on how the logarithm is rounded.
+    steps = (distance.clamp(min=1).float() / near).log() / math.log(farthest / near) * (buckets - near)
+    far = (near + steps.long()).clamp(max=buckets - 1)
+    return start + torch.where(distance < near, distance, far)
+
+
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0) -> Tensor:
     """Position embeddings (leading + n·n, D) of a square grid, interpolated to another grid (h, w) of patches.
 
@@ -92,7 +112,7 @@ class Cache:
     lengths (B,): tokens a row holds so far. New tokens are written behind them and see themselves and what came before.
     A step is `cache.begin(T)`, one `append` per layer, `cache.advance(mask, T)`; `Transformer` does that.
 
-    The host knows `filled`, the columns in use, without asking the device, and whether all rows are equally long (`even`):
+    The host knows `filled`, the columns in use, and `seen`, those a step looks at, without asking the device, and whether all rows are equally long (`even`):
     then plain causal attention over `filled` columns needs no mask. static: every step sees all columns through a mask
     instead, so that its shapes never change and a compiled step stays compiled; `filled` stands still then.
     """
@@ -120,7 +140,7 @@ class Cache:
         if not self.static and end > self.capacity:
             raise ValueError(f"{self.filled} tokens and {T} more do not fit a cache made for {self.capacity}")
         self.positions = self.next_positions(T)
-        seen = self.width(T, end)
+        self.seen = seen = self.width(T, end)
         self.visible = None
         if self.positions.dim() == 2:
             self.visible = torch.arange(seen, device=self.lengths.device) <= self.positions[:, None, :, None]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minivlm.layers.attention import Attention, CrossAttention
+from minivlm.layers.attention import Attention, CrossAttention, KeysValues
 from minivlm.layers.mlp import MLP
-from minivlm.layers.position import Cache, RopeScaling, Rotary
+from minivlm.layers.position import Cache, RopeScaling, Rotary, relative_bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,9 @@ class TransformerConfig:
     mlp_bias: bool = True
     rope_theta: float | None = None  # rotary positions inside attention; None: none
     rope_scaling: RopeScaling | None = None
+    attention_scale: float | None = None  # of the scores; None: 1/√head_width. T5: 1, its weights were trained so
+    relative_buckets: int = 0  # distances between tokens told apart, for T5's learnt bias on the scores; 0: no bias
+    relative_distance: int = 128  # all that are further apart share the last bucket
     cross_attention_every: int = 0  # blocks 0, n, 2n … read a context; 0: no block does
     context_width: int | None = None  # its width; None: the same as ours
     dropout: float = 0.0
@@ -85,6 +88,7 @@ class Block(nn.Module):
             bias=c.qkv_bias,
             out_bias=c.out_bias,
             causal=c.causal,
+            scale=c.attention_scale,
             dropout=c.dropout,
         )
         if cross_attention:
@@ -96,6 +100,7 @@ class Block(nn.Module):
                 context_width=c.context_width,
                 bias=c.qkv_bias,
                 out_bias=c.out_bias,
+                scale=c.attention_scale,
                 dropout=c.dropout,
             )
         else:
@@ -105,11 +110,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(
-        self, x, context=None, *, mask=None, context_mask=None, rope=None, cache=None, last: int | None = None
+        self,
+        x: Tensor,
+        context: Tensor | KeysValues | None = None,
+        *,
+        context_mask: Tensor | None = None,
+        last: int | None = None,
+        **options,
     ) -> Tensor:
-        """last: → (B, last, D), the states of the last tokens; the others are only seen by these."""
-        attend = lambda h: self.attention(h, mask=mask, rope=rope, cache=cache, last=last)
-        x = self.residual(x, self.attention_norm, attend, last)
+        """last: → (B, last, D), the states of the last tokens; the others are only seen by these. options: see `Attention`."""
+        x = self.residual(x, self.attention_norm, lambda h: self.attention(h, last=last, **options), last)
         if self.cross_attention is not None and context is not None:
             if last is not None and context_mask is not None and context_mask.dim() == 3:
                 context_mask = context_mask[:, -last:]
@@ -131,11 +141,31 @@ class Block(nn.Module):
         return y if self.pre_norm else norm(y)
 
 
+class RelativePositions(nn.Module):
+    """A learnt number for each head and each distance, added to the scores (Raffel et al. 2020 (T5), §2.1).
+
+    positions of the queries (T,) or (B, T), keys at 0, 1, … S − 1 → (1 or B, H, T, S). One table serves a whole stack.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.relative_buckets, config.heads)
+
+    def forward(self, positions: Tensor, keys: int) -> Tensor:
+        c = self.config
+        distance = torch.arange(keys, device=positions.device) - positions[..., None]  # (…, T, S): key − query
+        buckets = relative_bucket(distance, c.relative_buckets, c.relative_distance, both_sides=not c.causal)
+        bias = self.table(buckets).movedim(-1, -3)  # (…, H, T, S)
+        return bias if bias.dim() == 4 else bias[None]
+
+
 class Transformer(nn.Module):
     """A stack of blocks, without embeddings and without a last norm: those belong to the towers that use it.
 
     x (B, T, D) → (B, T, D).  mask: (B, T) real tokens or (B, T, T) pairs, True = may be attended to.
-    context (B, S, C), context_mask (B, S) or (B, T, S): what blocks with cross-attention read.
+    context (B, S, C), context_mask (B, S) or (B, T, S): what blocks with cross-attention read. A context that is read more
+    than once is given as `remember` returns it.
     layer: how far to run, as an index into [input, after block 0, …, after block depth−1]: −1 all, −2 all but the last.
     positions (T,) or (B, T): where the tokens stand, for rotary angles; None: 0, 1, 2 …
     cache: a `Cache` that already holds what came before x; x is appended to it, and `mask` only counts its real tokens.
@@ -149,12 +179,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, cross_attention=bool(every) and i % every == 0) for i in range(config.depth)
         )
+        self.relative = RelativePositions(config) if config.relative_buckets else None
         self.recompute = False  # True: trade a second forward for the activations' memory (Chen et al. 2016)
 
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | list[KeysValues | None] | None = None,
         *,
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -170,18 +201,25 @@ class Transformer(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=x.device)
         rope = self.rotary(positions)
+        bias = None if self.relative is None else self.relative(positions, cache.seen if cache is not None else T)
         for index, block in enumerate(blocks):
             layer_cache = cache.layer(index) if cache is not None else None
-            options = dict(mask=mask, context_mask=context_mask, rope=rope, cache=layer_cache)
+            options = dict(mask=mask, context_mask=context_mask, bias=bias, rope=rope, cache=layer_cache)
+            source = context[index] if isinstance(context, list) else context
             if index == len(blocks) - 1:
                 options["last"] = last
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False, **options)
+                x = checkpoint(block, x, source, use_reentrant=False, **options)
             else:
-                x = block(x, context, **options)
+                x = block(x, source, **options)
         if cache is not None:
             cache.advance(mask, T)
         return x
+
+    def remember(self, context: Tensor) -> list[KeysValues | None]:
+        """(B, S, C) → for every block the keys and values of its cross-attention: computed once, to be read many times."""
+        readers = [block.cross_attention for block in self.blocks]
+        return [None if reader is None else reader.remember(context) for reader in readers]
 
     def rotary(self, positions: Tensor) -> Rotary | None:
         c = self.config
@@ -196,7 +234,7 @@ class Transformer(nn.Module):
         five sixths of that block's work are saved (7 % of a 12-layer tower, 14 % of a 6-layer one).
         """
         c = self.config
-        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every:
+        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every or c.relative_buckets:
             return take(self(x, mask=mask), at)[:, 0]
         x = self(x, mask=mask, layer=-2)
         seen = mask

@@ -49,6 +49,16 @@ VIT_SIZES = {
     "B/16": VisionConfig(width=768, depth=12, heads=12, patch_size=16),
     "L/14": VisionConfig(width=1024, depth=24, heads=16, patch_size=14),
     "H/14": VisionConfig(width=1280, depth=32, heads=16, patch_size=14),
+    "g/14": VisionConfig(  # EVA-CLIP's, as BLIP-2 reads it: its last norm on all tokens.  Fang et al. 2023, table 1
+        width=1408,
+        depth=39,
+        heads=16,
+        mlp_width=6144,
+        patch_size=14,
+        norm_eps=1e-6,
+        embedding_norm=False,
+        patch_bias=True,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
@@ -21,7 +21,7 @@ from minivlm.layers.projector import LinearProjector, MLPProjector
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.tower import look, make_tower
 from minivlm.layers.vit import VisionConfig
-from minivlm.models.speaking import SpeakingModel
+from minivlm.models.speaking import SpeakingModel, fill, make_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,33 +124,14 @@ class LLaVA(SpeakingModel):
     @torch.no_grad()
     def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.begin`."""
-        if images is not None and self.config.image_tokens > 1:
-            pictures = images.flatten(0, -4).shape[0] // self.config.views
-            if (tokens == self.config.image_token).sum() == pictures:
-                tokens, mask = self.make_room(tokens, mask)
+        c = self.config
+        if images is not None:
+            pictures = images.flatten(0, -4).shape[0] // c.views
+            pad = c.language.pad_token
+            tokens, mask = make_room(tokens, mask, pictures, mark=c.image_token, copies=c.image_tokens, pad=pad)
         return self.language_model.begin(mask=mask, embeddings=self.embed(images, tokens), room=room)
-
-    def make_room(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """tokens, mask (B, T) with one mark a picture → the same, right-padded, with a placeholder for every feature."""
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        copies = torch.where(tokens == self.config.image_token, self.config.image_tokens, 1) * mask
-        rows = [row.repeat_interleave(n) for row, n in zip(tokens, copies, strict=True)]
-        lengths = copies.sum(dim=1, keepdim=True)
-        pad = self.config.language.pad_token
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths
 
     def merge_lora(self) -> None:
         """The adapters become part of the language model's weights."""
         merge_lora(self.language_model)
         self.config = replace(self.config, lora=None)
-
-
-def fill(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """x (B, T, D) with the True positions of places (B, T) replaced, in reading order, by values (M, D).
-
-    Raises ValueError unless there are M of them (looked at on the CPU alone; a GPU would be waited for).
-    """
-    if x.device.type == "cpu" and (count := int(places.sum())) != len(values):
-        raise ValueError(f"the text has places for {count} image features, but the images have {len(values)}")
-    return x.masked_scatter(places[..., None], values.to(x.dtype))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from minivlm import generation
 from minivlm.base import Model
@@ -46,3 +47,30 @@ class SpeakingModel(Model):
     def options(self, **given) -> generation.Options:
         """What is not given is as the language model's config says."""
         return self.language_model.options(**given)
+
+
+def fill(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """x (B, T, D) with the True positions of places (B, T) replaced, in reading order, by values (M, D).
+
+    Raises ValueError unless there are M of them (looked at on the CPU alone; a GPU would be waited for).
+    """
+    if x.device.type == "cpu" and (count := int(places.sum())) != len(values):
+        raise ValueError(f"the text has places for {count} image features, but the images have {len(values)}")
+    return x.masked_scatter(places[..., None], values.to(x.dtype))
+
+
+def make_room(
+    tokens: Tensor, mask: Tensor | None, pictures: int, *, mark: int, copies: int, pad: int
+) -> tuple[Tensor, Tensor | None]:
+    """tokens, mask (B, T) with one mark a picture → the same, right-padded, with a placeholder for each of its features.
+
+    Texts whose marks are not as many as the pictures, since they have all their placeholders, come back as they are.
+    """
+    if copies == 1 or (tokens == mark).sum() != pictures:
+        return tokens, mask
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    times = torch.where(tokens == mark, copies, 1) * mask
+    rows = [row.repeat_interleave(n) for row, n in zip(tokens, times, strict=True)]
+    lengths = times.sum(dim=1, keepdim=True)
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths

@@ -1,7 +1,7 @@
 """Published checkpoints ⇄ our models: a module for each publisher, with its table of names and its reading of configs.
 
 out/clip/config.json        {"minivlm": …}              ours, see `minivlm.checkpoint`
-         config.json        {"model_type": "clip", …}   transformers' → hf_clip, siglip, gpt2, opt, llama, llava
+         config.json        {"model_type": "clip", …}   transformers' → hf_clip, siglip, gpt2, opt, …
          open_clip_config.json                          open_clip's   → open_clip
 """
 
@@ -25,16 +25,20 @@ from minivlm.pretrained.files import WEIGHTS, read_json
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
 # read_processor(directory, values, config) → Processor; and to write layout="hf": write_config(config) → values, and,
 # if it sees pictures, write_processor(processor, config) → values by file name.
-MODULES = {  # model_type → module
+MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
     "open_clip": "open_clip",
     "gpt2": "gpt2",
     "opt": "opt",
+    "t5": "t5",
+    "bert": "bert",
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "llama",
     "llava": "llava",
+    "blip-2": "blip2",
+    "Blip2ForImageTextRetrieval": "blip2_itm",
 }
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -57,8 +61,10 @@ def recognise(directory: Path) -> str:
     values = read_json(path) if path.exists() else {}
     if "minivlm" in values:
         return "minivlm"
-    if (kind := values.get("model_type")) in MODULES:
-        return kind
+    kind = values.get("model_type")
+    for word in (*(values.get("architectures") or ()), kind):
+        if word in MODULES:
+            return word
     if (directory / "open_clip_config.json").exists():
         return "open_clip"
     known = ", ".join(sorted(MODULES))
@@ -148,15 +154,21 @@ def kind_of(config: Any) -> str:
         return language.kind_of(config)
     if name == "LLaVAConfig":
         return "llava"
-    raise UserError(f"layout='hf' writes CLIP, SigLIP, language models and LLaVA; a {name} has no published form here.")
+    if name in (kinds := {"T5Config": "t5", "BERTConfig": "bert", "BLIP2Config": "blip-2"}):
+        return kinds[name]
+    if name == "BLIP2Stage1Config":
+        return "Blip2ForImageTextRetrieval"
+    raise UserError(
+        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA and BLIP-2; a {name} has no published form here."
+    )
 
 
 def comparable(config: Any) -> dict[str, Any]:
     """Every field that changes what the trained model computes, by its dotted name, derived values spelt out."""
     flat = flatten(configs.to_dict(config))
     for part in [name.removesuffix("mlp_width") for name in flat if name.endswith("mlp_width")]:
-        width, heads = flat[f"{part}width"], flat[f"{part}heads"]
-        derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads}
+        width, heads, depth = (flat[f"{part}{name}"] for name in ("width", "heads", "depth"))
+        derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads, "decoder_depth": depth}
         flat |= {part + name: v for name, v in derived.items() if flat.get(part + name, v) is None}
     if flat.get("text.causal"):
         flat.pop("text.use_mask")  # padding on the right is out of sight anyway

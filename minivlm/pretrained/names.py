@@ -4,7 +4,9 @@
     encoder.layers.*.mlp.fc1          blocks.*.mlp.up_proj                         a module: its .weight, .bias …
     visual.proj                       image_projection.weight          transpose   stored as (in, out); not its bias
     attn.in_proj_weight               attention.{q,k,v}_proj.weight                three of ours, stacked
-    logit_scale                       loss.logit_scale                 one         stored as (1,), a plain number here
+    logit_scale                       loss.logit_scale                 one         stored with an axis of 1 in front
+    class_embedding                   class_embedding                  two         … with two of them
+    cls|pooler                        -                                unread      a part that the model does not have
     a.weight|b.weight                 …                                            both are read, the first is written
 
 `*` is the number of a layer. A table is strict in both directions: what has no row, no place or another shape is named.
@@ -26,7 +28,10 @@ from minivlm.errors import UserError
 IGNORED = re.compile(
     r"(.*\.)?(position_ids|rotary_emb\.inv_freq|h\.\d+\.attn\.bias|attn\.masked_bias|attn_mask|num_batches_tracked)"
     r"|input_resolution|context_length|vocab_size"
+    r"|(.*\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # the first T5's
 )
+
+AXES = {"one": 1, "two": 2}  # axes of length 1 that stand in front of theirs
 
 
 @dataclass(frozen=True)
@@ -49,22 +54,22 @@ class Row:
         return [fill_in(theirs, numbers) + (rest or "") for theirs in self.theirs]
 
     def their_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        if self.how == "one":
-            return (1,)
+        if self.how in AXES:
+            return (1,) * AXES[self.how] + tuple(shape)
         shape = (self.parts * shape[0], *shape[1:]) if self.parts > 1 else tuple(shape)
         return shape[::-1] if self.how == "transpose" else shape
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """A view where possible: memory-mapped weights stay where they are."""
-        if self.how == "one":
-            return tensor.reshape(())
+        if self.how in AXES:
+            return tensor.reshape(tensor.shape[AXES[self.how] :])
         tensor = self.turn(tensor)
         return tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
 
     def to_theirs(self, parts: list[Tensor]) -> Tensor:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if self.how == "one":
-            return tensor.reshape(1)
+        if self.how in AXES:
+            return tensor.reshape(self.their_shape(tensor.shape))
         return self.turn(tensor)
 
     def turn(self, tensor: Tensor) -> Tensor:
@@ -111,6 +116,12 @@ def find(rows: list[Row] | None, ours: str) -> tuple[list[str], Row]:
     raise KeyError(f"the table of names has no row for {ours}")
 
 
+def is_unread(theirs: str, rows: list[Row] | None) -> bool:
+    """Does a table say that this tensor is of a part that our model does not have?"""
+    parts = [part for row in rows or [] if row.how == "unread" for part in row.theirs]
+    return any(theirs == part or theirs.startswith(f"{part}.") for part in parts)
+
+
 def to_ours(
     weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rows: list[Row] | None, where: str
 ) -> dict[str, Tensor]:
@@ -139,7 +150,7 @@ def to_ours(
             misshapen.append(f"{theirs} is {str(tensor.dtype).removeprefix('torch.')}")
         else:
             found.update(dict.fromkeys(names, row.to_ours(tensor)))
-    unexpected = [name for name in weights if name not in used and not IGNORED.fullmatch(name)]
+    unexpected = [n for n in weights if n not in used and not IGNORED.fullmatch(n) and not is_unread(n, rows)]
     refuse_misfits(where, list(dict.fromkeys(missing)), unexpected, misshapen)
     return found
 

@@ -14,13 +14,14 @@ from minivlm.recipes.contrast import CONTRAST_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.speak import CAPTIONER_RECIPES
+from minivlm.recipes.t5 import T5_RECIPES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from minivlm.run import Run
 
-RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | LLAVA_RECIPES | CAPTIONER_RECIPES
+RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | T5_RECIPES | LLAVA_RECIPES | CAPTIONER_RECIPES
 DEFAULT = "clip"
 
 

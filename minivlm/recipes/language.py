@@ -1,15 +1,17 @@
-"""A language model on the texts of a dataset: what the others are built on."""
+"""A language model on the texts of a dataset: what the others are built on. t5.py has one with an encoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from minivlm import evaluate
+from minivlm.base import Model
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, collate
 from minivlm.datasets.packing import pack
@@ -24,6 +26,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing, speaking
 from minivlm.recipes.work import Work
+from minivlm.tasks.speak import beginning
 from minivlm.training import OptimiserConfig
 
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
@@ -35,19 +38,25 @@ VALIDATED = 200  # held-out texts that a checkpoint is judged by
 class TextsConfig:
     directory: str = "data/shapes"
     vocab_size: int = 512  # of the byte-level BPE that is trained on them
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackableTextsConfig(TextsConfig):
     pack: bool = False  # several texts in a row, so that less of a batch is padding
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageRecipe(Recipe):
-    model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
+class TextsRecipe(Recipe):
+    """What all recipes on texts alone have in common. One defines `model`, a config, and `work`."""
+
+    kind: ClassVar[str]  # of model, in words
     data: TextsConfig = TextsConfig()
 
-    def for_data(self, directory: str, out: str) -> LanguageRecipe:
+    def for_data(self, directory: str, out: str) -> TextsRecipe:
         """The same on another folder's captions, questions and conversations."""
         vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
-        return replace(self, summary=f"a small language model on the texts of {directory}", data=data)
+        return replace(self, summary=f"{self.kind} on the texts of {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Language:
         directory = self.data.directory
@@ -61,6 +70,20 @@ class LanguageRecipe(Recipe):
             words = chain([DESCRIBE], documents(0, "train", FOR_TOKENISER)) if texts is None else texts
             sizes = dict(vocab_size=self.data.vocab_size, image_size=48, context=self.model.context)
             processor = Processor.train(words, **sizes)
+        return self.work(processor, texts)
+
+    def work(self, processor: Processor, texts: list[str] | None) -> Language:
+        """A new model at work. texts: None for those of the shapes world, which are drawn as they are read."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe(TextsRecipe):
+    kind = "a small language model"
+    model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
+    data: PackableTextsConfig = PackableTextsConfig()
+
+    def work(self, processor: Processor, texts: list[str] | None) -> Language:
         model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
         return Language(self, model, processor, texts)
 
@@ -68,7 +91,7 @@ class LanguageRecipe(Recipe):
 class Language(Work):
     score_name = "1 / perplexity"
 
-    def __init__(self, recipe: LanguageRecipe, model: LanguageModel, processor: Processor, texts: list[str] | None):
+    def __init__(self, recipe: TextsRecipe, model: Model, processor: Processor, texts: list[str] | None):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
         self.texts = texts
         self.held_out = held_out_texts(recipe.data.directory)
@@ -114,7 +137,7 @@ class Language(Work):
         beginnings = [" ".join(text.split()[: max(3, len(text.split()) // 2)]) for text in self.held_out[:12]]
         rows = []
         for text in beginnings:
-            tokens = torch.tensor([[self.processor.start_token, *self.processor.ids(text)]])
+            tokens = torch.tensor([beginning(text, self.model, self.processor)])
             said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
             rows.append(Row(text[-160:], [], detail="goes on: " + said))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)

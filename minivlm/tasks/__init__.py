@@ -1,7 +1,9 @@
 """What a trained model can be asked for; sample.py is a command line over these."""
 
+from minivlm.tasks.attend import attention_maps, attention_sheet
 from minivlm.tasks.chat import Chat
 from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
+from minivlm.tasks.match import check_matcher, match_all, rerank
 from minivlm.tasks.search import search_images
 from minivlm.tasks.speak import answer, answer_all, caption, caption_all, complete
 from minivlm.tasks.zero_shot import TEMPLATE_SETS, class_features, zero_shot_classify
@@ -12,13 +14,18 @@ __all__ = [
     "ImageIndex",
     "answer",
     "answer_all",
+    "attention_maps",
+    "attention_sheet",
     "build_image_index",
     "caption",
     "caption_all",
+    "check_matcher",
     "class_features",
     "complete",
     "index_path",
+    "match_all",
     "open_image_index",
+    "rerank",
     "search_images",
     "zero_shot_classify",
 ]

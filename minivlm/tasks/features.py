@@ -39,16 +39,22 @@ def encode_texts(texts: Sequence[str], model, processor, *, batch_size: int = 25
     parts = []
     with inference(model):
         for i in range(0, len(texts), batch_size):
-            tokens, mask = processor.text(texts[i : i + batch_size], cut=cut)
-            if tokens.shape[1] > processor.context:
-                longest = int(mask.sum(dim=1).argmax())
-                text, length = texts[i + longest], int(mask[longest].sum())
-                shown = text if len(text) <= 40 else text[:40] + "…"
-                raise UserError(
-                    f"the text {shown!r} has {length} tokens, but the model reads {processor.context}; make it shorter."
-                )
+            tokens, mask = to_tokens(texts[i : i + batch_size], processor, cut=cut)
             parts.append(model.encode_text(tokens.to(model.device), mask.to(model.device)).float())
     return torch.cat(parts)
+
+
+def to_tokens(texts: Sequence[str], processor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
+    """N strings → tokens, mask (N, T). One beyond the context is an error, or cut."""
+    tokens, mask = processor.text(texts, cut=cut)
+    if tokens.shape[1] > processor.context:
+        longest = int(mask.sum(dim=1).argmax())
+        text, length = texts[longest], int(mask[longest].sum())
+        shown = text if len(text) <= 40 else text[:40] + "…"
+        raise UserError(
+            f"the text {shown!r} has {length} tokens, but the model reads {processor.context}; make it shorter."
+        )
+    return tokens, mask
 
 
 def encode_pixels(pixels: Tensor, model) -> Tensor:

@@ -1,4 +1,5 @@
-"""An index of a folder: one unit vector for each picture, kept on disk and brought up to date rather than made again.
+"""An index of a folder: one unit vector for each picture (or one for each query of a Q-Former, side by side), kept on disk
+and brought up to date rather than made again.
 
     index/index.json       {"model": fingerprint, "features": "features-1.npy", "rows": [[name, bytes, modified], …]}
     index/features-1.npy  (n, D) float32; row i belongs to rows[i]
@@ -41,7 +42,7 @@ class ImageIndex:
     path: Path  # where the index lies
     directory: Path  # the folder it describes
     model: str  # fingerprint of the model that made it
-    features: np.ndarray  # (n, D) float32, memory-mapped
+    features: np.ndarray  # (n, D) or (n, Q · D) float32, memory-mapped
     rows: dict[str, Stamp]  # name below the directory → stamp, in the order of the rows
     skipped: dict[str, tuple[Stamp, str]]  # name → stamp, and why it cannot be read
     file: str | None = None  # the features' file
@@ -104,7 +105,7 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
             pixels = {name: image for name, image in batch if not isinstance(image, UserError)}
             writer.skip({name: str(error) for name, error in batch if isinstance(error, UserError)})
             if pixels:
-                features = encode_pixels(torch.cat(list(pixels.values())), model)  # (B, D)
+                features = encode_pixels(torch.cat(list(pixels.values())), model).flatten(1)  # (B, D), or (B, Q · D)
                 writer.add(pixels, features.cpu().numpy())
             bar.update(len(batch))
 

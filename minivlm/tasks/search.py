@@ -47,12 +47,17 @@ def search_images(
 
 
 def best_rows(query: Tensor, features: np.ndarray, k: int, *, chunk: int) -> tuple[Tensor, Tensor]:
-    """query (D,), features (n, D) → the k highest products and their rows, (k,) each, best first, ties by row."""
+    """query (D,), features (n, D) → the k highest products and their rows, (k,) each, best first, ties by row.
+
+    Where a picture has Q vectors, features (n, Q · D), a text is as close as the closest of them, and another picture,
+    query (Q, D), as close as they are on average.
+    """
     scores, rows = query.new_empty(0), torch.empty(0, dtype=torch.long, device=query.device)
     for start in range(0, len(features), chunk):
         block = torch.from_numpy(np.array(features[start : start + chunk])).to(query.device)
         # A matrix product would round equal rows differently at different places, and so break ties at random.
-        products = block.mul_(query).sum(dim=1)
+        products = block.view(len(block), -1, query.shape[-1]).mul_(query).sum(dim=-1)  # (n, Q)
+        products = products.amax(dim=1) if query.dim() == 1 else products.mean(dim=1)
         scores = torch.cat([scores, products])
         rows = torch.cat([rows, torch.arange(start, start + len(block), device=query.device)])
         order = scores.sort(descending=True, stable=True).indices[:k]

@@ -77,13 +77,24 @@ def answer_all(
 def complete(text: str, model, processor, **options) -> str:
     """The text and how it goes on, for a language model, or for one that can do without a picture."""
     check_answerer(model, processor)
-    start = [] if processor.start_token is None else [processor.start_token]
-    prompt = start + processor.ids(text)
+    prompt = beginning(text, model, processor)
     if not prompt:
         raise UserError("there is no text to go on from; give at least one word.")
     [said] = say([prompt], [[]], model, processor, options)
+    if has_encoder(model):
+        begin, rest = processor.decode([prompt, said])
+        return f"{begin} {until_stop(rest, options.get('stop', ()))}"
     begin, whole = processor.decode([prompt, prompt + said])
     return begin + until_stop(whole[len(begin) :], options.get("stop", ()))
+
+
+def beginning(text: str, model, processor) -> list[int]:
+    """What a model reads to go on from: the words behind a start token. An encoder reads them as a whole text, with its
+    end token, and what is said is a text of its own."""
+    if has_encoder(model):
+        return processor.encode([text])[0]
+    start = [] if processor.start_token is None else [processor.start_token]
+    return start + processor.ids(text)
 
 
 def question_tokens(question: str, images: int, processor) -> list[int]:
@@ -154,6 +165,11 @@ def until_stop(text: str, stop: Sequence[str]) -> str:
 
 def can_see(model) -> bool:
     return hasattr(model, "vision")
+
+
+def has_encoder(model) -> bool:
+    """Is what it reads apart from what it says, as in T5?"""
+    return hasattr(getattr(model, "language_model", model), "encode")
 
 
 def can_answer(model, processor) -> bool:

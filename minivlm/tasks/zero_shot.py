@@ -50,8 +50,12 @@ def zero_shot_classify(
     if not images:
         return []
     classes = class_features(labels, model, processor, templates)
-    logits = model.loss.logits(encode_images(images, model, processor), classes).detach()  # (N, C)
-    probabilities = logits.sigmoid() if model.config.loss == "sigmoid" else logits.softmax(dim=1)
+    features = encode_images(images, model, processor)
+    if features.dim() == 3:  # a vector for each query of a Q-Former
+        probabilities = (model.scale() * model.similarity(features, classes)).detach().softmax(dim=1)  # (N, C)
+    else:
+        logits = model.loss.logits(features, classes).detach()
+        probabilities = logits.sigmoid() if model.config.loss == "sigmoid" else logits.softmax(dim=1)
     best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
     return [
         [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]

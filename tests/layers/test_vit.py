@@ -131,13 +131,14 @@ def test_rmsnorm_and_gated_mlps_fit_in_a_vit():
 
 
 def test_named_sizes():
-    """(patches, width, depth, heads) of Dosovitskiy et al. 2021, table 1, and of LAION's H/14."""
+    """(patches, width, depth, heads) of Dosovitskiy et al. 2021, table 1, of LAION's H/14, and of BLIP-2's g/14."""
     sizes = {name: (c.patches, c.width, c.depth, c.heads, c.hidden_width) for name, c in VIT_SIZES.items()}
     assert sizes == {
         "B/32": (49, 768, 12, 12, 3072),
         "B/16": (196, 768, 12, 12, 3072),
         "L/14": (256, 1024, 24, 16, 4096),
         "H/14": (256, 1280, 32, 16, 5120),
+        "g/14": (256, 1408, 39, 16, 6144),
     }
 
 

@@ -152,6 +152,7 @@ def test_other_types_are_listed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(
         UserError,
-        match="type 'mamba', which is not supported; there are clip, gpt2, llama, llava, mistral, open_clip, opt, qwen2, siglip",
+        match="type 'mamba', which is not supported; there are Blip2ForImageTextRetrieval, bert, blip-2, clip, "
+        "gpt2, llama, llava, mistral, open_clip, opt, qwen2, siglip, t5",
     ):
         load(tmp_path)

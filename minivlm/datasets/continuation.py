@@ -1,0 +1,50 @@
+"""A text in two parts, for a model whose encoder reads the first and whose decoder says the second.
+
+"three shapes. is there a red circle? yes"  →  "three shapes. is there a red circle?" | "yes"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minivlm.conversation import IGNORED
+from minivlm.processor import Processor
+
+ASKS = ("?", ":")  # what a word ends with that is followed by an answer
+BEFORE_ANSWERS = 0.5  # share of the texts with answers that are cut before one; the others are cut anywhere
+
+
+def split(text: str, rng: np.random.Generator) -> tuple[str, str]:
+    """The beginning and the rest, cut between two words; of a single word, nothing and the word."""
+    words = text.split()
+    places = range(1, len(words))
+    answers = [i for i in places if words[i - 1].endswith(ASKS)]
+    if answers and rng.random() < BEFORE_ANSWERS:
+        places = answers
+    at = places[rng.integers(len(places))] if places else 0
+    return " ".join(words[:at]), " ".join(words[at:])
+
+
+def collate_pairs(pairs: Sequence[tuple[str, str]], processor: Processor) -> dict[str, Tensor]:
+    """B pairs → tokens (B, S), mask (B, S) of what is read; labels (B, T), end tokens included, of what is to be said.
+
+    What does not fit the context is left out far from the cut: the start of the first part, the end of the second.
+    """
+    starts, context = int(processor.start_token is not None), processor.context
+    first, second = processor.encode([a for a, _ in pairs]), processor.encode([b for _, b in pairs])
+    read = [row if len(row) <= context else row[:starts] + row[starts - context :] for row in first]
+    said = [row[starts:][:context] for row in second]
+    return {
+        "tokens": pad(read, processor.pad_token),
+        "mask": pad([[1] * len(row) for row in read], 0).bool(),
+        "labels": pad(said, IGNORED),
+    }
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -1,0 +1,65 @@
+"""Captions of the shapes world that are false by one word: what a model that matches pictures with texts is judged by.
+
+    true    "a small red circle at the top left and a large blue star in the centre"
+    colour  "a small red circle at the top left and a large pink star in the centre"
+    place   "a small red circle at the top left and a large blue star on the right"
+
+A caption of another picture is mostly wrong in every word, and a model that hears one of them can tell. These need all
+(Thrush et al. 2022, "Winoground", and Yuksekgonul et al. 2023, "When and Why Vision-Language Models Behave like
+Bags-of-Words", ask for the same). The words alone must not give them away: no two objects share a place, objects come in
+reading order as in every canonical caption, and pairs of colour and shape that training never shows are named only
+where the picture shows such a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from minivlm.datasets.shapes_facts import UNSEEN_PAIRS, pair
+from minivlm.datasets.shapes_scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, SceneObject
+from minivlm.datasets.shapes_text import canonical
+
+VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
+
+
+def one_attribute_negatives(
+    scene: Scene, said: Sequence[SceneObject], rng: np.random.Generator
+) -> list[tuple[str, str]]:
+    """(caption, attribute) for each attribute that a true caption tells: one object has another, and none like it is there.
+
+    said: what the true caption says, from `parse`, or the objects of the scene themselves. An attribute that it is silent
+    about, or that cannot be changed, is left out. Of `rng` only the raw stream is used, as in `describe`.
+    """
+    negatives = []
+    for attribute in VALUES:
+        if choices := list(false_captions(scene, said, attribute)):
+            choice = rng.bit_generator.random_raw() % len(choices)
+            negatives.append((canonical(Scene(in_reading_order(choices[choice]))), attribute))
+    return negatives
+
+
+def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
+    """Every change of this attribute of one object that makes what was said false, and could be said of some picture."""
+    shows_unseen = any(pair(thing) in UNSEEN_PAIRS for thing in scene.objects)
+    for i, thing in enumerate(said):
+        others = [*said[:i], *said[i + 1 :]]
+        for value in VALUES[attribute] if getattr(thing, attribute) is not None else ():
+            other = thing._replace(**{attribute: value})
+            taken = other.place is not None and other.place in [o.place for o in others]
+            unheard_of = pair(other) in UNSEEN_PAIRS and not shows_unseen
+            if not taken and not unheard_of and not any(agrees(other, there) for there in scene.objects):
+                yield [*said[:i], other, *said[i + 1 :]]
+
+
+def agrees(said: SceneObject, thing: SceneObject) -> bool:
+    """Is what was said true of this object, as far as it tells?"""
+    return all(getattr(said, attribute) in (None, getattr(thing, attribute)) for attribute in VALUES)
+
+
+def in_reading_order(objects: Sequence[SceneObject]) -> tuple[SceneObject, ...]:
+    """Row by row, from left to right, if all places are told; else as they are."""
+    if any(thing.place is None for thing in objects):
+        return tuple(objects)
+    return tuple(sorted(objects, key=lambda thing: PLACES.index(thing.place)))

@@ -1,0 +1,247 @@
+"""T5: an encoder reads a text (or whatever is embedded like one), a decoder says another, token by token.
+
+    tokens (B, S) ─ embedding ─→ encoder ─ norm ─→ (B, S, D) ─────────────┐ keys and values of the cross-attention
+                        │                                                 ▼
+    start, labels… (B, T) ─────────→ decoder: self-attention, cross-attention, MLP ─ norm ─ head ─→ logits (B, T, V)
+
+A position is known by its distance alone: a learnt number per head and distance is added to the scores, in place of any
+position embedding. Scores are not divided by √K; the weights start that much smaller. Nothing has a bias.
+Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", §2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm import generation
+from minivlm.base import Model
+from minivlm.layers.attention import Attention, KeysValues
+from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.language_model import LMOutput
+from minivlm.layers.position import Cache
+from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.losses import next_token_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The defaults are those of the first T5 but for `scale_head`. Its version 1.1 and Flan-T5: activation="gelu_tanh",
+    gated_mlp, and no tie_head."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    decoder_depth: int | None = None  # None: as deep as the encoder
+    head_width: int | None = None  # None: width / heads
+    mlp_width: int | None = None  # None: four times the width
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "relu"
+    gated_mlp: bool = False
+    norm_eps: float = 1e-6
+    relative_buckets: int = 32  # distances told apart
+    relative_distance: int = 128  # all that are further apart share the last bucket
+    tie_head: bool = True  # the head is the embedding
+    scale_head: bool = False  # what it reads is multiplied by width^-0.5: the first T5, whose embeddings are large
+    context: int = 512  # tokens that a processor lets through; the model itself has no limit
+    start_token: int = 0  # what the decoder has heard before it says anything
+    end_tokens: tuple[int, ...] = ()  # any of these ends an answer
+    pad_token: int = 0
+    dropout: float = 0.0
+
+    @property
+    def encoder(self) -> TransformerConfig:
+        return TransformerConfig(
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            head_width=self.head_width,
+            mlp_width=self.mlp_width,
+            norm="rmsnorm",
+            norm_eps=self.norm_eps,
+            activation=self.activation,
+            gated_mlp=self.gated_mlp,
+            **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
+            attention_scale=1.0,
+            relative_buckets=self.relative_buckets,
+            relative_distance=self.relative_distance,
+            dropout=self.dropout,
+        )
+
+    @property
+    def decoder(self) -> TransformerConfig:
+        return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
+
+
+class T5(Model):
+    """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
+
+    logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
+    embeddings (B, S, D), as `embed` makes them, may be given in place of tokens. Padding may stand at either end.
+    """
+
+    config_class = T5Config
+
+    def __init__(self, config: T5Config, *, seed: int = 0):
+        super().__init__(config)
+        c = config
+        self.token_embedding = nn.Embedding(c.vocab_size, c.width)  # of both sides
+        self.dropout = nn.Dropout(c.dropout)
+        self.encoder = Transformer(c.encoder)
+        self.encoder_norm = make_norm(c.encoder)
+        self.decoder = Transformer(c.decoder)
+        self.decoder_norm = make_norm(c.decoder)
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)
+        if c.tie_head:
+            self.head.weight = self.token_embedding.weight
+        initialise(self, torch.Generator().manual_seed(seed))
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+    ) -> LMOutput:
+        if labels is None:
+            raise ValueError("T5 needs labels (B, T), the text to be said; to let it speak, call generate")
+        read = self.encode(tokens, mask, embeddings=embeddings)
+        hidden = self.states(self.shift(labels), read, mask)
+        # `next_token_loss` judges position t by label t + 1; here the labels do not stand among what was read.
+        loss = next_token_loss(F.pad(hidden, (0, 0, 0, 1)), F.pad(labels, (1, 0), value=-100), self.head.weight)
+        return LMOutput(hidden, self.head, loss)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, S) → (B, S, D)"""
+        return self.token_embedding(tokens)
+
+    def encode(
+        self, tokens: Tensor | None = None, mask: Tensor | None = None, *, embeddings: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, S), or embeddings (B, S, D) → what the decoder reads (B, S, D)."""
+        x = self.embed(tokens) if embeddings is None else embeddings
+        return self.dropout(self.encoder_norm(self.encoder(self.dropout(x), mask=mask)))
+
+    def states(
+        self,
+        tokens: Tensor,
+        read: Tensor | list[KeysValues | None],
+        mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """What has been said (B, T), start token first, and what was read (B, S, D) → what the head reads (B, T, D).
+
+        read: as `encode` returns it, or the keys and values that `decoder.remember` made of it. mask (B, S): of it.
+        With a cache, the tokens continue what it holds.
+        """
+        x = self.decoder(self.dropout(self.embed(tokens)), read, context_mask=mask, cache=cache)
+        x = self.dropout(self.decoder_norm(x))
+        return x * self.config.width**-0.5 if self.config.scale_head else x
+
+    def shift(self, labels: Tensor) -> Tensor:
+        """labels (B, T) → what the decoder has heard when it is to say them: the start token, then all but the last."""
+        heard = F.pad(labels[:, :-1], (1, 0), value=self.config.start_token)
+        return heard.masked_fill(heard == -100, self.config.pad_token)
+
+    def losses(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What training adds up."""
+        return {"next token": self(tokens, mask, labels).loss}
+
+    @staticmethod
+    def weight(batch: dict[str, Tensor]) -> float:
+        """Here the first label counts as well."""
+        return (batch["labels"] != -100).sum().item()
+
+    # ---- speaking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(
+        self,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        room: int,
+    ) -> T5Decoding:
+        """Read a text (B, S) and be ready to say `room` tokens a row."""
+        mask = None if mask is None or mask.all() else mask
+        read = self.encode(tokens, mask, embeddings=embeddings)
+        return T5Decoding(self, self.decoder.remember(read), mask, batch=len(read), room=room)
+
+    def generate(
+        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
+    ) -> Tensor:
+        """(B, S) → (B, ≤ max_new_tokens); options: see `generation.Options`. What was read may be repeated freely."""
+        options = self.options(max_new_tokens=max_new_tokens, **options)
+        return generation.generate(self.begin(tokens, mask, room=max_new_tokens), options, decode=decode)
+
+    def stream(
+        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
+    ) -> Iterator[Tensor]:
+        """`generate`, token by token: each (B,)."""
+        options = self.options(max_new_tokens=max_new_tokens, **options)
+        return generation.stream(self.begin(tokens, mask, room=max_new_tokens), options, decode=decode)
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as the config says."""
+        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
+        return replace(known, **given)
+
+
+class T5Decoding:
+    """A T5 in the middle of speaking (see `generation.Decoding`).
+
+    read: for every block the keys and values of what was read, each (B, H, S, K), made once; mask (B, S): its padding.
+    """
+
+    def __init__(self, model: T5, read: list[KeysValues], mask: Tensor | None, *, batch: int, room: int):
+        self.model, self.read, self.mask, self.room = model, read, mask, room
+        self.cache = model.decoder.new_cache(batch, 1 + room)
+        self.texts = torch.arange(batch, device=model.device)  # which of the texts a row has read
+        self.logits = self.predict(torch.full_like(self.texts, model.config.start_token))
+
+    def step(self, tokens: Tensor) -> None:
+        if self.room < 1:
+            raise ValueError("there is no room for another token; begin with more")
+        self.logits = self.predict(tokens)
+        self.room -= 1
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """tokens (B,) → logits (B, V) of what follows."""
+        hidden = self.model.states(tokens[:, None], self.read, self.mask, cache=self.cache)
+        return self.model.head(hidden[:, 0]).float()
+
+    def reorder(self, rows: Tensor) -> None:
+        self.cache.reorder(rows)
+        self.logits = self.logits[rows]
+        texts = self.texts[rows]
+        if not torch.equal(texts, self.texts):  # beams change places with others that have read the same text
+            self.read = [(k[rows], v[rows]) for k, v in self.read]
+            self.mask = None if self.mask is None else self.mask[rows]
+            self.texts = texts
+
+
+@torch.no_grad()
+def initialise(model: T5, generator: torch.Generator) -> None:
+    """As `initialise_linears` says, but for q, which brings the scale that the scores are not divided by.
+
+    Embeddings: 0.02 as GPT-2's; 1 as T5's where the head is scaled down instead. Position biases: width^-0.5, as T5's.
+    """
+    c = model.config
+    initialise_linears(model, generator)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            normal(module.q_proj.weight, (c.width * module.head_width) ** -0.5, generator)
+    for stack in (model.encoder, model.decoder):
+        normal(stack.relative.table.weight, c.width**-0.5, generator)
+    normal(model.token_embedding.weight, 1.0 if c.scale_head else 0.02, generator)  # the tied head as well
+    if not c.tie_head:
+        normal(model.head.weight, 1.0 if c.scale_head else 0.02, generator)

@@ -1,0 +1,122 @@
+"""BLIP-2: what a Q-Former sees with frozen eyes stands in front of, or inside, the text of a frozen language model.
+
+    images ─→ vision tower ─→ Q-Former ─→ projection ─┐
+                        text ─→ embedding ────────────┴─→ language model (a decoder, or a T5) ─→ text
+
+Its first stage, in which the Q-Former learns to see, is `BLIP2Stage1`; this is the second.
+Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models",
+§3.2 and figure 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
+from minivlm.layers.t5 import T5, T5Config, T5Decoding
+from minivlm.losses import next_token_loss
+from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
+from minivlm.models.querying import QueryingConfig, QueryingModel
+from minivlm.models.speaking import fill, make_room
+
+__all__ = ["BLIP2", "BLIP2Config", "BLIP2Stage1", "BLIP2Stage1Config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIP2Config(QueryingConfig):
+    language: LanguageModelConfig | T5Config
+    image_token: int | None  # the placeholder's id, as many a picture as there are queries; None: they stand in front
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one picture takes."""
+        return self.qformer.queries
+
+
+class BLIP2(QueryingModel):
+    """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
+
+    A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
+    to say. −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
+    """
+
+    config_class = BLIP2Config
+
+    def __init__(self, config: BLIP2Config, *, seed: int = 0):
+        super().__init__(config, seed=seed)
+        c = config
+        self.projection = nn.Linear(c.qformer.width, c.language.width)
+        initialise_linears(self.projection, torch.Generator().manual_seed(seed))
+        kind = T5 if isinstance(c.language, T5Config) else LanguageModel
+        self.language_model = kind(c.language, seed=seed)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+    ) -> LMOutput:
+        x, seen_mask = self.embed(images, tokens, mask, features)
+        if isinstance(self.language_model, T5):
+            return self.language_model(embeddings=x, mask=seen_mask, labels=labels)
+        head = self.language_model.head
+        hidden = self.language_model.states(x, seen_mask, last=tokens.shape[1])  # of the text alone
+        return LMOutput(hidden, head, None if labels is None else next_token_loss(hidden, labels, head.weight))
+
+    def losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        mask: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What training adds up. mask: for a T5, which sees padding. where: see `next_token_loss`; a T5 has no use for it."""
+        x, mask = self.embed(images, tokens, mask, features)
+        if isinstance(self.language_model, T5):
+            return {"next token": self.language_model(embeddings=x, mask=mask, labels=labels).loss}
+        if self.config.image_token is not None:
+            return {"next token": self.language_model.loss(x, labels, where=where)}
+        hidden = self.language_model.states(x, last=tokens.shape[1])
+        return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
+
+    def embed(
+        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens (B, T), mask → (B, T, D) and its mask, pictures in their places; without a placeholder T grows by them."""
+        x = self.language_model.embed(tokens)
+        seen = x.new_empty(0, x.shape[-1])
+        if images is not None or features is not None:
+            seen = self.projection(self.query(images, features).queries).flatten(0, 1)  # (B·I·Q, D)
+        if self.config.image_token is not None:
+            return fill(x, tokens == self.config.image_token, seen), mask
+        seen = seen.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, I·Q, D)
+        mask = None if mask is None else torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1)
+        return torch.cat([seen, x], dim=1), mask
+
+    @torch.no_grad()
+    def begin(
+        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int
+    ) -> LMDecoding | T5Decoding:
+        """Read pictures and a prompt, in which a picture is one mark, or all its placeholders, or where there is none at
+        all stands in front; see `LanguageModel.begin`."""
+        mark, Q = self.config.image_token, self.config.image_tokens
+        if images is not None and mark is not None:
+            pictures = images.flatten(0, -4).shape[0]
+            if not (tokens == mark).any():
+                ahead = pictures // len(tokens) * Q
+                tokens = F.pad(tokens, (ahead, 0), value=mark)
+                mask = None if mask is None else F.pad(mask, (ahead, 0), value=True)
+            pad = self.config.language.pad_token
+            tokens, mask = make_room(tokens, mask, pictures, mark=mark, copies=Q, pad=pad)
+        x, mask = self.embed(images, tokens, mask)
+        return self.language_model.begin(mask=mask, embeddings=x, room=room)

@@ -1,0 +1,213 @@
+"""BLIP-2 as Hugging Face transformers stores it (Blip2ForConditionalGeneration): blip2-opt-2.7b, blip2-flan-t5-xl and kin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModelConfig
+from minivlm.layers.qformer import QFormerConfig
+from minivlm.layers.resnet import ResNetConfig
+from minivlm.layers.t5 import T5Config
+from minivlm.layers.vit import VisionConfig
+from minivlm.models.blip2 import BLIP2, BLIP2Config
+from minivlm.pretrained import hf_clip, language, opt, preprocessing, t5
+from minivlm.pretrained.names import Row, table, under
+from minivlm.processor import Processor, ProcessorConfig
+
+model_class = BLIP2
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+VISION = [
+    *table("""
+        embeddings.class_embedding      class_embedding     two
+        embeddings.position_embedding   position_embedding  one
+        embeddings.patch_embedding      patch_embedding
+        post_layernorm                  norm
+    """),
+    *under(
+        table("""
+            layer_norm1             attention_norm
+            self_attn.qkv           attention.{q,k,v}_proj
+            self_attn.projection    attention.out_proj
+            layer_norm2             mlp_norm
+            mlp.fc1                 mlp.up_proj
+            mlp.fc2                 mlp.down_proj
+        """),
+        "encoder.layers.*.",
+        "transformer.blocks.*.",
+    ),
+]
+
+QFORMER_BLOCK = table("""
+    attention.attention.query       attention.q_proj
+    attention.attention.key         attention.k_proj
+    attention.attention.value       attention.v_proj
+    attention.output.dense          attention.out_proj
+    attention.output.LayerNorm      attention_norm
+    crossattention.attention.query  cross_attention.q_proj
+    crossattention.attention.key    cross_attention.k_proj
+    crossattention.attention.value  cross_attention.v_proj
+    crossattention.output.dense     cross_attention.out_proj
+    crossattention.output.LayerNorm cross_attention_norm
+    intermediate_query.dense        query_mlp.up_proj
+    output_query.dense              query_mlp.down_proj
+    output_query.LayerNorm          query_mlp_norm
+    intermediate.dense              mlp.up_proj
+    output.dense                    mlp.down_proj
+    output.LayerNorm                mlp_norm
+""")
+
+SEEING = [
+    *under(VISION, ("vision_model.", "model.vision_model."), "vision."),
+    *under(QFORMER_BLOCK, "qformer.encoder.layer.*.", "qformer.blocks.*."),
+    *table("""
+        query_tokens        qformer.queries     one
+        qformer.layernorm   qformer.norm
+    """),
+]
+
+
+def rows(config: BLIP2Config) -> list[Row]:
+    kind = t5 if isinstance(config.language, T5Config) else opt
+    text = under(kind.rows(config.language), "language_model.", "language_model.")
+    return [*SEEING, *table("language_projection projection"), *text]
+
+
+# ---- config: a file holds only what differs from these ---------------------------------------------------------------
+
+VISION_DEFAULTS = {
+    "hidden_size": 1408,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 39,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+}
+QFORMER_DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "cross_attention_frequency": 2,
+    "encoder_hidden_size": 1408,
+}
+
+
+def read_config(values: dict[str, Any]) -> BLIP2Config:
+    """transformers' config.json → ours."""
+    return BLIP2Config(
+        **read_seeing(values, text=False),
+        language=read_language(values),
+        image_token=values.get("image_token_index", values.get("image_token_id")),
+    )
+
+
+def read_seeing(values: dict[str, Any], *, text: bool) -> dict[str, Any]:
+    """The fields of `QueryingConfig`. text: does the Q-Former read it?"""
+    vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
+    q = {**QFORMER_DEFAULTS, **(values.get("qformer_config") or {})}
+    language.refuse_unless(vision, qkv_bias=True)
+    language.refuse_unless(q, position_embedding_type="absolute")
+    return {
+        "vision": hf_clip.read_vision(vision, embedding_norm=False, patch_bias=True),
+        "qformer": QFormerConfig(
+            **hf_clip.read_encoder(q),
+            queries=values.get("num_query_tokens", 32),
+            vocab_size=q["vocab_size"] if text else None,
+            context=q["max_position_embeddings"],
+            cross_attention_every=q["cross_attention_frequency"],
+            context_width=q["encoder_hidden_size"],
+        ),
+    }
+
+
+def read_language(values: dict[str, Any]) -> LanguageModelConfig | T5Config:
+    text = values.get("text_config") or {}
+    kinds = {"opt": opt, "t5": t5}
+    if (kind := text.get("model_type", "opt")) not in kinds:
+        raise UserError(
+            f"config.json asks for a language model of type {kind!r}; supported in a BLIP-2 are opt and t5."
+        )
+    outer = {k: values[k] for k in ("eos_token_id", "pad_token_id") if values.get(k) is not None}
+    return kinds[kind].read_config({**text, **outer})
+
+
+def write_config(config: BLIP2Config) -> dict[str, Any]:
+    """Ours → transformers' config.json."""
+    decoder = isinstance(config.language, LanguageModelConfig)
+    text = opt.write_config(config.language) if decoder else t5.write_config(config.language)
+    mark = {} if config.image_token is None else {"image_token_index": config.image_token}
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        **write_seeing(config),
+        **mark,
+        "use_decoder_only_language_model": decoder,
+        "tie_word_embeddings": config.language.tie_head,
+        "text_config": text,
+    }
+
+
+def write_seeing(config: BLIP2Config) -> dict[str, Any]:
+    """Of any `QueryingConfig`."""
+    if isinstance(config.vision, ResNetConfig):
+        raise UserError("transformers' BLIP-2 cannot express a ResNet tower; save without layout='hf'.")
+    q = config.qformer
+    return {
+        "num_query_tokens": q.queries,
+        "vision_config": {"model_type": "blip_2_vision_model", **hf_clip.write_vision(config.vision), "qkv_bias": True},
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            **hf_clip.write_encoder(q),
+            **({} if q.vocab_size is None else {"vocab_size": q.vocab_size}),
+            "max_position_embeddings": q.context,
+            "cross_attention_frequency": q.cross_attention_every,
+            "encoder_hidden_size": q.context_width or q.width,
+        },
+    }
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+
+IMAGES = {**preprocessing.SIGLIP_IMAGES, **{k: preprocessing.CLIP_IMAGES[k] for k in ("image_mean", "image_std")}}
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config) -> Processor:
+    """With an image token, `<image>` in a text becomes a place for every query; without one it is a word like others."""
+    source = preprocessing.read_tokenizer(directory)
+    vocab = language.vocabulary(source, directory)
+    language.check_vocabulary(vocab, config.language)
+    spelt = {id: token for token, id in vocab.items()}
+    return Processor(
+        source,
+        ProcessorConfig(
+            **read_images(directory, config.vision),
+            context=config.language.context,
+            pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
+            image_token=spelt.get(config.image_token, "<image>"),
+            image_tokens=0 if config.image_token is None else config.image_tokens,
+        ),
+    )
+
+
+def read_images(directory: Path, vision: VisionConfig) -> dict[str, Any]:
+    """BlipImageProcessor's: squashed into a square, CLIP's colours."""
+    return preprocessing.read_images(directory, vision.image_size, IMAGES)
+
+
+def write_processor(processor: Processor, config: BLIP2Config) -> dict[str, dict[str, Any]]:
+    """File name → what is in it, beside the tokeniser."""
+    about = {"processor_class": "Blip2Processor", "num_query_tokens": config.qformer.queries}
+    images = preprocessing.write_images(processor.config, "BlipImageProcessor")
+    return {"preprocessor_config.json": {**images, **about}, "processor_config.json": about}

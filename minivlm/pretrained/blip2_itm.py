@@ -1,0 +1,70 @@
+"""Stage 1 of BLIP-2 as Hugging Face transformers stores it (Blip2ForImageTextRetrieval): blip2-itm-vit-g and kin.
+
+These files have neither the head that generates nor a temperature: they compare and match.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
+from minivlm.pretrained import blip2, language, preprocessing
+from minivlm.pretrained.names import Row, table
+from minivlm.processor import Processor, ProcessorConfig
+
+model_class = BLIP2Stage1
+
+ROWS = blip2.SEEING + table("""
+    embeddings.word_embeddings      qformer.token_embedding
+    embeddings.position_embeddings  qformer.position_embedding
+    vision_projection               vision_projection
+    text_projection                 text_projection
+    itm_head                        match_head
+""")
+
+# The tokens of bert-base-uncased; [DEC] was added to them.
+CLS, SEP = 101, 102
+
+
+def rows(config: BLIP2Stage1Config) -> list[Row]:
+    return ROWS
+
+
+def read_config(values: dict[str, Any]) -> BLIP2Stage1Config:
+    """transformers' config.json → ours."""
+    seeing = blip2.read_seeing(values, text=True)
+    return BLIP2Stage1Config(
+        **seeing,
+        embed_width=values.get("image_text_hidden_size", 256),
+        temperature=None,
+        text_head=False,
+        start_token=CLS,
+        decode_token=seeing["qformer"].vocab_size - 1,
+        end_token=SEP,
+    )
+
+
+def write_config(config: BLIP2Stage1Config) -> dict[str, Any]:
+    """Ours → transformers' config.json."""
+    values = blip2.write_seeing(config)
+    values["qformer_config"]["use_qformer_text_input"] = True
+    return {
+        "architectures": ["Blip2ForImageTextRetrieval"],
+        "model_type": "blip-2",
+        "image_text_hidden_size": config.embed_width,
+        **values,
+        "text_config": {"model_type": "opt"},
+    }
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Stage1Config) -> Processor:
+    source = preprocessing.read_tokenizer(directory)
+    vocab = language.vocabulary(source, directory)
+    language.check_vocabulary(vocab, config.qformer)
+    images = blip2.read_images(directory, config.vision)
+    pad = preprocessing.read_pad_token(directory, config.pad_token)
+    return Processor(source, ProcessorConfig(**images, context=config.qformer.context, pad_token=pad))
+
+
+write_processor = blip2.write_processor

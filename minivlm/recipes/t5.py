@@ -1,0 +1,56 @@
+"""A small T5 on the texts of a dataset: the encoder reads how a text begins, the decoder says how it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from minivlm.datasets.continuation import collate_pairs, split
+from minivlm.layers.t5 import T5, T5Config
+from minivlm.processor import Processor
+from minivlm.recipes.language import Language, TextsRecipe
+from minivlm.recipes.shared import build, speaking
+from minivlm.training import OptimiserConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Recipe(TextsRecipe):
+    kind = "a small T5"
+    model: T5Config  # its vocab_size and end_tokens follow from the tokeniser
+
+    def work(self, processor: Processor, texts: list[str] | None) -> Continuation:
+        return Continuation(self, build(T5, speaking(self.model, processor), seed=self.seed), processor, texts)
+
+
+class Continuation(Language):
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """tokens and mask (B/W, S), labels (B/W, T) of process `rank` of W; every step cuts anew."""
+        pairs = [split(self.read(index), rng) for index, rng in self.share(step, rank, world)]
+        return collate_pairs(pairs, self.processor)
+
+    def next_commands(self, out: Path) -> list[str]:
+        question = next((text for text in self.held_out if "?" in text), self.held_out[0])
+        return [f'python sample.py complete {out} "{question.partition("?")[0]}?"']
+
+
+T5_RECIPES = {
+    "t5": T5Recipe(
+        summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
+        model=T5Config(
+            width=128,
+            depth=3,
+            heads=4,
+            vocab_size=512,
+            context=192,
+            activation="gelu_tanh",  # as Flan-T5, but for the tied head, which spares a table of words
+            gated_mlp=True,
+            mlp_width=320,  # with a gate, as many weights as 480 without
+        ),
+        optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
+        steps=1200,
+        batch_size=64,
+        save_every=400,
+    ),
+}

@@ -1,0 +1,169 @@
+"""What does a model look at? The attention that it gives to each part of a picture, drawn over it.
+
+    BLIP-2             a row a query of the Q-Former (those that differ most), a column a picture
+    CLIP, SigLIP       one row: what the token looks at that becomes the picture's vector
+    LLaVA, captioner   a row a picture, a column a word that is said about it
+
+The weights come from `record_attention`; no model knows of it. They say where information was taken from, not that it
+decided anything (Jain and Wallace 2019, "Attention is not Explanation").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minivlm.datasets.talk import DESCRIBE
+from minivlm.errors import UserError
+from minivlm.layers.resnet import ResNet
+from minivlm.models.captioner import ImageCaptioningModel
+from minivlm.models.clip import CLIP
+from minivlm.models.llava import LLaVA
+from minivlm.models.querying import QueryingModel
+from minivlm.processor import open_picture
+from minivlm.recording import record_attention
+from minivlm.tasks.features import inference
+from minivlm.tasks.speak import can_answer, check_speaker, model_inputs, question_tokens, say
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+QUERIES = 8  # rows, at most
+WORDS = 16  # of an answer, at most
+TILE = 144  # pixels of a picture on the sheet
+
+
+class Looks(NamedTuple):
+    """One row of the sheet: somebody looks at these pictures."""
+
+    who: str
+    pictures: list[int]  # which of the pictures, for each map
+    maps: list[Tensor]  # (h, w): the share of the attention that each patch gets; they add up to 1
+    notes: Sequence[str] = ()
+
+
+def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str = DESCRIBE) -> Image.Image:
+    """The pictures as the model gets them, and below them what it looks at, a row for each who looks."""
+    from minivlm.pictures import Row, heat, sheet
+
+    rows = attention_maps(images, model, processor, prompt=prompt)
+    seen = [processor.views(open_picture(image))[0] for image in images]
+    drawn = [
+        Row(row.who, [heat(seen[i], m, TILE) for i, m in zip(row.pictures, row.maps, strict=True)], notes=row.notes)
+        for row in rows
+    ]
+    columns = max(2, min(8, max(len(row.images) for row in drawn)))
+    title = f"What {type(model).__name__} looks at: grey not at all, yellow the most"
+    return sheet([Row("the pictures", seen), *drawn], title=title, tile=TILE, columns=columns)
+
+
+def attention_maps(images: Sequence[Any], model, processor, *, prompt: str = DESCRIBE) -> list[Looks]:
+    """Who looks where, by the table below. prompt: what a model that answers is asked.
+
+    UserError: a model that is not in the table, one in which nobody looks, a picture that cannot be read.
+    """
+    look = next((look for kind, look in LOOKERS.items() if isinstance(model, kind)), None)
+    if look is None:
+        raise UserError(f"a {type(model).__name__} looks at no pictures, so there is no attention to draw.")
+    if processor is None:
+        raise UserError(f"there is no processor beside this {type(model).__name__}, so it can be shown nothing.")
+    return look(list(images), model, processor, prompt)
+
+
+# ---- who looks -------------------------------------------------------------------------------------------------------
+
+
+def queries(images: list, model, processor, prompt: str) -> list[Looks]:
+    """The last cross-attention of a Q-Former, averaged over its heads."""
+    pixels = processor.images(images).to(model.device, model.dtype)
+    with inference(model):
+        features = model.look(pixels)
+        with record_attention(model.qformer, only=lambda name: name.endswith("cross_attention")) as kept:
+            model.qformer(features)
+    *_, [last] = kept.values()  # (B, H, Q, S)
+    leading = getattr(model.vision, "leading", 0) if model.config.class_token else 0  # tokens in front of the patches
+    maps = to_maps(last.mean(dim=1)[..., leading:], pixels)  # (B, Q, h, w)
+    everyone = list(range(len(images)))
+    return [Looks(f"query {q + 1}", everyone, list(maps[:, q])) for q in different(maps, QUERIES)]
+
+
+def pooled(images: list, model, processor, prompt: str) -> list[Looks]:
+    """Who gathers the picture into one vector, averaged over the heads of its last attention."""
+    vision = model.vision
+    if isinstance(vision, ResNet):
+        who, place, leading = "the mean of the picture", "attention_pool.attention", 1
+    elif vision.config.pool == "class":
+        who, place, leading = "the class token", f"transformer.blocks.{vision.config.depth - 1}.attention", 1
+    elif vision.config.pool == "attention":
+        who, place, leading = "the pooling query", "attention_pool.attention", 0
+    else:
+        raise UserError("this vision tower takes the mean of its patches: nobody in it looks at one more than another.")
+    pixels = processor.images(images).to(model.device, model.dtype)
+    with inference(model), record_attention(vision, only=lambda name: name == place) as kept:
+        vision(pixels)
+    [weights] = kept[place]  # (B, H, 1, S)
+    return [Looks(who, list(range(len(images))), list(to_maps(weights.mean(dim=1)[..., leading:], pixels)[:, 0]))]
+
+
+def words(images: list, model, processor, prompt: str) -> list[Looks]:
+    """What each word of an answer, or of a caption, was said in view of: averaged over all heads and layers."""
+    check_speaker(model, processor)
+    rows = []
+    for i, image in enumerate(images):
+        asked = question_tokens(prompt, 1, processor) if can_answer(model, processor) else [processor.start_token]
+        [said] = say([asked], [[image]], model, processor, {})
+        maps = maps_of_words(image, asked, said, model, processor)
+        notes = [word.strip() for word in processor.spell([[token] for token in said[:WORDS]])]
+        rows.append(Looks(processor.decode([said])[0], [i] * len(maps), list(maps), notes))
+    return rows
+
+
+def maps_of_words(image: Any, asked: list[int], said: list[int], model, processor) -> Tensor:
+    """(A, h, w): where the A first tokens of the answer were looked up."""
+    if not said:
+        raise UserError("the model says nothing about the picture, so there is no word to draw: ask something else.")
+    pixels, tokens, mask = model_inputs([asked + said], processor.images([image]), model, processor)
+    with inference(model), record_attention(model.language_model) as kept:
+        model(pixels, tokens, mask)
+    A = len(said)  # token j of the answer was foretold by the one before it
+    weights = torch.stack([w[0, :, -A - 1 : -1].mean(dim=0) for [w] in kept.values()]).mean(dim=0)[:WORDS]  # (A, S)
+    if (mark := getattr(model.config, "image_token", None)) is None:
+        return to_maps(weights[:, : model.config.image_tokens], pixels)  # the picture stands in front
+    places = (tokens[0] == mark).nonzero()[:, 0][: model.config.features_per_view]  # of the whole, not of its tiles
+    return to_maps(weights[:, places[int(model.config.class_token) :]], pixels)
+
+
+LOOKERS: dict[type, Callable[[list, Any, Any, str], list[Looks]]] = {
+    QueryingModel: queries,  # both stages of BLIP-2
+    CLIP: pooled,
+    ImageCaptioningModel: words,
+    LLaVA: words,
+}
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+def to_maps(weights: Tensor, pixels: Tensor) -> Tensor:
+    """(…, N) weights of the patches, row by row, of pixels (…, H, W) → (…, h, w), each adding up to 1."""
+    H, W = pixels.shape[-2:]
+    h = round((weights.shape[-1] * H / W) ** 0.5)
+    weights = weights.float().cpu()
+    return (weights / weights.sum(dim=-1, keepdim=True)).unflatten(-1, (h, -1))
+
+
+def different(maps: Tensor, most: int) -> list[int]:
+    """maps (B, Q, h, w) → at most so many of the queries, in their order, of which each is as far from the rest as can be.
+
+    The first is the farthest from the mean; each next one has the largest distance to the closest of those before.
+    """
+    points = maps.transpose(0, 1).flatten(1)  # (Q, B · N)
+    chosen = [int((points - points.mean(dim=0)).norm(dim=1).argmax())]
+    while len(chosen) < min(most, len(points)):
+        closest = torch.cdist(points, points[chosen]).amin(dim=1)
+        closest[chosen] = -1
+        chosen.append(int(closest.argmax()))
+    return sorted(chosen)

@@ -1,0 +1,89 @@
+"""Does this text belong to this picture? A probability, from a model that reads both at once.
+
+    picture ──look──> features ┐
+    text ──tokens──────────────┴─ match ─→ (2,) logits ─ softmax ─→ probability
+
+Comparing (`encode_image`, `encode_text`) is cheap and coarse: each side is told in a few vectors that never met the
+other. Matching lets the two meet, and has to run for every pair: so a search compares with all pictures and matches
+with the best few (Li et al. 2021 (ALBEF), §3.4; Li et al. 2023 (BLIP-2), §4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivlm.errors import UserError
+from minivlm.tasks.features import inference, to_tokens
+
+RERANK = 16  # how many of the best that comparing found are matched
+
+
+def match_all(images: Sequence[Any], texts: Sequence[str], model, processor, *, batch_size: int = 64) -> Tensor:
+    """(N, M): how probably each of the M texts describes each of the N pictures.
+
+    UserError: a model that does not match, an empty text or one beyond its context, a picture that cannot be read.
+    """
+    check_matcher(model, processor)
+    for text in texts:
+        if not text.strip():
+            raise UserError("a text to match is empty; say what may be in the picture.")
+    N, M = len(images), len(texts)
+    tokens, mask = to_tokens(texts, processor)
+    features = look_at_all(images, model, processor, batch_size=batch_size)
+    pairs = torch.cartesian_prod(torch.arange(N), torch.arange(M)).view(-1, 2)
+    return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().view(N, M)
+
+
+def rerank(
+    query: str, found: Sequence[tuple[Path, float]], model, processor, *, batch_size: int = 64
+) -> list[tuple[Path, float, float]]:
+    """What `search_images` found for a text, best matching first: (path, cosine, probability)."""
+    if not isinstance(query, str):
+        raise UserError("matching reads a text and a picture: search with words, or without re-ranking.")
+    probabilities = match_all([path for path, _ in found], [query], model, processor, batch_size=batch_size)[:, 0]
+    best = probabilities.sort(descending=True, stable=True)
+    return [(*found[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def look_at_all(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
+    """N pictures → (N, L, C), what the frozen tower sees of each: computed once, however often it is matched."""
+    parts = []
+    with inference(model):
+        for i in range(0, len(images), batch_size):
+            pixels = processor.images(images[i : i + batch_size])
+            parts.append(model.look(pixels.to(model.device, model.dtype)))
+    return torch.cat(parts)
+
+
+def match_pairs(
+    pairs: Tensor, features: Tensor, tokens: Tensor, mask: Tensor, model, *, batch_size: int = 64
+) -> Tensor:
+    """The log-odds of (image, text) pairs (P, 2), indices into features (N, L, C) and into tokens, mask (M, T) → (P,).
+
+    Texts of a length are matched together, so that hardly any padding is read.
+    """
+    lengths = mask.sum(dim=1)
+    order = lengths[pairs[:, 1]].sort(stable=True).indices
+    odds = torch.empty(len(pairs))
+    with inference(model):
+        for some in order.split(batch_size):
+            image, text = pairs[some].T
+            T = int(lengths[text].max())
+            inputs = (tokens[text, :T].to(model.device), mask[text, :T].to(model.device))
+            logits = model.match(None, *inputs, features=features[image.to(features.device)]).float()  # (b, 2)
+            odds[some] = (logits[:, 1] - logits[:, 0]).cpu()
+    return odds
+
+
+def check_matcher(model, processor) -> None:
+    if not hasattr(model, "match"):
+        raise UserError(
+            f"{type(model).__name__} does not match texts with pictures; that needs a model trained to, as BLIP-2's stage 1."
+        )
+    if processor is None:
+        raise UserError(f"there is no processor beside this {type(model).__name__}, so it can be shown nothing.")

@@ -1,0 +1,110 @@
+"""T5 through train.py: what it learns, leaves behind and says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import minivlm
+import train
+from minivlm import evaluate, recipes, tasks, training
+from minivlm.conversation import IGNORED
+from minivlm.datasets.shapes import make_shapes
+from minivlm.errors import UserError
+from minivlm.layers import T5
+from tests.test_train_speak import LM, arguments
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data") / "world"
+    make_shapes(directory, train=16, image_size=32, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "t5"
+    train.main(arguments("t5", **LM | {"data": world, "out": out, "optimiser.warmup": 0}))
+    return out
+
+
+def losses(out):
+    return [line["loss"] for line in training.read_log(out / "log.jsonl")]
+
+
+def test_it_learns_and_leaves_its_metrics_and_a_picture(trained):
+    assert losses(trained)[-1] < losses(trained)[0]
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert set(metrics) == {"perplexity", *(f"new words, {k}" for k in ("1 shot", "2 shots", "4 shots"))}
+    assert 1 < metrics["perplexity"]["value"] < 300 and 1 < metrics["perplexity"]["chance"] < 300
+    assert (trained / "picture.png").stat().st_size > 5000
+
+
+def test_what_it_leaves_is_loaded_and_goes_on_with_a_text(trained):
+    model, processor = minivlm.load(trained)
+    assert isinstance(model, T5) and model.config.end_tokens == (3,)
+    said = tasks.complete("is there a red circle?", model, processor, max_new_tokens=3)
+    tokens, mask = processor.text(["is there a red circle?"])
+    rest = processor.decode(model.generate(tokens, mask, max_new_tokens=3))[0]
+    assert said == f"is there a red circle? {rest}" and rest
+
+
+def test_a_run_resumes_to_the_bit(trained, world, tmp_path):
+    out = tmp_path / "t5"
+    train.main(arguments("t5", **LM | {"data": world, "out": out, "optimiser.warmup": 0, "stop_at": 2}))
+    train.main(["t5", "--resume", "--out", str(out), "--device", "cpu", "--precision", "fp32"])
+    assert losses(out) == losses(trained)
+    once, twice = (minivlm.load(d)[0].state_dict() for d in (trained, out))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_batch_is_texts_in_two_parts(world):
+    work = recipes.command_line(arguments("t5", data=world, batch_size=16))[1].start(quiet=True)
+    batch, decode = work.batch(3), work.processor.decode
+    texts = [work.read(index) for index in work.indices(3).tolist()]
+    said = batch["labels"].masked_fill(batch["labels"] == IGNORED, 0)
+    whole = [f"{a} {b}".strip() for a, b in zip(decode(batch["tokens"]), decode(said), strict=True)]
+    assert whole == texts
+    ends = (batch["labels"] == work.processor.end_token).sum(dim=1)
+    assert ends.tolist() == [1] * 16
+    assert torch.equal(batch["mask"], batch["tokens"] != work.processor.pad_token)
+    halves = [work.batch(3, rank, 2)["tokens"] for rank in range(2)]
+    rows = [row[row != 0].tolist() for half in zip(*halves, strict=True) for row in half]
+    assert rows == [row[row != 0].tolist() for row in batch["tokens"]]
+
+
+def test_perplexity_is_that_of_the_second_parts(trained):
+    from minivlm.datasets.continuation import split
+    from minivlm.evaluate.language import perplexity
+
+    model, processor = minivlm.load(trained)
+    texts = ["is there a red circle? no", "red: dax. blue: wug. red: dax."]
+    rng, surprises = np.random.default_rng(0), []
+    for text in texts:
+        first, second = split(text, rng)
+        tokens, labels = processor.text([first])[0], torch.tensor([[*processor.ids(second), processor.end_token]])
+        log_p = model(tokens, labels=labels).logits.log_softmax(dim=-1)
+        surprises += (-log_p.gather(2, labels[..., None])).flatten().tolist()
+    score = perplexity(model, processor, texts, batch_size=2)
+    assert score.value == pytest.approx(math.exp(sum(surprises) / len(surprises)), rel=1e-4)
+    assert score.value == pytest.approx(perplexity(model, processor, texts, batch_size=1).value, rel=1e-4)
+
+
+def test_the_command_evaluates_it(trained, world, capsys):
+    evaluate.main([str(trained), "--data", str(world), "--device", "cpu"])
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_texts_of_your_own(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    _, recipe, _ = recipes.command_line(["t5", "--data", str(folder)])
+    assert recipe.summary == f"a small T5 on the texts of {folder}" and recipe.data.vocab_size == 4096
+
+
+def test_it_cannot_be_packed():
+    with pytest.raises(UserError, match=r"unknown option --data\.pack"):
+        recipes.command_line(["t5", "--data.pack", "true"])
