@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.conversation import IGNORED
+from minivlm.datasets.shapes_episodes import END
 from minivlm.processor import Processor
 
 ASKS = ("?", ":")  # what a word ends with that is followed by an answer
@@ -20,14 +21,17 @@ BEFORE_ANSWERS = 0.5  # share of the texts with answers that are cut before one;
 
 
 def split(text: str, rng: np.random.Generator) -> tuple[str, str]:
-    """The beginning and the rest, cut between two words; of a single word, nothing and the word."""
+    """The beginning and the rest, cut between two words; of a single word, nothing and the word.
+
+    The rest of a conversation is what is said until it is the other's turn.
+    """
     words = text.split()
     places = range(1, len(words))
     answers = [i for i in places if words[i - 1].endswith(ASKS)]
     if answers and rng.random() < BEFORE_ANSWERS:
         places = answers
     at = places[rng.integers(len(places))] if places else 0
-    return " ".join(words[:at]), " ".join(words[at:])
+    return " ".join(words[:at]), " ".join(words[at:]).partition(END)[0]
 
 
 def collate_pairs(pairs: Sequence[tuple[str, str]], processor: Processor) -> dict[str, Tensor]:

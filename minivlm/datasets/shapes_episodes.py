@@ -24,8 +24,10 @@ from minivlm.datasets.shapes_facts import SEEN_PAIRS
 from minivlm.datasets.shapes_questions import ask
 from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, Scene, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
+from minivlm.datasets.talk import DESCRIBE
 
 STREAMS = ("train", "held out")
+END = "<end>"  # as our tokenisers write the token that ends a text, and in a conversation every answer
 DOCUMENTS, SCENES = 1 << 48, 1 << 49  # far from the streams of draws that the splits use
 BLOCK = 256  # scenes drawn at once
 
@@ -90,7 +92,8 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 
 
 def document(seed: int, stream: str, index: int) -> str:
-    """One text: a lesson (half of them), a caption, questions with answers, or a caption and then questions about it.
+    """One text: a lesson (35 %), a caption (10 %), a conversation (5 %), or a scene in words and a conversation about it
+    (50 %), which a model answers that finds in its context what is asked for.
 
     The stream "held out" has scenes of its own, and in its lessons held-out words. Read them in order: scenes are drawn in
     blocks. Raises ValueError for an unknown stream.
@@ -98,14 +101,24 @@ def document(seed: int, stream: str, index: int) -> str:
     number = STREAMS.index(stream) << 40
     rng = np.random.Generator(np.random.Philox(key=seed + ((DOCUMENTS + number + index) << 64)))
     sort = rng.random()
-    if sort < 0.5:
+    if sort < 0.35:
         return lesson(rng, held_out=stream == "held out")
     scene = scene_block(seed, SCENES + number + index // BLOCK)[index % BLOCK]
-    caption = describe(scene, rng) if rng.random() < 0.5 else canonical(scene)
-    if sort < 0.65:
-        return caption
-    talk = " ".join(f"{question.text} {question.answer}" for question in ask(scene, rng))
-    return talk if sort < 0.8 else f"{canonical(scene)}. {talk}"
+    if sort < 0.45:
+        return describe(scene, rng) if rng.random() < 0.5 else canonical(scene)
+    talk = conversation(scene, rng)
+    return talk if sort < 0.5 else f"{canonical(scene)}. {talk}"
+
+
+def conversation(scene: Scene, rng: np.random.Generator) -> str:
+    """ "is there a red circle? yes<end> how many stars are there? two", and sometimes a request for the caption before.
+
+    Answers are ended as those of a model that talks about pictures will be, so that it can stay as it is for that.
+    """
+    turns = [(question.text, question.answer) for question in ask(scene, rng)]
+    if rng.random() < 0.2:
+        turns = [(DESCRIBE, canonical(scene)), *turns]
+    return f"{END} ".join(f"{question} {answer}" for question, answer in turns)
 
 
 def documents(seed: int, stream: str, n: int) -> Iterator[str]:

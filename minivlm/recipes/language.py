@@ -18,7 +18,9 @@ from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents
 from minivlm.datasets.talk import DESCRIBE, open_talk
+from minivlm.errors import UserError
 from minivlm.evaluate.language import held_out_texts, perplexity, unigram_entropy
+from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.metrics import Score
 from minivlm.pictures import Row, sheet
@@ -82,9 +84,15 @@ class LanguageRecipe(TextsRecipe):
     kind = "a small language model"
     model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
     data: PackableTextsConfig = PackableTextsConfig()
+    induction_heads: bool = False  # given at the start, see layers/induction.py
 
     def work(self, processor: Processor, texts: list[str] | None) -> Language:
         model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
+        if self.induction_heads:
+            try:
+                give_induction_heads(model, torch.Generator().manual_seed(self.seed))
+            except ValueError as error:
+                raise UserError(f"{error}; or leave them out with --induction_heads false.") from None
         return Language(self, model, processor, texts)
 
 
@@ -155,6 +163,7 @@ LANGUAGE_RECIPES = {
         # begins with it (loss after 300 steps: 1.45, without them 1.57). The learned ones tell LLaVA's
         # picture tokens, which always stand at the same places, where in the picture they are.
         model=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=192, rope_theta=10_000.0),
+        induction_heads=True,
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
         steps=1200,
         batch_size=64,
