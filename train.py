@@ -92,7 +92,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> bool:
             if step % training.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
                 line = log.flush(work.ids)  # the one place where the device is waited for
                 speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {line['loss']:.3f} ({work.chance_text}), {speed:.0f} samples/s")
+                bar.set_postfix_str(f"{work.progress(line)}, {speed:.0f} samples/s")
                 if interrupted():
                     break
             if recipe.is_time_to_save(step) and rank == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
 from minivlm.evaluate.language import language
-from minivlm.evaluate.match import matching
+from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
 from minivlm.evaluate.speak import ask, captions, speech, speech_picture
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
@@ -23,6 +23,8 @@ __all__ = [
     "language",
     "main",
     "matching",
+    "matching_accuracy",
+    "matching_picture",
     "picture",
     "retrieval",
     "shows",

@@ -21,11 +21,13 @@ from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.datasets.shapes_negatives import one_attribute_negatives
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import rank_block, recall_at_k
+from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.features import inference, to_tokens
-from minivlm.tasks.match import RERANK, look_at_all, match_pairs
+from minivlm.tasks.match import RERANK, look_at_all, match_all, match_pairs
 
 SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 AT_A_TIME = 250  # pictures in memory
+PICTURED, TILE = 12, 176  # pictures on a sheet, and their pixels
 
 
 def matching(model, processor, directory: str | Path) -> dict[str, Score]:
@@ -44,6 +46,34 @@ def look_at_split(model, processor, pairs: Pairs) -> Tensor:
     """(N, L, C): what the frozen tower sees of every picture of a split."""
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_A_TIME))
     return torch.cat([look_at_all(list(pairs.images(part)), model, processor) for part in parts])
+
+
+def matching_accuracy(model, processor, directory: str | Path) -> float:
+    """Of the validation split, one number: on the shapes world the hard negatives, elsewhere text→image R@1 re-ranked."""
+    pairs = open_pairs(directory, "val", image_size=processor.image_size)
+    features = look_at_split(model, processor, pairs)
+    if isinstance(pairs, ShapesWorld):
+        return hard_negatives(model, processor, pairs, features)["matching"].value
+    return reranking(model, processor, pairs, features)["text→image R@1 re-ranked"].value
+
+
+def matching_picture(model, processor, directory: str | Path, path: Path) -> None:
+    """Held-out pictures, each with a true caption and a false one, and how probable the model finds them."""
+    pairs = open_pairs(directory, "test", image_size=processor.image_size)
+    indices = range(0, len(pairs), max(1, len(pairs) // PICTURED))[:PICTURED]
+    rng, tiles = np.random.default_rng(0), {}  # what is wrong → (picture, are both judged right?, note)
+    for place, i in enumerate(indices):
+        true, wrong, kind = pairs.all_captions(i)[0], pairs.all_captions(indices[place - 1])[0], "of another picture"
+        if isinstance(pairs, ShapesWorld):
+            scene = pairs.scenes[i]
+            false = one_attribute_negatives(scene, scene.objects, rng)
+            wrong, kind = false[place % len(false)]
+        [picture] = pairs.images([i])
+        yes, no = match_all([picture], [true, wrong], model, processor)[0].tolist()
+        note = "\n".join(wrap(f"{yes:.0%} {true}", 13, TILE) + wrap(f"{no:.0%} {wrong}", 13, TILE))
+        tiles.setdefault(kind, []).append((picture, yes >= 0.5 > no, note))
+    rows = [Row(f"false: {kind}", *zip(*some, strict=True)) for kind, some in tiles.items()]
+    sheet(rows, title="How probable a true and a false caption are", tile=TILE, columns=4).save(path)
 
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------

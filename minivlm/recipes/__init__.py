@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from minivlm import config
 from minivlm.errors import UserError, nearest
 from minivlm.recipes.base import Options, Recipe, dotted_names, override, split_arguments
+from minivlm.recipes.blip2 import BLIP2_RECIPES
 from minivlm.recipes.contrast import CONTRAST_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from minivlm.run import Run
 
-RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | T5_RECIPES | LLAVA_RECIPES | CAPTIONER_RECIPES
+RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | T5_RECIPES | LLAVA_RECIPES | BLIP2_RECIPES | CAPTIONER_RECIPES
 DEFAULT = "clip"
 
 

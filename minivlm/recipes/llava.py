@@ -18,21 +18,21 @@ from torch import Tensor
 
 from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
-from minivlm.conversation import Sample, collate, encode_conversation
+from minivlm.conversation import Sample, Turn, collate, encode_conversation
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.lora import LoRAConfig, add_lora
+from minivlm.layers.t5 import T5
 from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.frozen import look_once
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
-from minivlm.tasks.features import inference
-from minivlm.training import OptimiserConfig, autocast
+from minivlm.training import OptimiserConfig
 
 LOOKED_AT = 500  # samples, before the first step, to tell how many are cut
-CACHE_LIMIT = 4 * 2**30  # bytes of image features that may be kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class LLaVARecipe(Recipe):
         return model, processor
 
 
-def with_image_token(model: LanguageModel, processor: Processor) -> tuple[LanguageModel, Processor]:
+def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[LanguageModel | T5, Processor]:
     """The tokeniser knows the mark `<image>`; the language model has a (never read) row for it."""
     if processor.image_token_id is None:
         processor.tokenizer.add_special_tokens([processor.config.image_token])
@@ -116,7 +116,7 @@ def with_image_token(model: LanguageModel, processor: Processor) -> tuple[Langua
     size = processor.image_token_id + 1
     if size <= model.config.vocab_size:
         return model, processor
-    grown = LanguageModel(replace(model.config, vocab_size=size))
+    grown = type(model)(replace(model.config, vocab_size=size))
     state = model.state_dict()
     for name in ("token_embedding.weight", "head.weight"):
         row = state[name].mean(dim=0, keepdim=True)  # an unlikely word rather than a random one
@@ -125,17 +125,16 @@ def with_image_token(model: LanguageModel, processor: Processor) -> tuple[Langua
     return grown, processor
 
 
-class LLaVAWork(Speaking):
-    def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Talk):
+class PrefixWork(Speaking):
+    """A model at work whose pictures stand in the text, seen by a frozen tower.
+
+    origins: see `Work`. answers: it is judged by its answers, if the data have questions; else by its captions.
+    """
+
+    def __init__(self, recipe, model, processor: Processor, train: Talk, *, origins: dict[str, str], answers: bool):
         super().__init__(recipe, model, processor, train)
-        align = recipe.stage == "align"
-        self.origins = {
-            "vision": recipe.vision_from if align else recipe.starts_from,
-            "projector": "new" if align else recipe.starts_from,
-            "language_model": recipe.language_from if align else recipe.starts_from,
-            "language_model LoRA": "new, zero",
-        }
-        self.answers = not align and bool(self.val.questions())
+        self.origins = origins
+        self.answers = answers and bool(self.val.questions())
         if self.answers:
             self.score_name = "accuracy of answers"
         if recipe.micro_batch is not None and not train.one_picture_each:
@@ -152,39 +151,50 @@ class LLaVAWork(Speaking):
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """The frozen tower sees every training picture once; its features are kept for all epochs."""
-        n, c = len(self.train), self.model.config
-        bytes_each = c.image_tokens * c.feature_width * precision.itemsize
-        if not self.train.one_picture_each or n * bytes_each > CACHE_LIMIT:
-            return
-        from tqdm import tqdm
-
-        features = torch.empty(n, c.image_tokens, c.feature_width, dtype=precision)
-        with inference(self.model), autocast(device, precision):
-            for i in tqdm(range(0, n, 250), desc="image features", unit=" batches", leave=False):
-                indices = range(i, min(i + 250, n))
-                images = self.processor.images([picture for [picture] in self.train.images(indices)])
-                seen = self.model.look(images.to(device))  # (b · views, N, C)
-                features[i : i + 250] = seen.reshape(len(indices), -1, c.feature_width).to("cpu", precision)
-        self.features = features
+        if self.train.one_picture_each:
+            single = lambda indices: [picture for [picture] in self.train.images(indices)]
+            self.features = look_once(self.model, self.processor, len(self.train), single, device, precision)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        speak = self.train.caption_conversation if self.recipe.stage == "align" else self.train.conversation
-        return encode_conversation(speak(index, rng), self.processor, context=self.processor.context)
+        return encode_conversation(self.conversation(index, rng), self.processor, context=self.processor.context)
+
+    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        return self.train.conversation(index, rng)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and labels (B/W, T), where the labels are, and images or their features, of process `rank` of W."""
         share = self.share(step, rank, world)
-        indices = [index for index, _ in share]
         batch = collate([self.sample(index, rng) for index, rng in share], self.processor.pad_token)
         if self.recipe.micro_batch is None:
             batch["where"] = labelled(batch["labels"])
+        return {**batch, **self.pictures([index for index, _ in share])}
+
+    def pictures(self, indices: list[int]) -> dict[str, Tensor]:
+        """The pictures of these samples, or what the tower saw of them."""
         if self.features is not None:
-            return {**batch, "features": self.features[torch.tensor(indices)]}
+            return {"features": self.features[torch.tensor(indices)]}
         pictures = [picture for pictures in self.train.images(indices) for picture in pictures]
-        return {**batch, "images": self.processor.images(pictures)} if pictures else batch
+        return {"images": self.processor.images(pictures)} if pictures else {}
 
     def validate(self) -> float:
         return self.answers_score() if self.answers else self.captions_score()
+
+
+class LLaVAWork(PrefixWork):
+    def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Talk):
+        align = recipe.stage == "align"
+        origins = {
+            "vision": recipe.vision_from if align else recipe.starts_from,
+            "projector": "new" if align else recipe.starts_from,
+            "language_model": recipe.language_from if align else recipe.starts_from,
+            "language_model LoRA": "new, zero",
+        }
+        super().__init__(recipe, model, processor, train, origins=origins, answers=not align)
+
+    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        if self.recipe.stage == "align":
+            return self.train.caption_conversation(index, rng)
+        return self.train.conversation(index, rng)
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()

@@ -56,6 +56,10 @@ class Work:
         """What the user should know before the first step."""
         return []
 
+    def progress(self, line: dict[str, float]) -> str:
+        """The losses of the last step, by name, as the progress bar tells them."""
+        return f"loss {line['loss']:.3f} ({self.chance_text})"
+
     def validate(self) -> float:
         """One number between 0 and 1 to choose the best checkpoint by; higher is better."""
         raise NotImplementedError

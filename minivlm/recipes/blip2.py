@@ -1,0 +1,313 @@
+"""BLIP-2 in its two stages (Li et al. 2023, §3): a Q-Former learns to see, then a frozen language model learns nothing and
+the Q-Former to be read by it.
+
+    clip-resnet ─ vision tower, frozen ─┬→ blip2-stage1 (contrast, matching, generation) ─┐
+    lm or t5 ─ language model, frozen ──┼─────────────────────────────────────────────────┴→ blip2 (conversations)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from shlex import quote
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.conversation import Turn, encode_conversation
+from minivlm.datasets.continuation import pad
+from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.pairs import Pairs
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.qformer import QFormerConfig
+from minivlm.layers.t5 import T5
+from minivlm.metrics import Score
+from minivlm.models.blip2 import BLIP2, BLIP2Config
+from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.frozen import look_once
+from minivlm.recipes.llava import PrefixWork, with_image_token
+from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
+from minivlm.recipes.speak import TalkConfig, open_train
+from minivlm.recipes.work import Work
+from minivlm.training import OptimiserConfig
+
+DECODE = "<decode>"  # stands where a text begins that is to be said; elsewhere texts begin with <start>
+QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=8, context=64, norm_eps=1e-5)
+
+
+def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict:
+    """The fields of a `QueryingConfig` for the tower of a CLIP, whose features before the last norm are read."""
+    width = sum(clip.config.vision.features_at(layer)[1] for layer in layers)
+    qformer = replace(qformer, context_width=width, **text)
+    return dict(vision=clip.config.vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
+
+
+def load_eyes(source: str) -> tuple[torch.nn.Module, Processor]:
+    """A model that compares pictures with texts, for its vision tower."""
+    clip, processor = load(source)
+    if not hasattr(clip, "encode_image") or not hasattr(clip, "vision"):
+        raise UserError(f"--vision_from {source} holds a {type(clip).__name__}, but a CLIP is wanted.")
+    return clip, processor
+
+
+# ---- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIP2Stage1Recipe(Recipe):
+    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_layers: tuple[int, ...] = (-2,)
+    qformer: QFormerConfig = QUERIES  # its vocab_size and context_width follow from the tokeniser and the tower
+    bert_from: str | None = None  # published BERT weights to start the Q-Former from; its tokeniser comes along
+    embed_width: int = 128
+    directory: str = "data/shapes"
+
+    def needs(self) -> dict[str, str]:
+        return {"clip-resnet": self.vision_from}
+
+    def for_data(self, directory: str, out: str) -> BLIP2Stage1Recipe:
+        """The same on another folder's captions; the tower is trained on that folder as well, beside `out`."""
+        beside = Path(out).parent / Path(directory).resolve().name
+        summary = f"{self.summary}, on {directory}"
+        return replace(self, summary=summary, directory=directory, vision_from=f"{beside}-clip")
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Stage1:
+        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model.freeze("vision")
+        make_world_if_missing(self.directory, processor.image_size, quiet=quiet)
+        train = open_pairs(self.directory, "train", image_size=processor.image_size)
+        check_fills_a_batch(len(train), self.batch_size, "training images", self.directory)
+        return Stage1(self, model, processor, train)
+
+    def compose(self) -> tuple[BLIP2Stage1, Processor]:
+        """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token."""
+        clip, processor = load_eyes(self.vision_from)
+        bert = None
+        if self.bert_from is not None:
+            bert, words = load(self.bert_from)
+            processor = Processor(words.tokenizer, replace(processor.config, pad_token=words.pad_token))
+        processor.tokenizer.add_special_tokens([DECODE])
+        context = min(self.qformer.context, processor.context)
+        processor = Processor(processor.tokenizer, replace(processor.config, context=context, pad_to_context=False))
+        text = dict(vocab_size=processor.vocab_size)
+        config = BLIP2Stage1Config(
+            **querying(clip, self.qformer, self.vision_layers, **text),
+            embed_width=self.embed_width,
+            start_token=processor.start_token,
+            decode_token=processor.tokenizer.token_to_id(DECODE),
+            end_token=processor.end_token,
+            pad_token=processor.pad_token,
+        )
+        model = build(BLIP2Stage1, config, seed=self.seed)
+        model.vision.load_state_dict(clip.vision.state_dict())
+        if bert is not None:
+            model.qformer.load_bert(bert)
+        return model, processor
+
+
+class Stage1(Work):
+    score_name = "matching accuracy"
+
+    def __init__(self, recipe: BLIP2Stage1Recipe, model: BLIP2Stage1, processor: Processor, train: Pairs):
+        super().__init__(recipe, model, processor, len(train))
+        self.train = train
+        self.origins = {"vision": recipe.vision_from, "qformer": recipe.bert_from or "new"}
+        self.chance = model.chance_losses(recipe.batch_size)
+        self.features: Tensor | None = None
+
+    def notes(self) -> list[str]:
+        cut = self.processor.too_long(list(self.train.texts()))
+        told = f"{cut} captions are longer than the context of {self.processor.context} tokens and are cut to it"
+        start = f"{len(self.train)} training images in {self.recipe.directory}"
+        return [start, *self.train.notes, *([told] if cut else [])]
+
+    def progress(self, line: dict[str, float]) -> str:
+        """The three losses, each beside that of a model which knows nothing."""
+        return ", ".join(f"{name} {line[name]:.2f} (chance {chance:.2f})" for name, chance in self.chance.items())
+
+    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        self.features = look_once(self.model, self.processor, self.n, self.train.images, device, precision)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """tokens and mask (B/W, T), and images or their features, of process `rank` of W."""
+        indices, rngs = zip(*self.share(step, rank, world), strict=True)
+        captions = [self.train.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
+        tokens, mask = self.processor.text(captions, cut=True)
+        if self.features is not None:
+            return {"tokens": tokens, "mask": mask, "features": self.features[torch.tensor(indices)]}
+        return {"tokens": tokens, "mask": mask, "images": self.processor.images(list(self.train.images(indices)))}
+
+    def ids(self, step: int) -> list[str]:
+        return [self.train.key(i) for i in self.indices(step)]
+
+    def validate(self) -> float:
+        return evaluate.matching_accuracy(self.model, self.processor, self.recipe.directory)
+
+    def evaluate(self) -> dict[str, Score]:
+        return evaluate.matching(self.model, self.processor, self.recipe.directory)
+
+    def picture(self, path: Path) -> None:
+        evaluate.matching_picture(self.model, self.processor, self.recipe.directory, path)
+
+    def next_commands(self, out: Path) -> list[str]:
+        test = open_pairs(self.recipe.directory, "test", image_size=self.processor.image_size)
+        picture = quote(str(Path(self.recipe.directory) / test.key(0)))
+        text = quote(test.all_captions(0)[0])
+        return [
+            f"python sample.py match {out} {picture} {text}",
+            f"python sample.py search {out} {Path(self.recipe.directory) / 'test'} {text} --rerank 16 --save sheet.png",
+            f"python sample.py attend {out} {picture} --save maps.png",
+            "python train.py blip2",
+        ]
+
+
+# ---- stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIP2Recipe(Recipe):
+    lm: Literal["lm", "t5"] = "lm"  # a decoder, or an encoder and a decoder
+    starts_from: str = "out/blip2-stage1"
+    language_from: str | None = None  # None: out/lm or out/t5
+    from_scratch: bool = False  # without a stage 1: a new Q-Former on the tower of vision_from
+    vision_from: str = "out/clip-resnet"
+    vision_layers: tuple[int, ...] = (-2,)
+    qformer: QFormerConfig = QUERIES
+    data: TalkConfig = field(default_factory=TalkConfig)
+
+    @property
+    def speaker(self) -> str:
+        return self.language_from or f"out/{self.lm}"
+
+    def needs(self) -> dict[str, str]:
+        eyes = {"clip-resnet": self.vision_from} if self.from_scratch else {"blip2-stage1": self.starts_from}
+        return {**eyes, self.lm: self.speaker}
+
+    def for_data(self, directory: str, out: str) -> BLIP2Recipe:
+        """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
+        beside = f"{Path(out).parent / Path(directory).resolve().name}"
+        return replace(
+            self,
+            summary=f"{self.summary}, on {directory}",
+            data=replace(self.data, directory=directory),
+            starts_from=f"{beside}-blip2-stage1",
+            vision_from=f"{beside}-clip",
+            language_from=f"{beside}-{self.lm}",
+        )
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> BLIP2Work:
+        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model.freeze("vision", "language_model")
+        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        return BLIP2Work(self, model, processor, train)
+
+    def compose(self) -> tuple[BLIP2, Processor]:
+        """Eyes, Q-Former and language model put together, with a new projection between the last two."""
+        if self.from_scratch:
+            eyes, seen = load_eyes(self.vision_from)
+            parts = querying(eyes, self.qformer, self.vision_layers)
+        else:
+            eyes, seen = load(self.starts_from)
+            if not isinstance(eyes, BLIP2Stage1):
+                raise UserError(
+                    f"--starts_from {self.starts_from} holds a {type(eyes).__name__}, but stage 1 of a BLIP-2 is wanted: "
+                    "train one with `python train.py blip2-stage1`, or do without by --from_scratch."
+                )
+            c = eyes.config
+            qformer = replace(c.qformer, vocab_size=None)
+            parts = {name: getattr(c, name) for name in ("vision", "vision_layers", "class_token", "vision_norm")}
+            parts["qformer"] = qformer
+        speaker, words = self.load_speaker()
+        config = BLIP2Config(**parts, language=speaker.config, image_token=words.image_token_id)
+        model = build(BLIP2, config, seed=self.seed)
+        model.vision.load_state_dict(eyes.vision.state_dict())
+        model.language_model.load_state_dict(speaker.state_dict())
+        if not self.from_scratch:
+            wanted = model.qformer.state_dict()  # the text's half stays behind
+            model.qformer.load_state_dict({name: eyes.qformer.state_dict()[name] for name in wanted})
+        sees = dict(image_tokens=config.image_tokens, context=speaker.config.context, pad_to_context=False)
+        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+        return model, Processor(words.tokenizer, replace(seen.config, **sees, **spoken))
+
+    def load_speaker(self) -> tuple[LanguageModel | T5, Processor]:
+        speaker, words = load(self.speaker)
+        wanted = {"lm": LanguageModel, "t5": T5}[self.lm]
+        if not isinstance(speaker, wanted):
+            other = (
+                " with --lm t5"
+                if isinstance(speaker, T5)
+                else " with --lm lm"
+                if isinstance(speaker, LanguageModel)
+                else ""
+            )
+            hint = f"; take it{other}" if other else ""
+            raise UserError(
+                f"--lm {self.lm} wants a {wanted.__name__}, but {self.speaker} holds a {type(speaker).__name__}{hint}."
+            )
+        return with_image_token(speaker, words)
+
+
+class BLIP2Work(PrefixWork):
+    def __init__(self, recipe: BLIP2Recipe, model: BLIP2, processor: Processor, train):
+        new = recipe.from_scratch
+        origins = {
+            "vision": recipe.vision_from if new else recipe.starts_from,
+            "qformer": "new" if new else recipe.starts_from,
+            "projection": "new",
+            "language_model": recipe.speaker,
+        }
+        super().__init__(recipe, model, processor, train, origins=origins, answers=True)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """As LLaVA's. A T5 reads picture and question, and says the answer: one question of every conversation."""
+        if isinstance(self.model.language_model, LanguageModel):
+            return super().batch(step, rank, world)
+        share = self.share(step, rank, world)
+        read, said = zip(*(self.exchange(index, rng) for index, rng in share), strict=True)
+        pad_token = self.processor.pad_token
+        tokens, mask = pad(read, pad_token), pad([[1] * len(row) for row in read], 0).bool()
+        return {"tokens": tokens, "mask": mask, "labels": pad(said, -100), **self.pictures([i for i, _ in share])}
+
+    def exchange(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """What the encoder reads and the decoder says: one question of a conversation, and its answer."""
+        turns = self.train.conversation(index, rng)
+        at = 2 * int(rng.integers(len(turns) // 2))
+        question, answer = turns[at : at + 2]
+        mark = "" if "<image>" in question.text else "<image> "
+        turns = [Turn("user", mark + question.text), answer]
+        tokens, labels, _, *_ = encode_conversation(turns, self.processor, context=self.processor.context)
+        said = [label for label in labels if label != -100]
+        return [*tokens[: len(tokens) - len(said)], self.processor.end_token], said
+
+    def next_commands(self, out: Path) -> list[str]:
+        picture = self.held_out_picture()
+        return [
+            f"python sample.py caption {out} {picture}",
+            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
+            f"python sample.py attend {out} {picture} --save maps.png",
+        ]
+
+
+BLIP2_RECIPES = {
+    "blip2-stage1": BLIP2Stage1Recipe(
+        summary="BLIP-2, stage 1: a Q-Former learns to see through frozen eyes, by contrast, matching and generation",
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
+        steps=1000,
+        batch_size=128,
+        save_every=500,
+    ),
+    "blip2": BLIP2Recipe(
+        summary="BLIP-2: a Q-Former and a projection learn to be read by a frozen language model",
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
+        steps=2000,
+        batch_size=64,
+        save_every=500,
+    ),
+}

@@ -1,0 +1,37 @@
+"""A frozen vision tower sees the same in every epoch, so it looks at every training picture once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minivlm.tasks.features import inference
+from minivlm.training import autocast
+
+CACHE_LIMIT = 4 * 2**30  # bytes of features that may be kept
+AT_A_TIME = 250  # pictures
+
+
+def look_once(
+    model, processor, n: int, pictures: Callable[[Sequence[int]], Sequence], device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """(n, N, C) on the CPU: what `model.look` sees of each of n pictures; None where that is more than CACHE_LIMIT.
+
+    pictures: indices → a picture for each.
+    """
+    from tqdm import tqdm
+
+    features = None
+    with inference(model), autocast(device, dtype):
+        for i in tqdm(range(0, n, AT_A_TIME), desc="image features", unit=" batches", leave=False):
+            indices = range(i, min(i + AT_A_TIME, n))
+            seen = model.look(processor.images(list(pictures(indices))).to(device))  # (b · views, N, C)
+            seen = seen.reshape(len(indices), -1, seen.shape[-1]).to("cpu", dtype)
+            if features is None:
+                if n * seen[0].nbytes > CACHE_LIMIT:
+                    return None
+                features = torch.empty(n, *seen.shape[1:], dtype=dtype)
+            features[i : i + AT_A_TIME] = seen
+    return features
