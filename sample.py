@@ -26,6 +26,7 @@ from minivlm.command_line import (
     speaking_arguments,
     write_picture,
 )
+from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError, nearest, run_command_line
 
 
@@ -157,9 +158,7 @@ def match(options: argparse.Namespace) -> None:
 
 def attend_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more")
-    parser.add_argument(
-        "--prompt", default="describe the picture.", help="what a model that answers is asked (%(default)s)"
-    )
+    parser.add_argument("--prompt", default=DESCRIBE, help="what a model that answers is asked (%(default)s)")
     parser.add_argument("--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s)")
 
 
@@ -176,7 +175,7 @@ def attend(options: argparse.Namespace) -> None:
 
 def caption_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more, each described by itself")
-    parser.add_argument("--prompt", default="describe the picture.", help="what the model is asked (%(default)s)")
+    parser.add_argument("--prompt", help=f"what it is asked ({DESCRIBE})")
     speaking_arguments(parser)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 MARK = "<image>"  # where a picture stands in a user's text
+DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
 IGNORED = -100  # the label of a token that is not learnt
 
 
@@ -45,6 +46,8 @@ class ChatTemplate:
     seam: str = ":"  # what stands before an answer, or the like of it
     end: str | None = None  # the token after an answer; None, or none in the vocabulary: the tokeniser's own end token
     after: str = ""  # what stands between an end token and the next user
+    framed: bool = False  # pictures first, then all that was said so far as one text, start and end tokens included
+    describe: str = DESCRIBE  # how a caption is asked for
 
 
 TEMPLATES = {
@@ -60,6 +63,10 @@ TEMPLATES = {
         end="<|im_end|>",
         after="\n",
     ),
+    # What an encoder reads: a whole text. It hears earlier answers, but only the last one is learnt.
+    "encoder": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True),
+    # The published BLIP-2: a caption is what it says to a picture without any words.
+    "blip2": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True, describe=""),
 }
 
 
@@ -83,34 +90,51 @@ def encode_conversation(
     images   how many pictures come with it; None: as many as there are marks
     context  no more tokens than this: text is cut at the end, image placeholders never
     prompt   the user has the last word, and the tokens end where the assistant begins to speak; nothing is cut
+    In a framed template (see `ChatTemplate`) only the last answer is learnt.
     Raises UserError for what `check_conversation` refuses, and where a prompt or the answers do not fit the context.
     """
     check_conversation(turns, images, prompt=prompt)
     template = TEMPLATES[processor.config.chat]
     sample = Sample([], [], [])
+    (write_framed if template.framed else write_turns)(turns, template, processor, sample)
+    return sample if context is None else fit(sample, processor, context, prompt=prompt)
 
-    def add(tokens: list[int], role: str, *, learnt: bool = False) -> None:
-        sample.tokens.extend(tokens)
-        sample.labels.extend(tokens if learnt else [IGNORED] * len(tokens))
-        sample.roles.extend([role] * len(tokens))
 
+def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Processor, sample: Sample) -> None:
+    """Turn after turn, as a decoder reads them."""
     if processor.start_token is not None:
-        add([processor.start_token], turns[0].role)
+        append(sample, [processor.start_token], turns[0].role)
     first = len(sample.tokens)
     before = ""  # a system's text is one string with the user's, so that the seam is tokenised as it is in any text
     for turn in turns:
         if turn.role == "system":
             before = template.system.format(turn.text)
         elif turn.role == "user":
-            add(processor.ids(before + template.user.format(turn.text)), "user")
+            append(sample, processor.ids(before + template.user.format(turn.text)), "user")
         else:
-            answer = answer_ids(turn.text, template, processor)
-            add([*answer, end_token(template, processor)], "assistant", learnt=True)
+            answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
+            append(sample, answer, "assistant", learnt=True)
             before = template.after
     if turns[0].role == "system":
         n = shared(processor.ids(template.system.format(turns[0].text)), sample.tokens[first:])
         sample.roles[: first + n] = ["system"] * (first + n)
-    return sample if context is None else fit(sample, processor, context, prompt=prompt)
+
+
+def write_framed(turns: Sequence[Turn], template: ChatTemplate, processor: Processor, sample: Sample) -> None:
+    """Pictures, then all up to the user's last word as one text, then the answer to that."""
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    pictures = sum(turn.text.count(MARK) for turn in turns)
+    text = " ".join(turn.text.replace(MARK, "").strip() for turn in turns[: last + 1])
+    append(sample, processor.ids(MARK) * pictures + processor.ids(text, frame=True), "user")
+    for turn in turns[last + 1 :]:
+        answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
+        append(sample, answer, "assistant", learnt=True)
+
+
+def append(sample: Sample, tokens: list[int], role: str, *, learnt: bool = False) -> None:
+    sample.tokens.extend(tokens)
+    sample.labels.extend(tokens if learnt else [IGNORED] * len(tokens))
+    sample.roles.extend([role] * len(tokens))
 
 
 def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prompt: bool = False) -> None:

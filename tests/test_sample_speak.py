@@ -13,10 +13,10 @@ import torch
 import minivlm
 import sample
 from minivlm.command_line import GENERATION
+from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.layers import LanguageModel
-from minivlm.tasks.speak import DESCRIBE
 from tests.colours import paint
 from tests.speakers import captioner, colour_llava, language, language_model, processor
 

@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivlm.conversation import MARK, Turn, check_conversation, with_images
+from minivlm.conversation import DESCRIBE, MARK, Turn, check_conversation, with_images
 from minivlm.datasets.folder import Item, choose_split, find_image, read_captions, read_lines, skip_broken, split_of
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
-from minivlm.datasets.talk import DESCRIBE, Question, Talk, ask_for_caption
+from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
 
 MOST = 4  # questions of one conversation

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minivlm.conversation import DESCRIBE
 from minivlm.datasets.shapes_facts import SEEN_PAIRS
 from minivlm.datasets.shapes_questions import ask
 from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, Scene, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
-from minivlm.datasets.talk import DESCRIBE
 
 STREAMS = ("train", "held out")
 END = "<end>"  # as our tokenisers write the token that ends a text, and in a conversation every answer

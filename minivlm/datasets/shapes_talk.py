@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minivlm.conversation import Turn, with_images
+from minivlm.conversation import DESCRIBE, Turn, with_images
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes_facts import about_unseen
 from minivlm.datasets.shapes_questions import ask, judge
 from minivlm.datasets.shapes_text import canonical
-from minivlm.datasets.talk import DESCRIBE, Question, Talk
+from minivlm.datasets.talk import Question, Talk
 from minivlm.errors import UserError, nearest
 
 CAPTIONS = 0.2  # share of the training conversations that are a caption

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivlm.conversation import Turn, with_images
+from minivlm.conversation import DESCRIBE, Turn, with_images
 from minivlm.datasets.shapes import is_world
-
-DESCRIBE = "describe the picture."
 
 
 def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:

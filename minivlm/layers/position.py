@@ -112,9 +112,10 @@ class Cache:
     lengths (B,): tokens a row holds so far. New tokens are written behind them and see themselves and what came before.
     A step is `cache.begin(T)`, one `append` per layer, `cache.advance(mask, T)`; `Transformer` does that.
 
-    The host knows `filled`, the columns in use, and `seen`, those a step looks at, without asking the device, and whether all rows are equally long (`even`):
-    then plain causal attention over `filled` columns needs no mask. static: every step sees all columns through a mask
-    instead, so that its shapes never change and a compiled step stays compiled; `filled` stands still then.
+    The host knows without asking the device `filled`, the columns in use, `seen`, those that a step looks at, and whether
+    all rows are equally long (`even`): then plain causal attention over `filled` columns needs no mask. static: every step
+    sees all columns through a mask instead, so that its shapes never change and a compiled step stays compiled; `filled`
+    stands still then.
     """
 
     def __init__(self, layers, batch, kv_heads, capacity, head_width, *, device=None, dtype=None, static=False):

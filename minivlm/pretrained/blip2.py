@@ -197,6 +197,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config)
             pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
             image_token=spelt.get(config.image_token, "<image>"),
             image_tokens=0 if config.image_token is None else config.image_tokens,
+            chat="blip2",
         ),
     )
 

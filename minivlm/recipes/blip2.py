@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import Turn, encode_conversation
+from minivlm.conversation import IGNORED, MARK, Sample, Turn, encode_conversation, with_images
 from minivlm.datasets.continuation import pad
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
@@ -234,6 +234,8 @@ class BLIP2Recipe(Recipe):
             model.qformer.load_state_dict({name: eyes.qformer.state_dict()[name] for name in wanted})
         sees = dict(image_tokens=config.image_tokens, context=speaker.config.context, pad_to_context=False)
         spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+        if self.lm == "t5" and spoken["chat"] == "plain":
+            spoken["chat"] = "encoder"
         return model, Processor(words.tokenizer, replace(seen.config, **sees, **spoken))
 
     def load_speaker(self) -> tuple[LanguageModel | T5, Processor]:
@@ -270,21 +272,21 @@ class BLIP2Work(PrefixWork):
         if isinstance(self.model.language_model, LanguageModel):
             return super().batch(step, rank, world)
         share = self.share(step, rank, world)
-        read, said = zip(*(self.exchange(index, rng) for index, rng in share), strict=True)
+        samples = [self.exchange(index, rng) for index, rng in share]
+        read = [[t for t, label in zip(s.tokens, s.labels, strict=True) if label == IGNORED] for s in samples]
+        said = [[label for label in s.labels if label != IGNORED] for s in samples]
         pad_token = self.processor.pad_token
         tokens, mask = pad(read, pad_token), pad([[1] * len(row) for row in read], 0).bool()
-        return {"tokens": tokens, "mask": mask, "labels": pad(said, -100), **self.pictures([i for i, _ in share])}
+        return {"tokens": tokens, "mask": mask, "labels": pad(said, IGNORED), **self.pictures([i for i, _ in share])}
 
-    def exchange(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """What the encoder reads and the decoder says: one question of a conversation, and its answer."""
+    def exchange(self, index: int, rng: np.random.Generator) -> Sample:
+        """One question of a conversation, and its answer."""
         turns = self.train.conversation(index, rng)
         at = 2 * int(rng.integers(len(turns) // 2))
         question, answer = turns[at : at + 2]
-        mark = "" if "<image>" in question.text else "<image> "
-        turns = [Turn("user", mark + question.text), answer]
-        tokens, labels, _, *_ = encode_conversation(turns, self.processor, context=self.processor.context)
-        said = [label for label in labels if label != -100]
-        return [*tokens[: len(tokens) - len(said)], self.processor.end_token], said
+        marks = sum(turn.text.count(MARK) for turn in turns)
+        asked = Turn("user", with_images(question.text.replace(MARK, "").strip(), marks))
+        return encode_conversation([asked, answer], self.processor, context=self.processor.context)
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()

@@ -13,11 +13,11 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.base import Model
 from minivlm.checkpoint import load
-from minivlm.conversation import Sample, collate
+from minivlm.conversation import DESCRIBE, Sample, collate
 from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents
-from minivlm.datasets.talk import DESCRIBE, open_talk
+from minivlm.datasets.talk import open_talk
 from minivlm.errors import UserError
 from minivlm.evaluate.language import held_out_texts, perplexity, unigram_entropy
 from minivlm.layers.induction import give_induction_heads

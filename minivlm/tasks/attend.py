@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minivlm.datasets.talk import DESCRIBE
+from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
 from minivlm.layers.resnet import ResNet
 from minivlm.models.captioner import ImageCaptioningModel

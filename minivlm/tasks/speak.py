@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, Turn, encode_conversation, with_images
-from minivlm.datasets.talk import DESCRIBE
+from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.tasks.features import inference
@@ -25,9 +24,10 @@ MAX_NEW_TOKENS = 64  # unless the context has room for fewer
 Picture = Any  # a PIL image, a path, or an (H, W, 3) uint8 array
 
 
-def caption(image: Picture, model, processor, *, prompt: str = DESCRIBE, **options) -> str:
-    """What is in the picture. options: of `generation.Options`, such as temperature=0.7, top_p=0.9.
+def caption(image: Picture, model, processor, *, prompt: str | None = None, **options) -> str:
+    """What is in the picture. prompt: what the model is asked; None: as its kind is asked for a caption.
 
+    options: of `generation.Options`, such as temperature=0.7, top_p=0.9.
     UserError: a model that cannot speak or see, a picture that cannot be read, a prompt beyond the context, and options
     that make no sense. A captioner takes no prompt of your own.
     """
@@ -42,13 +42,20 @@ def answer(images: Picture | Sequence[Picture], question: str, model, processor,
 
 
 def caption_all(
-    pictures: Sequence[Sequence[Picture]], model, processor, *, prompt: str = DESCRIBE, batch_size: int = 64, **options
+    pictures: Sequence[Sequence[Picture]],
+    model,
+    processor,
+    *,
+    prompt: str | None = None,
+    batch_size: int = 64,
+    **options,
 ) -> list[str]:
     """`caption` for many: one string for each sample, which is a list of pictures."""
     if can_answer(model, processor):
-        return answer_all([(some, prompt) for some in pictures], model, processor, batch_size=batch_size, **options)
+        asked = TEMPLATES[processor.config.chat].describe if prompt is None else prompt
+        return answer_all([(some, asked) for some in pictures], model, processor, batch_size=batch_size, **options)
     check_speaker(model, processor)
-    if prompt != DESCRIBE:
+    if prompt is not None:
         raise UserError(f"{type(model).__name__} only describes pictures and reads no prompt: leave it out.")
     rows = []
     for i in range(0, len(pictures), batch_size):
@@ -99,7 +106,7 @@ def beginning(text: str, model, processor) -> list[int]:
 
 def question_tokens(question: str, images: int, processor) -> list[int]:
     """The prompt of one question; `images` marks are put in front of a question that has none."""
-    if not question.strip():
+    if not question.strip() and question != TEMPLATES[processor.config.chat].describe:
         raise UserError("the question is empty; say what you would like to know.")
     text = question if MARK in question else with_images(question, images)
     return encode_conversation([Turn("user", text)], processor, images=images, prompt=True).tokens
