@@ -92,8 +92,8 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 
 
 def document(seed: int, stream: str, index: int) -> str:
-    """One text: a lesson (35 %), a caption (10 %), a conversation (5 %), or a scene in words and a conversation about it
-    (50 %), which a model answers that finds in its context what is asked for.
+    """One text: a lesson (20 %), a caption (5 %), a conversation (5 %), or a scene in words and a conversation about it
+    (70 %), which a model answers that finds in its context what is asked for.
 
     The stream "held out" has scenes of its own, and in its lessons held-out words. Read them in order: scenes are drawn in
     blocks. Raises ValueError for an unknown stream.
@@ -101,13 +101,13 @@ def document(seed: int, stream: str, index: int) -> str:
     number = STREAMS.index(stream) << 40
     rng = np.random.Generator(np.random.Philox(key=seed + ((DOCUMENTS + number + index) << 64)))
     sort = rng.random()
-    if sort < 0.35:
+    if sort < 0.2:
         return lesson(rng, held_out=stream == "held out")
     scene = scene_block(seed, SCENES + number + index // BLOCK)[index % BLOCK]
-    if sort < 0.45:
+    if sort < 0.25:
         return describe(scene, rng) if rng.random() < 0.5 else canonical(scene)
     talk = conversation(scene, rng)
-    return talk if sort < 0.5 else f"{canonical(scene)}. {talk}"
+    return talk if sort < 0.3 else f"{canonical(scene)}. {talk}"
 
 
 def conversation(scene: Scene, rng: np.random.Generator) -> str:

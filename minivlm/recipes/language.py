@@ -165,7 +165,7 @@ LANGUAGE_RECIPES = {
         model=LanguageModelConfig(width=128, depth=4, heads=4, vocab_size=512, context=192, rope_theta=10_000.0),
         induction_heads=True,
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
-        steps=1200,
+        steps=1600,
         batch_size=64,
         save_every=400,
     ),
