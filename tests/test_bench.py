@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from minivlm.bench import clip, contest, llava, loss, main
+from minivlm.bench import clip, contest, llava, loss, main, speaking
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, VisionConfig
 from minivlm.losses import next_token_loss
@@ -90,18 +90,18 @@ class TestLLaVA:
         return str(tmp_path)
 
     def test_speaks_64_tokens_and_tells_how_long_they_took(self, directory):
-        model = llava.load_minivlm(directory, torch.float32)
-        speak = llava.decode_minivlm(directory, torch.float32, 2)
+        model = speaking.load_minivlm(directory, torch.float32)
+        speak = speaking.speak_minivlm(directory, torch.float32, 2, 256)
         start = time.perf_counter()
         spoken = speak()
         passed = time.perf_counter() - start
-        images, tokens = llava.inputs(2, 32)
+        images, tokens = llava.inputs(2, 32, 256)
         assert tokens.shape == (2, 288) and (tokens == llava.IMAGE_TOKEN).sum() == 2 * 256
         assert spoken["tokens"] == model.generate(images, tokens, max_new_tokens=64).tolist()
         assert 0.5 * passed < spoken["first"] + 63 * spoken["step"] < passed
 
     def test_learns_with_its_tower_frozen_from_the_words_alone(self, directory):
-        model = llava.load_minivlm(directory, torch.float32)
+        model = speaking.load_minivlm(directory, torch.float32)
         images, tokens, labels = llava.llava_inputs()
         assert (labels != -100).sum() == 8 * 64 and not (labels == llava.IMAGE_TOKEN).any()
         states = model.language_model.states(model.embed(images, tokens))
@@ -117,7 +117,7 @@ class TestLLaVA:
             "minivlm": dict(values=(turn(0.2, 0.01, said), turn(0.2, 0.01, said))),
             "transformers": dict(values=(turn(0.3, 0.02, said), turn(0.3, 0.02, [[2] * 4 + [1] * 60]))),
         }
-        llava.print_decoding(rows, 1)
+        speaking.print_speaking(rows, 1)
         out = capsys.readouterr().out
         assert "a token: minivlm takes 1/2.00" in out and "the first token: minivlm takes 1/1.50" in out
         assert "60 of 64 tokens are those of transformers" in out and "100.0" in out

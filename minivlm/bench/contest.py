@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,8 +46,12 @@ def compare(peers: dict[str, tuple[Callable, tuple]], rounds: int, seconds: floa
 
 
 def summary(times: tuple[float, ...], memories: tuple[float, ...], values: tuple) -> dict:
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, median, high = quartiles(times)
     return dict(low=low, median=median, high=high, memory=memories[-1], value=values[-1], values=values)
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(times, n=4)) if len(times) > 1 else tuple(times) * 3
 
 
 def serve(pipe, build: Callable, arguments: tuple) -> None:
@@ -56,7 +60,7 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
     try:
         step = build(*arguments)
     except ImportError as error:
-        pipe.send(f"not installed ({error.name})")
+        pipe.send(f"not installed ({error.name}); it takes part after pip install -r tests/requirements.txt")
         return
     forget_peak()
     base = memory("VmRSS")

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minivlm.bench.contest import compare, import_peer, precisions, print_ratios, training_step
+from minivlm.bench.contest import compare, precisions, print_ratios, training_step
+from minivlm.bench.speaking import (
+    IMAGE_TOKEN,
+    NEW_TOKENS,
+    VOCABULARY,
+    WORDS,
+    contestants,
+    inputs,
+    load_minivlm,
+    load_transformers,
+    print_speaking,
+    speak_minivlm,
+    speak_transformers,
+)
+from minivlm.layers import LanguageModelConfig, VisionConfig
+from minivlm.models.llava import LLaVA, LLaVAConfig
 
-IMAGE_TOKEN, IMAGE_TOKENS, NEW_TOKENS = 7999, 256, 64
+IMAGE_TOKENS = 256
 
 
 def save_model(directory: str) -> None:
     """A vision tower of 384 × 6, a language model of 512 × 12, untrained, in the published layout."""
-    from minivlm.layers import LanguageModelConfig, VisionConfig
-    from minivlm.models.llava import LLaVA, LLaVAConfig
+    vision, language = sizes()
+    model = LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN))
+    model.save_pretrained(directory, layout="hf")
 
+
+def sizes() -> tuple[VisionConfig, LanguageModelConfig]:
     vision = VisionConfig(image_size=224, patch_size=14, width=384, depth=6, heads=6, activation="quick_gelu")
     language = LanguageModelConfig(
         width=512,
         depth=12,
         heads=8,
         mlp_width=1376,
-        vocab_size=8000,
+        vocab_size=VOCABULARY,
         context=2048,
         rope_theta=1e4,
         positions="none",
@@ -38,85 +54,7 @@ def save_model(directory: str) -> None:
         out_bias=False,
         mlp_bias=False,
     )
-    model = LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN))
-    model.save_pretrained(directory, layout="hf")
-
-
-def inputs(B: int, words: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, 224, 224), and tokens (B, 256 + words): a word, the picture, more words."""
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, IMAGE_TOKEN, (B, words), generator=generator)
-    tokens = torch.cat([text[:, :1], torch.full((B, IMAGE_TOKENS), IMAGE_TOKEN), text[:, 1:]], dim=1)
-    return torch.randn(B, 3, 224, 224, generator=generator), tokens
-
-
-def load_minivlm(directory: str, dtype: torch.dtype) -> nn.Module:
-    from minivlm import checkpoint
-
-    return checkpoint.load(directory, dtype=dtype)[0]
-
-
-def load_transformers(directory: str, dtype: torch.dtype, attention: str) -> nn.Module:
-    import_peer("transformers")
-    from transformers import LlavaForConditionalGeneration
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    return LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
-
-
-def contestants(minivlm: Callable, transformers: Callable, precision: str, *arguments) -> dict[str, tuple]:
-    """transformers' attention: sdpa is the better one in fp32 on a CPU; in bf16 it depends, so both take part."""
-    peers = {"minivlm": (minivlm, arguments), "transformers": (transformers, (*arguments, "sdpa"))}
-    if precision == "bf16":
-        peers["transformers, eager"] = (transformers, (*arguments, "eager"))
-    return peers
-
-
-# ---- speaking --------------------------------------------------------------------------------------------------------
-
-
-def decode_minivlm(directory: str, dtype: torch.dtype, B: int) -> Callable[[], dict]:
-    model = load_minivlm(directory, dtype)
-    images, tokens = inputs(B, 32)
-
-    def speak() -> dict:
-        times, said = [time.perf_counter()], []
-        for token in model.stream(images.to(dtype), tokens, max_new_tokens=NEW_TOKENS, end_tokens=()):
-            times.append(time.perf_counter())
-            said.append(token)
-        return spoken(times, torch.stack(said, dim=1))
-
-    return speak
-
-
-def decode_transformers(directory: str, dtype: torch.dtype, B: int, attention: str) -> Callable[[], dict]:
-    model = load_transformers(directory, dtype, attention).eval()
-    images, tokens = inputs(B, 32)
-    times: list[float] = []
-    model.lm_head.register_forward_hook(lambda *_: times.append(time.perf_counter()))
-    length = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-
-    def speak() -> dict:
-        times[:] = [time.perf_counter()]
-        mask = torch.ones_like(tokens)
-        y = model.generate(
-            input_ids=tokens,
-            pixel_values=images.to(dtype),
-            attention_mask=mask,
-            do_sample=False,
-            pad_token_id=0,
-            **length,
-        )
-        return spoken(times, y[:, -NEW_TOKENS:])
-
-    return speak
-
-
-def spoken(times: list[float], tokens: Tensor) -> dict:
-    """Seconds to the first token, then for each further one; and what was said."""
-    return dict(first=times[1] - times[0], step=(times[-1] - times[1]) / (len(times) - 2), tokens=tokens.tolist())
+    return vision, language
 
 
 def bench_decode(options: argparse.Namespace) -> None:
@@ -125,27 +63,11 @@ def bench_decode(options: argparse.Namespace) -> None:
         for precision, dtype in precisions(options.precision):
             for B in (options.batch,) if options.batch else (1, 8):
                 print(
-                    f"\nLLaVA speaks: a picture of {IMAGE_TOKENS} tokens, 32 of text, {NEW_TOKENS} new ones, greedy, "
+                    f"\nLLaVA speaks: a picture of {IMAGE_TOKENS} tokens, {WORDS} of text, {NEW_TOKENS} new ones, greedy, "
                     f"batch {B}, {precision}, {torch.get_num_threads()} threads"
                 )
-                peers = contestants(decode_minivlm, decode_transformers, precision, directory, dtype, B)
-                print_decoding(compare(peers, options.rounds, 0.0), B)
-
-
-def print_decoding(rows: dict[str, dict], B: int) -> None:
-    print(f"{'':20} tokens/s   ms/token   ms to the first token")
-    first, step = {}, {}
-    for name, row in rows.items():
-        first[name] = statistics.median(value["first"] for value in row["values"])
-        step[name] = statistics.median(value["step"] for value in row["values"])
-        print(f"{name:20} {B / step[name]:8.1f}   {step[name] * 1e3:8.2f}   {first[name] * 1e3:21.0f}")
-    print_ratios(step, "a token")
-    print_ratios(first, "the first token")
-    ours = rows["minivlm"]["values"][-1]["tokens"]
-    for name in rows.keys() - {"minivlm"}:
-        theirs = rows[name]["values"][-1]["tokens"]
-        same = sum(a == b for mine, its in zip(ours, theirs, strict=True) for a, b in zip(mine, its, strict=True))
-        print(f"{same} of {B * NEW_TOKENS} tokens are those of {name}")
+                peers = contestants(speak_minivlm, speak_transformers, precision, directory, dtype, B, IMAGE_TOKENS)
+                print_speaking(compare(peers, options.rounds, 0.0), B)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -153,7 +75,7 @@ def print_decoding(rows: dict[str, dict], B: int) -> None:
 
 def llava_inputs(B: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures, tokens, and labels on the words alone."""
-    images, tokens = inputs(B, 64)
+    images, tokens = inputs(B, 64, IMAGE_TOKENS)
     return images, tokens, tokens.masked_fill(tokens == IMAGE_TOKEN, -100)
 
 

@@ -42,6 +42,10 @@ class Pairs:
         picks = rng.random(len(choices))  # one draw an image, however many captions it has
         return [known[int(pick * len(known))] for known, pick in zip(choices, picks, strict=True)]
 
+    def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
+        """The first of `all_captions` with a single thing changed that makes it false; None where the data cannot tell."""
+        return None
+
     def texts(self) -> Iterator[str]:
         """Every caption of the split once, in order: what a tokeniser is trained on."""
         seen = (caption for i in range(len(self)) for caption in self.all_captions(i))

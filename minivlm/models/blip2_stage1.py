@@ -124,15 +124,26 @@ class BLIP2Stage1(QueryingModel):
     # ---- its three losses ----------------------------------------------------------------------------------------------
 
     def losses(
-        self, tokens: Tensor, mask: Tensor | None = None, images: Tensor | None = None, features: Tensor | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        false: Tensor | None = None,
+        false_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What training adds up. Text i belongs to picture i. Under torchrun the others are those of all processes."""
+        """What training adds up. Text i belongs to picture i. Under torchrun the others are those of all processes.
+
+        false, false_mask (B, F): texts that are nearly right, to be told from the right ones; all masked: there is none.
+        """
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         features = self.look(images) if features is None else features
         seen = self.query(None, features)
         image_vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
         contrast, to_texts, to_images = self.contrast(image_vectors, self.encode_text(tokens, mask))
-        losses = {"contrast": contrast, "matching": self.matching(features, tokens, mask, to_texts, to_images)}
+        nearly = None if false is None else (false, false_mask)
+        matching = self.matching(features, tokens, mask, to_texts, to_images, nearly)
+        losses = {"contrast": contrast, "matching": matching}
         if self.text_head is not None:
             labels = tokens.masked_fill(~mask, -100)
             hidden = self.text_head(self.qformer.tell(self.to_be_said(tokens), mask, after=seen).text)
@@ -147,25 +158,38 @@ class BLIP2Stage1(QueryingModel):
         loss = (F.cross_entropy(to_texts, own) + F.cross_entropy(to_images, own)) / 2
         return loss, to_texts.detach(), to_images.detach()
 
-    def matching(self, features: Tensor, tokens: Tensor, mask: Tensor, to_texts: Tensor, to_images: Tensor) -> Tensor:
+    def matching(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        to_texts: Tensor,
+        to_images: Tensor,
+        false: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Yes to every pair; no to every picture with a wrong text, and every text with a wrong picture, that look alike.
 
         §3.1, ITM, with the hard negatives of Li et al. 2021 (ALBEF), §3.2. A row without any other text counts less.
+        false: tokens and mask (B, F) of wrong texts that take the place of those found in the batch, where there are some
+        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word).
         """
-        (B, T), all_features = tokens.shape, gather(features)
+        B, all_features = len(tokens), gather(features)
         all_tokens, all_mask = gather_texts(tokens, mask)
         same = same_texts(tokens, mask, all_tokens, all_mask)  # (B, W·B); true negatives are elsewhere
         other_text, found = hard_negatives(to_texts, same)
-        other_image, _ = hard_negatives(to_images, same)
-        tokens = F.pad(tokens, (0, all_tokens.shape[1] - T), value=self.config.pad_token)
-        mask = F.pad(mask, (0, all_mask.shape[1] - T))
+        other_image, found_image = hard_negatives(to_images, same)
+        wrong = all_tokens[other_text], all_mask[other_text]
+        if false is not None:
+            given = false[1].any(dim=1)
+            found = found | given
+            wrong = [torch.where(given[:, None], a, b) for a, b in zip(*widen(false, wrong), strict=True)]
+        texts, masks = zip(*widen((tokens, mask), wrong), strict=True)
 
         pictures = torch.cat([features, features, all_features[other_image]])
-        texts = torch.cat([tokens, all_tokens[other_text], tokens])
-        masks = torch.cat([mask, all_mask[other_text], mask])
+        texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
         logits = self.match(None, texts, masks, features=pictures)  # (3B, 2)
         truth = (torch.arange(3 * B, device=logits.device) < B).long()
-        counts = torch.cat([torch.ones_like(found), found, found]).float()
+        counts = torch.cat([torch.ones_like(found), found, found_image]).float()
         return (F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum() / counts.sum()
 
     def to_be_said(self, tokens: Tensor) -> Tensor:
@@ -247,6 +271,12 @@ def same_texts(tokens: Tensor, mask: Tensor, all_tokens: Tensor, all_mask: Tenso
     """(B, T), (C, T') with T' ≥ T → (B, C): True where two texts are the same words. A text is always the same as itself."""
     tokens = F.pad(tokens.masked_fill(~mask, -1), (0, all_tokens.shape[1] - tokens.shape[1]), value=-1)
     return (tokens[:, None] == all_tokens.masked_fill(~all_mask, -1)).all(dim=-1)
+
+
+def widen(*texts: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and masks (·, T) of several batches → the same, padded to the longest of them."""
+    T = max(tokens.shape[1] for tokens, _ in texts)
+    return [(F.pad(tokens, (0, T - tokens.shape[1])), F.pad(mask, (0, T - mask.shape[1]))) for tokens, mask in texts]
 
 
 def gather_texts(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,7 @@ class BLIP2Stage1Recipe(Recipe):
     qformer: QFormerConfig = QUERIES  # its vocab_size and context_width follow from the tokeniser and the tower
     bert_from: str | None = None  # published BERT weights to start the Q-Former from; its tokeniser comes along
     embed_width: int = 128
+    false_captions: float = 0.5  # share of the samples that come with a nearly right caption, where the data have some
     directory: str = "data/shapes"
 
     def needs(self) -> dict[str, str]:
@@ -136,13 +137,23 @@ class Stage1(Work):
         self.features = look_once(self.model, self.processor, self.n, self.train.images, device, precision)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """tokens and mask (B/W, T), and images or their features, of process `rank` of W."""
+        """tokens and mask (B/W, T), false ones, and images or their features, of process `rank` of W."""
         indices, rngs = zip(*self.share(step, rank, world), strict=True)
-        captions = [self.train.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
+        captions, false = zip(*(self.captions(i, rng) for i, rng in zip(indices, rngs, strict=True)), strict=True)
         tokens, mask = self.processor.text(captions, cut=True)
+        batch = {"tokens": tokens, "mask": mask}
+        if any(false):
+            batch["false"], false_mask = self.processor.text([text or "" for text in false], cut=True)
+            batch["false_mask"] = false_mask & torch.tensor([text is not None for text in false])[:, None]
         if self.features is not None:
-            return {"tokens": tokens, "mask": mask, "features": self.features[torch.tensor(indices)]}
-        return {"tokens": tokens, "mask": mask, "images": self.processor.images(list(self.train.images(indices)))}
+            return {**batch, "features": self.features[torch.tensor(indices)]}
+        return {**batch, "images": self.processor.images(list(self.train.images(indices)))}
+
+    def captions(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
+        """A caption, and a nearly right one or none. The two are of one style, so that the style tells nothing."""
+        if rng.random() < self.recipe.false_captions and (false := self.train.false_caption(index, rng)) is not None:
+            return self.train.all_captions(index)[0], false
+        return self.train.captions([index], rng)[0], None
 
     def ids(self, step: int) -> list[str]:
         return [self.train.key(i) for i in self.indices(step)]
