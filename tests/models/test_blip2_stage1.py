@@ -99,6 +99,20 @@ class TestLosses:
         expected = F.cross_entropy(logits, (rows == columns).long())
         assert_same(model.losses(TOKENS[:2], MASK[:2], features=features)["matching"], expected)
 
+    def test_nearly_right_texts_take_the_place_of_those_found_in_the_batch(self):
+        """Row 0 has one (longer than all others), row 1 has none; a single pair has no other text at all."""
+        model, images = stage1(), pictures(2)
+        false = torch.tensor([[1, 30, 31, 32, 33, 2], [1, 2, 0, 0, 0, 0]])
+        false_mask = torch.tensor([[True] * 6, [False] * 6])
+        loss = model.losses(TOKENS[:2], MASK[:2], images, false=false, false_mask=false_mask)["matching"]
+        pairs = [(0, TOKENS[0], 1), (1, TOKENS[1], 1), (0, false[0], 0), (1, TOKENS[0], 0)]  # picture, text, right?
+        pairs += [(1, TOKENS[0], 0), (0, TOKENS[1], 0)]  # each text with the other picture
+        logits = torch.cat([model.match(images[i : i + 1], t[None], (t != 0)[None]) for i, t, _ in pairs])
+        assert_same(loss, F.cross_entropy(logits, torch.tensor([right for _, _, right in pairs])))
+
+        alone = model.losses(TOKENS[:1], MASK[:1], images[:1], false=false[:1], false_mask=false_mask[:1])["matching"]
+        assert_same(alone, F.cross_entropy(logits[[0, 2]], torch.tensor([1, 0])))
+
     def test_one_pair_has_no_negatives(self):
         model, images = stage1(), pictures(1)
         losses = model.losses(TOKENS[:1], MASK[:1], images)

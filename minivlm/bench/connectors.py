@@ -1,0 +1,189 @@
+"""What stands between the eyes and the language model: what each kind costs, and, once trained, what it is worth.
+
+    vision tower, the same ─→ connector ─→ image tokens ─→ language model, the same
+
+A connector gives many tokens (linear, MLP: one for each patch) or few (Q-Former: one for each query). Every token costs
+when a picture is read and when the language model is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from minivlm import checkpoint
+from minivlm.bench import llava
+from minivlm.bench.contest import compare, precisions, training_step
+from minivlm.bench.speaking import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
+from minivlm.errors import UserError
+from minivlm.layers import T5, QFormerConfig
+from minivlm.metrics import Score
+from minivlm.models.blip2 import BLIP2, BLIP2Config
+from minivlm.models.llava import LLaVA, LLaVAConfig
+from minivlm.models.speaking import SpeakingModel
+
+SAMPLES = 8  # of a training step
+
+# ---- the rows: a name, a function, and what it is called with, which gives a model -----------------------------------
+
+
+def projected(kind: str) -> LLaVA:
+    vision, language = llava.sizes()
+    return LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN, projector=kind))
+
+
+def queried(queries: int) -> BLIP2:
+    vision, language = llava.sizes()
+    qformer = QFormerConfig(queries=queries, width=384, depth=6, heads=6, context_width=vision.width)
+    seen = dict(vision_layers=(-2,), class_token=False, vision_norm=False)  # as a LLaVA
+    return BLIP2(BLIP2Config(vision=vision, qformer=qformer, language=language, image_token=IMAGE_TOKEN, **seen))
+
+
+def trained(directory: str) -> SpeakingModel:
+    return checkpoint.load(directory)[0].float()
+
+
+CONNECTORS: dict[str, tuple[Callable, tuple]] = {
+    "linear": (projected, ("linear",)),
+    "MLP": (projected, ("mlp",)),
+    "Q-Former, 8 queries": (queried, (8,)),
+    "Q-Former, 16 queries": (queried, (16,)),
+}
+
+# ---- what they are shown ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a row that is not timed: what it has, and what it can do."""
+
+    image_tokens: int
+    parameters: int  # of the connector
+    room: int  # tokens of text that its language model can have beside the picture
+    parts: tuple  # configs of its tower and of its language model
+    accuracy: Score | None = None
+
+    @classmethod
+    def of(cls, model: SpeakingModel, accuracy: Score | None = None) -> Sizes:
+        c = model.config
+        around = ("vision.", "language_model.")
+        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(around))
+        parts = (c.vision, replace(c.language, vocab_size=1))
+        return cls(c.image_tokens, parameters, c.language.context - c.image_tokens, parts, accuracy)
+
+
+def prompt(model: SpeakingModel, B: int, words: int) -> tuple[Tensor, Tensor]:
+    """Pictures (B, [views,] 3, H, W), and tokens (B, T): the places of the picture, if it has any, and words."""
+    c, generator = model.config, torch.Generator().manual_seed(0)
+    views, side = getattr(c, "views", 1), c.vision.image_size
+    images = torch.randn(B, *([views] if views > 1 else []), 3, side, side, generator=generator)
+    text = torch.randint(3, c.language.vocab_size - 1, (B, words), generator=generator)
+    if c.image_token is None:
+        return images, text
+    text[text == c.image_token] = c.language.vocab_size - 1
+    return images, torch.cat([torch.full((B, c.image_tokens), c.image_token), text], dim=1)
+
+
+def train(build: Callable, arguments: tuple, precision: str, B: int, words: int) -> Callable[[], float]:
+    """A step in which all but the vision tower is trained; what that saw of the pictures is given."""
+    model = build(*arguments)
+    model.freeze("vision")
+    images, tokens = prompt(model, B, words)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        features = model.look(images)
+    labels = tokens.masked_fill(tokens == model.config.image_token, -100) if model.config.image_token else tokens
+    if isinstance(model.language_model, T5):
+        labels = tokens[:, -words:]
+    return training_step(model, lambda: model.losses(tokens, labels, features=features)["next token"], precision)
+
+
+def speak(build: Callable, arguments: tuple, dtype: torch.dtype, words: int, new_tokens: int) -> Callable[[], dict]:
+    model = build(*arguments).to(dtype).eval()
+    images, tokens = prompt(model, 1, words)
+    return speaker(model, images.to(dtype), tokens, new_tokens)
+
+
+# ---- trained models --------------------------------------------------------------------------------------------------
+
+
+def examine(directory: str, data: str) -> Sizes:
+    """A trained model's sizes, and how many of the held-out questions it answers rightly.
+
+    UserError: a model that does not converse about pictures, and data without questions.
+    """
+    from minivlm.datasets.talk import open_talk
+    from minivlm.evaluate import ask
+    from minivlm.metrics import vqa_accuracy
+    from minivlm.tasks.speak import check_answerer
+
+    model, processor = checkpoint.load(directory)
+    if not isinstance(model, SpeakingModel):
+        raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector: take a LLaVA or a BLIP-2.")
+    check_answerer(model, processor, images=1)
+    talk = open_talk(data, "test", image_size=processor.image_size)
+    if not (questions := talk.questions()):
+        raise UserError(f"{data} holds no questions to judge by; give --data with a folder that has some.")
+    return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, talk, questions))["accuracy"])
+
+
+def warn(rows: dict[str, Sizes]) -> None:
+    """Tell where it is not the connectors alone that differ."""
+    (first, known), *others = rows.items()
+    for name, row in others:
+        unlike = [what for what, a, b in zip(("tower", "language model"), known.parts, row.parts, strict=True) if a != b]
+        if unlike:
+            print(f"note: {name} has another {' and another '.join(unlike)} than {first}, and their rows differ by that too")
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def bench_connectors(options: argparse.Namespace) -> None:
+    if options.models:
+        builders = {directory: (trained, (directory,)) for directory in options.models}
+        rows = {directory: examine(directory, options.data) for directory in builders}
+    else:
+        builders = CONNECTORS
+        rows = {name: Sizes.of(build(*arguments)) for name, (build, arguments) in builders.items()}
+    warn(rows)
+    words, new_tokens = lengths([row.room for row in rows.values()])
+    B = options.batch or SAMPLES
+    for precision, dtype in precisions(options.precision):
+        print(
+            f"\nconnectors, {words} tokens of text; training: {B} samples a step, all but the vision tower learns, whose "
+            f"features are given; speaking: batch 1, {new_tokens} tokens; {precision}, {torch.get_num_threads()} threads"
+        )
+        steps = compare({n: (train, (*b, precision, B, words)) for n, b in builders.items()}, options.rounds)
+        turns = compare({n: (speak, (*b, dtype, words, new_tokens)) for n, b in builders.items()}, options.rounds, 0.0)
+        print_connectors(rows, steps, turns, B)
+
+
+def lengths(rooms: Sequence[int]) -> tuple[int, int]:
+    """Tokens of the question and of the answer: as many as all models have room for. UserError: none at all."""
+    room = min(rooms)
+    words, new_tokens = min(WORDS, room // 3), min(NEW_TOKENS, room - room // 3)
+    if words < 1 or new_tokens < 3:
+        raise UserError(f"a language model has room for {room} tokens beside a picture, too few to measure with.")
+    return words, new_tokens
+
+
+def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], turns_: dict[str, dict], B: int) -> None:
+    """steps, turns: what `compare` tells of `train` and of `speak`."""
+    width = max(map(len, rows))
+    judged = any(row.accuracy for row in rows.values())
+    print(
+        f"{'':{width}}  image tokens  parameters  training           speaking             first token  peak memory of the two"
+        + ("  accuracy (chance)" if judged else "")
+    )
+    for name, row in rows.items():
+        line = f"{name:{width}}  {row.image_tokens:12}  {row.parameters / 1e6:8.2f} M"
+        line += f"  {B / steps[name]['median']:7.1f} samples/s  {1 / turns(turns_[name], 'step')[1]:8.1f} tokens/s"
+        line += f"  {turns(turns_[name], 'first')[1] * 1e3:11.0f} ms"
+        line += f"  {steps[name]['memory'] / 2**20:6.0f} MB  {turns_[name]['memory'] / 2**20:6.0f} MB"
+        if row.accuracy is not None:
+            line += f"  {row.accuracy.text(row.accuracy.value)} ({row.accuracy.text(row.accuracy.chance).strip()})"
+        print(line)
