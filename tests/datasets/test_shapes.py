@@ -14,10 +14,11 @@ from PIL import Image
 
 from minivlm.datasets import open_pairs
 from minivlm.datasets import shapes as module
+from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import SPLITS, ShapesWorld, make_shapes, split_scenes
 from minivlm.datasets.shapes_render import render
 from minivlm.datasets.shapes_scenes import CLASSES, SEEN, UNSEEN
-from minivlm.datasets.shapes_text import canonical
+from minivlm.datasets.shapes_text import canonical, parse
 from minivlm.errors import UserError
 
 SMALL = {"train": 600, "image_size": 32, "progress": False}
@@ -228,3 +229,17 @@ def test_the_command_line_works_from_anywhere(tmp_path):
 
 def test_every_split_has_draws_of_its_own():
     assert len({split.stream for split in SPLITS.values()}) == len(SPLITS)
+
+
+def test_a_false_caption_is_the_canonical_one_with_one_thing_changed(world):
+    split = ShapesWorld(world, "train")
+    for index in range(50):
+        false = split.false_caption(index, np.random.default_rng(index))
+        said, true = parse(false), parse(split.all_captions(index)[0])
+        assert len(said) == len(true)
+        assert not all(any(thing[:4] == there[:4] for there in split.scenes[index].objects) for thing in said)
+        assert false == split.false_caption(index, np.random.default_rng(index))  # `rng` alone decides
+
+
+def test_other_data_know_no_false_captions():
+    assert Pairs().false_caption(0, np.random.default_rng(0)) is None
