@@ -2,11 +2,12 @@
 
 import argparse
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minivlm.bench import clip, contest, llava, loss, main, speaking
+from minivlm.bench import blip2, clip, contest, llava, loss, main, speaking
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, VisionConfig
 from minivlm.losses import next_token_loss
@@ -121,3 +122,20 @@ class TestLLaVA:
         out = capsys.readouterr().out
         assert "a token: minivlm takes 1/2.00" in out and "the first token: minivlm takes 1/1.50" in out
         assert "60 of 64 tokens are those of transformers" in out and "100.0" in out
+
+
+@pytest.mark.parametrize("lm", blip2.LANGUAGE_MODELS)
+def test_a_blip2_speaks_the_same_in_transformers_and_here(lm, tmp_path):
+    pytest.importorskip("transformers")
+    language = replace(blip2.LANGUAGE_MODELS[lm](), width=64, depth=2, mlp_width=24)
+    blip2.save_model(str(tmp_path), language)
+    options = (str(tmp_path), torch.float32, 1, blip2.QUERIES)
+    ours, theirs = speaking.speak_minivlm(*options)(), speaking.speak_transformers(*options, "sdpa")()
+    assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == 64
+    assert theirs["first"] > 0 and theirs["step"] > 0
+
+
+def test_who_misses_transformers_is_told_how_to_get_it(capsys):
+    assert contest.compare({"transformers": (absent, ())}, 1) == {}
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("transformers") and line.endswith("pip install -r tests/requirements.txt")

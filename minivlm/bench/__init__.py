@@ -1,4 +1,5 @@
-"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava`.
+"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava | blip2`; and
+beside each other, what different connectors cost and are worth: `python -m minivlm.bench connectors [--models …]`.
 
 Every contestant lives in a process of its own (so that its memory can be told apart) and they take turns, round after
 round, so that a machine that slows down slows all of them. What counts is the ratio within one run.
@@ -9,12 +10,22 @@ from __future__ import annotations
 
 import argparse
 
+from minivlm.bench.blip2 import LANGUAGE_MODELS, bench_blip2
 from minivlm.bench.clip import SIZES, bench_clip, bench_load
+from minivlm.bench.connectors import bench_connectors
 from minivlm.bench.llava import bench_decode, bench_llava
 from minivlm.bench.loss import bench_loss
 from minivlm.errors import UserError
 
-BENCHES = {"clip": bench_clip, "loss": bench_loss, "load": bench_load, "decode": bench_decode, "llava": bench_llava}
+BENCHES = {
+    "clip": bench_clip,
+    "loss": bench_loss,
+    "load": bench_load,
+    "decode": bench_decode,
+    "llava": bench_llava,
+    "blip2": bench_blip2,
+    "connectors": bench_connectors,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -22,9 +33,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--size", choices=SIZES, default="64px", help="clip: which model")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "both"), default="both", help="clip, decode, llava: which arithmetic"
+        "--precision", choices=("fp32", "bf16", "both"), default="both", help="all but loss and load: which arithmetic"
     )
-    parser.add_argument("--batch", type=int, help="loss: how many pairs (8192); decode: how many rows (1 and 8)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="loss: how many pairs (8192); decode: how many rows (1 and 8); blip2: likewise (1); "
+        "connectors: samples of a training step (8)",
+    )
+    parser.add_argument("--lm", choices=LANGUAGE_MODELS, default="opt", help="blip2: its language model (opt)")
+    parser.add_argument("--models", nargs="+", help="connectors: trained models, in place of untrained connectors")
+    parser.add_argument("--data", default="data/shapes", help="connectors: what judges --models (data/shapes)")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)
     for name in ("rounds", "batch"):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minivlm import checkpoint
 from minivlm.bench import llava
@@ -72,8 +72,8 @@ class Sizes:
         c = model.config
         around = ("vision.", "language_model.")
         parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(around))
-        parts = (c.vision, replace(c.language, vocab_size=1))
-        return cls(c.image_tokens, parameters, c.language.context - c.image_tokens, parts, accuracy)
+        room = c.language.context - c.image_tokens
+        return cls(c.image_tokens, parameters, room, (c.vision, c.language), accuracy)
 
 
 def prompt(model: SpeakingModel, B: int, words: int) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,10 @@ def train(build: Callable, arguments: tuple, precision: str, B: int, words: int)
     images, tokens = prompt(model, B, words)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         features = model.look(images)
-    labels = tokens.masked_fill(tokens == model.config.image_token, -100) if model.config.image_token else tokens
+    labels = tokens.clone()
+    labels[:, :-words] = -100  # the picture's places
     if isinstance(model.language_model, T5):
-        labels = tokens[:, -words:]
+        labels = labels[:, -words:]
     return training_step(model, lambda: model.losses(tokens, labels, features=features)["next token"], precision)
 
 
@@ -122,7 +123,7 @@ def examine(directory: str, data: str) -> Sizes:
 
     model, processor = checkpoint.load(directory)
     if not isinstance(model, SpeakingModel):
-        raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector: take a LLaVA or a BLIP-2.")
+        raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector; take a LLaVA or BLIP-2.")
     check_answerer(model, processor, images=1)
     talk = open_talk(data, "test", image_size=processor.image_size)
     if not (questions := talk.questions()):
@@ -130,13 +131,17 @@ def examine(directory: str, data: str) -> Sizes:
     return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, talk, questions))["accuracy"])
 
 
-def warn(rows: dict[str, Sizes]) -> None:
+def tell_what_else_differs(rows: dict[str, Sizes]) -> None:
     """Tell where it is not the connectors alone that differ."""
     (first, known), *others = rows.items()
     for name, row in others:
-        unlike = [what for what, a, b in zip(("tower", "language model"), known.parts, row.parts, strict=True) if a != b]
+        unlike = [
+            what for what, a, b in zip(("tower", "language model"), known.parts, row.parts, strict=True) if a != b
+        ]
         if unlike:
-            print(f"note: {name} has another {' and another '.join(unlike)} than {first}, and their rows differ by that too")
+            print(
+                f"note: {name} and {first} differ in their {' and '.join(unlike)} as well, not in the connector alone"
+            )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -149,41 +154,54 @@ def bench_connectors(options: argparse.Namespace) -> None:
     else:
         builders = CONNECTORS
         rows = {name: Sizes.of(build(*arguments)) for name, (build, arguments) in builders.items()}
-    warn(rows)
+    tell_what_else_differs(rows)
     words, new_tokens = lengths([row.room for row in rows.values()])
     B = options.batch or SAMPLES
     for precision, dtype in precisions(options.precision):
         print(
-            f"\nconnectors, {words} tokens of text; training: {B} samples a step, all but the vision tower learns, whose "
-            f"features are given; speaking: batch 1, {new_tokens} tokens; {precision}, {torch.get_num_threads()} threads"
+            f"\nconnectors, {words} tokens of text, {precision}, {torch.get_num_threads()} threads. A training step has "
+            f"{B} samples; all but the vision tower learns, whose features are given.\n{new_tokens} tokens are said, greedily, "
+            "batch 1. Memory: at its peak, beyond that of the weights."
         )
-        steps = compare({n: (train, (*b, precision, B, words)) for n, b in builders.items()}, options.rounds)
-        turns = compare({n: (speak, (*b, dtype, words, new_tokens)) for n, b in builders.items()}, options.rounds, 0.0)
-        print_connectors(rows, steps, turns, B)
+        steps = compare({name: (train, (*b, precision, B, words)) for name, b in builders.items()}, options.rounds)
+        speakers = {name: (speak, (*b, dtype, words, new_tokens)) for name, b in builders.items()}
+        print_connectors(rows, steps, compare(speakers, options.rounds, 0.0), B)
 
 
 def lengths(rooms: Sequence[int]) -> tuple[int, int]:
-    """Tokens of the question and of the answer: as many as all models have room for. UserError: none at all."""
+    """Tokens of the question and of the answer: as many as every model has room for. UserError: hardly any."""
     room = min(rooms)
-    words, new_tokens = min(WORDS, room // 3), min(NEW_TOKENS, room - room // 3)
+    words = min(WORDS, room // 3)
+    new_tokens = min(NEW_TOKENS, room - words)
     if words < 1 or new_tokens < 3:
-        raise UserError(f"a language model has room for {room} tokens beside a picture, too few to measure with.")
+        raise UserError(
+            f"a language model has room for {room} tokens beside a picture, which is too few to measure with."
+        )
     return words, new_tokens
 
 
-def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], turns_: dict[str, dict], B: int) -> None:
-    """steps, turns: what `compare` tells of `train` and of `speak`."""
-    width = max(map(len, rows))
+HEADER = ("", "image tokens", "parameters", "training", "speaking", "first token", "MB training", "MB speaking")
+
+
+def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], spoken: dict[str, dict], B: int) -> None:
+    """steps, spoken: what `compare` tells of `train` and of `speak`, by row."""
     judged = any(row.accuracy for row in rows.values())
-    print(
-        f"{'':{width}}  image tokens  parameters  training           speaking             first token  peak memory of the two"
-        + ("  accuracy (chance)" if judged else "")
-    )
+    lines = [[*HEADER, "accuracy", "chance"] if judged else [*HEADER]]
     for name, row in rows.items():
-        line = f"{name:{width}}  {row.image_tokens:12}  {row.parameters / 1e6:8.2f} M"
-        line += f"  {B / steps[name]['median']:7.1f} samples/s  {1 / turns(turns_[name], 'step')[1]:8.1f} tokens/s"
-        line += f"  {turns(turns_[name], 'first')[1] * 1e3:11.0f} ms"
-        line += f"  {steps[name]['memory'] / 2**20:6.0f} MB  {turns_[name]['memory'] / 2**20:6.0f} MB"
+        lines.append(
+            [
+                name,
+                f"{row.image_tokens}",
+                f"{row.parameters:,}",
+                f"{B / steps[name]['median']:.1f} samples/s",
+                f"{1 / turns(spoken[name], 'step')[1]:.1f} tokens/s",
+                f"{1e3 * turns(spoken[name], 'first')[1]:.1f} ms",
+                f"{steps[name]['memory'] / 2**20:.0f}",
+                f"{spoken[name]['memory'] / 2**20:.0f}",
+            ]
+        )
         if row.accuracy is not None:
-            line += f"  {row.accuracy.text(row.accuracy.value)} ({row.accuracy.text(row.accuracy.chance).strip()})"
-        print(line)
+            lines[-1] += [row.accuracy.text(row.accuracy.value), row.accuracy.text(row.accuracy.chance)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        print(f"{first:{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths[1:], strict=True)), sep="  ")

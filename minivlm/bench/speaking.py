@@ -1,4 +1,4 @@
-"""How fast a model with eyes speaks in minivlm and in transformers, with the same weights, and whether it says the same."""
+"""How fast a model with eyes speaks, in minivlm and in transformers with the same weights, and whether it says the same."""
 
 from __future__ import annotations
 

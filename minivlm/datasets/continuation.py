@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minivlm.conversation import IGNORED
-from minivlm.datasets.shapes_episodes import END
+from minivlm.conversation import IGNORED, Turn
+from minivlm.datasets.shapes_episodes import words as words_of
 from minivlm.processor import Processor
 
 ASKS = ("?", ":")  # what a word ends with that is followed by an answer
 BEFORE_ANSWERS = 0.5  # share of the texts with answers that are cut before one; the others are cut anywhere
 
 
-def split(text: str, rng: np.random.Generator) -> tuple[str, str]:
-    """The beginning and the rest, cut between two words; of a single word, nothing and the word.
-
-    The rest of a conversation is what is said until it is the other's turn.
-    """
-    words = text.split()
+def split(document: str | list[Turn], rng: np.random.Generator) -> tuple[str, str]:
+    """The beginning and the rest, cut between two words; of a single word, nothing and the word. Of a conversation, all up
+    to one of its answers, and that answer."""
+    if not isinstance(document, str):
+        at = 1 + 2 * int(rng.integers(len(document) // 2))
+        return words_of(document[:at]), document[at].text
+    words = document.split()
     places = range(1, len(words))
     answers = [i for i in places if words[i - 1].endswith(ASKS)]
     if answers and rng.random() < BEFORE_ANSWERS:
         places = answers
     at = places[rng.integers(len(places))] if places else 0
-    return " ".join(words[:at]), " ".join(words[at:]).partition(END)[0]
+    return " ".join(words[:at]), " ".join(words[at:])
 
 
 def collate_pairs(pairs: Sequence[tuple[str, str]], processor: Processor) -> dict[str, Tensor]:

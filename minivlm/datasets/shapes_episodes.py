@@ -20,14 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivlm.conversation import DESCRIBE
+from minivlm.conversation import DESCRIBE, Turn
 from minivlm.datasets.shapes_facts import SEEN_PAIRS
 from minivlm.datasets.shapes_questions import ask
 from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, Scene, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
 
 STREAMS = ("train", "held out")
-END = "<end>"  # as our tokenisers write the token that ends a text, and in a conversation every answer
 DOCUMENTS, SCENES = 1 << 48, 1 << 49  # far from the streams of draws that the splits use
 BLOCK = 256  # scenes drawn at once
 
@@ -91,9 +90,9 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def document(seed: int, stream: str, index: int) -> str:
-    """One text: a lesson (20 %), a caption (5 %), a conversation (5 %), or a scene in words and a conversation about it
-    (70 %), which a model answers that finds in its context what is asked for.
+def document(seed: int, stream: str, index: int) -> str | list[Turn]:
+    """A lesson (20 %), a caption (10 %), or a conversation, in nine of ten after the scene is told in words: a model
+    answers that finds in its context what is asked for.
 
     The stream "held out" has scenes of its own, and in its lessons held-out words. Read them in order: scenes are drawn in
     blocks. Raises ValueError for an unknown stream.
@@ -104,25 +103,34 @@ def document(seed: int, stream: str, index: int) -> str:
     if sort < 0.2:
         return lesson(rng, held_out=stream == "held out")
     scene = scene_block(seed, SCENES + number + index // BLOCK)[index % BLOCK]
-    if sort < 0.25:
+    if sort < 0.3:
         return describe(scene, rng) if rng.random() < 0.5 else canonical(scene)
-    talk = conversation(scene, rng)
-    return talk if sort < 0.3 else f"{canonical(scene)}. {talk}"
+    first, *rest = conversation(scene, rng)
+    return [first._replace(text=f"{canonical(scene)}. {first.text}") if sort < 0.93 else first, *rest]
 
 
-def conversation(scene: Scene, rng: np.random.Generator) -> str:
-    """ "is there a red circle? yes<end> how many stars are there? two", and sometimes a request for the caption before.
-
-    Answers are ended as those of a model that talks about pictures will be, so that it can stay as it is for that.
-    """
-    turns = [(question.text, question.answer) for question in ask(scene, rng)]
+def conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Questions about a scene and their answers; sometimes it is to be described first."""
+    asked = [(question.text, question.answer) for question in ask(scene, rng)]
     if rng.random() < 0.2:
-        turns = [(DESCRIBE, canonical(scene)), *turns]
-    return f"{END} ".join(f"{question} {answer}" for question, answer in turns)
+        asked = [(DESCRIBE, canonical(scene)), *asked]
+    return [Turn(role, text) for pair in asked for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def words(document: str | list[Turn]) -> str:
+    """All that is said in it, as one text."""
+    return document if isinstance(document, str) else " ".join(turn.text for turn in document)
 
 
 def documents(seed: int, stream: str, n: int) -> Iterator[str]:
-    return (document(seed, stream, index) for index in range(n))
+    """The words of the first n."""
+    return (words(document(seed, stream, index)) for index in range(n))
+
+
+def held_out_scenes(seed: int, n: int) -> list[Scene]:
+    """The first n scenes of the held-out stream."""
+    first = SCENES + (STREAMS.index("held out") << 40)
+    return [scene for block in range(-(-n // BLOCK)) for scene in scene_block(seed, first + block)][:n]
 
 
 @functools.lru_cache(maxsize=8)

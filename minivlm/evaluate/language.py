@@ -2,6 +2,7 @@
 
 perplexity   exp of the mean surprise per token; beside it, that of the best model that knows no context (unigrams).
              One with an encoder reads the beginning of each text and is judged by the rest
+told scenes  questions about scenes that are told in words: are they answered?
 few-shot     words nobody has heard before are bound to looks by k examples each: is the right one said?
 """
 
@@ -15,17 +16,21 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from minivlm.conversation import IGNORED, Sample, collate
+from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversation
 from minivlm.datasets.continuation import collate_pairs, split
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_episodes import documents, few_shot
-from minivlm.datasets.talk import open_talk
-from minivlm.metrics import Score
+from minivlm.datasets.shapes_episodes import document, few_shot, held_out_scenes
+from minivlm.datasets.shapes_questions import judge
+from minivlm.datasets.shapes_text import canonical
+from minivlm.datasets.talk import Question, open_talk
+from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
 from minivlm.tasks.speak import beginning, has_encoder, model_inputs
 
+Document = str | list[Turn]  # a text, or a conversation
 HELD_OUT = 500  # documents of the shapes world
 EPISODES = 300
+TOLD, QUESTIONS = 500, 100  # scenes told in words, and questions about them of each kind
 SHOTS = (1, 2, 4)  # examples of each word
 
 
@@ -34,47 +39,58 @@ def language(model, processor, directory: str | Path) -> dict[str, Score]:
     scores = {"perplexity": perplexity(model, processor, held_out_texts(directory))}
     if is_world(directory):
         scores |= {f"new words, {k} shot{'s' * (k > 1)}": new_words(model, processor, k) for k in SHOTS}
+        scores |= told_scenes(model, processor)
     return scores
 
 
-def held_out_texts(directory: str | Path) -> list[str]:
+def held_out_texts(directory: str | Path) -> list[Document]:
     if is_world(directory):
-        return list(documents(0, "held out", HELD_OUT))
+        return [document(0, "held out", i) for i in range(HELD_OUT)]
     return list(open_talk(directory, "test", image_size=None).texts())
 
 
-def perplexity(model, processor, texts: Sequence[str], *, batch_size: int = 32) -> Score:
-    """exp of the mean cross-entropy per token that is foretold. chance: unigrams fitted to these very tokens."""
+def sample(document: Document, processor) -> Sample:
+    """A text, all of which is learnt, or a conversation, of which the answers are; at most as long as the context."""
+    if not isinstance(document, str):
+        return encode_conversation(document, processor, context=processor.context)
+    tokens = processor.cut(processor.encode([document])[0])
+    return Sample(tokens, [IGNORED, *tokens[1:]], [])
+
+
+def perplexity(model, processor, documents: Sequence[Document], *, batch_size: int = 32) -> Score:
+    """exp of the mean cross-entropy per token that is learnt. chance: unigrams fitted to these very tokens."""
     batches = batches_with_encoder if has_encoder(model) else batches_of_texts
     total, counted = 0.0, []
     with inference(model):
-        for batch, tokens in batches(processor, texts, batch_size):
+        for batch in batches(processor, documents, batch_size):
+            tokens = learnt(batch["labels"])
             losses = model.losses(**{name: tensor.to(model.device) for name, tensor in batch.items()})
             total += len(tokens) * sum(losses.values()).item()
             counted += tokens
     return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
 
 
-def batches_of_texts(processor, texts: Sequence[str], batch_size: int) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
-    """The arguments of `model.losses`, and the tokens that it judges: all of a text but the first."""
-    for i in range(0, len(texts), batch_size):
-        rows = [processor.cut(row) for row in processor.encode(texts[i : i + batch_size])]
-        yield collate([Sample(row, row, []) for row in rows], processor.pad_token), [t for row in rows for t in row[1:]]
+def batches_of_texts(processor, documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """The arguments of `model.losses`."""
+    for i in range(0, len(documents), batch_size):
+        yield collate([sample(text, processor) for text in documents[i : i + batch_size]], processor.pad_token)
 
 
-def batches_with_encoder(
-    processor, texts: Sequence[str], batch_size: int
-) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+def batches_with_encoder(processor, documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """The same for texts that are cut in two, always at the same places: judged is what follows the cut."""
     rng = np.random.default_rng(0)
-    for i in range(0, len(texts), batch_size):
-        batch = collate_pairs([split(text, rng) for text in texts[i : i + batch_size]], processor)
-        yield batch, batch["labels"][batch["labels"] != IGNORED].tolist()
+    for i in range(0, len(documents), batch_size):
+        yield collate_pairs([split(text, rng) for text in documents[i : i + batch_size]], processor)
 
 
-def unigram_entropy(rows: Sequence[Sequence[int]]) -> float:
-    """The loss (nats a token) of the best model of these very texts that knows no context, first tokens not counted."""
-    return entropy([token for row in rows for token in row[1:]])
+def learnt(labels: Tensor) -> list[int]:
+    """The tokens that a loss judges."""
+    return labels[labels != IGNORED].tolist()
+
+
+def unigram_entropy(documents: Sequence[Document], processor) -> float:
+    """The loss (nats a token) of the best model of these very texts that knows no context."""
+    return entropy([t for text in documents for t in sample(text, processor).labels if t != IGNORED])
 
 
 def entropy(tokens: Sequence[int]) -> float:
@@ -82,14 +98,29 @@ def entropy(tokens: Sequence[int]) -> float:
     return -sum(c / counts.total() * math.log(c / counts.total()) for c in counts.values())
 
 
-def new_words(model, processor, shots: int, *, ways: int = 2, batch_size: int = 100) -> Score:
+def new_words(model, processor, shots: int, *, ways: int = 2) -> Score:
     """Of episodes that end before a new word, how many are continued with the right one (greedy, the whole word)."""
-    episodes, right = few_shot(EPISODES, shots=shots, ways=ways), 0
-    with inference(model):
-        for i in range(0, len(episodes), batch_size):
-            part = episodes[i : i + batch_size]
-            prompts = [beginning(e.text, model, processor) for e in part]
-            said = model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8)
-            words = [text.split(".")[0].strip() for text in processor.decode(said.cpu())]
-            right += sum(word == e.answer for word, e in zip(words, part, strict=True))
+    episodes = few_shot(EPISODES, shots=shots, ways=ways)
+    said = go_on(model, processor, [e.text for e in episodes])
+    right = sum(text.split(".")[0].strip() == e.answer for text, e in zip(said, episodes, strict=True))
     return Score(right / len(episodes), 1 / ways)
+
+
+def told_scenes(model, processor) -> dict[str, Score]:
+    """Questions about held-out scenes that are told in words in front of them: what a model that is to answer about pictures
+    can do once it knows what they show. By kind of question; chance: see `vqa_accuracy`."""
+    scenes = held_out_scenes(0, TOLD)
+    asked = judge(scenes, QUESTIONS)
+    said = go_on(model, processor, [f"{canonical(scenes[i])}. {question.text}" for i, question in asked])
+    questions = [Question(i, question.text, (question.answer,), question.kind) for i, question in asked]
+    return {f"told scenes, {name}": score for name, score in vqa_accuracy(questions, said).items()}
+
+
+def go_on(model, processor, texts: Sequence[str], *, batch_size: int = 100) -> list[str]:
+    """What the model says next, greedy, a few tokens of it."""
+    said = []
+    with inference(model):
+        for i in range(0, len(texts), batch_size):
+            prompts = [beginning(text, model, processor) for text in texts[i : i + batch_size]]
+            said += model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8).tolist()
+    return processor.decode(said)

@@ -13,13 +13,13 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.base import Model
 from minivlm.checkpoint import load
-from minivlm.conversation import DESCRIBE, Sample, collate
+from minivlm.conversation import DESCRIBE, Turn, collate
 from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_episodes import document, documents
+from minivlm.datasets.shapes_episodes import document, documents, words
 from minivlm.datasets.talk import open_talk
 from minivlm.errors import UserError
-from minivlm.evaluate.language import held_out_texts, perplexity, unigram_entropy
+from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.metrics import Score
@@ -103,7 +103,7 @@ class Language(Work):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
         self.texts = texts
         self.held_out = held_out_texts(recipe.data.directory)
-        self.chance_text = f"unigrams {unigram_entropy(processor.encode(self.held_out[:VALIDATED])):.2f}"
+        self.chance_text = f"unigrams {unigram_entropy(self.held_out[:VALIDATED], processor):.2f}"
 
     def notes(self) -> list[str]:
         if self.texts is None:
@@ -114,7 +114,7 @@ class Language(Work):
         )
         return [f"{len(self.texts)} texts in {self.recipe.data.directory}", *notes]
 
-    def read(self, index: int) -> str:
+    def read(self, index: int) -> str | list[Turn]:
         return document(0, "train", index) if self.texts is None else self.texts[index]
 
     def indices(self, step: int):
@@ -125,11 +125,10 @@ class Language(Work):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and labels (B/W, T) of process `rank` of W; packed: fewer rows, and their segments."""
-        rows = self.processor.encode([self.read(index) for index, _ in self.share(step, rank, world)])
-        rows = [self.processor.cut(row) for row in rows]
+        samples = [sample(self.read(index), self.processor) for index, _ in self.share(step, rank, world)]
         if self.recipe.data.pack:
-            return pack(rows, self.processor.context, self.processor.pad_token)
-        return collate([Sample(row, row, []) for row in rows], self.processor.pad_token)
+            return pack(samples, self.processor.context, self.processor.pad_token)
+        return collate(samples, self.processor.pad_token)
 
     def ids(self, step: int) -> list[str]:
         return [f"text {index}" for index in self.indices(step)]
@@ -142,7 +141,8 @@ class Language(Work):
 
     def picture(self, path: Path) -> None:
         """How the model goes on with the beginnings of held-out texts."""
-        beginnings = [" ".join(text.split()[: max(3, len(text.split()) // 2)]) for text in self.held_out[:12]]
+        texts = [words(text).split() for text in self.held_out[:12]]
+        beginnings = [" ".join(text[: max(3, len(text) // 2)]) for text in texts]
         rows = []
         for text in beginnings:
             tokens = torch.tensor([beginning(text, self.model, self.processor)])
@@ -151,7 +151,7 @@ class Language(Work):
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
 
     def next_commands(self, out: Path) -> list[str]:
-        start = " ".join(self.held_out[0].split()[:12])
+        start = " ".join(words(self.held_out[0]).split()[:12])
         return [f'python sample.py complete {out} "{start}"', "python train.py llava"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minivlm.datasets.continuation import collate_pairs, split
+from minivlm.datasets.shapes_episodes import words
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.processor import Processor
 from minivlm.recipes.language import Language, TextsRecipe
@@ -31,7 +32,7 @@ class Continuation(Language):
         return collate_pairs(pairs, self.processor)
 
     def next_commands(self, out: Path) -> list[str]:
-        question = next((text for text in self.held_out if "?" in text), self.held_out[0])
+        question = next((text for text in map(words, self.held_out) if "?" in text), words(self.held_out[0]))
         return [f'python sample.py complete {out} "{question.partition("?")[0]}?"']
 
 
