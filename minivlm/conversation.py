@@ -125,7 +125,8 @@ def write_framed(turns: Sequence[Turn], template: ChatTemplate, processor: Proce
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
     pictures = sum(turn.text.count(MARK) for turn in turns)
     text = " ".join(turn.text.replace(MARK, "").strip() for turn in turns[: last + 1])
-    append(sample, processor.ids(MARK) * pictures + processor.ids(text, frame=True), "user")
+    places = [processor.image_token_id] * processor.config.image_tokens * pictures  # none: the model puts them in front
+    append(sample, places + processor.ids(text, frame=True), "user")
     for turn in turns[last + 1 :]:
         answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
         append(sample, answer, "assistant", learnt=True)

@@ -134,7 +134,6 @@ class TestTrained:
         llava().save_pretrained(tmp_path / "llava", processor=processor())
         (folder := tmp_path / "data").mkdir()
         Image.fromarray(plain("red")).save(folder / "a.png")
-        lines = [{"image": "a.png", "caption": "red", "split": split} for split in ("train", "test")]
-        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / "captions.jsonl").write_text(json.dumps({"image": "a.png", "caption": "red", "split": "test"}))
         with pytest.raises(UserError, match="holds no questions to judge by"):
             connectors.bench_connectors(argparse.Namespace(models=[str(tmp_path / "llava")], data=str(folder)))

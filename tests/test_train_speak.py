@@ -14,7 +14,8 @@ from minivlm.errors import UserError
 from tests.test_train import TINY
 
 SHORT = {"steps": 4, "batch_size": 8, "save_every": 4, "seed": 3, "device": "cpu", "precision": "fp32"}
-LM = SHORT | {"model.width": 16, "model.depth": 1, "model.heads": 2, "data.vocab_size": 300}
+TEXTS = SHORT | {"model.width": 16, "model.depth": 1, "model.heads": 2, "data.vocab_size": 300}
+LM = TEXTS | {"induction_heads": "false"}
 
 
 def arguments(recipe, **options):

@@ -14,7 +14,7 @@ from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
 from minivlm.layers import T5
-from tests.test_train_speak import LM, arguments
+from tests.test_train_speak import TEXTS, arguments
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "t5"
-    train.main(arguments("t5", **LM | {"data": world, "out": out, "optimiser.warmup": 0}))
+    train.main(arguments("t5", **TEXTS | {"data": world, "out": out, "optimiser.warmup": 0}))
     return out
 
 
@@ -38,7 +38,9 @@ def losses(out):
 def test_it_learns_and_leaves_its_metrics_and_a_picture(trained):
     assert losses(trained)[-1] < losses(trained)[0]
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert set(metrics) == {"perplexity", *(f"new words, {k}" for k in ("1 shot", "2 shots", "4 shots"))}
+    told = [name for name in metrics if name.startswith("told scenes, accuracy")]
+    assert set(metrics) == {"perplexity", *(f"new words, {k}" for k in ("1 shot", "2 shots", "4 shots")), *told}
+    assert len(told) == 7  # in all, and of every kind
     assert 1 < metrics["perplexity"]["value"] < 300 and 1 < metrics["perplexity"]["chance"] < 300
     assert (trained / "picture.png").stat().st_size > 5000
 
@@ -54,7 +56,7 @@ def test_what_it_leaves_is_loaded_and_goes_on_with_a_text(trained):
 
 def test_a_run_resumes_to_the_bit(trained, world, tmp_path):
     out = tmp_path / "t5"
-    train.main(arguments("t5", **LM | {"data": world, "out": out, "optimiser.warmup": 0, "stop_at": 2}))
+    train.main(arguments("t5", **TEXTS | {"data": world, "out": out, "optimiser.warmup": 0, "stop_at": 2}))
     train.main(["t5", "--resume", "--out", str(out), "--device", "cpu", "--precision", "fp32"])
     assert losses(out) == losses(trained)
     once, twice = (minivlm.load(d)[0].state_dict() for d in (trained, out))

@@ -69,7 +69,7 @@ def matching_picture(model, processor, directory: str | Path, path: Path) -> Non
             false = one_attribute_negatives(scene, scene.objects, rng)
             wrong, kind = false[place % len(false)]
         [picture] = pairs.images([i])
-        yes, no = match_all([picture], [true, wrong], model, processor)[0].tolist()
+        yes, no = match_all([picture], [true, wrong], model, processor, cut=True)[0].tolist()
         note = "\n".join(wrap(f"{yes:.0%} {true}", 13, TILE) + wrap(f"{no:.0%} {wrong}", 13, TILE))
         tiles.setdefault(kind, []).append((picture, yes >= 0.5 > no, note))
     rows = [Row(f"false: {kind}", *zip(*some, strict=True)) for kind, some in tiles.items()]

@@ -1,4 +1,4 @@
-"""The language model's step for one new token a row, laid out for speed: same numbers, fewer and larger operations.
+"""A decoder's step for one new token a row, laid out for speed: same numbers, fewer and larger operations.
 
     token (B,) ─ embed ─→ x ┬─→ [q|k|v] ─→ attend to the cache ─→ out ─┬ + ─┬─→ [gate|up] ─→ down ─┬ + ─→ … ─→ logits (B, V)
                             └──────────────────────────────────────────┘    └──────────────────────┘
@@ -7,19 +7,21 @@ A step multiplies every weight by a single row or a few, so it costs what readin
 operations costs. Here q, k, v are one matrix and gate, up another, each stored (inputs, outputs): one row times such a
 matrix takes two thirds of the time that F.linear takes with (outputs, inputs) (fp32, on a CPU).
 
-The twin to read is `LanguageModel.states` with a cache; a test holds the two equal. This one is a copy of the weights.
+The twins to read are `LanguageModel.states` and `T5.states` with a cache; a test holds them equal. This one is a copy of
+the weights.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.layers.attention import attend
+from minivlm.base import Model
+from minivlm.layers.attention import Attention, KeysValues, attend, expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
-from minivlm.layers.transformer import Block
+from minivlm.layers.transformer import Block, Transformer
 
 if TYPE_CHECKING:
     from minivlm.layers.language_model import LanguageModel
@@ -27,16 +29,44 @@ if TYPE_CHECKING:
 LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is worth
 
 
-class PackedDecoder:
-    """tokens (B,), the cache of what came before → logits (B, V); the tokens are appended to the cache.
+class PackingModel(Model):
+    """A model that speaks with a second copy of its weights, kept in `packing` until they change."""
 
-    dtype: that of the matrices and of the cache.
-    """
+    packed_class: ClassVar[type[Packed]]
+    packing: Packed | None = None
 
-    def __init__(self, model: LanguageModel, dtype: torch.dtype):
+    @property
+    def speaker(self) -> Transformer:
+        """The stack that runs in every step."""
+        raise NotImplementedError
+
+    def packed(self, dtype: torch.dtype) -> Packed | None:
+        """The weights as `packed_class` lays them out; None where that cannot be."""
+        if not can_be_packed(self):
+            return None
+        packing = self.packing
+        if packing is None or packing.dtype != dtype or not packing.is_current():
+            packing = self.packed_class(self, dtype)
+        training = any(p.grad is not None for p in self.parameters())  # fused optimisers change weights unnoticed
+        self.packing = None if training else packing
+        return packing
+
+    def _apply(self, fn, recurse: bool = True) -> PackingModel:
+        self.packing = None  # another device or dtype
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packing": None}  # neither copied nor pickled
+
+
+class Packed:
+    """The stack and the head behind it, laid out in dtype, which is the cache's as well."""
+
+    reads: ClassVar[bool]  # is there a context for blocks with cross-attention?
+
+    def __init__(self, model: PackingModel, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.blocks = [PackedBlock(block, dtype) for block in model.transformer.blocks]
-        self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=dtype)
+        self.blocks = [PackedBlock(block, dtype) for block in model.speaker.blocks]
         self.head = Matrix.of(model.head, dtype=dtype)
         self.made_of = fingerprint(model)
 
@@ -45,51 +75,99 @@ class PackedDecoder:
         before, now = self.made_of, fingerprint(self.model)
         return len(before) == len(now) and all(a is b and x == y for (a, *x), (b, *y) in zip(before, now, strict=True))
 
+    def run(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: Cache,
+        read: list[KeysValues] | None = None,
+        read_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read, read_mask (B, S): see `Transformer.remember`."""
+        stack = self.model.speaker
+        rope = stack.rotary(positions)
+        rope = None if rope is None else rope.to(self.dtype)
+        bias = None if stack.relative is None else stack.relative(positions, cache.seen)
+        attention = stack.blocks[0].attention
+        past = Sight.of(cache.visible, bias, x, attention, self.dtype)
+        page = Sight.of(expand_mask(read_mask), None, x, attention, self.dtype)
+        for index, block in enumerate(self.blocks):
+            x = block(x, rope, cache.layer(index), past, None if read is None else read[index], page)
+        cache.advance(None, 1)
+        return x
+
+
+class PackedDecoder(Packed):
+    """tokens (B,), the cache of what came before → logits (B, V); the tokens are appended to the cache."""
+
+    reads = False
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype):
+        super().__init__(model, dtype)
+        self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=dtype)
+
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         model = self.model
         x = model.embed(tokens)  # (B, D)
         positions = cache.begin(1)  # (1,), or (B, 1)
         if model.position_embedding is not None:
             x = x + model.position_embedding(positions[..., 0] + model.config.position_offset)
-        rope = model.transformer.rotary(positions)
-        rope = None if rope is None else rope.to(self.dtype)
-        hide = None if x.device.type != "cpu" else hidden(cache, self.dtype)
-        for index, block in enumerate(self.blocks):
-            x = block(x, rope, cache.layer(index), hide)
-        cache.advance(None, 1)
+        x = self.run(x, positions, cache)
         x = x if model.norm is None else model.norm(x)
         return self.head(x if self.project_out is None else self.project_out(x))
+
+
+class PackedT5(Packed):
+    """The same for a T5, which besides reads what its encoder made of a text: see `T5.states`."""
+
+    reads = True
+
+    def __call__(self, tokens: Tensor, cache: Cache, read: list[KeysValues], mask: Tensor | None) -> Tensor:
+        model = self.model
+        x = self.run(model.embed(tokens), cache.begin(1), cache, read, mask)
+        x = model.decoder_norm(x)
+        return self.head(x * model.config.width**-0.5 if model.config.scale_head else x)
 
 
 class PackedBlock:
     """x (B, D) → (B, D): `Block` for one token a row."""
 
     def __init__(self, block: Block, dtype: torch.dtype):
-        attention, mlp = block.attention, block.mlp
+        attention, reader, mlp = block.attention, block.cross_attention, block.mlp
         self.block = block  # its norms and its sizes
         self.qkv = Matrix.of(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
         self.out = Matrix.of(attention.out_proj, dtype=dtype)
+        if reader is not None:
+            self.ask, self.heard = Matrix.of(reader.q_proj, dtype=dtype), Matrix.of(reader.out_proj, dtype=dtype)
         ups = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
         self.up = Matrix.of(*ups, dtype=dtype)
         self.down = Matrix.of(mlp.down_proj, dtype=dtype)
 
-    def __call__(self, x: Tensor, rope: Rotary | None, cache: LayerCache, hide: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Sight, read: KeysValues | None, page: Sight
+    ) -> Tensor:
+        """past, page: which of the cache's columns, and of what is read, each row may look at."""
         b = self.block
         if b.pre_norm:
-            x = x + self.attention(b.attention_norm(x), rope, cache, hide)
+            x = x + self.attention(b.attention_norm(x), rope, cache, past)
+            x = x if read is None else x + self.cross_attention(b.cross_attention_norm(x), read, page)
             return x + self.mlp(b.mlp_norm(x))
-        x = b.attention_norm(x + self.attention(x, rope, cache, hide))
+        x = b.attention_norm(x + self.attention(x, rope, cache, past))
+        x = x if read is None else b.cross_attention_norm(x + self.cross_attention(x, read, page))
         return b.mlp_norm(x + self.mlp(x))
 
-    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache, hide: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Sight) -> Tensor:
         a = self.block.attention
         H, G = a.heads, a.kv_heads
         qkv = self.qkv(x).view(len(x), H + 2 * G, 1, a.head_width)
         qk = qkv[:, : H + G] if rope is None else rope(qkv[:, : H + G])
-        k, v, visible = cache.append(qk[:, H:], qkv[:, H + G :])  # (B, G, S, K): all so far
-        if hide is None:
-            return self.out(attend(qk[:, :H], k, v, mask=visible, scale=a.scale, backend=a.backend).flatten(1))
-        return self.out(attend_to_past(qk[:, :H], k, v, hide, a.scale))
+        k, v, _ = cache.append(qk[:, H:], qkv[:, H + G :])  # (B, G, S, K): all so far
+        return self.out(past.attend(a, qk[:, :H], k, v))
+
+    def cross_attention(self, x: Tensor, read: KeysValues, page: Sight) -> Tensor:
+        a = self.block.cross_attention
+        q = self.ask(x).view(len(x), a.heads, 1, a.head_width)
+        return self.heard(page.attend(a, q, *read))
 
     def mlp(self, x: Tensor) -> Tensor:
         mlp = self.block.mlp
@@ -99,24 +177,45 @@ class PackedBlock:
         return self.down(mlp.activation(gate).mul_(up))
 
 
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor, hide: Tensor, scale: float | None = None) -> Tensor:
-    """`attend` for one query a row: q (B, H, 1, K), k and v (B, G, S, K), hide: see `hidden` → (B, H·K).
+class Sight(NamedTuple):
+    """What the one query of each row sees in a step, the same in all blocks."""
 
+    mask: Tensor | None  # broadcastable to (B, H, 1, S), True = may be attended to; None: everything
+    bias: Tensor | None  # likewise, added to the scores
+    added: Tensor | None  # both in one, as `attend_to_past` takes it; on a CPU
+
+    @classmethod
+    def of(cls, mask: Tensor | None, bias: Tensor | None, x: Tensor, a: Attention, dtype: torch.dtype) -> Sight:
+        """For x (B, D) and attention like `a`."""
+        if x.device.type != "cpu":
+            return cls(mask, bias, None)
+        added = torch.zeros(1, 1, 1, 1, dtype=dtype) if bias is None else bias.to(dtype)
+        if mask is not None:
+            added = added.masked_fill(~mask, -torch.inf)
+        if added.shape[:2] == (1, 1):
+            return cls(mask, bias, added[0])
+        groups = a.kv_heads if bias is None else a.heads
+        added = added.expand(len(x), groups, 1, -1)
+        return cls(mask, bias, added.reshape(len(x) * a.kv_heads, -1, added.shape[-1]))
+
+    def attend(self, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, 1, K), k and v (B, G, S, K) → (B, H·K)."""
+        if self.added is None:
+            y = attend(q, k, v, mask=self.mask, bias=self.bias, scale=a.scale, backend=a.backend)
+            return y.flatten(1)
+        return attend_to_past(q, k, v, self.added, a.scale)
+
+
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float | None = None) -> Tensor:
+    """`attend` for one query a row: q (B, H, 1, K), k and v (B, G, S, K) → (B, H·K).
+
+    added: to the scores, (1, 1, 1 or S) or (B·G, 1 or H/G, S), −∞ where a row may not look.
     On a CPU as fast as PyTorch's fused kernel (batch 1), 1.2 times as fast (batch 8), or 3 times (bf16).
     """
     (B, H, _, K), G = q.shape, k.shape[1]
     q, k, v = q.reshape(B * G, H // G, K), k.flatten(0, 1), v.flatten(0, 1)
-    scores = torch.baddbmm(hide, q, k.transpose(1, 2), alpha=K**-0.5 if scale is None else scale)  # (B·G, H/G, S)
+    scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=K**-0.5 if scale is None else scale)  # (B·G, H/G, S)
     return torch.bmm(scores.softmax(dim=-1), v).view(B, H * K)
-
-
-def hidden(cache: Cache, dtype: torch.dtype) -> Tensor:
-    """Added to the scores of this step: 0 where a row may look, −∞ elsewhere, (1, 1, S) or (B·G, 1, S)."""
-    _, B, G, _, _ = cache.keys.shape
-    if cache.visible is None:
-        return torch.zeros(1, 1, 1, dtype=dtype)
-    hide = torch.zeros(cache.visible.shape, dtype=dtype).masked_fill_(~cache.visible, -torch.inf)
-    return hide[None] if hide.dim() == 2 else hide.expand(B, G, 1, -1).flatten(0, 1)
 
 
 class Matrix(NamedTuple):
@@ -141,8 +240,10 @@ def fingerprint(model: nn.Module) -> list[tuple]:
     return [(p, p._version, p.data_ptr()) for p in model.parameters()]
 
 
-def can_be_packed(model: LanguageModel) -> bool:
-    """Not while it trains, not with other blocks than self-attention and MLP, and not if it is too large to be copied."""
-    stack = model.transformer
-    plain = stack.relative is None and all(type(b) is Block and b.cross_attention is None for b in stack.blocks)
-    return plain and not model.training and sum(p.nbytes for p in model.parameters()) <= LARGEST
+def can_be_packed(model: PackingModel) -> bool:
+    """Not while it trains, not with other blocks, not while someone records its attention, and not if it is too large."""
+    if model.training or sum(p.nbytes for p in model.parameters()) > LARGEST:
+        return False
+    readers = model.packed_class.reads
+    plain = all(type(block) is Block and (readers or block.cross_attention is None) for block in model.speaker.blocks)
+    return plain and not any(callable(m.backend) for m in model.speaker.modules() if isinstance(m, Attention))

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation
-from minivlm.base import Model
-from minivlm.layers.decoder import PackedDecoder, can_be_packed
+from minivlm.layers.decoder import PackedDecoder, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
@@ -53,13 +52,14 @@ class LMOutput:
         return self.head(self.hidden)
 
 
-class LanguageModel(Model):
+class LanguageModel(PackingModel):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
     """
 
     config_class = LanguageModelConfig
+    packed_class = PackedDecoder
 
     def __init__(self, config: LanguageModelConfig, *, seed: int = 0):
         super().__init__(config)
@@ -76,7 +76,6 @@ class LanguageModel(Model):
         self.head = nn.Linear(E, c.vocab_size, bias=False)
         if c.tie_head:
             self.head.weight = self.token_embedding.weight
-        self.packing: PackedDecoder | None = None  # a second copy of the weights, for speaking
         initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(
@@ -170,23 +169,9 @@ class LanguageModel(Model):
         cache.static = static  # of the steps; the prompt is read once
         return LMDecoding(self, cache, self.head(hidden).float(), room=room)
 
-    def packed(self, dtype: torch.dtype) -> PackedDecoder | None:
-        """The weights as `PackedDecoder` lays them out, kept until they change; None where that cannot be."""
-        if not can_be_packed(self):
-            return None
-        packing = self.packing
-        if packing is None or packing.dtype != dtype or not packing.is_current():
-            packing = PackedDecoder(self, dtype)
-        training = any(p.grad is not None for p in self.parameters())  # fused optimisers change weights unnoticed
-        self.packing = None if training else packing
-        return packing
-
-    def _apply(self, fn, recurse: bool = True) -> LanguageModel:
-        self.packing = None  # another device or dtype
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "packing": None}  # neither copied nor pickled
+    @property
+    def speaker(self) -> Transformer:
+        return self.transformer
 
     def generate(
         self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import generation
-from minivlm.base import Model
 from minivlm.layers.attention import Attention, KeysValues
+from minivlm.layers.decoder import PackedT5, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
 from minivlm.layers.position import Cache
@@ -78,7 +78,7 @@ class T5Config:
         return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
 
 
-class T5(Model):
+class T5(PackingModel):
     """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
 
     logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
@@ -86,6 +86,7 @@ class T5(Model):
     """
 
     config_class = T5Config
+    packed_class = PackedT5
 
     def __init__(self, config: T5Config, *, seed: int = 0):
         super().__init__(config)
@@ -141,6 +142,8 @@ class T5(Model):
         read: as `encode` returns it, or the keys and values that `decoder.remember` made of it. mask (B, S): of it.
         With a cache, the tokens continue what it holds.
         """
+        if torch.is_grad_enabled():
+            self.packing = None  # the weights are about to change
         x = self.decoder(self.dropout(self.embed(tokens)), read, context_mask=mask, cache=cache)
         x = self.dropout(self.decoder_norm(x))
         return x * self.config.width**-0.5 if self.config.scale_head else x
@@ -175,6 +178,10 @@ class T5(Model):
         read = self.encode(tokens, mask, embeddings=embeddings)
         return T5Decoding(self, self.decoder.remember(read), mask, batch=len(read), room=room)
 
+    @property
+    def speaker(self) -> Transformer:
+        return self.decoder
+
     def generate(
         self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
     ) -> Tensor:
@@ -202,20 +209,27 @@ class T5Decoding:
     """
 
     def __init__(self, model: T5, read: list[KeysValues], mask: Tensor | None, *, batch: int, room: int):
-        self.model, self.read, self.mask, self.room = model, read, mask, room
+        self.model, self.mask, self.room = model, mask, room
+        self.read = [(k.contiguous(), v.contiguous()) for k, v in read]  # else they would be copied in every step
         self.cache = model.decoder.new_cache(batch, 1 + room)
+        self.packed: PackedT5 | None = None
+        self.steps = 0
         self.texts = torch.arange(batch, device=model.device)  # which of the texts a row has read
         self.logits = self.predict(torch.full_like(self.texts, model.config.start_token))
 
     def step(self, tokens: Tensor) -> None:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
+        if self.steps == 0 and (self.mask is None or self.mask.any(dim=1).all()):  # see `LMDecoding.step`
+            self.packed = self.model.packed(self.cache.keys.dtype)
         self.logits = self.predict(tokens)
-        self.room -= 1
+        self.steps, self.room = self.steps + 1, self.room - 1
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
         """tokens (B,) → logits (B, V) of what follows."""
+        if self.packed is not None:
+            return self.packed(tokens, self.cache, self.read, self.mask).float()
         hidden = self.model.states(tokens[:, None], self.read, self.mask, cache=self.cache)
         return self.model.head(hidden[:, 0]).float()
 
@@ -224,7 +238,7 @@ class T5Decoding:
         self.logits = self.logits[rows]
         texts = self.texts[rows]
         if not torch.equal(texts, self.texts):  # beams change places with others that have read the same text
-            self.read = [(k[rows], v[rows]) for k, v in self.read]
+            self.read = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.read]
             self.mask = None if self.mask is None else self.mask[rows]
             self.texts = texts
 

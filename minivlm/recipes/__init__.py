@@ -36,12 +36,13 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
         raise UserError(f"unknown recipe {name!r}.{nearest(name, RECIPES)}")
     names = dotted_names(Options())
     options = override(Options(), {k: v for k, v in given.items() if k in names})
+    changes = {k: v for k, v in given.items() if k not in names}
     recipe = RECIPES[name]
     if options.resume:
         recipe = resumed_recipe(type(recipe), Path(options.out or f"out/{name}"))
     elif options.data:
-        recipe = recipe.for_data(options.data, options.out or f"out/{name}")
-    return name, override(recipe, {k: v for k, v in given.items() if k not in names}), options
+        recipe = override(recipe, changes).for_data(options.data, options.out or f"out/{name}")
+    return name, override(recipe, changes), options
 
 
 def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe, Options]]:
@@ -51,9 +52,8 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
     """
     from minivlm.run import Run
 
-    todo = []
+    todo, proposed = [], with_proposed_bases(name, recipe, options)
     for needed, directory in {} if options.resume else recipe.needs().items():
-        proposed = RECIPES[name].for_data(options.data, options.out or f"out/{name}") if options.data else RECIPES[name]
         if directory != proposed.needs()[needed] or (Path(directory) / "config.json").exists():
             continue
         begun = bool(Run(directory).all())
@@ -64,6 +64,14 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
             inner = RECIPES[needed].for_data(options.data, directory) if options.data else RECIPES[needed]
         todo += [one for one in chain(needed, inner, part) if one not in todo]
     return [*todo, (name, recipe, options)]
+
+
+def with_proposed_bases(name: str, recipe: Recipe, options: Options) -> Recipe:
+    """The recipe, building on what it would if the user had named no directory."""
+    if options.data:
+        return recipe.for_data(options.data, options.out or f"out/{name}")
+    places = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_from")]
+    return dataclasses.replace(recipe, **{place: getattr(RECIPES[name], place) for place in places})
 
 
 def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:

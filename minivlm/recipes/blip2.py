@@ -23,6 +23,7 @@ from minivlm.datasets.continuation import pad
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.errors import UserError
+from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
@@ -93,6 +94,8 @@ class BLIP2Stage1Recipe(Recipe):
         bert = None
         if self.bert_from is not None:
             bert, words = load(self.bert_from)
+            if not isinstance(bert, BERT):
+                raise UserError(f"--bert_from {self.bert_from} holds a {type(bert).__name__}, but a BERT is wanted.")
             processor = Processor(words.tokenizer, replace(processor.config, pad_token=words.pad_token))
         processor.tokenizer.add_special_tokens([DECODE])
         context = min(self.qformer.context, processor.context)
@@ -109,7 +112,10 @@ class BLIP2Stage1Recipe(Recipe):
         model = build(BLIP2Stage1, config, seed=self.seed)
         model.vision.load_state_dict(clip.vision.state_dict())
         if bert is not None:
-            model.qformer.load_bert(bert)
+            try:
+                model.qformer.load_bert(bert)
+            except ValueError as error:
+                raise UserError(f"--bert_from {self.bert_from} does not fit: {error}.") from None
         return model, processor
 
 

@@ -23,8 +23,10 @@ from minivlm.tasks.features import inference, to_tokens
 RERANK = 16  # how many of the best that comparing found are matched
 
 
-def match_all(images: Sequence[Any], texts: Sequence[str], model, processor, *, batch_size: int = 64) -> Tensor:
-    """(N, M): how probably each of the M texts describes each of the N pictures.
+def match_all(
+    images: Sequence[Any], texts: Sequence[str], model, processor, *, batch_size: int = 64, cut: bool = False
+) -> Tensor:
+    """(N, M): how probably each of the M texts describes each of the N pictures. cut: texts beyond the context are cut.
 
     UserError: a model that does not match, an empty text or one beyond its context, a picture that cannot be read.
     """
@@ -33,7 +35,7 @@ def match_all(images: Sequence[Any], texts: Sequence[str], model, processor, *, 
         if not text.strip():
             raise UserError("a text to match is empty; say what may be in the picture.")
     N, M = len(images), len(texts)
-    tokens, mask = to_tokens(texts, processor)
+    tokens, mask = to_tokens(texts, processor, cut=cut)
     features = look_at_all(images, model, processor, batch_size=batch_size)
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(M)).view(-1, 2)
     return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().view(N, M)

@@ -183,7 +183,8 @@ def can_answer(model, processor) -> bool:
     """Does it read words before it speaks? A captioner does not: its pictures have no places in a text."""
     if processor is None or not hasattr(model, "generate"):
         return False
-    return processor.config.image_tokens > 0 or not can_see(model)
+    in_front = TEMPLATES[processor.config.chat].framed  # pictures need no places: they come first
+    return processor.config.image_tokens > 0 or in_front or not can_see(model)
 
 
 def check_speaker(model, processor) -> None:
@@ -225,4 +226,4 @@ def language_config(model):
 
 def places(model) -> int | None:
     """Placeholders in the text that a picture takes; None: it has no places there."""
-    return model.config.image_tokens if hasattr(model.config, "image_token") else None
+    return None if getattr(model.config, "image_token", None) is None else model.config.image_tokens

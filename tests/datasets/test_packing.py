@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from minivlm.conversation import Sample, collate
+from minivlm.conversation import IGNORED, Sample, collate
 from minivlm.datasets.packing import pack
 from minivlm.layers import LanguageModel, LanguageModelConfig
 
 ROWS = [[1, 5, 6, 7], [1, 8, 9], [1, 5, 5, 9, 7, 3], [1, 4]]
+LEARNT = [[1, 5, 6, 7], [1, 8, 9], [IGNORED, IGNORED, 5, 9, IGNORED, 3], [1, 4]]  # the third is a conversation
+SAMPLES = [Sample(row, labels, []) for row, labels in zip(ROWS, LEARNT, strict=True)]
 
 
 def model(**changes):
@@ -16,24 +18,26 @@ def model(**changes):
 
 
 def test_every_text_has_a_place_and_its_first_token_no_label():
-    batch = pack(ROWS, 10, pad_token=0)
+    batch = pack(SAMPLES, 10, pad_token=0)
     assert batch["tokens"].tolist() == [[1, 5, 6, 7, 1, 8, 9, 1, 4], [1, 5, 5, 9, 7, 3, 0, 0, 0]]
     assert batch["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3], [1] * 6 + [0] * 3]
-    real = batch["segments"] > 0
-    first = batch["tokens"] == 1
-    assert torch.equal(batch["labels"], batch["tokens"].masked_fill(first | ~real, -100))
+    none = IGNORED
+    assert batch["labels"].tolist() == [
+        [none, 5, 6, 7, none, 8, 9, none, 4],
+        [none, none, 5, 9, none, 3, none, none, none],
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "none", "rope_theta": 100.0}], ids=["learned", "rotary"])
 def test_the_loss_is_that_of_the_texts_apart(changes):
     m = model(**changes)
-    apart = m.losses(**collate([Sample(row, row, []) for row in ROWS], 0))["next token"]
-    together = m.losses(**pack(ROWS, 10, 0))["next token"]
+    apart = m.losses(**collate(SAMPLES, 0))["next token"]
+    together = m.losses(**pack(SAMPLES, 10, 0))["next token"]
     torch.testing.assert_close(together, apart)
 
 
 def test_no_text_sees_another():
-    m, batch = model(), pack(ROWS, 10, 0)
+    m, batch = model(), pack(SAMPLES, 10, 0)
     segments = batch["segments"]
     mask = segments[:, :, None] == segments[:, None, :]
     before = m(batch["tokens"], mask).hidden
@@ -45,4 +49,4 @@ def test_no_text_sees_another():
 
 def test_a_text_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="a text of 6 tokens does not fit a context of 5"):
-        pack(ROWS, 5, 0)
+        pack(SAMPLES, 5, 0)

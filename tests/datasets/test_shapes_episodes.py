@@ -6,15 +6,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from minivlm.conversation import DESCRIBE, MARK
 from minivlm.datasets.shapes_episodes import (
     STREAMS,
     document,
     documents,
     episode,
     few_shot,
+    held_out_scenes,
     is_held_out,
     lesson,
     new_words,
+    words,
 )
 from minivlm.datasets.shapes_facts import UNSEEN_PAIRS
 from minivlm.datasets.shapes_questions import KINDS, ask
@@ -22,9 +25,21 @@ from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe, parse
 
 
+N = 4000
+
+
 @pytest.fixture(scope="module")
-def texts():
-    return {stream: list(documents(0, stream, 4000)) for stream in STREAMS}
+def drawn():
+    return {stream: [document(0, stream, i) for i in range(N)] for stream in STREAMS}
+
+
+@pytest.fixture(scope="module")
+def texts(drawn):
+    return {stream: list(map(words, drawn[stream])) for stream in STREAMS}
+
+
+def is_text(document):
+    return isinstance(document, str)
 
 
 def lessons(texts):
@@ -90,27 +105,69 @@ def test_a_lesson_never_contradicts_itself_and_can_mostly_be_predicted():
         assert len(set(meanings.values())) == len(meanings)
 
 
-def test_half_of_the_documents_are_lessons_and_the_rest_is_about_scenes(texts):
+def test_a_fifth_are_lessons_a_tenth_captions_and_the_rest_conversations_mostly_about_scenes_told_in_words(drawn):
     for stream in STREAMS:
-        assert abs(len(lessons(texts[stream])) / 4000 - 0.5) < 0.03
-        rest = [text for text in texts[stream] if ": " not in text]
-        captions = [text for text in rest if "?" not in text]
-        read = [text for text in rest if "?" in text and parse(text.split(".")[0]) and ". " in text]
-        assert abs(len(captions) / 4000 - 0.15) < 0.03 and abs(len(read) / 4000 - 0.2) < 0.03
+        talks = [document for document in drawn[stream] if not isinstance(document, str)]
+        captions = [text for text in drawn[stream] if isinstance(text, str) and ": " not in text]
+        told = [turns for turns in talks if parse(turns[0].text.split(". ")[0]) and ". " in turns[0].text]
+        shares = [len(some) / N for some in (lessons(filter(is_text, drawn[stream])), captions, talks)]
+        assert shares == pytest.approx([0.2, 0.1, 0.7], abs=0.02)
+        assert len(told) / len(talks) == pytest.approx(0.9, abs=0.02)
         assert all(parse(caption) for caption in captions)
-    assert re.search(r"is there an? \w+ \w+\? (yes|no) ", " ".join(texts["train"]))
-    assert len(KINDS) == 6 and len({*texts["train"]} & {*texts["held out"]}) < 100  # short captions coincide
+    assert len(KINDS) == 6 and len({*map(words, drawn["train"])} & {*map(words, drawn["held out"])}) < 100
+
+
+def test_conversations_ask_and_answer_and_may_ask_for_the_scene_in_words(drawn):
+    talks = [document for document in drawn["train"] if not isinstance(document, str)]
+    for turns in talks:
+        assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2) and len(turns) >= 2
+        assert all(turn.text.endswith(("?", ".")) for turn in turns[::2]) and all(turn.text for turn in turns)
+        assert not any(MARK in turn.text for turn in turns)  # there is no picture
+    described = [turns for turns in talks if turns[0].text.endswith(DESCRIBE)]
+    assert len(described) / len(talks) == pytest.approx(0.2, abs=0.03)
+    assert all(parse(turns[1].text) for turns in described)
+    told = [turns for turns in described if ". " in turns[0].text]
+    assert told and all(turns[0].text == f"{turns[1].text}. {DESCRIBE}" for turns in told)
+    assert re.search(r"is there an? \w+ \w+\? (yes|no)", " ".join(map(words, talks)))
+
+
+def test_what_is_told_answers_the_questions(drawn):
+    """Counting whole scenes needs no picture, only the words in front of the question."""
+    asked = Counter()
+    for turns in (document for document in drawn["held out"] if not isinstance(document, str)):
+        caption, dot, _ = turns[0].text.partition(". ")
+        if not dot or not (things := parse(caption)):
+            continue
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            for colour in COLOURS:
+                if question.text.endswith(f"how many {colour} shapes are there?"):
+                    count = sum(thing.colour == colour for thing in things)
+                    assert answer.text == ["zero", "one", "two", "three"][count], turns
+                    asked[answer.text] += 1
+    assert len(asked) >= 2
+
+
+def test_held_out_scenes_are_those_of_the_held_out_stream(drawn):
+    scenes = held_out_scenes(0, 600)
+    assert len(scenes) == 600 and scenes[:10] == held_out_scenes(0, 10)
+    told = [
+        (canonical(scenes[i]), document[0].text)
+        for i, document in enumerate(drawn["held out"][:600])
+        if not isinstance(document, str) and ". " in document[0].text
+    ]
+    assert len(told) > 300 and all(text.startswith(f"{caption}. ") for caption, text in told)
 
 
 def test_held_out_words_and_unseen_pairs_are_never_in_training(texts):
-    assert len(words_of(texts["train"])) > 2000 and not any(map(is_held_out, words_of(texts["train"])))
+    assert len(words_of(texts["train"])) > 1200 and not any(map(is_held_out, words_of(texts["train"])))
     assert all(map(is_held_out, words_of(texts["held out"])))
     together = "\n".join(texts["train"] + texts["held out"])
     assert "red circle" in together and not any(pair in together for pair in UNSEEN_PAIRS)
 
 
-def test_a_document_depends_on_its_seed_stream_and_number_alone(texts):
-    assert [document(0, "train", i) for i in (3999, 7, 1000)] == [texts["train"][i] for i in (3999, 7, 1000)]
+def test_a_document_depends_on_its_seed_stream_and_number_alone(drawn, texts):
+    assert [document(0, "train", i) for i in (3999, 7, 1000)] == [drawn["train"][i] for i in (3999, 7, 1000)]
+    assert list(documents(0, "train", 300)) == texts["train"][:300]
     assert list(documents(1, "train", 20)) != texts["train"][:20]
     assert len(set(texts["train"])) > 3600
     with pytest.raises(ValueError, match="not in tuple"):

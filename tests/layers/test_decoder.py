@@ -1,4 +1,4 @@
-"""Each step of the packed decoder beside its plain twin, `LanguageModel.states`."""
+"""Each step of a packed decoder beside its plain twin, `LanguageModel.states` or `T5.states`."""
 
 import copy
 import pickle
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from minivlm.layers import LanguageModel, RopeScaling, decoder
+from minivlm.layers import T5, Attention, Block, Cache, LanguageModel, RopeScaling, T5Config, TransformerConfig, decoder
 from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from minivlm.recording import record_attention
 from minivlm.testing import assert_same
 from tests.languages import GPT2, LLAMA, OPT, OPT_350M, QWEN2
 
@@ -24,12 +25,18 @@ CONFIGS = {
     "wide heads": replace(LLAMA, head_width=6, kv_heads=1, heads=3),
     "gated with biases": replace(LLAMA, mlp_bias=True, out_bias=True),
 }
+FIRST_T5 = T5Config(width=12, depth=1, decoder_depth=3, heads=3, vocab_size=30, relative_buckets=6, relative_distance=9)
+T5_CONFIGS = {
+    "t5": replace(FIRST_T5, scale_head=True),
+    "flan-t5": replace(FIRST_T5, activation="gelu_tanh", gated_mlp=True, tie_head=False, head_width=6, mlp_width=20),
+}
 TOKENS = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(0))
 MASKS = {"even": None, "uneven": torch.arange(9) < torch.tensor([[9], [4], [6]])}
 
 
 def model_of(config=LLAMA, dtype=torch.float64):
-    return randomise(LanguageModel(config)).to(dtype).eval()
+    kind = T5 if isinstance(config, T5Config) else LanguageModel
+    return randomise(kind(config)).to(dtype).eval()
 
 
 def randomise(model):
@@ -59,19 +66,21 @@ def assert_same_steps(model, mask=None, *, room=7, tolerance=None, **options):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", {**CONFIGS, **T5_CONFIGS})
 def test_packed_is_plain(config, mask):
-    assert_same_steps(model_of(CONFIGS[config]), MASKS[mask])
+    assert_same_steps(model_of({**CONFIGS, **T5_CONFIGS}[config]), MASKS[mask])
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("room", [7, 31])  # the cache is looked at as a whole, or in part
-def test_packed_is_plain_with_more_room(room, mask):
-    assert_same_steps(model_of(), MASKS[mask], room=room)
+@pytest.mark.parametrize("config", [LLAMA, *T5_CONFIGS.values()], ids=["llama", *T5_CONFIGS])
+def test_packed_is_plain_with_more_room(config, room, mask):
+    assert_same_steps(model_of(config), MASKS[mask], room=room)
 
 
-def test_packed_is_plain_beyond_64_columns():
-    model = model_of(replace(LLAMA, context=300))
+@pytest.mark.parametrize("config", [replace(LLAMA, context=300), T5_CONFIGS["t5"]], ids=["llama", "t5"])
+def test_packed_is_plain_beyond_64_columns(config):
+    model = model_of(config)
     packed, twin = model.begin(TOKENS, room=200), plain(model, TOKENS, room=200)
     for i in range(70):
         packed.step(TOKENS[:, i % 9])
@@ -80,9 +89,9 @@ def test_packed_is_plain_beyond_64_columns():
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("config", ["gpt2", "llama"])
+@pytest.mark.parametrize("config", ["gpt2", "llama", "flan-t5"])
 def test_packed_is_plain_in_bf16(config, mask):
-    assert_same_steps(model_of(CONFIGS[config], torch.bfloat16), MASKS[mask], tolerance=0.05)
+    assert_same_steps(model_of({**CONFIGS, **T5_CONFIGS}[config], torch.bfloat16), MASKS[mask], tolerance=0.05)
 
 
 def test_a_cache_does_not_forget_what_autocast_made_it():
@@ -98,8 +107,9 @@ def test_a_cache_does_not_forget_what_autocast_made_it():
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_rows_go_on_as_others_did(mask):
-    model = model_of()
+@pytest.mark.parametrize("config", [LLAMA, T5_CONFIGS["flan-t5"]], ids=["llama", "t5"])
+def test_rows_go_on_as_others_did(config, mask):
+    model = model_of(config)
     packed, twin = (
         begin(TOKENS, MASKS[mask], room=4) for begin in (model.begin, lambda *a, **o: plain(model, *a, **o))
     )
@@ -120,6 +130,50 @@ def test_the_cache_is_as_the_plain_twin_leaves_it():
     assert_same(a, b)
 
 
+def test_a_text_without_a_single_token_is_read_the_plain_way():
+    decoding = model_of(T5_CONFIGS["t5"]).begin(TOKENS, torch.arange(9) < torch.tensor([[9], [0], [6]]), room=2)
+    decoding.step(TOKENS[:, 0])
+    assert decoding.packed is None and decoding.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [LLAMA, T5_CONFIGS["t5"]], ids=["llama", "t5"])
+def test_whoever_records_attention_misses_no_step(config):
+    model = model_of(config)
+    said = model.generate(TOKENS, max_new_tokens=5)  # leaves a packing behind
+    assert model.packing is not None
+    with record_attention(model.speaker) as maps:
+        assert torch.equal(model.generate(TOKENS, max_new_tokens=5), said)
+    assert {len(weights) for weights in maps.values()} == {5} and model.begin(TOKENS, room=2).packed is None
+    assert_same_steps(model)
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+@pytest.mark.parametrize("read", [True, False], ids=["with a context", "without"])
+def test_a_block_that_reads_at_either_place_of_its_norms(read, place):
+    config = TransformerConfig(width=12, depth=1, heads=3, causal=True, norm_place=place)
+    block = randomise(Block(config, cross_attention=True)).double().eval()
+    x, context = torch.randn(2, 12, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
+    cache = Cache(1, 2, 3, 1, 4, dtype=torch.float64)
+    cache.begin(1)
+    source = block.cross_attention.remember(context) if read else None
+    sight = decoder.Sight.of(None, None, x, block.attention, x.dtype)
+    packed = decoder.PackedBlock(block, x.dtype)(x, None, cache.layer(0), sight, source, sight)
+    assert_same(packed, block(x[:, None], source)[:, 0])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("bias", [None, (1, 4, 1, 5)], ids=["", "bias"])
+@pytest.mark.parametrize("mask", [None, (1, 5), (3, 1, 1, 5)], ids=str)
+def test_what_is_seen_on_a_cpu_is_what_is_seen_elsewhere(mask, bias, kv_heads):
+    a = Attention(8, 4, kv_heads=kv_heads)
+    q, k, v = torch.randn(3, 4, 1, 2), torch.randn(3, kv_heads, 5, 2), torch.randn(3, kv_heads, 5, 2)
+    bias = None if bias is None else torch.randn(bias)
+    mask = None if mask is None else (torch.rand(mask) < 0.5).index_fill(-1, torch.tensor([0]), True)
+    seen = decoder.Sight.of(mask, bias, torch.zeros(3, 8), a, torch.float32)
+    assert seen.added is not None
+    assert_same(seen.attend(a, q, k, v), decoder.Sight(mask, bias, None).attend(a, q, k, v))
+
+
 def test_no_room_left():
     model = model_of()
     for static in (False, True):
@@ -132,20 +186,23 @@ def test_no_room_left():
 class TestWeights:
     """What is laid out is a copy, so it has to follow the weights, and to stay out of everyone's way."""
 
-    def test_one_copy_serves_all_until_the_weights_change(self):
-        model = model_of()
+    @pytest.mark.parametrize("config", [LLAMA, T5_CONFIGS["t5"]], ids=["llama", "t5"])
+    def test_one_copy_serves_all_until_the_weights_change(self, config):
+        model = model_of(config)
         assert model.begin(TOKENS, room=2).packed is None  # not before the first token is out
         first, second = assert_same_steps(model), assert_same_steps(model)
         assert first.packed is second.packed
 
     @pytest.mark.parametrize("speak_before", ["the forward", "the update"])
     @pytest.mark.parametrize("fused", [False, True])  # fused optimisers do not count their changes
-    def test_after_training(self, fused, speak_before):
-        model = model_of(dtype=torch.float32)  # in eval mode all along
+    @pytest.mark.parametrize("config", [LLAMA, T5_CONFIGS["t5"]], ids=["llama", "t5"])
+    def test_after_training(self, config, fused, speak_before):
+        model = model_of(config, torch.float32)  # in eval mode all along
         optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
         if speak_before == "the forward":
             assert_same_steps(model)
-        sum(model.losses(TOKENS, TOKENS).values()).backward()
+        given = (TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), TOKENS)
+        sum(model.losses(*(given if isinstance(model, T5) else given[::2])).values()).backward()
         assert model.packing is None
         if speak_before == "the update":
             assert_same_steps(model)
@@ -154,9 +211,11 @@ class TestWeights:
         assert_same_steps(model)
 
     def test_there_is_none_while_training(self):
-        decoding = model_of().train().begin(TOKENS, room=2)
-        decoding.step(TOKENS[:, 0])
-        assert decoding.packed is None
+        for config in (LLAMA, T5_CONFIGS["t5"]):
+            assert_same_steps(model := model_of(config))
+            decoding = model.train().begin(TOKENS, room=2)
+            decoding.step(TOKENS[:, 0])
+            assert decoding.packed is None
 
     def test_after_other_weights_were_loaded_in_place_or_assigned(self):
         for assign in (False, True):
@@ -184,8 +243,9 @@ class TestWeights:
         merge_lora(model)
         assert_same_steps(model)
 
-    def test_it_is_neither_saved_nor_copied(self):
-        model = model_of()
+    @pytest.mark.parametrize("config", [LLAMA, T5_CONFIGS["t5"]], ids=["llama", "t5"])
+    def test_it_is_neither_saved_nor_copied(self, config):
+        model = model_of(config)
         names = list(model.state_dict())
         assert_same_steps(model)
         assert model.packing is not None
