@@ -23,12 +23,16 @@ HUB = "openai/clip-vit-base-patch32"
 SMALLER = {k: v for k, v in TINY.items() if k not in ("steps", "batch_size")}
 RUN = {k: v for k, v in SMALLER.items() if "." not in k}
 LANGUAGE = {"width": 16, "depth": 1, "heads": 2}
+QFORMER = {"qformer.width": 16, "qformer.depth": 2, "qformer.heads": 2}
 VOCABULARY = {"data.vocab_size": 300}
 SMALL = {  # the options that make a recipe tiny
     "clip": SMALLER,
-    "lm": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()},
+    "lm": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()} | {"induction_heads": "false"},
+    "t5": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()},
     "llava-stage1": RUN,
     "llava": RUN,
+    "blip2-stage1": RUN | QFORMER | {"embed_width": 8, "vision_from": "out/clip"},
+    "blip2": RUN,
     "captioner": RUN
     | VOCABULARY
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}

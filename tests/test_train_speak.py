@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import minivlm
 import train
 from minivlm import recipes, training
+from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
 from tests.test_train import TINY
@@ -161,6 +162,40 @@ def test_a_named_base_that_is_not_there_is_an_error_and_not_trained(world, tmp_p
 def test_texts_can_be_packed(world, tmp_path):
     train.main(arguments("lm", **LM | {"data": world, "out": tmp_path / "lm", "data.pack": "true"}))
     assert minivlm.load(tmp_path / "lm")[0].config.end_tokens == (3,)
+
+
+def test_induction_heads_are_there_before_the_first_step(world):
+    two = {"model.depth": 2, "model.heads": 4, "data": world}
+    given, plain = (
+        recipes.command_line(arguments("lm", **TEXTS | two, induction_heads=heads))[1].start(quiet=True).model
+        for heads in ("true", "false")
+    )
+    unlike = [name for name, p in plain.state_dict().items() if not torch.equal(p, given.state_dict()[name])]
+    assert {name.split(".")[2] for name in unlike if ".blocks." in name} == {"0", "1"}
+    assert any("blocks.0.attention.q_proj" in name for name in unlike)
+    assert not any("mlp" in name or "norm" in name for name in unlike)
+
+
+@pytest.mark.parametrize("wrong", [{"model.heads": 2}, {"model.depth": 1}, {"model.rope_theta": "none"}])
+def test_a_model_too_small_for_induction_heads_says_how_to_do_without(world, wrong):
+    options = TEXTS | {"model.depth": 2, "model.heads": 4, "data": world} | wrong
+    with pytest.raises(UserError, match=r"need rotary positions, two blocks, .*; or .*--induction_heads false\.$"):
+        recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
+
+
+def test_a_language_model_learns_the_answers_of_conversations_and_the_whole_of_texts(world):
+    work = recipes.command_line(arguments("lm", **LM | {"data": world, "batch_size": 16}))[1].start(quiet=True)
+    batch, end = work.batch(0), work.processor.end_token
+    for row, labels, index in zip(batch["tokens"], batch["labels"], work.indices(0), strict=True):
+        document = work.read(int(index))
+        learnt = labels[labels != IGNORED].tolist()
+        assert torch.equal(labels[labels != IGNORED], row[labels != IGNORED])
+        if isinstance(document, str):
+            assert work.processor.decode([learnt])[0] == document[: len(document)] and learnt[-1] == end
+        else:
+            answers = [turn.text for turn in document[1::2]]
+            said = "".join(work.processor.decode([[t for t in learnt if t != end]]))
+            assert learnt.count(end) == len(answers) and said.split() == " ".join(answers).split()
 
 
 def test_the_captioner_learns_to_caption(world, tmp_path):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minivlm.base import Model
 from minivlm.layers.attention import Attention, KeysValues, attend, expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
 from minivlm.layers.transformer import Block, Transformer
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is worth
 
 
-class PackingModel(Model):
-    """A model that speaks with a second copy of its weights, kept in `packing` until they change."""
+class PackingModel(nn.Module):
+    """What makes a `Model` speak with a second copy of its weights, kept in `packing` until they change."""
 
     packed_class: ClassVar[type[Packed]]
     packing: Packed | None = None

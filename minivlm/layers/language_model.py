@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation
+from minivlm.base import Model
 from minivlm.layers.decoder import PackedDecoder, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.position import Cache
@@ -52,7 +53,7 @@ class LMOutput:
         return self.head(self.hidden)
 
 
-class LanguageModel(PackingModel):
+class LanguageModel(PackingModel, Model):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import generation
+from minivlm.base import Model
 from minivlm.layers.attention import Attention, KeysValues
 from minivlm.layers.decoder import PackedT5, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
@@ -78,7 +79,7 @@ class T5Config:
         return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
 
 
-class T5(PackingModel):
+class T5(PackingModel, Model):
     """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
 
     logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.

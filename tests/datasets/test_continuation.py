@@ -1,8 +1,10 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from minivlm.conversation import IGNORED
+from minivlm.conversation import IGNORED, Turn
 from minivlm.datasets.continuation import collate_pairs, split
 from minivlm.datasets.shapes_episodes import documents
 from minivlm.processor import Processor
@@ -36,6 +38,16 @@ def test_a_text_without_answers_is_cut_anywhere():
     rng = np.random.default_rng(0)
     assert {split("a red circle", rng) for _ in range(50)} == {("a", "red circle"), ("a red", "circle")}
     assert split("circle", rng) == ("", "circle")
+
+
+def test_of_a_conversation_one_answer_is_said_and_all_before_it_is_read():
+    rng = np.random.default_rng(0)
+    turns = [
+        Turn(*turn) for turn in zip(["user", "assistant"] * 3, ["a?", "one", "b?", "two", "c?", "three"], strict=True)
+    ]
+    cuts = Counter(split(turns, rng) for _ in range(3000))
+    assert set(cuts) == {("a?", "one"), ("a? one b?", "two"), ("a? one b? two c?", "three")}
+    assert min(cuts.values()) > 900
 
 
 def test_rows_are_framed_and_padded(processor):
