@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOME = {
     "BERT": "layers",
@@ -19,6 +19,8 @@ _HOME = {
     "CLIP": "models.clip",
     "CLIPConfig": "models.clip",
     "CLIPLoss": "losses",
+    "Flamingo": "models.flamingo",
+    "FlamingoConfig": "models.flamingo",
     "ImageCaptioningConfig": "models.captioner",
     "ImageCaptioningModel": "models.captioner",
     "LLaVA": "models.llava",

@@ -36,6 +36,7 @@ MODELS = {  # class name → the module it lives in
     "BLIP2": "minivlm.models.blip2",
     "BLIP2Stage1": "minivlm.models.blip2_stage1",
     "CLIP": "minivlm.models.clip",
+    "Flamingo": "minivlm.models.flamingo",
     "ImageCaptioningModel": "minivlm.models.captioner",
     "LLaVA": "minivlm.models.llava",
     "LanguageModel": "minivlm.layers.language_model",
@@ -172,6 +173,7 @@ def load(
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
         path, weights = open_weights(directory, described.weights)
+        weights = described.prepare(weights)
         if (config := pretrained.settle(described, weights)) != described.config:
             model = empty_model(described.model_class, config)
         tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))

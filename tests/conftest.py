@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -10,3 +12,18 @@ torch.set_num_threads(1)
 def the_same_random_numbers():
     """Every test starts from one random state, so that none depends on which ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def little_to_judge_by():
+    """Runs of a few steps are judged by a few samples of the shapes world."""
+    from minivlm.datasets import shapes, shapes_talk
+
+    language = importlib.import_module("minivlm.evaluate.language")  # as an attribute it is the function of that name
+    with pytest.MonkeyPatch.context() as patch:
+        few = {name: split._replace(n=split.n and min(split.n, 64)) for name, split in shapes.SPLITS.items()}
+        patch.setattr(shapes, "SPLITS", few)
+        patch.setattr(shapes_talk, "QUESTIONS", {"train": 0, "val": 6, "test": 12, "unseen": 6})
+        for name, most in (("HELD_OUT", 60), ("EPISODES", 20), ("TOLD", 300), ("QUESTIONS", 40)):
+            patch.setattr(language, name, most)
+        yield

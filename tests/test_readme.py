@@ -72,7 +72,7 @@ def desk(tmp_path_factory):
     return desk
 
 
-def test_every_command_runs(desk, monkeypatch):
+def test_every_command_runs(desk, little_to_judge_by, monkeypatch):
     monkeypatch.chdir(desk)
     monkeypatch.setattr("sys.stdin", io.StringIO("is there a red circle?\n/quit\n"))
     ran = 0

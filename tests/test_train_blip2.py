@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import minivlm
 import train
 from minivlm import recipes, tasks, training
-from minivlm.datasets import shapes, shapes_talk
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
+from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.layers.bert import BERT, BERTConfig
@@ -31,18 +31,8 @@ STAGE2 = SHORT | {"optimiser.warmup": 0}
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (0, 0, 0)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_splits():
-    """What judges is as small as what trains."""
-    with pytest.MonkeyPatch.context() as patch:
-        few = {name: split._replace(n=split.n and 32) for name, split in shapes.SPLITS.items()}
-        patch.setattr(shapes, "SPLITS", few)
-        patch.setattr(shapes_talk, "QUESTIONS", {"train": 0, "val": 6, "test": 12, "unseen": 6})
-        yield
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, little_to_judge_by):
     directory = tmp_path_factory.mktemp("data") / "world"
     make_shapes(directory, train=32, image_size=32, progress=False)
     return directory
@@ -73,7 +63,7 @@ def photos(tmp_path_factory):
 def bases(world, tmp_path_factory):
     """Eyes and two language models as they are born, each in a directory of its own."""
     out = tmp_path_factory.mktemp("bases")
-    words = list(shapes_talk.ShapesTalk(world, "train").texts())
+    words = list(ShapesTalk(world, "train").texts())
     ids = Processor.train(words, vocab_size=400, image_size=32, context=40)
     vision = VisionConfig(image_size=32, patch_size=16, width=12, depth=2, heads=2)
     text = TextConfig(width=16, depth=1, heads=2, vocab_size=ids.vocab_size, context=40, end_token=ids.end_token)

@@ -19,7 +19,7 @@ from tests.test_train_speak import TEXTS, arguments
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, little_to_judge_by):
     directory = tmp_path_factory.mktemp("data") / "world"
     make_shapes(directory, train=16, image_size=32, progress=False)
     return directory

@@ -2,9 +2,11 @@
 
 from minivlm.layers.attention import Attention, CrossAttention, attend, set_attention_backend
 from minivlm.layers.bert import BERT, BERTConfig
+from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttention, image_mask
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from minivlm.layers.mlp import MLP
+from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.layers.position import Cache, RopeScaling, Rotary, resize_position_table
 from minivlm.layers.projector import LinearProjector, MLPProjector
 from minivlm.layers.qformer import QFormer, QFormerConfig
@@ -25,12 +27,16 @@ __all__ = [
     "Block",
     "Cache",
     "CrossAttention",
+    "GatedConfig",
+    "GatedCrossAttention",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearProjector",
     "LoRAConfig",
     "LoRALinear",
     "MLPProjector",
+    "PerceiverConfig",
+    "PerceiverResampler",
     "QFormer",
     "QFormerConfig",
     "ResNet",
@@ -46,6 +52,7 @@ __all__ = [
     "VisionTransformer",
     "add_lora",
     "attend",
+    "image_mask",
     "lora_parameters",
     "merge_lora",
     "resize_position_table",

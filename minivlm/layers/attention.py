@@ -11,6 +11,7 @@ Vaswani et al. 2017, "Attention Is All You Need", §3.2; grouped queries: Ainsli
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from minivlm.layers.position import LayerCache, Rotary
 
 BACKENDS = ("auto", "reference", "fused")
 KeysValues = tuple[Tensor, Tensor]  # each (B, G, S, K)
+QKNorm = Literal["layernorm", "rmsnorm", "wide_layernorm"]
 Backend = str | Callable[..., Tensor]  # a function is called as `attend_reference` is; see `minivlm.recording`
 
 
@@ -141,12 +143,18 @@ def last_queries(x: Tensor | None, last: int) -> Tensor | None:
     return x if x is None or x.shape[-2] == 1 else x[..., -last:, :]
 
 
+def normalise(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """x (…, H·K): each stretch of channels that is as wide as the norm, which is one head or all of them, by itself."""
+    return x if norm is None else norm(x.unflatten(-1, (-1, norm.normalized_shape[0]))).flatten(-2)
+
+
 class Attention(nn.Module):
     """softmax(QKᵀ/√K)V: every x asks, every context answers; without a context x asks itself.
 
     x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
-    rope: rotates q and k (see `Rotary`). bias, scale, backend: see `attend`. cache: gives the keys so far (see `Cache`).
+    qk_norm: of queries and keys, head by head, or over all heads ("wide"); it keeps scores from growing (Dehghani et al.
+    2023, §2).  rope: rotates q and k (see `Rotary`). bias, scale, backend: see `attend`. cache: gives the keys so far (see `Cache`).
     last: only so many of x ask, those at its end, and the result is (B, last, D); so does the bias.
     """
 
@@ -163,6 +171,9 @@ class Attention(nn.Module):
         causal: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
+        qk_norm: QKNorm | None = None,
+        norm_eps: float = 1e-5,
+        norm_bias: bool = True,
     ):
         super().__init__()
         kv_heads = kv_heads or heads
@@ -178,6 +189,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(context_width, kv_heads * self.head_width, bias=bias)
         self.v_proj = nn.Linear(context_width, kv_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(heads * self.head_width, width, bias=out_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm is not None:
+            sizes = [n * self.head_width if qk_norm == "wide_layernorm" else self.head_width for n in (heads, kv_heads)]
+            options = {"eps": norm_eps} if qk_norm == "rmsnorm" else {"eps": norm_eps, "bias": norm_bias}
+            self.q_norm, self.k_norm = (
+                (nn.RMSNorm if qk_norm == "rmsnorm" else nn.LayerNorm)(size, **options) for size in sizes
+            )
 
     def forward(
         self,
@@ -191,7 +209,7 @@ class Attention(nn.Module):
         last: int | None = None,
     ) -> Tensor:
         asking = x if last is None else x[:, -last:]
-        q = self.split(self.q_proj(asking), self.heads)  # (B, H, T, K)
+        q = self.ask(asking)  # (B, H, T, K)
         k, v = self.remember(x if context is None else context)
         if rope is not None:
             q, k = rope.last(q.shape[2])(q), rope(k)
@@ -203,9 +221,14 @@ class Attention(nn.Module):
             mask, bias = last_queries(mask, last), last_queries(bias, last)
         return self.answer(q, k, v, mask=mask, causal=causal, bias=bias)
 
+    def ask(self, x: Tensor) -> Tensor:
+        """(B, T, D) → its queries (B, H, T, K)."""
+        return self.split(normalise(self.q_norm, self.q_proj(x)), self.heads)
+
     def remember(self, context: Tensor) -> KeysValues:
         """(B, S, C) → its keys and values, each (B, G, S, K)."""
-        return self.split(self.k_proj(context), self.kv_heads), self.split(self.v_proj(context), self.kv_heads)
+        k = normalise(self.k_norm, self.k_proj(context))
+        return self.split(k, self.kv_heads), self.split(self.v_proj(context), self.kv_heads)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         """Queries (B, H, T, K), keys and values (B, G, S, K) → (B, T, D). options: see `attend`."""
@@ -226,7 +249,7 @@ class CrossAttention(Attention):
     """
 
     def forward(self, x: Tensor, context: Tensor | KeysValues, *, mask: Tensor | None = None) -> Tensor:
-        q = self.split(self.q_proj(x), self.heads)
+        q = self.ask(x)
         k, v = context if isinstance(context, tuple) else self.remember(context)
         return self.answer(q, k, v, mask=expand_mask(mask))
 

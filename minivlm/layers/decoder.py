@@ -220,18 +220,29 @@ def attend_to_past(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float 
 class Matrix(NamedTuple):
     """x (B, I) → (B, O), as one nn.Linear or several side by side."""
 
-    weight: Tensor  # (I, O)
+    weight: Tensor  # (I, O); or (O, I) in oneDNN's blocks
     bias: Tensor | None  # (O,)
 
     @classmethod
     def of(cls, *linears: nn.Module, dtype: torch.dtype) -> Matrix:
-        weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)
+        weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)  # (O, I)
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears]).to(dtype)
+        if in_blocks(weight.device, dtype):
+            return cls(torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias)
         return cls(weight.T.contiguous(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+def in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """In bf16 on a CPU, oneDNN brings a weight into blocks before every product, which takes most of the time for a single
+    row. So it is done once, by what torch.compile calls where weights are frozen."""
+    possible = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return possible and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fingerprint(model: nn.Module) -> list[tuple]:
@@ -245,4 +256,5 @@ def can_be_packed(model: PackingModel) -> bool:
         return False
     readers = model.packed_class.reads
     plain = all(type(block) is Block and (readers or block.cross_attention is None) for block in model.speaker.blocks)
-    return plain and not any(callable(m.backend) for m in model.speaker.modules() if isinstance(m, Attention))
+    attentions = [m for m in model.speaker.modules() if isinstance(m, Attention)]
+    return plain and not any(m.q_norm is not None or callable(m.backend) for m in attentions)

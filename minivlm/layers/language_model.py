@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minivlm import generation
 from minivlm.base import Model
-from minivlm.layers.decoder import PackedDecoder, PackingModel
+from minivlm.layers.decoder import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.position import Cache
-from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
 from minivlm.losses import next_token_loss
 
 
@@ -98,11 +98,18 @@ class LanguageModel(PackingModel, Model):
         return x if self.project_in is None else self.project_in(x)
 
     def states(
-        self, x: Tensor, mask: Tensor | None = None, *, cache: Cache | None = None, last: int | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        last: int | None = None,
+        between: Between | None = None,
     ) -> Tensor:
         """Embeddings (B, T, D) → (B, T, E), what the head reads. With a cache, x continues what it holds.
 
         last: → (B, last, E), of the last tokens alone, which saves most of the last block's work for the others.
+        between: see `Transformer`.
         """
         T, context = x.shape[1], self.config.context
         if cache is None and context < T:
@@ -112,7 +119,7 @@ class LanguageModel(PackingModel, Model):
         positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.config.position_offset)
-        x = self.transformer(self.dropout(x), mask=mask, positions=positions, cache=cache, last=last)
+        x = self.transformer(self.dropout(x), mask=mask, positions=positions, cache=cache, last=last, between=between)
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
@@ -124,14 +131,23 @@ class LanguageModel(PackingModel, Model):
         mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
         return {"next token": self.loss(self.embed(tokens), labels, mask)}
 
-    def loss(self, x: Tensor, labels: Tensor, mask: Tensor | None = None, *, where: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        *,
+        where: Tensor | None = None,
+        between: Between | None = None,
+    ) -> Tensor:
         """`next_token_loss` of embeddings x (B, T, D). What stands in front of the first label, such as a picture, passes
         through all blocks but the last."""
         last = None
         if where is None or labels.device.type == "cpu":  # else a GPU would be waited for
             first = int((labels[:, 1:] != -100).any(dim=0).int().argmax())
             last, labels, where = labels.shape[1] - first, labels[:, first:], None
-        return next_token_loss(self.states(x, mask, last=last), labels, self.head.weight, where=where)
+        hidden = self.states(x, mask, last=last, between=between)
+        return next_token_loss(hidden, labels, self.head.weight, where=where)
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
@@ -144,10 +160,12 @@ class LanguageModel(PackingModel, Model):
         embeddings: Tensor | None = None,
         room: int,
         static: bool = False,
+        between: Reading | None = None,
     ) -> LMDecoding:
         """Read a prompt (B, T) and be ready for `room` more tokens a row. Raises ValueError if the context is too short.
 
-        static: all steps have the same shapes, as torch.compile wants them (see `Cache`).
+        static: all steps have the same shapes, as torch.compile wants them (see `Cache`). between: see `Transformer`; it has
+        the prompt as it is read here, without padding on the left.
         """
         x = self.embed(tokens) if embeddings is None else embeddings
         mask = None if mask is None or mask.all() else mask
@@ -159,16 +177,17 @@ class LanguageModel(PackingModel, Model):
             )
         cache = self.transformer.new_cache(len(x), x.shape[1] + room)
         if mask is None:
-            hidden = self.states(x, cache=cache, last=1)[:, 0]  # (B, E)
+            hidden = self.states(x, cache=cache, last=1, between=between)[:, 0]  # (B, E)
         else:
             lengths = mask.sum(dim=1)
             shortest = int(lengths.min())
             if shortest == 0:
                 raise ValueError("a row of the prompt has no token at all; begin with one, such as a start token")
-            hidden = self.states(x, mask, cache=cache, last=x.shape[1] - shortest + 1)
+            hidden = self.states(x, mask, cache=cache, last=x.shape[1] - shortest + 1, between=between)
             hidden = hidden[torch.arange(len(x), device=x.device), lengths - shortest]  # each row's last token
         cache.static = static  # of the steps; the prompt is read once
-        return LMDecoding(self, cache, self.head(hidden).float(), room=room)
+        after = None if between is None else between.after(cache.lengths)
+        return LMDecoding(self, cache, self.head(hidden).float(), room=room, between=after)
 
     @property
     def speaker(self) -> Transformer:
@@ -196,18 +215,33 @@ class LanguageModel(PackingModel, Model):
         return replace(known, **given)
 
 
+class Reading(Protocol):
+    """Layers between the blocks that read something beside the text, as `Transformer` calls them."""
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        """What block `index` gets in place of x (B, T, D)."""
+
+    def after(self, lengths: Tensor) -> Reading:
+        """The same for a token that follows a prompt of so many tokens a row, lengths (B,)."""
+
+    def reorder(self, rows: Tensor) -> Reading:
+        """The same where row i goes on as row rows[i] did."""
+
+
 class LMDecoding:
     """A language model in the middle of speaking (see `generation.Decoding`). room: tokens that may still be appended."""
 
-    def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int):
-        self.model, self.cache, self.logits, self.room = model, cache, logits, room
+    def __init__(
+        self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int, between: Reading | None = None
+    ):
+        self.model, self.cache, self.logits, self.room, self.between = model, cache, logits, room, between
         self.packed: PackedDecoder | None = None
         self.steps = 0
 
     def step(self, tokens: Tensor) -> None:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
-        if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
+        if self.steps == 0 and self.between is None:  # not before the first token is out: copying the weights takes as long as some steps
             self.packed = self.model.packed(self.cache.keys.dtype)
         self.logits = self.predict(tokens)
         self.steps, self.room = self.steps + 1, self.room - 1
@@ -217,16 +251,19 @@ class LMDecoding:
         """tokens (B,) → logits (B, V) of what follows."""
         if self.packed is not None:
             return self.packed(tokens, self.cache).float()
-        hidden = self.model.states(self.model.embed(tokens[:, None]), cache=self.cache)
+        hidden = self.model.states(self.model.embed(tokens[:, None]), cache=self.cache, between=self.between)
         return self.model.head(hidden[:, 0]).float()
 
     def compile(self, **options) -> None:
         """Every further step through torch.compile; its shapes stay the same if the decoding was begun with static=True."""
+        if in_blocks(self.cache.keys.device, self.cache.keys.dtype):  # which the compiler cannot read: the plain way
+            self.packed, self.steps = None, max(1, self.steps)
         self.predict = torch.compile(self.predict, fullgraph=True, dynamic=False, **options)
 
     def reorder(self, rows: Tensor) -> None:
         self.cache.reorder(rows)
         self.logits = self.logits[rows]
+        self.between = None if self.between is None else self.between.reorder(rows)
 
 
 def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:

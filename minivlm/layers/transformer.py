@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minivlm.layers.attention import Attention, CrossAttention, KeysValues
+from minivlm.layers.attention import Attention, CrossAttention, KeysValues, QKNorm
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import Cache, RopeScaling, Rotary, relative_bucket
+
+Between = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class TransformerConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_place: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
+    norm_bias: bool = True  # of a LayerNorm
     activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     gated_mlp: bool = False
     qkv_bias: bool = True
@@ -42,9 +45,11 @@ class TransformerConfig:
     mlp_bias: bool = True
     rope_theta: float | None = None  # rotary positions inside attention; None: none
     rope_scaling: RopeScaling | None = None
+    qk_norm: QKNorm | None = None  # of queries and keys, see `Attention`
     attention_scale: float | None = None  # of the scores; None: 1/√head_width. T5: 1, its weights were trained so
     relative_buckets: int = 0  # distances between tokens told apart, for T5's learnt bias on the scores; 0: no bias
     relative_distance: int = 128  # all that are further apart share the last bucket
+    alibi: bool = False  # the further away a token is, the less it is attended to (see `Alibi`)
     cross_attention_every: int = 0  # blocks 0, n, 2n … read a context; 0: no block does
     context_width: int | None = None  # its width; None: the same as ours
     dropout: float = 0.0
@@ -56,7 +61,10 @@ class TransformerConfig:
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
+    c = config
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(c.width, eps=c.norm_eps)
+    return nn.LayerNorm(c.width, eps=c.norm_eps, bias=c.norm_bias)
 
 
 def matrix_dtype(x: Tensor) -> torch.dtype:
@@ -90,6 +98,9 @@ class Block(nn.Module):
             causal=c.causal,
             scale=c.attention_scale,
             dropout=c.dropout,
+            qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps,
+            norm_bias=c.norm_bias,
         )
         if cross_attention:
             self.cross_attention_norm = make_norm(c)
@@ -160,6 +171,31 @@ class RelativePositions(nn.Module):
         return bias if bias.dim() == 4 else bias[None]
 
 
+class Alibi(nn.Module):
+    """−slope · distance, added to the scores: each head forgets at a pace of its own (Press et al. 2022, §3). Causal only.
+
+    positions of the queries (T,) or (B, T), keys at 0, 1, … S − 1 → (1 or B, H, T, S). The slopes are 2^(−8i/H), for i = 1 …
+    H; where H is no power of two, every second one of those for the next power, then the rest.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+
+    def forward(self, positions: Tensor, keys: int) -> Tensor:
+        distance = torch.arange(keys, device=positions.device) - positions[..., None]  # (…, T, S): key − query
+        bias = self.slopes(positions.device) * distance[..., None, :, :]
+        return bias if bias.dim() == 4 else bias[None]
+
+    def slopes(self, device: torch.device) -> Tensor:
+        """(H, 1, 1)"""
+        power = 1 << (self.heads - 1).bit_length()
+        slopes = 2.0 ** (-8 / power * torch.arange(1, power + 1, device=device))
+        if power != self.heads:
+            slopes = torch.cat([slopes[1::2], slopes[::2]])[: self.heads]
+        return slopes.view(-1, 1, 1)
+
+
 class Transformer(nn.Module):
     """A stack of blocks, without embeddings and without a last norm: those belong to the towers that use it.
 
@@ -170,6 +206,7 @@ class Transformer(nn.Module):
     positions (T,) or (B, T): where the tokens stand, for rotary angles; None: 0, 1, 2 …
     cache: a `Cache` that already holds what came before x; x is appended to it, and `mask` only counts its real tokens.
     last: → (B, last, D): the last block computes keys and values of all tokens, but the rest only for the last so many.
+    between(i, x) → x, what block i gets in place of x: for layers of someone else's between these (Flamingo).
     """
 
     def __init__(self, config: TransformerConfig):
@@ -180,6 +217,8 @@ class Transformer(nn.Module):
             Block(config, cross_attention=bool(every) and i % every == 0) for i in range(config.depth)
         )
         self.relative = RelativePositions(config) if config.relative_buckets else None
+        if config.alibi:
+            self.relative = Alibi(config)
         self.recompute = False  # True: trade a second forward for the activations' memory (Chen et al. 2016)
 
     def forward(
@@ -193,6 +232,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         last: int | None = None,
+        between: Between | None = None,
     ) -> Tensor:
         T = x.shape[1]
         blocks = self.blocks[: self.blocks_to_run(layer)]
@@ -203,6 +243,8 @@ class Transformer(nn.Module):
         rope = self.rotary(positions)
         bias = None if self.relative is None else self.relative(positions, cache.seen if cache is not None else T)
         for index, block in enumerate(blocks):
+            if between is not None:
+                x = between(index, x)
             layer_cache = cache.layer(index) if cache is not None else None
             options = dict(mask=mask, context_mask=context_mask, bias=bias, rope=rope, cache=layer_cache)
             source = context[index] if isinstance(context, list) else context
@@ -234,7 +276,7 @@ class Transformer(nn.Module):
         five sixths of that block's work are saved (7 % of a 12-layer tower, 14 % of a 6-layer one).
         """
         c = self.config
-        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every or c.relative_buckets:
+        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every or self.relative:
             return take(self(x, mask=mask), at)[:, 0]
         x = self(x, mask=mask, layer=-2)
         seen = mask

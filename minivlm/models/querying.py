@@ -1,4 +1,4 @@
-"""What both stages of BLIP-2 have: a vision tower, and the Q-Former that reads it.
+"""A vision tower of which all features are read; and what both stages of BLIP-2 have, a Q-Former that reads them.
 
 images (…, 3, H, W) ─→ vision tower ─→ features (M, N, C) ─→ Q-Former ─→ (M, Q, D)
 """
@@ -18,40 +18,62 @@ from minivlm.models.speaking import SpeakingModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryingConfig:
-    """A vision tower and the Q-Former that reads it."""
+class SeeingConfig:
+    """A vision tower, and what is read of it."""
 
     vision: VisionConfig | ResNetConfig
-    qformer: QFormerConfig
     vision_layers: tuple[int, ...] = (-1,)  # whose features are read (several: side by side)
     class_token: bool = True  # the class token is read as well, if the tower has one
     vision_norm: bool = True  # the tower's last norm is applied to all features
 
     def __post_init__(self):
-        width = sum(self.vision.features_at(layer)[1] for layer in self.vision_layers)
-        wanted = self.qformer.context_width or self.qformer.width
-        if width != wanted:
-            raise ValueError(
-                f"the vision tower gives features of width {width}, but the Q-Former reads features of width {wanted}: "
-                "choose the tower that it was trained with, or set qformer.context_width"
-            )
         if self.vision_norm and (isinstance(self.vision, ResNetConfig) or len(self.vision_layers) > 1):
             raise ValueError("vision_norm needs a ViT of which a single layer is read: set it to False")
 
+    @property
+    def feature_width(self) -> int:
+        return sum(self.vision.features_at(layer)[1] for layer in self.vision_layers)
 
-class QueryingModel(SpeakingModel):
-    """The two parts, and what the queries see."""
+    def check_reader(self, wanted: int, reader: str, field: str) -> None:
+        """ValueError if what reads the features expects another width."""
+        if self.feature_width != wanted:
+            raise ValueError(
+                f"the vision tower gives features of width {self.feature_width}, but the {reader} reads features of width "
+                f"{wanted}: choose the tower that it was trained with, or set {field}"
+            )
 
-    def __init__(self, config: QueryingConfig, *, seed: int = 0):
+
+class SeeingModel(SpeakingModel):
+    """The tower, and what it sees."""
+
+    def __init__(self, config: SeeingConfig, *, seed: int = 0):
         super().__init__(config)
         self.vision = make_tower(config.vision, torch.Generator().manual_seed(seed))
-        self.qformer = QFormer(config.qformer, seed=seed)
 
     def look(self, images: Tensor) -> Tensor:
-        """images (…, 3, H, W) → (M, N, C): what the vision tower sees of each picture, before the Q-Former."""
+        """images (…, 3, H, W) → (M, N, C): what the vision tower sees of each picture, as others read it."""
         c = self.config
         features = look(self.vision, images, c.vision_layers, class_token=c.class_token)
         return self.vision.norm(features) if c.vision_norm else features
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryingConfig(SeeingConfig):
+    """… and the Q-Former that reads it."""
+
+    qformer: QFormerConfig
+
+    def __post_init__(self):
+        self.check_reader(self.qformer.context_width or self.qformer.width, "Q-Former", "qformer.context_width")
+        super().__post_init__()
+
+
+class QueryingModel(SeeingModel):
+    """The two parts, and what the queries see."""
+
+    def __init__(self, config: QueryingConfig, *, seed: int = 0):
+        super().__init__(config, seed=seed)
+        self.qformer = QFormer(config.qformer, seed=seed)
 
     def query(self, images: Tensor | None, features: Tensor | None) -> QFormerOutput:
         """What the queries make of pictures, or of their features: (M, Q, D)."""

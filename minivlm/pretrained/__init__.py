@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,8 @@ from minivlm.pretrained.files import WEIGHTS, read_json
 
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
 # read_processor(directory, values, config) → Processor; and to write layout="hf": write_config(config) → values, and,
-# if it sees pictures, write_processor(processor, config) → values by file name.
+# if it sees pictures, write_processor(processor, config) → values by file name. Where tensors have to be put together
+# before a table of names can be read: prepare(weights) → weights.
 MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
@@ -39,6 +40,10 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "llava": "llava",
     "blip-2": "blip2",
     "Blip2ForImageTextRetrieval": "blip2_itm",
+    "mpt": "mpt",
+    "mosaic_gpt": "mpt",
+    "idefics": "idefics",
+    "openflamingo": "openflamingo",
 }
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -53,6 +58,7 @@ class Published:
     rows: list[names.Row]
     weights: tuple[str, ...]  # files that may hold the tensors
     processor: Any
+    prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights
 
 
 def recognise(directory: Path) -> str:
@@ -67,6 +73,8 @@ def recognise(directory: Path) -> str:
             return word
     if (directory / "open_clip_config.json").exists():
         return "open_clip"
+    if (directory / "checkpoint.pt").exists():
+        return "openflamingo"
     known = ", ".join(sorted(MODULES))
     if kind:
         raise UserError(f"{directory} holds a model of type {kind!r}, which is not supported; there are {known}.")
@@ -89,6 +97,8 @@ def read(directory: Path, kind: str) -> Published:
     from minivlm.pretrained.language import generation_settings
 
     module = module_of(kind)
+    if kind == "openflamingo":  # it has no config
+        return module.read(directory)
     path = directory / ("open_clip_config.json" if kind == "open_clip" else "config.json")
     values = {**read_json(path), **generation_settings(directory)}
     try:
@@ -98,7 +108,8 @@ def read(directory: Path, kind: str) -> Published:
     config = configs.from_dict(type(config), configs.to_dict(config), where=str(path))  # are the types right as well?
     processor = module.read_processor(directory, values, config)
     weights = OPEN_CLIP_WEIGHTS if kind == "open_clip" else WEIGHTS
-    return Published(module.model_class, config, module.rows(config), weights, processor)
+    prepare = getattr(module, "prepare", Published.prepare)
+    return Published(module.model_class, config, module.rows(config), weights, processor, prepare)
 
 
 def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:
@@ -154,22 +165,25 @@ def kind_of(config: Any) -> str:
         return language.kind_of(config)
     if name == "LLaVAConfig":
         return "llava"
-    if name in (kinds := {"T5Config": "t5", "BERTConfig": "bert", "BLIP2Config": "blip-2"}):
+    kinds = {"T5Config": "t5", "BERTConfig": "bert", "BLIP2Config": "blip-2", "FlamingoConfig": "idefics"}
+    if name in kinds:
         return kinds[name]
     if name == "BLIP2Stage1Config":
         return "Blip2ForImageTextRetrieval"
     raise UserError(
-        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA and BLIP-2; a {name} has no published form here."
+        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA, BLIP-2 and IDEFICS; a {name} has no published form here."
     )
 
 
 def comparable(config: Any) -> dict[str, Any]:
     """Every field that changes what the trained model computes, by its dotted name, derived values spelt out."""
     flat = flatten(configs.to_dict(config))
-    for part in [name.removesuffix("mlp_width") for name in flat if name.endswith("mlp_width")]:
+    for part in [name.removesuffix("depth") for name in flat if name.endswith("depth") and f"{name[:-5]}mlp_width" in flat]:
         width, heads, depth = (flat[f"{part}{name}"] for name in ("width", "heads", "depth"))
         derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads, "decoder_depth": depth}
         flat |= {part + name: v for name, v in derived.items() if flat.get(part + name, v) is None}
+    like = {"gated.heads": flat.get("language.heads"), "gated.mlp_width": flat.get("language.mlp_width")}
+    flat |= {name: value for name, value in like.items() if name in flat and flat[name] is None}
     if flat.get("text.causal"):
         flat.pop("text.use_mask")  # padding on the right is out of sight anyway
     if flat.get("text.pool", "end") != "end":

@@ -102,6 +102,8 @@ def unpickle_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # arbitrary bytes fail in arbitrary ways, and all mean the same
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is refused: it is not a plain dictionary of tensors, or broken ({why}).") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("model_state_dict"), dict):  # a training state
+        tensors = tensors["model_state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path} is refused: it must be a plain dictionary of tensors.")
     return tensors

@@ -54,6 +54,8 @@ def refuse_unless(values: dict[str, Any], **supported) -> None:
 
 def kind_of(config: LanguageModelConfig) -> str:
     """The model_type that comes nearest. What it cannot say is found by reading it back (see `pretrained.write`)."""
+    if config.alibi:
+        return "mpt"
     if config.rope_theta is None:
         return "opt" if config.position_offset else "gpt2"
     return "qwen2" if config.qkv_bias and not config.out_bias else "llama"

@@ -22,9 +22,17 @@ to `tolerance`, relative to the largest one expected; None is what rounding alon
 | assert_generation_independent                                  | a row is answered as it would be alone            |
 | assert_cache_equals_full                                       | decoding in pieces is the full forward            |
 | assert_can_overfit                                             | the thing can learn at all                        |
+| assert_zero_gates_change_nothing                               | closed gates are the model without them           |
+| assert_images_seen_only_where_allowed                          | another image shows where it may be seen alone    |
+| assert_later_image_changes_nothing_before                      | the text before an image does not know of it      |
 """
 
 from minivlm.testing.learning import assert_can_overfit, assert_frozen, assert_keeps_no_activations
+from minivlm.testing.seeing import (
+    assert_images_seen_only_where_allowed,
+    assert_later_image_changes_nothing_before,
+    assert_zero_gates_change_nothing,
+)
 from minivlm.testing.structure import (
     assert_batch_independent,
     assert_cache_equals_full,
@@ -51,11 +59,14 @@ __all__ = [
     "assert_generation_independent",
     "assert_gradient_does_not_reach",
     "assert_gradient_reaches",
+    "assert_images_seen_only_where_allowed",
     "assert_keeps_no_activations",
+    "assert_later_image_changes_nothing_before",
     "assert_padding_invariant",
     "assert_permutation_equivariant",
     "assert_permutation_invariant",
     "assert_same",
     "assert_same_gradients",
+    "assert_zero_gates_change_nothing",
     "changed",
 ]

@@ -24,7 +24,6 @@ from minivlm.datasets.shapes_questions import KINDS, ask
 from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe, parse
 
-
 N = 4000
 
 
@@ -107,8 +106,8 @@ def test_a_lesson_never_contradicts_itself_and_can_mostly_be_predicted():
 
 def test_a_fifth_are_lessons_a_tenth_captions_and_the_rest_conversations_mostly_about_scenes_told_in_words(drawn):
     for stream in STREAMS:
-        talks = [document for document in drawn[stream] if not isinstance(document, str)]
-        captions = [text for text in drawn[stream] if isinstance(text, str) and ": " not in text]
+        talks = [turns for turns in drawn[stream] if not is_text(turns)]
+        captions = [text for text in drawn[stream] if is_text(text) and ": " not in text]
         told = [turns for turns in talks if parse(turns[0].text.split(". ")[0]) and ". " in turns[0].text]
         shares = [len(some) / N for some in (lessons(filter(is_text, drawn[stream])), captions, talks)]
         assert shares == pytest.approx([0.2, 0.1, 0.7], abs=0.02)
@@ -118,7 +117,7 @@ def test_a_fifth_are_lessons_a_tenth_captions_and_the_rest_conversations_mostly_
 
 
 def test_conversations_ask_and_answer_and_may_ask_for_the_scene_in_words(drawn):
-    talks = [document for document in drawn["train"] if not isinstance(document, str)]
+    talks = [turns for turns in drawn["train"] if not is_text(turns)]
     for turns in talks:
         assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2) and len(turns) >= 2
         assert all(turn.text.endswith(("?", ".")) for turn in turns[::2]) and all(turn.text for turn in turns)
@@ -134,7 +133,9 @@ def test_conversations_ask_and_answer_and_may_ask_for_the_scene_in_words(drawn):
 def test_what_is_told_answers_the_questions(drawn):
     """Counting whole scenes needs no picture, only the words in front of the question."""
     asked = Counter()
-    for turns in (document for document in drawn["held out"] if not isinstance(document, str)):
+    for turns in drawn["held out"]:
+        if is_text(turns):
+            continue
         caption, dot, _ = turns[0].text.partition(". ")
         if not dot or not (things := parse(caption)):
             continue
@@ -151,9 +152,9 @@ def test_held_out_scenes_are_those_of_the_held_out_stream(drawn):
     scenes = held_out_scenes(0, 600)
     assert len(scenes) == 600 and scenes[:10] == held_out_scenes(0, 10)
     told = [
-        (canonical(scenes[i]), document[0].text)
-        for i, document in enumerate(drawn["held out"][:600])
-        if not isinstance(document, str) and ". " in document[0].text
+        (canonical(scenes[i]), turns[0].text)
+        for i, turns in enumerate(drawn["held out"][:600])
+        if not is_text(turns) and ". " in turns[0].text
     ]
     assert len(told) > 300 and all(text.startswith(f"{caption}. ") for caption, text in told)
 

@@ -147,6 +147,17 @@ def test_whoever_records_attention_misses_no_step(config):
     assert_same_steps(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_matrix_is_its_linears_side_by_side(bias, dtype):
+    linears = [nn.Linear(40, n, bias=bias, dtype=dtype) for n in (7, 33)]
+    matrix = decoder.Matrix.of(*linears, dtype=dtype)
+    assert matrix.weight.is_mkldnn == decoder.in_blocks(torch.device("cpu"), dtype) and matrix.weight.dtype == dtype
+    for B in (1, 2, 9):
+        x = torch.randn(B, 40)
+        assert_same(matrix(x), torch.cat([linear(x.to(dtype)) for linear in linears], dim=1))
+
+
 @pytest.mark.parametrize("place", ["pre", "post"])
 @pytest.mark.parametrize("read", [True, False], ids=["with a context", "without"])
 def test_a_block_that_reads_at_either_place_of_its_norms(read, place):
@@ -281,3 +292,14 @@ def test_a_compiled_step_is_compiled_once(largest, mask, backend, monkeypatch):
             assert_same(compiled.logits, eager.logits)
         assert (compiled.packed is None) == (largest == 0)
     assert counter.frame_count == (backend == "eager")
+
+
+def test_what_lies_in_blocks_is_not_compiled():
+    torch._dynamo.reset()
+    model = model_of(dtype=torch.bfloat16)
+    compiled, eager = model.begin(TOKENS, room=8, static=True), plain(model, TOKENS, room=8)
+    compiled.compile(backend="aot_eager")
+    for decoding in (compiled, eager):
+        decoding.step(TOKENS[:, 0])
+    assert (compiled.packed is None) == decoder.in_blocks(torch.device("cpu"), torch.bfloat16)
+    assert_same(compiled.logits, eager.logits, tolerance=0.05)

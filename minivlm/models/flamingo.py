@@ -1,0 +1,190 @@
+"""Flamingo: a frozen language model reads images through new layers between its own.
+
+    images (B, I, 3, H, W) ─→ vision tower ─→ resampler ─→ (B, I·L, C) ──┬───────────────┬─ …
+                                                                         ▼               ▼
+    tokens (B, T) ─→ embedding ─→ block … block ─→ gated cross-attention ─→ block … ─→ gated … ─→ block ─→ head ─→ text
+
+In the text an image is a single mark, which says where it stands: each token sees the last image before it. IDEFICS and
+OpenFlamingo are configurations of this model.
+Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning", figure 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.layers.attention import KeysValues
+from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttention, See, image_mask
+from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
+from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
+from minivlm.losses import next_token_loss
+from minivlm.models.querying import SeeingConfig, SeeingModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoConfig(SeeingConfig):
+    language: LanguageModelConfig
+    resampler: PerceiverConfig | None  # None: the text reads the tower's features themselves
+    image_token: int  # the id of the mark that stands for a picture
+    gated: GatedConfig = field(default_factory=GatedConfig)
+    every: int = 1  # a gated layer before every n-th block of the language model,
+    offset: int = 0  # the first before this one: 0 in IDEFICS, n − 1 in OpenFlamingo
+    see: See = "last"  # of the images before a token
+
+    def __post_init__(self):
+        if self.resampler is not None:
+            wanted = self.resampler.context_width or self.resampler.width
+            self.check_reader(wanted, "resampler", "resampler.context_width")
+        if self.every < 1 or not 0 <= self.offset < self.language.depth:
+            raise ValueError(
+                f"every is {self.every} and offset {self.offset}, which puts no gated layer before any of the language "
+                f"model's {self.language.depth} blocks: every must be at least 1, offset the number of a block"
+            )
+        super().__post_init__()
+
+    @property
+    def places(self) -> range:
+        """The blocks of the language model that have a gated layer before them."""
+        return range(self.offset, self.language.depth, self.every)
+
+    @property
+    def latents(self) -> int:
+        """Tokens that one picture becomes, for the gated layers to read."""
+        if self.resampler is not None:
+            return self.resampler.latents
+        return self.vision.features_at(self.vision_layers[0])[0] + int(self.class_token)
+
+    @property
+    def image_tokens(self) -> int:
+        """Places that one picture takes in the text."""
+        return 1
+
+
+class Flamingo(SeeingModel):
+    """images (B, I, 3, H, W), or (B, 3, H, W) for one a row, tokens (B, T), mask (B, T) → `LMOutput`. No picture: None.
+
+    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
+    The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
+    """
+
+    config_class = FlamingoConfig
+    trained_parts: ClassVar[tuple[str, ...]] = ("resampler", "gated")  # the others come from elsewhere, and stay frozen
+
+    def __init__(self, config: FlamingoConfig, *, seed: int = 0):
+        super().__init__(config, seed=seed)
+        c = config
+        self.resampler = None if c.resampler is None else PerceiverResampler(c.resampler, seed=seed)
+        reads = c.feature_width if c.resampler is None else c.resampler.width
+        like = dict(heads=c.language.heads, mlp_width=c.language.hidden_width)
+        self.gated = nn.ModuleList(GatedCrossAttention(c.language.width, reads, c.gated, **like) for _ in c.places)
+        initialise_linears(self.gated, torch.Generator().manual_seed(seed))
+        self.language_model = LanguageModel(c.language, seed=seed)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+    ) -> LMOutput:
+        lm = self.language_model
+        hidden = lm.states(lm.embed(tokens), mask, between=self.read(images, tokens, mask, features))
+        return LMOutput(hidden, lm.head, None if labels is None else next_token_loss(hidden, labels, lm.head.weight))
+
+    def losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What training adds up. Padding on the right, where causal attention does not look; where: see `next_token_loss`."""
+        x, between = self.language_model.embed(tokens), self.read(images, tokens, features=features)
+        return {"next token": self.language_model.loss(x, labels, where=where, between=between)}
+
+    def read(
+        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, features: Tensor | None = None
+    ) -> GatedReading:
+        """What stands between the blocks while they read these tokens. A mark in padding is none."""
+        c = self.config
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask, -1)
+        if images is None and features is None:
+            self.check_marks(tokens, 0)
+            return GatedReading(self.gated, c.places, [None] * len(self.gated), None)
+        seen = self.resample(self.look(images) if features is None else features)  # (B·I, L, C)
+        seen = seen.unflatten(0, (len(tokens), -1)).flatten(1, 2)  # (B, I·L, C)
+        count = seen.shape[1] // c.latents
+        self.check_marks(tokens, count)
+        visible = image_mask(tokens, c.image_token, count, latents=c.latents, see=c.see)
+        return GatedReading(self.gated, c.places, [block.remember(seen) for block in self.gated], visible)
+
+    def resample(self, features: Tensor) -> Tensor:
+        """(M, N, C) → (M, L, C'): what the gated layers read of each picture."""
+        return features if self.resampler is None else self.resampler(features)
+
+    def check_marks(self, tokens: Tensor, images: int) -> None:
+        """ValueError for a row with more marks than images (looked at on the CPU alone; a GPU would be waited for)."""
+        if tokens.device.type != "cpu":
+            return
+        marks = int((tokens == self.config.image_token).sum(dim=1).max()) if tokens.numel() else 0
+        if marks > images:
+            raise ValueError(f"a text has {marks} image marks, but there are only {images} images a row")
+
+    def gates(self) -> Tensor:
+        """How open each gated layer is: mean |tanh(gate)| of its attention and of its MLP, (layers, 2). 0: not at all."""
+        return torch.stack([block.openness() for block in self.gated])
+
+    # ---- speaking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+        """Read pictures and a prompt; see `LanguageModel.begin`. What follows sees what the prompt's last token saw."""
+        if mask is not None and not mask.all():
+            marked, mask = to_the_left(tokens[..., None], mask)
+            tokens = marked[..., 0]
+        between = self.read(images, tokens, mask)
+        x = self.language_model.embed(tokens)
+        return self.language_model.begin(mask=mask, embeddings=x, room=room, between=between)
+
+
+class GatedReading:
+    """Gated layers, what they read, and who may read it: `between` of `Transformer`, a `Reading` of the language model.
+
+    read: for each layer the keys and values of all images, or None. visible (B, T, S): True = may be seen.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[GatedCrossAttention],
+        places: Sequence[int],
+        read: Sequence[KeysValues | None],
+        visible: Tensor | None,
+    ):
+        self.layers, self.places, self.read, self.visible = layers, places, read, visible
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        if index not in self.places:
+            return x
+        i = self.places.index(index)
+        return self.layers[i](x, self.read[i], self.visible)
+
+    def after(self, lengths: Tensor) -> GatedReading:
+        """For tokens that follow a prompt of so many tokens a row, lengths (B,): they see what its last one saw."""
+        visible = self.visible
+        if visible is not None:
+            visible = visible.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, visible.shape[2]))
+        return GatedReading(self.layers, self.places, self.read, visible)
+
+    def reorder(self, rows: Tensor) -> GatedReading:
+        read = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.read]
+        return GatedReading(self.layers, self.places, read, None if self.visible is None else self.visible[rows])

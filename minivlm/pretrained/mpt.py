@@ -1,0 +1,106 @@
+"""MPT as Hugging Face transformers stores it (MptForCausalLM: mosaicml/mpt-7b), and as its forerunner MosaicGPT did
+(anas-awadalla/mpt-1b-redpajama-200b, the language model of OpenFlamingo-3B)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
+from minivlm.pretrained import language
+from minivlm.pretrained.names import Row, table, under
+from minivlm.processor import Processor
+
+model_class = LanguageModel
+
+# ---- names: MPT's, MosaicGPT's ---------------------------------------------------------------------------------------
+
+BLOCK = table("""
+    norm_1|ln_1                     attention_norm
+    attn.Wqkv                       attention.{q,k,v}_proj
+    attn.q_ln                       attention.q_norm
+    attn.k_ln                       attention.k_norm
+    attn.out_proj                   attention.out_proj
+    norm_2|ln_2                     mlp_norm
+    ffn.up_proj|mlp.mlp_up          mlp.up_proj
+    ffn.down_proj|mlp.mlp_down      mlp.down_proj
+""")
+
+MODEL = table("""
+    wte             token_embedding
+    norm_f|ln_f     norm
+""") + under(BLOCK, "blocks.*.", "transformer.blocks.*.")  # fmt: skip
+
+ROWS = under(MODEL, "transformer.", "") + table("lm_head head")
+
+
+def rows(config: LanguageModelConfig) -> list[Row]:
+    return ROWS
+
+
+# ---- config: a file holds only what differs from these ---------------------------------------------------------------
+
+DEFAULTS = {
+    "d_model": 2048,
+    "n_heads": 16,
+    "n_layers": 24,
+    "max_seq_len": 2048,
+    "vocab_size": 50368,
+    "layer_norm_epsilon": 1e-5,
+    "mlp_ratio": 4,  # MosaicGPT's; in MPT it is always four times the width
+    "attn_qk_ln": False,  # MosaicGPT's
+}
+
+
+def read_config(values: dict[str, Any]) -> LanguageModelConfig:
+    """transformers' config.json, or MosaicGPT's, → ours."""
+    v = {**DEFAULTS, **values}
+    mosaic = values.get("model_type") == "mosaic_gpt"
+    attention = v if mosaic else values.get("attn_config") or {}
+    language.refuse_unless(v, no_bias=True, logit_scale=None)
+    language.refuse_unless(attention, alibi=True, alibi_bias_max=8, softmax_scale=None, clip_qkv=None, attn_clip_qkv=None)
+    language.refuse_unless(attention, attn_type="multihead_attention", prefix_lm=False, qk_ln=False)
+    return LanguageModelConfig(
+        vocab_size=v["vocab_size"],
+        context=v["max_seq_len"],
+        positions="none",
+        alibi=True,
+        width=v["d_model"],
+        depth=v["n_layers"],
+        heads=v["n_heads"],
+        mlp_width=v["d_model"] * (v["mlp_ratio"] if mosaic else 4),
+        norm_eps=v["layer_norm_epsilon"],
+        norm_bias=False,
+        qk_norm="wide_layernorm" if mosaic and v["attn_qk_ln"] else None,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        tie_head=True,
+        **language.read_special_tokens(v),
+    )
+
+
+def write_config(config: LanguageModelConfig) -> dict[str, Any]:
+    """Ours → transformers' config.json."""
+    return {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        "vocab_size": config.vocab_size,
+        "max_seq_len": config.context,
+        "d_model": config.width,
+        "n_layers": config.depth,
+        "n_heads": config.heads,
+        "layer_norm_epsilon": config.norm_eps,
+        "no_bias": True,
+        "attn_config": {"alibi": True, "alibi_bias_max": 8},
+        "tie_word_embeddings": True,
+        **language.write_special_tokens(config),
+    }
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
+    path = directory / "tokenizer.json"
+    return language.read_processor(directory, config, path.read_bytes() if path.exists() else None)
