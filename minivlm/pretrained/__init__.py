@@ -181,6 +181,7 @@ def comparable(config: Any) -> dict[str, Any]:
     for part in [name.removesuffix("depth") for name in flat if name.endswith("depth") and f"{name[:-5]}mlp_width" in flat]:
         width, heads, depth = (flat[f"{part}{name}"] for name in ("width", "heads", "depth"))
         derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads, "decoder_depth": depth}
+        derived |= {"context_width": width} if flat.get(f"{part}cross_attention_every") else {}
         flat |= {part + name: v for name, v in derived.items() if flat.get(part + name, v) is None}
     like = {"gated.heads": flat.get("language.heads"), "gated.mlp_width": flat.get("language.mlp_width")}
     flat |= {name: value for name, value in like.items() if name in flat and flat[name] is None}

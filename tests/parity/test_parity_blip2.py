@@ -260,9 +260,8 @@ def test_the_processor_reaches_transformers(tmp_path):
     theirs = reference(OPT, {}, {}, {})
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = minivlm.load(tmp_path / "theirs")
-    about = ProcessorConfig(
-        image_size=24, resize="squash", resize_to=24, crop="none", context=64, pad_token=1, image_tokens=Q
-    )
+    pixels = dict(image_size=24, resize="squash", resize_to=24, crop="none")
+    about = ProcessorConfig(**pixels, context=64, pad_token=1, image_tokens=Q, chat="blip2")
     ours.save_pretrained(tmp_path / "ours", processor=Processor(None, about), layout="hf")
     _, processor = minivlm.load(tmp_path / "ours")
     assert processor.config == about
