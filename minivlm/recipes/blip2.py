@@ -68,7 +68,7 @@ class BLIP2Stage1Recipe(Recipe):
     qformer: QFormerConfig = QUERIES  # its vocab_size and context_width follow from the tokeniser and the tower
     bert_from: str | None = None  # published BERT weights to start the Q-Former from; its tokeniser comes along
     embed_width: int = 128
-    false_captions: float = 0.5  # share of the samples that come with a nearly right caption, where the data have some
+    false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where the data have some
     directory: str = "data/shapes"
 
     def needs(self) -> dict[str, str]:
@@ -318,14 +318,14 @@ BLIP2_RECIPES = {
     "blip2-stage1": BLIP2Stage1Recipe(
         summary="BLIP-2, stage 1: a Q-Former learns to see through frozen eyes, by contrast, matching and generation",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
-        steps=1000,
-        batch_size=128,
-        save_every=500,
+        steps=1200,
+        batch_size=64,
+        save_every=300,
     ),
     "blip2": BLIP2Recipe(
         summary="BLIP-2: a Q-Former and a projection learn to be read by a frozen language model",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
-        steps=2000,
+        steps=1500,
         batch_size=64,
         save_every=500,
     ),
