@@ -229,8 +229,8 @@ LLAVA_RECIPES = {
         stage="instruct",
         starts_from="out/llava-stage1",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
-        steps=3000,
+        steps=2000,
         batch_size=64,
-        save_every=750,
+        save_every=500,
     ),
 }
