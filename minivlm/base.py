@@ -69,8 +69,12 @@ class Model(nn.Module):
             raise TypeError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
 
-    def save_pretrained(self, directory: str | Path, *, processor=None, layout: str = "minivlm") -> None:
-        """Write config.json and model.safetensors (and the processor's files). layout="hf": the published form."""
+    def save_pretrained(
+        self, directory: str | Path, *, processor=None, layout: str = "minivlm", base: dict[str, str] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors (and the processor's files). layout="hf": the published form.
+
+        base: frozen parts to be left out, and where they come from, as {"language_model": "out/lm"}."""
         from minivlm.checkpoint import save
 
-        save(directory, self, processor, layout=layout)
+        save(directory, self, processor, layout=layout, base=base)

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,31 @@ MODELS = {  # class name → the module it lives in
 
 
 def save(
-    directory: str | Path, model: nn.Module, processor: Processor | None = None, *, layout: str = "minivlm"
+    directory: str | Path,
+    model: nn.Module,
+    processor: Processor | None = None,
+    *,
+    layout: str = "minivlm",
+    base: Mapping[str, str] | None = None,
 ) -> None:
     """Write model and processor into `directory`. Other files in it stay.
 
     All files are written beside their places first, and only when the last one is safe on the disk are they renamed,
     the weights first: whatever happens before leaves everything as it was. layout="hf": what transformers reads.
+    base: frozen parts that are not stored, and where they come from: {"language_model": "out/lm"} (see `minivlm.bases`).
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
-    tensors = plain_tensors(model)
+    tensors, about = plain_tensors(model), None
+    if base:
+        from minivlm.bases import leave_out
+
+        if layout != "minivlm":
+            raise UserError(f"layout={layout!r} stores a model whole: leave out its base.")
+        tensors, about = leave_out(tensors, model, base)
     if layout == "hf":
         texts, tensors = pretrained.write(model.config, tensors, processor)
     elif layout == "minivlm":
-        texts = our_files(model, processor)
+        texts = our_files(model, processor, about)
     else:
         raise UserError(f"unknown layout {layout!r}; there are minivlm and hf.")
     files = {"model.safetensors": lambda path: write_tensors(path, tensors)}
@@ -67,13 +80,14 @@ def save(
     write_all(Path(directory), files)
 
 
-def our_files(model: nn.Module, processor: Processor | None) -> dict[str, str]:
+def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any] | None = None) -> dict[str, str]:
     """Texts by file name, config.json last."""
     values = {
         "minivlm": minivlm.__version__,
         "model": type(model).__name__,
         "config": configs.to_dict(model.config),
         "processor": configs.to_dict(processor.config) if processor else None,
+        **({"base": base} if base else {}),
     }
     tokenizer = {"tokenizer.json": processor.tokenizer.to_str()} if processor and processor.source is not None else {}
     return {**tokenizer, "config.json": json.dumps(values, indent=2, ensure_ascii=False)}
@@ -156,8 +170,9 @@ def load(
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
-    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, T5, BERT,
-    LLaVA, BLIP-2; open_clip), or the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
+    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, MPT, T5,
+    BERT, LLaVA, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or the id of such a one on the Hugging
+    Face hub, which is downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
@@ -223,7 +238,12 @@ def read_ours(directory: Path) -> pretrained.Published:
         processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
         tokenizer = directory / "tokenizer.json"
         processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
-    return pretrained.Published(model_class, config, None, ("model.safetensors",), processor)
+    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor)
+    if "base" not in values:
+        return described
+    from minivlm.bases import bring_back
+
+    return replace(described, prepare=lambda weights: bring_back(weights, values["base"], config, str(directory)))
 
 
 def from_dict(cls: type, values: Any, where: str) -> Any:

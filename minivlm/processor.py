@@ -43,6 +43,7 @@ class ProcessorConfig:
     pad_to_context: bool = False  # SigLIP reads its padding, so it always needs all of it
     image_token: str = "<image>"  # marks in a text where a picture stands
     image_tokens: int = 0  # placeholders that such a mark becomes, one for each feature of a picture; 0: it stays one
+    image_fence: str | None = None  # a token that stands around a picture's place, once between two (IDEFICS)
     chat: Literal["plain", "vicuna", "chatml", "encoder", "blip2"] = (
         "plain"  # how a conversation is written (see `minivlm.conversation`)
     )
@@ -175,11 +176,13 @@ class Processor:
         return self.expand(self.tokenizer.encode(text, add_special_tokens=frame).ids)
 
     def expand(self, ids: list[int]) -> list[int]:
-        """Every `<image>` becomes as many placeholders as a picture has features."""
+        """Every `<image>` becomes as many placeholders as a picture has features, fenced in if the model knows it so."""
         mark, n = self.image_token_id, self.config.image_tokens
         if not n or mark not in ids:
             return ids
-        return [token for id in ids for token in [id] * (n if id == mark else 1)]
+        fence = [] if self.config.image_fence is None else [self.tokenizer.token_to_id(self.config.image_fence)]
+        whole = [token for id in ids for token in (fence + [id] * n + fence if id == mark else [id])]
+        return [id for id, before in zip(whole, [None, *whole[:-1]], strict=True) if not (id == before and id in fence)]
 
     @cached_property
     def image_token_id(self) -> int | None:

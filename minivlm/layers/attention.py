@@ -154,7 +154,8 @@ class Attention(nn.Module):
     x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
     qk_norm: of queries and keys, head by head, or over all heads ("wide"); it keeps scores from growing (Dehghani et al.
-    2023, §2).  rope: rotates q and k (see `Rotary`). bias, scale, backend: see `attend`. cache: gives the keys so far (see `Cache`).
+    2023, "Scaling Vision Transformers to 22 Billion Parameters", §2). rope: rotates q and k (see `Rotary`).
+    bias, scale, backend: see `attend`. cache: gives the keys so far (see `Cache`).
     last: only so many of x ask, those at its end, and the result is (B, last, D); so does the bias.
     """
 

@@ -241,7 +241,9 @@ class LMDecoding:
     def step(self, tokens: Tensor) -> None:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
-        if self.steps == 0 and self.between is None:  # not before the first token is out: copying the weights takes as long as some steps
+        if (
+            self.steps == 0 and self.between is None
+        ):  # not before the first token is out: copying the weights takes as long as some steps
             self.packed = self.model.packed(self.cache.keys.dtype)
         self.logits = self.predict(tokens)
         self.steps, self.room = self.steps + 1, self.room - 1

@@ -67,10 +67,12 @@ class FlamingoConfig(SeeingConfig):
 
 
 class Flamingo(SeeingModel):
-    """images (B, I, 3, H, W), or (B, 3, H, W) for one a row, tokens (B, T), mask (B, T) → `LMOutput`. No picture: None.
+    """images (B, I, 3, H, W), tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. No picture: None.
 
-    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
     The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
+    Or images (M, 3, H, W): one for each mark, in reading order; a GPU is waited for to count these.
+    labels (B, T): the tokens, −100 = not counted. features (B, I, N, C) or (M, N, C): what `look` gives of the images, for
+    those who have it already. Raises ValueError for a mark without an image.
     """
 
     config_class = FlamingoConfig
@@ -121,12 +123,23 @@ class Flamingo(SeeingModel):
         if images is None and features is None:
             self.check_marks(tokens, 0)
             return GatedReading(self.gated, c.places, [None] * len(self.gated), None)
-        seen = self.resample(self.look(images) if features is None else features)  # (B·I, L, C)
-        seen = seen.unflatten(0, (len(tokens), -1)).flatten(1, 2)  # (B, I·L, C)
-        count = seen.shape[1] // c.latents
-        self.check_marks(tokens, count)
-        visible = image_mask(tokens, c.image_token, count, latents=c.latents, see=c.see)
+        if features is None:
+            features = self.look(images).unflatten(0, images.shape[:-3])  # ([B, I or] M, N, C)
+        seen = self.resample(features.flatten(0, -3))  # (M, L, C)
+        seen = seen.unflatten(0, features.shape[:2]) if features.dim() == 4 else self.deal(seen, tokens)
+        if len(seen) != len(tokens):
+            raise ValueError(f"there are {len(tokens)} texts, but images for {len(seen)}")
+        self.check_marks(tokens, seen.shape[1])
+        visible = image_mask(tokens, c.image_token, seen.shape[1], latents=c.latents, see=c.see)
+        seen = seen.flatten(1, 2)  # (B, I·L, C)
         return GatedReading(self.gated, c.places, [block.remember(seen) for block in self.gated], visible)
+
+    def deal(self, seen: Tensor, tokens: Tensor) -> Tensor:
+        """Images in reading order (M, L, C) → each row its own, (B, I, L, C), zeros where a row has fewer than others."""
+        marks = (tokens == self.config.image_token).sum(dim=1).tolist()
+        if sum(marks) != len(seen):
+            raise ValueError(f"the texts have {sum(marks)} image marks, but there are {len(seen)} images")
+        return nn.utils.rnn.pad_sequence(seen.split(marks), batch_first=True)
 
     def resample(self, features: Tensor) -> Tensor:
         """(M, N, C) → (M, L, C'): what the gated layers read of each picture."""

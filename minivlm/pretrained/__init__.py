@@ -171,14 +171,17 @@ def kind_of(config: Any) -> str:
     if name == "BLIP2Stage1Config":
         return "Blip2ForImageTextRetrieval"
     raise UserError(
-        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA, BLIP-2 and IDEFICS; a {name} has no published form here."
+        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA, BLIP-2 and IDEFICS; a {name} has no "
+        "published form here."
     )
 
 
 def comparable(config: Any) -> dict[str, Any]:
     """Every field that changes what the trained model computes, by its dotted name, derived values spelt out."""
     flat = flatten(configs.to_dict(config))
-    for part in [name.removesuffix("depth") for name in flat if name.endswith("depth") and f"{name[:-5]}mlp_width" in flat]:
+    for part in [
+        name.removesuffix("depth") for name in flat if name.endswith("depth") and f"{name[:-5]}mlp_width" in flat
+    ]:
         width, heads, depth = (flat[f"{part}{name}"] for name in ("width", "heads", "depth"))
         derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads, "decoder_depth": depth}
         derived |= {"context_width": width} if flat.get(f"{part}cross_attention_every") else {}

@@ -23,7 +23,7 @@ from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
 model_class = Flamingo
-MARK = "<image>"
+MARK, FENCE = "<image>", "<fake_token_around_image>"
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,9 @@ def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
 DEFAULTS = {
-    **{k: llama.LLAMA[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")},
+    **{
+        k: llama.LLAMA[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
+    },
     **{k: llama.LLAMA[k] for k in ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "eos_token_id")},
     "additional_vocab_size": 0,
     "pad_token_id": 0,
@@ -224,6 +226,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
             pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
             image_token=MARK,
             image_tokens=1,
+            image_fence=FENCE if FENCE in vocab else None,
         ),
     )
 

@@ -47,10 +47,10 @@ def assert_images_seen_only_where_allowed(
 
     images (B, I, …), allowed (B, T, I): True = position t may learn of image i, of itself or through earlier positions.
     """
-    y, I = f(images), images.shape[1]
-    trials = [([i], changed(images, (slice(None), i))) for i in range(I)]
-    for i in range(I - 1):
-        order = [*range(i), i + 1, i, *range(i + 2, I)]
+    y, count = f(images), images.shape[1]
+    trials = [([i], changed(images, (slice(None), i))) for i in range(count)]
+    for i in range(count - 1):
+        order = [*range(i), i + 1, i, *range(i + 2, count)]
         trials.append(([i, i + 1], images[:, order]))
     for moved, others in trials:
         z, may = f(others), allowed[..., moved].any(dim=-1)  # (B, T)
@@ -59,7 +59,9 @@ def assert_images_seen_only_where_allowed(
         differs = (z != y).flatten(2).any(dim=-1)  # (B, T)
         if blind := (may & ~differs).nonzero().tolist():
             row, t = blind[0]
-            raise AssertionError(f"position {t} of row {row} may see image {moved[0]}, but a change of it does not show")
+            raise AssertionError(
+                f"position {t} of row {row} may see image {moved[0]}, but a change of it does not show"
+            )
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class TestLayer:
         block = layer(config)
         block.attention_gate.data.fill_(-0.5)
         block.mlp_gate.data.fill_(0.1)
-        assert_same(block.openness(), torch.tensor([-0.5, 0.1]).double().tanh().abs())
+        assert_same(block.openness(), torch.tensor([-0.5, 0.1], dtype=torch.float64).tanh().abs())
 
 
 def drawn(*rows):

@@ -78,7 +78,7 @@ def test_frames_are_told_apart_by_their_time_alone():
     model.times.data.zero_()
     assert_permutation_invariant(model, x)
     assert_same(model(x), model(x.flatten(1, 2)))
-    assert_same(resampler(PLAIN, seed=0)(features(PLAIN, 2, 1, 5)).shape and model(x[:, :1]), model(x[:, 0]))
+    assert_same(model(x[:, :1]), model(x[:, 0]))
 
 
 def test_latents_are_equals():
@@ -111,5 +111,5 @@ def test_it_learns_to_find_the_odd_one():
     x = torch.randn(8, 6, 16)
     target = x[:, :1].expand(-1, 3, -1).clone()
     x[:, 0] += 5  # the one to be found
-    model = PerceiverResampler(PLAIN)
-    assert_can_overfit(model, lambda m: (m(x) - target).square().mean())
+    loss = lambda model, batch: (model(batch) - target).square().mean()
+    assert_can_overfit(PerceiverResampler(PLAIN), x, loss, learning_rate=1e-2)

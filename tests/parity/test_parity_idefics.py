@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minivlm
-from minivlm import Flamingo
+from minivlm import Flamingo, Processor
 from minivlm.checkpoint import empty_model
 from minivlm.layers import image_mask
 from minivlm.pretrained import comparable, idefics, names
+from minivlm.processor import ProcessorConfig
+from tests.sentencepiece import llama_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
 
@@ -78,7 +81,9 @@ def compare(ours, theirs, images, close):
         close(mine.logits[mask], expected.logits[mask])
         loss = torch.nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         close(mine.loss[None], loss[None])
-        close(ours.resample(ours.look(pixels)), expected.image_hidden_states.flatten(0, -3))
+        seen = theirs.model.vision_model(pixels.flatten(0, 1)).last_hidden_state
+        resampled = theirs.model.perceiver_resampler(seen) if theirs.config.use_resampler else seen
+        close(ours.resample(ours.look(pixels)), resampled)
     said = ours.generate(pixels, tokens, mask, max_new_tokens=10, end_tokens=())
     options = dict(do_sample=False, max_new_tokens=10, min_new_tokens=10, eos_token_id=None)
     assert said.tolist() == theirs.generate(tokens, **given, **options)[:, 8:].tolist()
@@ -126,7 +131,24 @@ def test_idefics_9b_name_by_name():
     weights = idefics.prepare(theirs.state_dict())
     names.to_ours(weights, ours.state_dict(keep_vars=True), idefics.rows(ours.config), "9b")  # raises unless all agrees
     assert len(ours.gated) == 8 and ours.config.latents == 64 and ours.config.image_token == 32001
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 8_929_682_192
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 8_929_679_632
+
+
+def test_prompts_are_those_of_transformers():
+    """<fake_token_around_image><image><fake_token_around_image>, and one fence between two pictures."""
+    tokenizer = llama_tokenizer(idefics.FENCE, "<image>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    theirs = transformers.IdeficsProcessor(transformers.IdeficsImageProcessorPil(image_size=24), fast)
+    about = ProcessorConfig(image_size=24, image_tokens=1, image_fence=idefics.FENCE)
+    ours, picture = Processor(tokenizer, about), Image.new("RGB", (30, 41), "red")
+    prompt = ["User:", picture, picture, "the cat?\nAssistant:", picture]
+    text = "".join("<image>" if part is picture else part for part in prompt)
+    expected = theirs(text=[prompt], return_tensors="pt", add_end_of_utterance_token=False)
+    assert [1, *ours.ids(text)] == expected["input_ids"][0].tolist()
+    visible = image_mask(expected["input_ids"], ours.image_token_id, 3)
+    assert torch.equal(visible, expected["image_attention_mask"].bool())
 
 
 def test_the_pictures_are_those_of_transformers(tmp_path):

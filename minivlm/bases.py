@@ -1,0 +1,88 @@
+"""A model whose frozen parts are someone else's: only what is new is stored, with the names of what it was trained on.
+
+config.json          {…, "base": {"language_model": {"source": "out/lm", "fingerprint": 2837465928}, …}}
+model.safetensors    the tensors of all other parts
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.checkpoint import load
+from minivlm.errors import UserError
+from minivlm.pretrained import comparable
+
+CONFIGS = {"vision": "vision", "language_model": "language"}  # part → the field that describes it
+
+
+def leave_out(
+    tensors: Mapping[str, Tensor], model: nn.Module, base: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors without those of the parts that `base` names by where they come from, and what to write about these.
+
+    Raises ValueError for a part that learns: it is no longer what it came from.
+    """
+    for part in base:
+        if any(p.requires_grad for p in model.get_submodule(part).parameters()):
+            raise ValueError(
+                f"{part} is trained, so it cannot be stored as that of {base[part]}: freeze it, or store it"
+            )
+    kept = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{part}." for part in base))}
+    about = {
+        part: {"source": str(source), "fingerprint": fingerprint(model.get_submodule(part))}
+        for part, source in base.items()
+    }
+    return kept, about
+
+
+def bring_back(weights: Mapping[str, Tensor], base: Any, config: Any, where: str) -> Mapping[str, Tensor]:
+    """What is stored, and the parts it was trained on. UserError where these are missing or not the same any more."""
+    parts = []
+    for part, about in base.items() if isinstance(base, dict) else [(base, None)]:
+        if part not in CONFIGS or not isinstance(about, dict) or about.keys() != {"source", "fingerprint"}:
+            raise UserError(f"{where} names the base {part!r} in a way that cannot be read: write it again.")
+        found = find_part(about["source"], part, where)
+        refuse_another(found, getattr(config, CONFIGS[part]), about, part, where)
+        parts.append({f"{part}.{name}": tensor for name, tensor in found.state_dict().items()})
+    return ChainMap(dict(weights), *parts)
+
+
+def find_part(source: str, part: str, where: str) -> nn.Module:
+    """The vision tower or the language model of what lies in `source`, which may be one itself."""
+    model, _ = load(source)
+    found = getattr(model, part, model if part == "language_model" and hasattr(model, "token_embedding") else None)
+    if not isinstance(found, nn.Module):
+        raise UserError(
+            f"{where} was trained on the {part} of {source}, but there is a {type(model).__name__} without one."
+        )
+    return found
+
+
+def refuse_another(found: nn.Module, wanted: Any, about: Mapping[str, Any], part: str, where: str) -> None:
+    """UserError if the base is not what was trained on."""
+    has, needs = comparable(found.config), comparable(wanted)
+    differs = [
+        f"{name} = {has.get(name)!r} instead of {value!r}" for name, value in needs.items() if has.get(name) != value
+    ]
+    if not differs and fingerprint(found) == about["fingerprint"]:
+        return
+    how = f"has {', '.join(differs[:3])}" if differs else "has other weights"
+    raise UserError(
+        f"{where} was trained on the {part} of {about['source']}, but what is there now {how}: "
+        "put back what it was trained on, or train it again."
+    )
+
+
+def fingerprint(module: nn.Module) -> int:
+    """A number made of a few values of every tensor, the same in half precision."""
+    crc = 0
+    for name, tensor in sorted(module.state_dict().items()):
+        few = tensor.detach().flatten()[:1024].to("cpu", torch.bfloat16)
+        crc = zlib.crc32(few.view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
