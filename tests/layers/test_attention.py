@@ -282,3 +282,38 @@ class TestCrossAttention:
             mask,
             pooled=True,
         )
+
+
+class TestBiasAndScale:
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("mask", masks(S, S))
+    def test_by_hand(self, causal, mask):
+        """softmax(scale · q kᵀ + bias), and both backends agree in value and gradient."""
+        q, k, v = tensors(queries=S, keys=S)
+        bias, mask = torch.randn(1, 4, S, S, dtype=torch.float64), masks(S, S)[mask]
+        scores = 0.3 * q @ k.transpose(2, 3) + bias
+        allowed = torch.ones(S, S, dtype=torch.bool).tril() if causal else torch.ones(S, S, dtype=torch.bool)
+        allowed = allowed if mask is None else allowed & mask
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+        options = dict(mask=mask, causal=causal, scale=0.3)
+        for backend in ("reference", "fused", "auto"):
+            assert_same(attend(q, k, v, bias=bias, backend=backend, **options), weights @ v)
+        run = lambda backend: lambda q, k, v, bias: attend(q, k, v, bias=bias, backend=backend, **options)
+        assert_same_gradients(run("reference"), run("fused"), [q, k, v, bias])
+
+    def test_a_function_may_be_the_backend(self):
+        q, k, v = tensors()
+        given = {}
+
+        def backend(q, k, v, **options):
+            given.update(options)
+            return v.mean(dim=2, keepdim=True).expand_as(q)
+
+        assert_same(attend(q, k, v, scale=2.0, backend=backend), v.mean(dim=2, keepdim=True).expand_as(q))
+        assert given == dict(mask=None, causal=False, bias=None, scale=2.0, dropout=0.0)
+
+
+def test_a_context_may_be_given_as_what_was_remembered_of_it():
+    attention, x, context = CrossAttention(8, heads=2, context_width=6), torch.randn(2, 3, 8), torch.randn(2, 5, 6)
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    assert torch.equal(attention(x, attention.remember(context), mask=mask), attention(x, context, mask=mask))

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from torch import nn
 
 from minivlm.layers import Block, Transformer, TransformerConfig
+from minivlm.layers.position import relative_bucket
 from minivlm.testing import (
     assert_batch_independent,
     assert_cache_equals_full,
@@ -248,3 +250,54 @@ class TestRead:
     def test_a_context_is_not_asked_for(self):
         model, h = Transformer(READER), x()
         assert_same(model.read(h, torch.tensor([6, 1, 3])), model(h)[torch.arange(B), torch.tensor([6, 1, 3])])
+
+
+def test_a_context_is_remembered_once_for_all_blocks():
+    config = TransformerConfig(width=8, depth=4, heads=2, cross_attention_every=2, context_width=6)
+    stack, x, context = Transformer(config), torch.randn(2, 3, 8), torch.randn(2, 5, 6)
+    remembered = stack.remember(context)
+    assert [entry is None for entry in remembered] == [False, True, False, True]
+    assert torch.equal(stack(x, remembered), stack(x, context))
+
+
+class TestRelativePositions:
+    @staticmethod
+    def bucket(distance, buckets, farthest, both_sides):
+        """As the paper tells it: one bucket each for the near half, then logarithmically wider ones; the last for the rest."""
+        start = 0
+        if both_sides:
+            buckets //= 2
+            start = buckets if distance > 0 else 0
+            distance = abs(distance)
+        else:
+            distance = max(0, -distance)
+        near = buckets // 2
+        if distance < near:
+            return start + distance
+        return start + min(
+            buckets - 1, near + int(math.log(distance / near) / math.log(farthest / near) * (buckets - near))
+        )
+
+    @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (6, 9)])
+    @pytest.mark.parametrize("both_sides", [False, True])
+    def test_buckets(self, buckets, farthest, both_sides):
+        distances = torch.arange(-150, 151)
+        found = relative_bucket(distances, buckets, farthest, both_sides=both_sides).tolist()
+        assert found == [self.bucket(d, buckets, farthest, both_sides) for d in distances.tolist()]
+
+    def test_the_bias_depends_on_the_distance_alone(self):
+        config = TransformerConfig(width=8, depth=1, heads=2, causal=True, relative_buckets=8, relative_distance=20)
+        relative = Transformer(config).relative
+        bias = relative(torch.arange(6), 6)
+        assert_same(bias[..., 3:, 2:5], bias[..., 2:5, 1:4])
+        assert_same(relative(torch.tensor([[4], [2]]), 6), torch.stack([bias[0, :, 4:5], bias[0, :, 2:3]]))
+
+    def test_step_by_step_is_the_whole(self):
+        config = TransformerConfig(
+            width=8, depth=2, heads=2, causal=True, relative_buckets=8, relative_distance=20, attention_scale=1.0
+        )
+        stack, x = Transformer(config).eval(), torch.randn(2, 7, 8)
+        with torch.no_grad():
+            cache = stack.new_cache(2, 7)
+            steps = [stack(part, cache=cache) for part in x.split([3, 1, 1, 2], dim=1)]
+            assert_same(torch.cat(steps, dim=1), stack(x))

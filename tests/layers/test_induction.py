@@ -1,0 +1,50 @@
+"""Heads that copy from the context: where they look before any training. What they are good for is a score of the recipe
+`lm`, "new words"."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minivlm.layers import LanguageModel, LanguageModelConfig
+from minivlm.layers.induction import OFFSETS, give_induction_heads
+from minivlm.recording import record_attention
+
+CONFIG = LanguageModelConfig(width=128, depth=2, heads=4, vocab_size=60, context=64, rope_theta=10_000.0)
+
+
+def with_heads(config=CONFIG, seed=0):
+    model = LanguageModel(config, seed=seed)
+    give_induction_heads(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_the_first_block_looks_back():
+    model, tokens = with_heads().eval(), torch.randint(60, (4, 40))
+    with torch.no_grad(), record_attention(model) as maps:
+        model(tokens)
+    [weights] = maps["transformer.blocks.0.attention"]  # (B, H, T, T)
+    for head, offset in enumerate(OFFSETS):
+        there = weights[:, head].diagonal(-offset, dim1=1, dim2=2)[:, 8:]
+        assert there.min() > 0.85
+
+
+def test_the_second_looks_up_what_came_after_the_same_token():
+    """The scores of its first head: higher where the token before was this one than where it was another."""
+    model = with_heads().eval()
+    tokens = torch.stack([torch.randperm(60)[:16] for _ in range(32)]).repeat(1, 2)  # 16 tokens, and the same again
+    query = torch.arange(20, 32)
+    with torch.no_grad(), record_attention(model) as maps:
+        model(tokens)
+    [weights] = maps["transformer.blocks.1.attention"]
+    after = weights[:, 0, query, query - 15]  # where this token stood before, one place further
+    others = torch.stack([weights[:, 0, query, query - 15 + d] for d in (-5, -3, 3, 5)]).mean(dim=0)
+    assert after.mean() > 1.5 * others.mean()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rope_theta": None}, {"qkv_bias": False}, {"kv_heads": 2}, {"depth": 1}, {"heads": 2}]
+)
+def test_what_they_need(changes):
+    with pytest.raises(ValueError, match="induction heads need rotary positions, two blocks, and at least 3 heads"):
+        with_heads(replace(CONFIG, **changes))
