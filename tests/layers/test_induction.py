@@ -42,6 +42,21 @@ def test_the_second_looks_up_what_came_after_the_same_token():
     assert after.mean() > 1.5 * others.mean()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_untouched_models_do_neither(seed):
+    tokens = torch.stack([torch.randperm(60)[:16] for _ in range(32)]).repeat(1, 2)
+    query = torch.arange(20, 32)
+    back, up = {}, {}
+    for name, model in (("given", with_heads(seed=seed)), ("untouched", LanguageModel(CONFIG, seed=seed))):
+        with torch.no_grad(), record_attention(model.eval()) as maps:
+            model(tokens)
+        first, second = (maps[f"transformer.blocks.{i}.attention"][0] for i in range(2))
+        back[name] = first[:, 0].diagonal(-1, dim1=1, dim2=2)[:, 8:].mean()
+        up[name] = torch.stack([second[:, h, query, query - 16 + OFFSETS[h]] for h in range(3)]).mean()
+    assert back["given"] > 0.85 and back["untouched"] < 0.2
+    assert up["given"] > 1.3 * up["untouched"]  # 1.6 to 1.7, of which training makes the rest
+
+
 @pytest.mark.parametrize(
     "changes", [{"rope_theta": None}, {"qkv_bias": False}, {"kv_heads": 2}, {"depth": 1}, {"heads": 2}]
 )

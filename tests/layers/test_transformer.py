@@ -301,3 +301,7 @@ class TestRelativePositions:
             cache = stack.new_cache(2, 7)
             steps = [stack(part, cache=cache) for part in x.split([3, 1, 1, 2], dim=1)]
             assert_same(torch.cat(steps, dim=1), stack(x))
+
+    def test_step_by_step_in_rows_of_different_lengths(self):
+        stack = Transformer(replace(CAUSAL, relative_buckets=8, relative_distance=6)).eval()
+        assert_cache_equals_full(stack, x(), lambda: stack.new_cache(B, T), prompt_lengths=[2, 4, 1])
