@@ -89,7 +89,9 @@ class PerceiverResampler(nn.Module):
             x = self.projection(x)
         if self.times is not None:
             if x.shape[1] > len(self.times):
-                raise ValueError(f"{x.shape[1]} images are to be resampled together, but max_images is {len(self.times)}")
+                raise ValueError(
+                    f"{x.shape[1]} images are to be resampled together, but max_images is {len(self.times)}"
+                )
             x = x + self.times[: x.shape[1], None].to(x.dtype)
         x = x.flatten(1, 2)  # (M, F·N, D)
         latents = self.latents.to(x.dtype).expand(len(x), -1, -1)

@@ -58,7 +58,9 @@ def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     mosaic = values.get("model_type") == "mosaic_gpt"
     attention = v if mosaic else values.get("attn_config") or {}
     language.refuse_unless(v, no_bias=True, logit_scale=None)
-    language.refuse_unless(attention, alibi=True, alibi_bias_max=8, softmax_scale=None, clip_qkv=None, attn_clip_qkv=None)
+    language.refuse_unless(
+        attention, alibi=True, alibi_bias_max=8, softmax_scale=None, clip_qkv=None, attn_clip_qkv=None
+    )
     language.refuse_unless(attention, attn_type="multihead_attention", prefix_lm=False, qk_ln=False)
     return LanguageModelConfig(
         vocab_size=v["vocab_size"],

@@ -64,7 +64,9 @@ GATED = table("""
 """)
 
 # Where a gated layer's number stands in its name, now and in the first files: it is that of the block behind it.
-GATE = re.compile(r"(lang_encoder\.(?:.+\.)?)(?:(\d+)\.gated_cross_attn_layer|gated_cross_attn_layers\.(\d+))\.attn_gate")
+GATE = re.compile(
+    r"(lang_encoder\.(?:.+\.)?)(?:(\d+)\.gated_cross_attn_layer|gated_cross_attn_layers\.(\d+))\.attn_gate"
+)
 COPIES = ("vision_encoder.", "lang_encoder.old_decoder_blocks.")  # of frozen weights, in training files
 
 
@@ -93,9 +95,7 @@ def read(directory: Path) -> pretrained.Published:
     tokens, processor = read_processor(directory / "lang", speaker, clip)
     names, _ = find(under(speaker.rows, "lang_encoder.", ""), "token_embedding.weight")
     words = next((len(trained[name]) for name in names if name in trained), speaker.config.vocab_size)
-    language = replace(
-        speaker.config, vocab_size=words, pad_token=processor.pad_token, end_tokens=(tokens[CHUNK],)
-    )
+    language = replace(speaker.config, vocab_size=words, pad_token=processor.pad_token, end_tokens=(tokens[CHUNK],))
     config = FlamingoConfig(
         **read_seeing(trained, clip.config.vision, directory / CHECKPOINT),
         **read_gated(language, places, directory / CHECKPOINT),
@@ -213,7 +213,9 @@ def read_processor(
     pad = preprocessing.read_pad_token(directory, PAD)
     new = [token for token in (CHUNK, MARK, pad) if token not in vocab]
     tokens = {**vocab, **{token: len(vocab) + i for i, token in enumerate(new)}}
-    pictures = {name: getattr(clip.processor.config, name) for name in ("image_size", "resize", "resize_to", "resample")}
+    pictures = {
+        name: getattr(clip.processor.config, name) for name in ("image_size", "resize", "resize_to", "resample")
+    }
     pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std")}
     config = replace(speaker.processor.config, **pictures, pad_token=pad, image_token=MARK, image_tokens=1)
     processor = Processor(source, config)
