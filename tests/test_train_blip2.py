@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes, tasks, training
+from minivlm import evaluate, recipes, tasks, training
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.errors import UserError
@@ -245,6 +246,16 @@ def test_a_run_resumes_to_the_bit(built, world, tmp_path, unjudged, lm):
     assert losses(tmp_path) == losses(built / lm) and len(losses(tmp_path)) == 4
     once, again = last(built / lm), last(tmp_path)
     assert once.keys() == again.keys() and the_same(once, again)
+
+
+def test_captions_beyond_the_context_are_cut_when_they_are_judged_and_pictured(built, world, tmp_path):
+    """A run that has trained for an hour must not end in an error because of one long caption."""
+    model, processor = minivlm.load(built / "stage1")
+    short = Processor(processor.tokenizer, replace(processor.config, context=8))
+    assert short.too_long(list(ShapesWorld(world, "test").texts())) > 0
+    evaluate.matching_picture(model, short, world, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    assert 0 <= evaluate.matching_accuracy(model, short, world) <= 1
 
 
 # ---- other ways to begin ---------------------------------------------------------------------------------------------

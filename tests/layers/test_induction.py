@@ -54,7 +54,7 @@ def test_untouched_models_do_neither(seed):
         back[name] = first[:, 0].diagonal(-1, dim1=1, dim2=2)[:, 8:].mean()
         up[name] = torch.stack([second[:, h, query, query - 16 + OFFSETS[h]] for h in range(3)]).mean()
     assert back["given"] > 0.85 and back["untouched"] < 0.2
-    assert up["given"] > 1.3 * up["untouched"]  # 1.6 to 1.7, of which training makes the rest
+    assert up["given"] > 1.3 * up["untouched"]  # 1.6 to 1.7 times
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,18 @@ class TestRelativePositions:
             steps = [stack(part, cache=cache) for part in x.split([3, 1, 1, 2], dim=1)]
             assert_same(torch.cat(steps, dim=1), stack(x))
 
+    def test_one_table_is_added_to_the_scores_of_every_block(self):
+        stack, h = Transformer(replace(SMALL, relative_buckets=8, relative_distance=6)), x()
+        bias = torch.empty(1, SMALL.heads, T, T)
+        for t in range(T):
+            for s in range(T):
+                bias[0, :, t, s] = stack.relative.table.weight[self.bucket(s - t, 8, 6, True)]
+        y = h
+        for block in stack.blocks:
+            y = block(y, bias=bias, mask=MASK)
+        assert_same(stack(h, mask=MASK), y)
+        assert_same(stack(h, mask=MASK, last=2), y[:, -2:])
+
     def test_step_by_step_in_rows_of_different_lengths(self):
         stack = Transformer(replace(CAUSAL, relative_buckets=8, relative_distance=6)).eval()
         assert_cache_equals_full(stack, x(), lambda: stack.new_cache(B, T), prompt_lengths=[2, 4, 1])
