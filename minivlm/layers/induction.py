@@ -5,10 +5,10 @@
         └ 1 ┘ ◄──────────────┘              and what stands there is what comes next: "dax"
 
 Large language models grow such pairs of heads by themselves, all at once and late (Olsson et al. 2022, "In-context Learning
-and Induction Heads"). In a small one, trained for minutes, the moment never comes: in 600 steps on the shapes world's
-lessons it did not learn which new word belongs to which look. Started in the right place it knows after 150. Everything
-stays trainable; starting attention with the structure that training would find is mimetic initialisation (Trockman & Kolter
-2023, "Mimetic Initialization of Self-Attention Layers").
+and Induction Heads"). In a small one, trained for minutes, the moment does not come: on the shapes world's texts a model of
+four blocks did not learn in 600 steps which new word belongs to which look. Started in the right place it knew after 150.
+Everything stays trainable; starting attention with the structure that training would find is mimetic initialisation
+(Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention Layers").
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Language(Work):
 LANGUAGE_RECIPES = {
     "lm": LanguageRecipe(
         summary="a small language model on the texts of the shapes world",
-        measured="7 to 15 min on one busy core: perplexity 3.0 (unigrams 78; mean of 2 seeds)",
+        measured="16 to 25 min on one busy core: new words from one example 99 %, questions about told scenes 84 % (3 seeds)",
         # Rotary positions besides the learned ones: "what came one before" is the same turn everywhere, and copying
         # begins with it (loss after 300 steps: 1.45, without them 1.57). The learned ones tell LLaVA's
         # picture tokens, which always stand at the same places, where in the picture they are.
