@@ -242,7 +242,12 @@ def in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     """In bf16 on a CPU, oneDNN brings a weight into blocks before every product, which takes most of the time for a single
     row. So it is done once, by what torch.compile calls where weights are frozen."""
     possible = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    return possible and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    needed = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # PyTorch's own, not public
+    return (
+        possible
+        and all(hasattr(torch.ops.mkldnn, name) for name in needed)
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def fingerprint(model: nn.Module) -> list[tuple]:
