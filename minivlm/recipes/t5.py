@@ -39,6 +39,7 @@ class Continuation(Language):
 T5_RECIPES = {
     "t5": T5Recipe(
         summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
+        measured="not yet trained at length",
         model=T5Config(
             width=128,
             depth=3,
