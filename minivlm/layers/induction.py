@@ -5,8 +5,9 @@
         └ 1 ┘ ◄──────────────┘              and what stands there is what comes next: "dax"
 
 Large language models grow such pairs of heads by themselves, all at once and late (Olsson et al. 2022, "In-context Learning
-and Induction Heads"). In a small one, trained for minutes, the moment does not come: on the shapes world's texts a model of
-four blocks did not learn in 600 steps which new word belongs to which look. Started in the right place it knew after 150.
+and Induction Heads"). In a small one, trained for minutes, the moment does not come: in a trial on the shapes world's
+lessons a model of four blocks did not know after 600 steps which of two new words belongs to a look (53 %, chance 50 %);
+started in the right place, and on texts of which lessons were a third, it did after 150 (93 %; one seed each).
 Everything stays trainable; starting attention with the structure that training would find is mimetic initialisation
 (Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention Layers").
 """
