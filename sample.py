@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ from minivlm.command_line import (
     check_picture_name,
     check_pictures,
     check_speaking,
+    converse,
     positive,
     report_skipped,
     save_sheet,
@@ -214,6 +213,28 @@ def complete(options: argparse.Namespace) -> None:
     print(tasks.complete(options.text, *load_speaker(options), **how))
 
 
+# ------------------------------------------------------------------------------------------------------------- few-shot
+
+
+def few_shot_arguments(parser: Parser) -> None:
+    example = dict(nargs="*", default=[], metavar="IMAGE TEXT")
+    parser.add_argument("--examples", **example, help='pictures, each with its text: a.png "this is a dax"')
+    parser.add_argument(
+        "--query", nargs=2, required=True, metavar=("IMAGE", "TEXT"), help='c.png "this is a", to be gone on from'
+    )
+    parser.add_argument("--candidates", nargs="+", metavar="TEXT", help="the answer is one of these")
+    speaking_arguments(parser)
+
+
+def few_shot(options: argparse.Namespace) -> None:
+    from minivlm import tasks
+
+    how = check_speaking(options)
+    examples = tasks.pair_up(options.examples)
+    check_pictures([image for image, _ in [*examples, options.query]])
+    print(tasks.few_shot(*load_speaker(options), examples, options.query, candidates=options.candidates, **how))
+
+
 # ----------------------------------------------------------------------------------------------------------------- chat
 
 
@@ -223,44 +244,10 @@ def chat_arguments(parser: Parser) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """A line is a question; its answer is printed as it comes. Ctrl-C stops an answer, at the prompt it leaves."""
     import minivlm
 
     how = check_speaking(options)
-    conversation = minivlm.chat(*load_speaker(options), *options.images, **how)
-    someone = sys.stdin.isatty()  # rather than a pipe
-    if someone:
-        print("Ask something. /image FILE shows another picture, /quit leaves, Ctrl-C stops an answer.")
-    try:
-        while (line := input("> " if someone else "").strip()) != "/quit":
-            respond(conversation, line)
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-def respond(conversation, line: str) -> None:
-    command, _, rest = line.partition(" ")
-    try:
-        if command == "/image":
-            conversation.see(rest.strip())
-        elif command.startswith("/"):
-            raise UserError(f"unknown command {command}; there are /image FILE and /quit.")
-        elif line:
-            speak(conversation, line)
-    except UserError as error:  # mended by the next line
-        print(f"error: {error}", file=sys.stderr)
-
-
-def speak(conversation, line: str) -> None:
-    try:
-        with closing(conversation.say(line)) as pieces:
-            if conversation.dropped:
-                print(f"(no room for more: the first {conversation.dropped} answers are forgotten)", file=sys.stderr)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" …", end="")
-    print(flush=True)
+    converse(minivlm.chat(*load_speaker(options), *options.images, **how))
 
 
 # --------------------------------------------------------------------------------------------------------------- shared
@@ -297,6 +284,13 @@ TASKS = {
         answer_arguments,
         answer,
     ),
+    "few-shot": Task(
+        "how does the text go on, after examples of how it does?",
+        'python sample.py few-shot out/flamingo --examples a.png "this is a dax" b.png "this is a wug" '
+        '--query c.png "this is a"',
+        few_shot_arguments,
+        few_shot,
+    ),
     "chat": Task(
         "a conversation about pictures, line by line",
         "python sample.py chat out/llava photo.png --temperature 0.7 --top_p 0.9",
@@ -328,8 +322,10 @@ def load_model(options: argparse.Namespace, **settings) -> tuple:
 
 def load_comparer(options: argparse.Namespace) -> tuple:
     """The same; UserError unless it turns images and texts into vectors."""
+    from minivlm.tasks.features import can_compare
+
     model, processor = load_model(options)
-    if not hasattr(model, "encode_image"):
+    if not can_compare(model):
         raise UserError(
             f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
         )

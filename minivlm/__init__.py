@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOME = {
     "BERT": "layers",
     "BERTConfig": "layers",
+    "BLIP": "models.blip",
     "BLIP2": "models.blip2",
     "BLIP2Config": "models.blip2",
     "BLIP2Stage1": "models.blip2",
     "BLIP2Stage1Config": "models.blip2",
+    "BLIPConfig": "models.blip",
     "CLIP": "models.clip",
     "CLIPConfig": "models.clip",
     "CLIPLoss": "losses",
@@ -27,8 +29,19 @@ _HOME = {
     "LLaVAConfig": "models.llava",
     "LanguageModel": "layers",
     "LanguageModelConfig": "layers",
+    "MultitaskConfig": "models.multitask",
+    "MultitaskVLM": "models.multitask",
     "Processor": "processor",
+    "UNITER": "models.fusion",
+    "UNITERConfig": "models.fusion",
     "UserError": "errors",
+    "VQAConfig": "models.vqa",
+    "VQAModel": "models.vqa",
+    "ViLBERT": "models.fusion",
+    "ViLBERTConfig": "models.fusion",
+    "VisualBERT": "models.fusion",
+    "VisualBERTConfig": "models.fusion",
+    "align_size": "models.clip",
     "answer": "tasks.speak",
     "build_image_index": "tasks",
     "caption": "tasks.speak",

@@ -1,13 +1,17 @@
 """What every model of the package shares: a config it is built from, parts that can be frozen, and the two verbs that
-read and write it."""
+read and write it; and what all have in common that speak."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from minivlm import generation
 
 
 class Model(nn.Module):
@@ -78,3 +82,40 @@ class Model(nn.Module):
         from minivlm.checkpoint import save
 
         save(directory, self, processor, layout=layout, base=base)
+
+
+class Speaks:
+    """Has a `begin(tokens, mask, room=…)` that gives a `generation.Decoding`; its config says what ends an answer."""
+
+    goes_on = True  # from its prompt, whose words count as said; False: it answers, and what it has read does not count
+
+    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+        """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
+        return self.speak(generation.generate, tokens, mask, **options)
+
+    def stream(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
+        """`generate`, token by token: each (B,)."""
+        return self.speak(generation.stream, tokens, mask, **options)
+
+    def speak(
+        self,
+        engine: Callable,
+        *asked: Tensor | None,
+        max_new_tokens: int = 64,
+        decode: generation.Decode | None = None,
+        **options,
+    ) -> Any:
+        """engine: `generation.generate` or `stream`. asked: what `begin` reads, of which the last two are tokens and mask.
+
+        decode: for stop strings; options: see `generation.Options`.
+        """
+        options = self.options(max_new_tokens=max_new_tokens, **options)
+        decoding = self.begin(*asked, room=max_new_tokens)
+        *_, tokens, mask = asked
+        said = {"prompt": tokens, "prompt_mask": mask} if self.goes_on else {}
+        return engine(decoding, options, decode=decode, **said)
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as the config says."""
+        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
+        return replace(known, **given)

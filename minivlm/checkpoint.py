@@ -34,6 +34,7 @@ from minivlm.processor import Processor, ProcessorConfig
 
 MODELS = {  # class name → the module it lives in
     "BERT": "minivlm.layers.bert",
+    "BLIP": "minivlm.models.blip",
     "BLIP2": "minivlm.models.blip2",
     "BLIP2Stage1": "minivlm.models.blip2_stage1",
     "CLIP": "minivlm.models.clip",
@@ -41,7 +42,12 @@ MODELS = {  # class name → the module it lives in
     "ImageCaptioningModel": "minivlm.models.captioner",
     "LLaVA": "minivlm.models.llava",
     "LanguageModel": "minivlm.layers.language_model",
+    "MultitaskVLM": "minivlm.models.multitask",
     "T5": "minivlm.layers.t5",
+    "UNITER": "minivlm.models.fusion",
+    "ViLBERT": "minivlm.models.fusion",
+    "VQAModel": "minivlm.models.vqa",
+    "VisualBERT": "minivlm.models.fusion",
 }
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -170,9 +176,9 @@ def load(
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
-    source: a directory of ours, a published one (transformers' CLIP, SigLIP, GPT-2, OPT, LLaMA, Mistral, Qwen2, MPT, T5,
-    BERT, LLaVA, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or the id of such a one on the Hugging
-    Face hub, which is downloaded behind a progress bar.
+    source: a directory of ours, a published one (transformers' CLIP, SigLIP, ALIGN, GPT-2, OPT, LLaMA, Mistral, Qwen2, MPT, T5,
+    BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or the id of such a one
+    on the Hugging Face hub, which is downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.

@@ -1,9 +1,11 @@
-"""What command lines share: a parser whose complaints are one sentence, types and groups of options, bars, what is skipped."""
+"""What command lines share: a parser whose complaints are one sentence, types and groups of options, bars, what is
+skipped, and a conversation line by line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,17 +34,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 upwards")
+    return int(text)
+
+
 # ---- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def check_picture_name(path: str) -> None:
+def check_picture_name(path: str, option: str = "--save") -> None:
     """Known before the work rather than after it: can a picture be written there?"""
     from PIL import Image
 
     if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--save {path}: the name has to end in .png, .jpg or another kind of picture.")
+        raise UserError(f"{option} {path}: the name has to end in .png, .jpg or another kind of picture.")
     if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
+        raise UserError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first.")
 
 
 def save_sheet(path: str, query: str, found: list[tuple[Path, str]]) -> None:
@@ -118,3 +126,40 @@ def check_speaking(options: argparse.Namespace) -> dict:
     Options(**how)
     check_pictures(getattr(options, "images", []))
     return how
+
+
+def converse(conversation) -> None:
+    """A line is a question; its answer is printed as it comes. Ctrl-C stops an answer, at the prompt it leaves."""
+    someone = sys.stdin.isatty()  # rather than a pipe
+    if someone:
+        print("Ask something. /image FILE shows another picture, /quit leaves, Ctrl-C stops an answer.")
+    try:
+        while (line := input("> " if someone else "").strip()) != "/quit":
+            respond(conversation, line)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def respond(conversation, line: str) -> None:
+    command, _, rest = line.partition(" ")
+    try:
+        if command == "/image":
+            conversation.see(rest.strip())
+        elif command.startswith("/"):
+            raise UserError(f"unknown command {command}; there are /image FILE and /quit.")
+        elif line:
+            speak(conversation, line)
+    except UserError as error:  # mended by the next line
+        print(f"error: {error}", file=sys.stderr)
+
+
+def speak(conversation, line: str) -> None:
+    try:
+        with closing(conversation.say(line)) as pieces:
+            if conversation.dropped:
+                print(f"(no room for more: the first {conversation.dropped} answers are forgotten)", file=sys.stderr)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print(flush=True)

@@ -30,6 +30,8 @@ class CLIPLoss(nn.Module):
     kind: "softmax" (each image picks its text among B, and the reverse) or "sigmoid" (each of B² pairs: true or not).
     max_scale: the softmax's scale (1 / temperature) is clamped to it in training, as CLIP's was; SigLIP's has no limit.
     chunk: rows handled at a time. None holds the B×B matrix; a number never does, for the same value and gradients.
+    smoothing: of the softmax's labels (Szegedy et al. 2016, §7; ALIGN: Jia et al. 2021, §5): this share of each is spread
+    over all B.
     """
 
     def __init__(
@@ -40,13 +42,16 @@ class CLIPLoss(nn.Module):
         bias: float = -10.0,
         max_scale: float = 100.0,
         chunk: int | None = None,
+        smoothing: float = 0.0,
     ):
         super().__init__()
         if kind not in ("softmax", "sigmoid"):
             raise ValueError(f"unknown loss {kind!r}; there are softmax and sigmoid")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, but must be at least 1 row, or None for all")
-        self.kind, self.max_scale, self.chunk = kind, max_scale, chunk
+        if not 0 <= smoothing < 1 or (smoothing and kind == "sigmoid"):
+            raise ValueError(f"smoothing is {smoothing}, but must be at least 0 and below 1, and 0 for the sigmoid")
+        self.kind, self.max_scale, self.chunk, self.smoothing = kind, max_scale, chunk, smoothing
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(bias)) if kind == "sigmoid" else None
 
@@ -61,7 +66,8 @@ class CLIPLoss(nn.Module):
         with full_precision(images.device):
             if self.kind == "sigmoid":
                 return sigmoid_loss(images, texts, self.scale(), self.logit_bias, chunk=self.chunk)
-            return softmax_loss(images, texts, self.scale(), chunk=self.chunk)
+            loss = softmax_loss(images, texts, self.scale(), chunk=self.chunk)
+            return loss + self.smoothing * self.scale() * lead(images, texts) if self.smoothing else loss
 
     def scale(self) -> Tensor:
         """1 / temperature."""
@@ -91,6 +97,17 @@ def softmax_loss(images: Tensor, texts: Tensor, scale: Tensor, *, chunk: int | N
     to_texts = by_rows(pick_column, images, gather(texts), scale, chunk=chunk)
     to_images = by_rows(pick_column, texts, gather(images), scale, chunk=chunk)
     return (to_texts + to_images) / (2 * len(images))
+
+
+def lead(images: Tensor, texts: Tensor) -> Tensor:
+    """By how much the cosine of the true pairs exceeds that of all, on average.  (B, D) twice → ().
+
+    With a share ε of each label spread over all B columns, a cross-entropy becomes (1 − ε)(−log p_true) + ε mean(−log p),
+    which is larger by ε (z_true − mean z): what all columns share cancels, and the mean of all pairs is a product of means.
+    """
+    all_images, all_texts = gather(images).mean(dim=0), gather(texts).mean(dim=0)
+    every = (images.mean(dim=0) @ all_texts + texts.mean(dim=0) @ all_images) / 2
+    return (images * texts).sum(dim=1).mean() - every
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -247,16 +264,25 @@ class Gather(torch.autograd.Function):
 
 
 def next_token_loss(
-    hidden: Tensor, labels: Tensor, weight: Tensor, *, where: Tensor | None = None, chunk: int | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    where: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the labelled tokens, from logits that are computed only where there is a label.
 
     hidden (B, T, D), labels (B, T) aligned with the tokens (position t is judged by label t + 1), −100 = not counted;
-    weight (V, D) of the head. where: `labelled(labels)`, if the caller has it (finding it on a GPU waits for the GPU).
+    weight (V, D) and bias (V,) of the head. where: `labelled(labels)`, if the caller has it (finding it on a GPU waits for
+    the GPU).
     chunk: rows of logits held at a time, for the same loss and gradients; None: all at once unless they exceed 2²⁶.
     """
     where = labelled(labels) if where is None else where
     x = hidden.flatten(0, 1)[where]  # (M, D)
+    if bias is not None:  # is the weight of one more input, which is always 1
+        x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], dim=1)
     targets = labels.flatten()[where + 1]
     M, V = len(where), len(weight)
     if chunk is None and M * V <= 2**26:

@@ -1,11 +1,12 @@
 """Contact sheets: rows of a text and the images that belong to it, right ones framed green with a tick, wrong ones red
-with a cross. Pillow only, with the font it brings along (Latin letters; others show as boxes)."""
+with a cross; and curves. Pillow only, with the font it brings along (Latin letters; others show as boxes)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,55 @@ def heat(image: Any, weights: Any, tile: int) -> Image.Image:
     glow = np.concatenate([np.full_like(share, 255), 235 * share**1.5, np.full_like(share, 30)], axis=-1)
     grey = 0.7 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     return Image.fromarray((grey + 0.85 * share * (glow - grey)).round().astype(np.uint8))
+
+
+CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6b7280")  # of Okabe & Ito 2008, for all eyes; then again
+PLOT = 520, 300  # pixels of a chart's inside
+
+
+def chart(
+    lines: Mapping[str, Mapping[int, float]], *, title: str, across: str, chance: float | None = None
+) -> Image.Image:
+    """Shares between 0 and 1 as curves, each with its name at its end. across: what the x are, at equal distances.
+
+    chance: where a dashed line is drawn.
+    """
+    (width, height), left, top = PLOT, MARGIN + 44, MARGIN + 44
+    page = Image.new("RGB", (left + width + TEXT_WIDTH, top + height + 60), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, MARGIN), title, INK, font(20))
+    places = sorted({x for line in lines.values() for x in line})
+    step = (width - 2 * MARGIN) / max(1, len(places) - 1)
+    at = lambda x, share: (left + MARGIN + step * places.index(x), top + height * (1 - share))
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        _, y = at(places[0], share)
+        draw.line((left, y, left + width, y), EDGE)
+        draw.text((left - 8, y), f"{share:.0%}", PALE, font(13), anchor="rm")
+    for x in places:
+        draw.text((at(x, 0)[0], top + height + 8), str(x), PALE, font(13), anchor="ma")
+    draw.text((left + width / 2, top + height + 28), across, PALE, font(13), anchor="ma")
+    if chance is not None:
+        _, y = at(places[0], chance)
+        for x in range(left, left + width, 12):
+            draw.line((x, y, x + 6, y), INK)
+        draw.text((left + 4, y + 6), "chance", INK, font(13))
+    draw_curves(
+        draw, {name: [at(*point) for point in sorted(line.items())] for name, line in lines.items()}, left + width
+    )
+    return page
+
+
+def draw_curves(draw: ImageDraw.ImageDraw, curves: Mapping[str, Sequence[tuple[float, float]]], right: int) -> None:
+    """Points joined by lines, the first curve on top; names from x = right on, moved down where one lies on another."""
+    colours = dict(zip(curves, cycle(CURVES)))
+    for name, points in reversed(curves.items()):
+        draw.line(points, colours[name], 3, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[name])
+    free = 0.0  # y below which no name is written yet
+    for y, name, colour in sorted((points[-1][1], name, colours[name]) for name, points in curves.items()):
+        draw.text((right + 8, max(y, free)), name, colour, font(13), anchor="lm")
+        free = max(y, free) + line_step(13)
 
 
 @lru_cache

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.layers.efficientnet import EfficientNet
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.transformer import Transformer
 
@@ -118,12 +119,12 @@ def optimise(model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, cl
 
 
 def compile_parts(model: nn.Module, **options) -> None:
-    """torch.compile on what all models are made of, stacks of blocks and stages of a ResNet, by whatever method of the
+    """torch.compile on what all models are made of, stacks of blocks and stages of convolutions, by whatever method of the
     model they are reached. In place: names of parameters and checkpoints stay as they are."""
     for module in list(model.modules()):
         if isinstance(module, Transformer):
             module.compile(**options)
-        elif isinstance(module, ResNet):
+        elif isinstance(module, (ResNet, EfficientNet)):
             for stage in module.stages:
                 stage.compile(**options)
 
@@ -255,9 +256,13 @@ class Log:
         """Write what waits; returns the last line. ids(step) names the samples of a step, for the error message."""
         if not self.waiting:
             return None
-        values = torch.stack([torch.stack([*losses.values(), norm]) for _, losses, norm, _ in self.waiting]).tolist()
+        # One transfer for all; steps may have different losses, where a recipe alternates between tasks.
+        values = iter(
+            torch.stack([x for _, losses, norm, _ in self.waiting for x in (*losses.values(), norm)]).tolist()
+        )
         lines = []
-        for (step, losses, _, rate), (*numbers, norm) in zip(self.waiting, values, strict=True):
+        for step, losses, _, rate in self.waiting:
+            *numbers, norm = (next(values) for _ in range(len(losses) + 1))
             named = dict(zip(losses, numbers, strict=True))
             line = {"step": step, "loss": sum(numbers), **named, "gradient_norm": norm, "learning_rate": rate}
             if not math.isfinite(line["loss"]) or not math.isfinite(norm):

@@ -78,6 +78,27 @@ class TestSoftmax:
             grad.sum().backward()
 
 
+class TestSmoothing:
+    """A share of every label is spread over the whole batch: what `F.cross_entropy` calls label_smoothing."""
+
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_is_cross_entropy_with_softened_labels(self, chunk):
+        loss = CLIPLoss(chunk=chunk, smoothing=0.1)
+
+        def plain(images, texts):
+            logits = loss.scale() * images @ texts.T
+            own = torch.arange(len(images))
+            return sum(F.cross_entropy(z, own, label_smoothing=0.1) for z in (logits, logits.T)) / 2
+
+        assert_same_gradients(plain, loss, [unit(7, 6), unit(7, 6)])
+        assert CLIPLoss(smoothing=0.0)(unit(7, 6), unit(7, 6)) >= 0
+
+    @pytest.mark.parametrize(("kind", "smoothing"), [("softmax", 1.0), ("softmax", -0.1), ("sigmoid", 0.1)])
+    def test_shares_that_make_no_sense(self, kind, smoothing):
+        with pytest.raises(ValueError, match=f"smoothing is {smoothing}, but must be at least 0 and below 1"):
+            CLIPLoss(kind, smoothing=smoothing)
+
+
 class TestSigmoid:
     def test_by_hand(self):
         """Of each of B² pairs: is it true? The mean over the images of the summed surprise."""

@@ -30,7 +30,7 @@ class TwoTowers(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.image = nn.Parameter(torch.randn(WIDTH, D, generator=generator))
         self.text = nn.Parameter(torch.randn(WIDTH, D, generator=generator))
-        self.loss = CLIPLoss(kind, chunk=chunk, bias=-1.0)
+        self.loss = CLIPLoss(kind, chunk=chunk, bias=-1.0, smoothing=0.1 if kind == "softmax" else 0.0)
 
     def encode_image(self, x: Tensor) -> Tensor:
         return F.normalize(x @ self.image, dim=-1)

@@ -118,3 +118,12 @@ def test_under_autocast_sums_are_in_fp32(chunk):
     assert value.item() == pytest.approx(plain(hidden, weight).item(), rel=0.02)
     for mine, exact in zip((hidden.grad, weight.grad), grads, strict=True):
         assert_same(mine, exact, tolerance=0.02)
+
+
+def test_a_head_may_have_a_bias():
+    hidden, weight, bias = torch.randn(2, 5, 6), torch.randn(9, 6), torch.randn(9)
+    labels = torch.randint(9, (2, 5))
+    labels[1, 3:] = -100
+    expected = F.cross_entropy((hidden @ weight.T + bias)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    for chunk in (None, 2):
+        assert_same(next_token_loss(hidden, labels, weight, bias, chunk=chunk), expected)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from minivlm.pictures import EDGE, GREEN, RED, Row, badge, fit, font, sheet, shorten, wrap
+from minivlm.pictures import CURVES, EDGE, GREEN, PLOT, RED, Row, badge, chart, fit, font, sheet, shorten, wrap
 
 
 def colours(page):
@@ -87,3 +87,37 @@ def test_text_is_wrapped_and_never_wider_than_its_place():
     assert shorten("short", 13, 220) == "short" and wrap("", 13, 100) == []
     tall = sheet([Row("word " * 200, [plain()])])
     assert tall.height > 600
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def columns_of(page, colour):
+    """The x at which a curve's colour is seen at all."""
+    pixels = np.asarray(page)
+    return np.flatnonzero((pixels == ImageColor.getrgb(colour)).all(axis=-1).any(axis=0))
+
+
+def rows_of(page, colour):
+    return np.flatnonzero((np.asarray(page) == ImageColor.getrgb(colour)).all(axis=-1).any(axis=1))
+
+
+def test_a_curve_is_as_high_as_its_shares_and_starts_where_it_is_known():
+    page = chart({"all": {0: 1.0, 2: 1.0, 8: 1.0}, "none": {2: 0.0, 8: 0.0}}, title="t", across="x")
+    high, low = rows_of(page, CURVES[0]), rows_of(page, CURVES[1])
+    assert high.max() < low.min() and low.min() - high.max() > 0.9 * (PLOT[1] - 8)
+    assert columns_of(page, CURVES[0]).min() + 200 < columns_of(page, CURVES[1]).min()
+
+
+def test_names_at_the_same_height_do_not_lie_on_each_other():
+    page = chart({"one": {0: 0.5}, "two": {0: 0.5}}, title="", across="x")
+    written = np.asarray(page)[:, 84 + PLOT[0] - 20 + 8 :]
+    a, b = (np.flatnonzero((written == ImageColor.getrgb(c)).all(axis=-1).any(axis=1)) for c in CURVES[:2])
+    assert len(a) and len(b) and a.max() < b.min()
+
+
+def test_chance_is_a_dashed_line():
+    lines = {"a": {0: 1.0, 1: 1.0}}
+    with_line, without = (chart(lines, title="", across="x", chance=c) for c in (0.5, None))
+    changed = (np.asarray(with_line) != np.asarray(without)).any(axis=-1)
+    assert 200 < changed.any(axis=0).sum() < 400  # about half of its width

@@ -12,6 +12,7 @@ import torch
 
 import minivlm
 import sample
+from minivlm import command_line
 from minivlm.command_line import GENERATION
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
@@ -140,7 +141,7 @@ class TestChat:
                 raise KeyboardInterrupt
             print(*args, **how)
 
-        monkeypatch.setattr(sample, "print", interrupting, raising=False)
+        monkeypatch.setattr(command_line, "print", interrupting, raising=False)
         self.talk(monkeypatch, f"{DESCRIBE}\n{WHICH}\n/quit\n", "red.png")
         assert capsys.readouterr().out.splitlines()[0] == "a …"
         assert len(printed) > 4  # and the second question was answered
@@ -149,14 +150,14 @@ class TestChat:
         def interrupting(_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sample, "input", interrupting, raising=False)
+        monkeypatch.setattr(command_line, "input", interrupting, raising=False)
         run("chat", "llava", "red.png")
         assert capsys.readouterr().out == "\n"
 
     def test_greets_someone_who_types(self, monkeypatch, capsys):
         asked = []
         monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-        monkeypatch.setattr(sample, "input", lambda prompt: asked.append(prompt) or "/quit", raising=False)
+        monkeypatch.setattr(command_line, "input", lambda prompt: asked.append(prompt) or "/quit", raising=False)
         run("chat", "llava")
         assert asked == ["> "] and "/image FILE" in capsys.readouterr().out
 

@@ -1,5 +1,5 @@
-"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava | blip2`; and
-beside each other, what different connectors cost and are worth: `python -m minivlm.bench connectors [--models …]`.
+"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava | blip2 |
+flamingo`; and what different connectors cost and are worth: `python -m minivlm.bench connectors [--models …]`.
 
 Every contestant lives in a process of its own (so that its memory can be told apart) and they take turns, round after
 round, so that a machine that slows down slows all of them. What counts is the ratio within one run.
@@ -13,6 +13,7 @@ import argparse
 from minivlm.bench.blip2 import LANGUAGE_MODELS, bench_blip2
 from minivlm.bench.clip import SIZES, bench_clip, bench_load
 from minivlm.bench.connectors import bench_connectors
+from minivlm.bench.flamingo import bench_flamingo
 from minivlm.bench.llava import bench_decode, bench_llava
 from minivlm.bench.loss import bench_loss
 from minivlm.errors import UserError
@@ -24,6 +25,7 @@ BENCHES = {
     "decode": bench_decode,
     "llava": bench_llava,
     "blip2": bench_blip2,
+    "flamingo": bench_flamingo,
     "connectors": bench_connectors,
 }
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        help="loss: how many pairs (8192); decode: how many rows (1 and 8); blip2: likewise (1); "
+        help="loss: how many pairs (8192); decode: how many rows (1 and 8); blip2, flamingo: likewise (1); "
         "connectors: samples of a training step (8)",
     )
     parser.add_argument("--lm", choices=LANGUAGE_MODELS, default="opt", help="blip2: its language model (opt)")

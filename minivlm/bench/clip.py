@@ -29,7 +29,8 @@ def clip_inputs(size: dict) -> tuple[Tensor, Tensor]:
 
 
 def clip_minivlm(size: dict, precision: str) -> Callable[[], float]:
-    from minivlm.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+    from minivlm.layers import TextConfig, VisionConfig
+    from minivlm.models.clip import CLIP, CLIPConfig
 
     (vw, vd, vh), (tw, td, th) = size["vision"], size["text"]
     vision = VisionConfig(image_size=size["image"], patch_size=size["patch"], width=vw, depth=vd, heads=vh)

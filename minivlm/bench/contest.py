@@ -60,7 +60,7 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
     try:
         step = build(*arguments)
     except ImportError as error:
-        pipe.send(f"not installed ({error.name}); it takes part after pip install -r tests/requirements.txt")
+        pipe.send(f"not installed ({error.name}); most peers come with pip install -r tests/requirements.txt")
         return
     forget_peak()
     base = memory("VmRSS")

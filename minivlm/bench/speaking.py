@@ -69,8 +69,13 @@ def speaker(model: nn.Module, images: Tensor, tokens: Tensor, new_tokens: int) -
 def speak_transformers(
     directory: str, dtype: torch.dtype, B: int, image_tokens: int, attention: str
 ) -> Callable[[], dict]:
-    model = load_transformers(directory, dtype, attention).eval()
     images, tokens = inputs(B, WORDS, image_tokens)
+    return speaker_of_transformers(load_transformers(directory, dtype, attention), images.to(dtype), tokens)
+
+
+def speaker_of_transformers(model: nn.Module, images: Tensor, tokens: Tensor, **more) -> Callable[[], dict]:
+    """One turn of a model of theirs: NEW_TOKENS a row, none of which ends it. more: what its `generate` wants besides."""
+    model.eval()
     times: list[float] = []
     model.get_output_embeddings().register_forward_hook(lambda *_: times.append(time.perf_counter()))
     length = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
@@ -80,11 +85,12 @@ def speak_transformers(
         mask = torch.ones_like(tokens)
         y = model.generate(
             input_ids=tokens,
-            pixel_values=images.to(dtype),
+            pixel_values=images,
             attention_mask=mask,
             do_sample=False,
             pad_token_id=0,
             **length,
+            **more,
         )
         return spoken(times, y[:, -NEW_TOKENS:])
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -231,13 +232,13 @@ def read_captions(directory: Path, problems: list[str] | None = None) -> list[It
 EXAMPLE = '{"image": "a.jpg", "caption": "a red kite"}'
 
 
-def read_lines(file: Path, add: Callable[[dict], None], example: str, problems: list[str] | None = None) -> None:
+def read_lines(file: Path, add: Callable[[Any], None], example: str, problems: list[str] | None = None) -> None:
     """add(values) for each line of JSON; a ValueError from it, or from reading, names the line, as in `read_folder`."""
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            add(read_line(line, example))
+            add(read_json(line, example))
         except ValueError as error:
             message = f"{file}, line {number}: {error}."
             if problems is None:
@@ -245,22 +246,27 @@ def read_lines(file: Path, add: Callable[[dict], None], example: str, problems: 
             problems.append(message)
 
 
-def read_line(line: bytes, example: str) -> dict:
-    """One line of JSON that names an image. ValueError says what is wrong with it."""
+def read_json(line: bytes, example: str) -> Any:
+    """One line of JSON. ValueError says what is wrong with it."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"it is not JSON ({error.msg} at character {error.pos + 1}); a line looks like {example}"
         ) from None
+
+
+def image_of(values: Any, example: str) -> str:
+    """What a line calls its image; ValueError if it names none."""
     if not isinstance(values, dict) or not isinstance(values.get("image"), str) or not values["image"]:
         raise ValueError(f'it names no "image"; a line looks like {example}')
-    return values
+    return values["image"]
 
 
 def caption_item(values: dict, directory: Path) -> Item:
+    image = image_of(values, EXAMPLE)
     captions = values.get("captions", values.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
@@ -269,7 +275,7 @@ def caption_item(values: dict, directory: Path) -> Item:
     if not captions:
         raise ValueError("its caption is empty")
     label = values.get("label")
-    image = find_image(values["image"], directory)
+    image = find_image(image, directory)
     return Item(image, captions, None if label is None else str(label), split_of(values))
 
 

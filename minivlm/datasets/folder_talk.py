@@ -24,7 +24,16 @@ from typing import NamedTuple
 import numpy as np
 
 from minivlm.conversation import DESCRIBE, MARK, Turn, check_conversation, with_images
-from minivlm.datasets.folder import Item, choose_split, find_image, read_captions, read_lines, skip_broken, split_of
+from minivlm.datasets.folder import (
+    Item,
+    choose_split,
+    find_image,
+    image_of,
+    read_captions,
+    read_lines,
+    skip_broken,
+    split_of,
+)
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
 from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
@@ -122,16 +131,16 @@ def without_marks(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- the dataset
 
 
-class FolderTalk(Talk):
-    """A split of a folder; see the module for what is recognised, `Talk` for the interface.
+class FolderEntries:
+    """The entries of one split of a folder, and their pictures.
 
-    Questions about one picture are one sample, of which a conversation asks up to four. A training sample with an image
-    that cannot be decoded is left out, and told in `notes` and `skipped` (image → why); in val and test it is an error.
+    A training sample with an image that cannot be decoded is left out, and told in `notes` and `skipped` (image → why);
+    in val and test it is an error. Training images come from a cache with a shorter side of 1.25 times image_size.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
-        self.directory, self.split = Path(directory), split
-        entries, self.notes = choose_split(read_entries(self.directory), split, self.directory)
+    def __init__(self, directory: Path, split: str, entries: Sequence[Entry], *, image_size: int | None):
+        self.directory, self.split = directory, split
+        entries, self.notes = choose_split(entries, split, directory)
         self.skipped: dict[str, str] = {}
         self.cache = None
         images = list(dict.fromkeys(image for entry in entries for image in entry.images)) if image_size else []
@@ -144,7 +153,7 @@ class FolderTalk(Talk):
         else:
             for image in images:
                 check_header(self.directory / image)
-        self.entries: list[Captioned | Quiz | Conversation] = entries
+        self.entries = entries
         self.one_picture_each = all(len(entry.images) == 1 for entry in entries)
 
     def __len__(self) -> int:
@@ -156,15 +165,31 @@ class FolderTalk(Talk):
     def read(self, image: str) -> np.ndarray:
         return np.array(read_image(self.directory / image)) if self.cache is None else self.cache[image]
 
-    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
-        return self.entries[index].conversation(rng)
-
     def key(self, index: int) -> str:
         return self.entries[index].key
+
+
+class FolderTalk(FolderEntries, Talk):
+    """A split of a folder; see the module for what is recognised, `Talk` for the interface.
+
+    Questions about one picture are one sample, of which a conversation asks up to four.
+    """
+
+    entries: list[Captioned | Quiz | Conversation]
+
+    def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
+        super().__init__(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
+
+    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
+        return self.entries[index].conversation(rng)
 
     def texts(self) -> Iterator[str]:
         request = [DESCRIBE] if any(isinstance(entry, Captioned) for entry in self.entries) else []
         yield from dict.fromkeys([*request, *(text for entry in self.entries for text in entry.texts())])
+
+    def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
+        """All that vqa.jsonl asks about the picture, or the first question of the conversation."""
+        return [Question(index, q.text, q.answers, q.kind) for q in self.entries[index].questions()]
 
     def questions(self) -> list[Question]:
         """Those of vqa.jsonl, or the first of each conversation about pictures."""
@@ -226,7 +251,7 @@ def read_questions(file: Path, find, problems: list[str] | None) -> list[Quiz]:
     entries: dict[tuple, Quiz] = {}
 
     def add(values: dict) -> None:
-        image, split = find(values["image"]), split_of(values)
+        image, split = find(image_of(values, EXAMPLE)), split_of(values)
         asked = read_question(values)
         entries.setdefault((image, split), Quiz([image], split, image)).asked.append(asked)
 

@@ -14,12 +14,13 @@ where the picture shows such a pair.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 
 import numpy as np
 
 from minivlm.datasets.shapes_facts import UNSEEN_PAIRS, pair
 from minivlm.datasets.shapes_scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, SceneObject
-from minivlm.datasets.shapes_text import canonical
+from minivlm.datasets.shapes_text import canonical, parse
 
 VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
 
@@ -51,6 +52,23 @@ def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) ->
             unheard_of = pair(other) in UNSEEN_PAIRS and not shows_unseen
             if not taken and not unheard_of and not any(agrees(other, there) for there in scene.objects):
                 yield [*said[:i], other, *said[i + 1 :]]
+
+
+def changed(caption: str, rng: np.random.Generator) -> str | None:
+    """The caption with one attribute of one object changed, without a look at the picture: false if the caption was true.
+    None where there is nothing to change, as in captions of photographs."""
+    said = tuple(parse(caption))
+    choices = one_attribute_negatives(Scene(said), said, rng)
+    return choices[rng.bit_generator.random_raw() % len(choices)][0] if choices else None
+
+
+def is_true(caption: str, scene: Scene) -> bool:
+    """Does it name every object of the picture and no other, each with nothing that is wrong of it?"""
+    said = parse(caption)
+    if len(said) != len(scene.objects):
+        return False
+    orders = permutations(scene.objects)
+    return any(all(agrees(s, thing) for s, thing in zip(said, order, strict=True)) for order in orders)
 
 
 def agrees(said: SceneObject, thing: SceneObject) -> bool:

@@ -57,6 +57,13 @@ class ShapesTalk(Talk):
             turns += [Turn("user", question.text), Turn("assistant", question.answer)]
         return [turns[0]._replace(text=with_images(turns[0].text)), *turns[1:]]
 
+    def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
+        """As many as a conversation has, up to six."""
+        return [Question(index, q.text, (q.answer,), q.kind) for q in ask(self.scenes[index], rng)]
+
+    def false_caption(self, index: int, rng: np.random.Generator) -> str:
+        return self.world.false_caption(index, rng)
+
     def captions(self, index: int) -> list[str]:
         """The canonical caption alone: it says everything, so that a model's can be compared with the scene."""
         return [canonical(self.scenes[index])]

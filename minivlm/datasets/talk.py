@@ -62,9 +62,17 @@ class Talk:
         """The questions that a model is judged by, always the same ones; none where the data hold none."""
         return []
 
+    def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
+        """Questions about a sample to learn from; where there is a choice, `rng` makes it."""
+        return []
+
     def captions(self, index: int) -> list[str]:
         """What is known to describe the picture; nothing where the data have no captions."""
         return []
+
+    def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
+        """A caption with a single thing changed that makes it false; None where the data cannot tell."""
+        return None
 
     def caption_conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         """A request for a caption, and one of them; where there is none, a conversation."""

@@ -1,25 +1,32 @@
-"""How good a trained model is, on pictures and texts it has not seen: `python -m minivlm.evaluate MODEL [--data DIR]`."""
+"""How good a trained model is, on pictures and texts it has not seen: `python -m minivlm.evaluate MODEL [--data DIR]`;
+and what it learns from examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+from minivlm.command_line import Parser, check_picture_name, whole
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
+from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
 from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
 from minivlm.evaluate.speak import ask, captions, speech, speech_picture
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
+from minivlm.tasks.choose import chooses
+from minivlm.tasks.features import can_compare
 
 __all__ = [
     "ask",
     "captions",
     "contrast",
     "evaluate",
+    "few_shot",
+    "few_shot_accuracy",
+    "few_shot_picture",
     "language",
     "main",
     "matching",
@@ -37,9 +44,14 @@ __all__ = [
 
 def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a model of any kind on the held-out part of a dataset."""
-    if hasattr(model, "match"):
-        return matching(model, processor, directory)
-    if hasattr(model, "encode_image"):
+    if chooses(model):
+        return speech(model, processor, directory) | (
+            contrast(model, processor, directory) if can_compare(model) else {}
+        )
+    if hasattr(model, "match") and can_compare(model):
+        scores = matching(model, processor, directory)
+        return scores | (speech(model, processor, directory) if getattr(model.config, "answers", False) else {})
+    if can_compare(model):
         return contrast(model, processor, directory)
     if hasattr(model, "vision"):
         return speech(model, processor, directory)
@@ -52,14 +64,24 @@ def main(argv: list[str]) -> None:
     from minivlm.checkpoint import load
     from minivlm.training import choose_device
 
-    parser = argparse.ArgumentParser(prog="python -m minivlm.evaluate", description=__doc__)
+    parser = Parser(prog="python -m minivlm.evaluate", description=__doc__)
     parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
     parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
     parser.add_argument("--device", default="auto")
+    shots = dict(type=whole, nargs="+", metavar="K")
+    parser.add_argument("--shots", **shots, help="judge by new words instead, after so many examples in all: 0 1 2 4 8")
+    parser.add_argument("--ways", type=whole, default=2, help="--shots: words to choose from (2)")
+    parser.add_argument("--picture", default="few-shot.png", help="--shots: where the curves are drawn (%(default)s)")
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
+    check_picture_name(options.picture, option="--picture")
     model, processor = load(options.model, device=choose_device(options.device))
-    scores = evaluate(model, processor, options.data)
+    if options.shots is None:
+        scores = evaluate(model, processor, options.data)
+    else:
+        scores = few_shot(model, processor, options.data, shots=options.shots, ways=options.ways)
+        few_shot_picture(scores, Path(options.picture))
+        print(f"wrote {options.picture}\n")
     print(table(scores))
     if options.save:
         named = {name: asdict(score) for name, score in scores.items()}

@@ -14,6 +14,7 @@ from minivlm.datasets.talk import Question, Talk, open_talk
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
+from minivlm.tasks.choose import chooses
 from minivlm.tasks.speak import answer_all, can_answer, caption_all
 
 TILE = 176  # pixels of a picture on the sheet
@@ -24,15 +25,21 @@ SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
 def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
-    ask_questions = ask_questions and can_answer(model, processor)
+    ask_questions = ask_questions and answers_questions(model, processor)
+    describes = hasattr(model, "generate") and getattr(model.config, "speaks", True)
     scores = {}
     for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
         talk = open_talk(directory, split, image_size=processor.image_size)
         if ask_questions and (questions := talk.questions()):
             scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
-        if talk.captions(0):
+        if describes and talk.captions(0):
             scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
     return scores
+
+
+def answers_questions(model, processor) -> bool:
+    """In words of its own, or in those of a list."""
+    return chooses(model) or can_answer(model, processor)
 
 
 def answers(model, processor, talk: Talk, questions: Sequence[Question]) -> dict[str, Score]:
@@ -89,7 +96,7 @@ def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
 def speech_picture(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
     """Held-out pictures with question, answer and the model's answer; without questions, with their captions."""
     talk = open_talk(directory, "test", image_size=processor.image_size)
-    questions = talk.questions() if ask_questions and can_answer(model, processor) else []
+    questions = talk.questions() if ask_questions and answers_questions(model, processor) else []
     rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
     sheet(rows, title="What the model says about held-out pictures", tile=TILE, columns=4).save(path)
 

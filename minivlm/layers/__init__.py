@@ -2,6 +2,8 @@
 
 from minivlm.layers.attention import Attention, CrossAttention, attend, set_attention_backend
 from minivlm.layers.bert import BERT, BERTConfig
+from minivlm.layers.co_attention import CoAttention
+from minivlm.layers.efficientnet import EFFICIENTNET_SIZES, EfficientNet, EfficientNetConfig
 from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttention, image_mask
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
@@ -18,6 +20,7 @@ from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
 
 __all__ = [
     "BERT",
+    "EFFICIENTNET_SIZES",
     "MLP",
     "RESNET_SIZES",
     "T5",
@@ -26,7 +29,10 @@ __all__ = [
     "BERTConfig",
     "Block",
     "Cache",
+    "CoAttention",
     "CrossAttention",
+    "EfficientNet",
+    "EfficientNetConfig",
     "GatedConfig",
     "GatedCrossAttention",
     "LanguageModel",

@@ -2,6 +2,7 @@
 
     tokens (B, T) ─ word + position + type ─→ norm ─→ blocks (post-norm) ─→ (B, T, D)
 
+With `causal` and `cross_attention_every` it is the decoder of BLIP, which reads a picture.
 Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers", §3 and figure 2.
 """
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.base import Model
+from minivlm.layers.attention import KeysValues
 from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.mlp import ACTIVATIONS
+from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 
 
@@ -33,7 +37,10 @@ class BERTOutput:
 
 
 class BERT(Model):
-    """tokens (B, T), mask (B, T) with True = a real token, types (B, T) or None: all of type 0 → `BERTOutput`."""
+    """tokens (B, T), mask (B, T) with True = a real token, types (B, T) or None: all of type 0 → `BERTOutput`.
+
+    read (B, S, C), read_mask (B, S): what blocks with cross-attention read; None: nothing. cache: see `Transformer`.
+    """
 
     config_class = BERTConfig
 
@@ -48,18 +55,46 @@ class BERT(Model):
         self.transformer = Transformer(c)
         initialise(self, torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> BERTOutput:
-        return BERTOutput(self.transformer(self.embed(tokens, types), mask=mask))
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        types: Tensor | None = None,
+        *,
+        read: Tensor | list[KeysValues | None] | None = None,
+        read_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> BERTOutput:
+        x = self.embed(tokens, types, None if cache is None else cache.next_positions(tokens.shape[1]))
+        return BERTOutput(self.transformer(x, read, mask=mask, context_mask=read_mask, cache=cache))
 
-    def embed(self, tokens: Tensor, types: Tensor | None = None) -> Tensor:
-        """(B, T) → (B, T, D), normalised."""
+    def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T) → (B, D): the state of the first token, which speaks for the text."""
+        return self(tokens, mask).hidden[:, 0]
+
+    def embed(self, tokens: Tensor, types: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) → (B, T, D), normalised. positions (T,) or (B, T): where the tokens stand; None: 0, 1, 2 …"""
         T, context = tokens.shape[1], self.config.context
         if context < T:
             raise ValueError(f"texts have {T} tokens, but the context is {context}; cut them first")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
+        places = self.position_embedding.weight[:T] if positions is None else self.position_embedding(positions)
+        x = self.token_embedding(tokens) + places
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(tokens) if types is None else types)
         return self.dropout(self.norm(x))
+
+
+class TextHead(nn.Module):
+    """hidden (B, T, D) → what the embedding is multiplied with to give logits.  Devlin et al. 2019, §3.1."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = make_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(hidden)))
 
 
 @torch.no_grad()

@@ -9,16 +9,14 @@ Radford et al. 2019 (GPT-2): learned positions, LayerNorm. Touvron et al. 2023 (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from minivlm import generation
-from minivlm.base import Model
+from minivlm.base import Model, Speaks
 from minivlm.layers.decoder import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.position import Cache
@@ -53,7 +51,7 @@ class LMOutput:
         return self.head(self.hidden)
 
 
-class LanguageModel(PackingModel, Model):
+class LanguageModel(PackingModel, Speaks, Model):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
@@ -192,27 +190,6 @@ class LanguageModel(PackingModel, Model):
     @property
     def speaker(self) -> Transformer:
         return self.transformer
-
-    def generate(
-        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
-    ) -> Tensor:
-        """(B, T) → (B, ≤ max_new_tokens); options: see `generation.Options`."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        decoding = self.begin(tokens, mask, room=max_new_tokens)
-        return generation.generate(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
-
-    def stream(
-        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
-    ) -> Iterator[Tensor]:
-        """`generate`, token by token: each (B,)."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        decoding = self.begin(tokens, mask, room=max_new_tokens)
-        return generation.stream(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
-
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
-        return replace(known, **given)
 
 
 class Reading(Protocol):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minivlm.layers.attention import CrossAttention, QKNorm
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
+from minivlm.layers.position import place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class PerceiverConfig:
     activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     qk_norm: QKNorm | None = None
     norm_eps: float = 1e-5
+    places: int = (
+        0  # features a picture has, each given a learnt position: for those of a ResNet, which have none. 0: none
+    )
     max_images: int = 0  # images or frames that are resampled together, told apart by learnt time embeddings; 0: none
 
 
@@ -78,6 +82,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.empty(c.latents, c.width))
         self.times = nn.Parameter(torch.empty(c.max_images, c.width)) if c.max_images else None
         reads = c.context_width or c.width
+        self.places = nn.Parameter(torch.empty(c.places, reads)) if c.places else None
         self.projection = nn.Linear(reads, c.width, bias=False) if reads != c.width else None
         self.blocks = nn.ModuleList(PerceiverBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
@@ -85,6 +90,8 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         x = features if features.dim() == 4 else features[:, None]  # (M, F, N, C)
+        if self.places is not None:
+            x = place(x, self.places)
         if self.projection is not None:
             x = self.projection(x)
         if self.times is not None:
@@ -108,6 +115,8 @@ def initialise(model: PerceiverResampler, generator: torch.Generator) -> None:
     normal(model.latents, 1.0, generator)
     if model.times is not None:
         normal(model.times, 0.02, generator)
+    if model.places is not None:
+        normal(model.places, 0.5, generator)
     shrink = (2 * len(model.blocks)) ** -0.5
     for block in model.blocks:
         for linear in (block.attention.out_proj, block.mlp.down_proj):

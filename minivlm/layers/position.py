@@ -89,6 +89,15 @@ def relative_bucket(distance: Tensor, buckets: int, farthest: int, *, both_sides
     return start + torch.where(distance < near, distance, far)
 
 
+def place(features: Tensor, places: Tensor | None) -> Tensor:
+    """Features (…, N, C), each with what tells where it stands, places (N, C). ValueError where the two do not fit."""
+    if places is None:
+        return features
+    if features.shape[-2] != len(places):
+        raise ValueError(f"a picture has {features.shape[-2]} features, but there are places for {len(places)}")
+    return features + places.to(features.dtype)
+
+
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0) -> Tensor:
     """Position embeddings (leading + n·n, D) of a square grid, interpolated to another grid (h, w) of patches.
 

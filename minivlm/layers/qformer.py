@@ -20,6 +20,7 @@ from minivlm.layers.attention import Attention, CrossAttention, KeysValues
 from minivlm.layers.bert import BERT
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
+from minivlm.layers.position import place
 from minivlm.layers.transformer import TransformerConfig, make_norm
 
 See = Literal["bidirectional", "unimodal", "causal"]
@@ -32,6 +33,9 @@ class QFormerConfig(TransformerConfig):
     queries: int = 32
     vocab_size: int | None = None  # None: it reads no text
     context: int = 512  # tokens a text may have
+    places: int = (
+        0  # features a picture has, each given a learnt position: for those of a ResNet, which have none. 0: none
+    )
     norm_place: Literal["post"] = "post"
     norm_eps: float = 1e-12
     cross_attention_every: int = 2
@@ -127,6 +131,7 @@ class QFormer(nn.Module):
         super().__init__()
         c = self.config = config
         self.queries = nn.Parameter(torch.empty(c.queries, c.width))
+        self.places = nn.Parameter(torch.empty(c.places, c.context_width or c.width)) if c.places else None
         reads = c.vocab_size is not None
         self.token_embedding = nn.Embedding(c.vocab_size, c.width) if reads else None
         self.position_embedding = nn.Embedding(c.context, c.width) if reads else None
@@ -151,6 +156,7 @@ class QFormer(nn.Module):
         x = self.embed(tokens, mask)
         Q = 0
         if features is not None:
+            features = place(features, self.places)
             x, Q = torch.cat([self.start(len(tokens)), x], dim=1), self.config.queries
         pairs = attention_mask(see, Q, mask)
         for block in self.blocks:
@@ -161,6 +167,7 @@ class QFormer(nn.Module):
 
     def look(self, features: Tensor, features_mask: Tensor | None = None) -> QFormerOutput:
         """The queries alone with the picture. What they keep is all that a text needs to go on from: see `tell`."""
+        features = place(features, self.places)
         x, kept = self.start(len(features)), []
         for block in self.blocks:
             x, keys_values = block.attend(x, None)
@@ -213,10 +220,9 @@ class QFormer(nn.Module):
                 raise ValueError(f"{name} of the Q-Former is {getattr(mine, name)}, but BERT's is {getattr(its, name)}")
         for block, source in zip(self.blocks, bert.transformer.blocks, strict=True):
             for name in ("attention", "attention_norm", "mlp", "mlp_norm"):
-                places = [name, f"query_{name}"] if name.startswith("mlp") else [name]
-                for place in places:
-                    if hasattr(block, place):
-                        getattr(block, place).load_state_dict(getattr(source, name).state_dict())
+                for part in [name, f"query_{name}"] if name.startswith("mlp") else [name]:
+                    if hasattr(block, part):
+                        getattr(block, part).load_state_dict(getattr(source, name).state_dict())
         self.norm.load_state_dict(bert.norm.state_dict())
         if self.token_embedding is not None:
             if mine.context > its.context or mine.vocab_size < its.vocab_size:
@@ -234,6 +240,8 @@ def initialise(model: QFormer, generator: torch.Generator) -> None:
     """0.02 for queries and embeddings, as in BERT's and BLIP-2's released code; the rest as `initialise_linears` says."""
     initialise_linears(model, generator)
     normal(model.queries, 0.02, generator)
+    if model.places is not None:
+        normal(model.places, 0.5, generator)
     if model.token_embedding is not None:
         normal(model.token_embedding.weight, 0.02, generator)
         normal(model.position_embedding.weight, 0.02, generator)

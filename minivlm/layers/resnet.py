@@ -52,11 +52,27 @@ RESNET_SIZES = {
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, then batch norm."""
+    """Convolution without bias, then batch norm.
 
-    def __init__(self, channels: int, out_channels: int, kernel: int, *, stride: int = 1):
-        conv = nn.Conv2d(channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
-        super().__init__(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+    skewed: a pixel less of padding above and on the left, as TensorFlow pads for a stride of 2 where the sides are even.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        eps: float = 1e-5,
+        skewed: bool = False,
+    ):
+        half = kernel // 2
+        pad = {"pad": nn.ZeroPad2d((half - 1, half, half - 1, half))} if skewed else {}
+        padding = 0 if skewed else half
+        conv = nn.Conv2d(channels, out_channels, kernel, stride=stride, padding=padding, groups=groups, bias=False)
+        super().__init__(OrderedDict(**pad, conv=conv, norm=nn.BatchNorm2d(out_channels, eps=eps)))
 
 
 class Bottleneck(nn.Module):

@@ -11,7 +11,6 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import generation
-from minivlm.base import Model
+from minivlm.base import Model, Speaks
 from minivlm.layers.attention import Attention, KeysValues
 from minivlm.layers.decoder import PackedT5, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
@@ -79,7 +77,7 @@ class T5Config:
         return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
 
 
-class T5(PackingModel, Model):
+class T5(PackingModel, Speaks, Model):
     """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
 
     logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
@@ -88,6 +86,7 @@ class T5(PackingModel, Model):
 
     config_class = T5Config
     packed_class = PackedT5
+    goes_on = False
 
     def __init__(self, config: T5Config, *, seed: int = 0):
         super().__init__(config)
@@ -182,25 +181,6 @@ class T5(PackingModel, Model):
     @property
     def speaker(self) -> Transformer:
         return self.decoder
-
-    def generate(
-        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
-    ) -> Tensor:
-        """(B, S) → (B, ≤ max_new_tokens); options: see `generation.Options`. What was read may be repeated freely."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        return generation.generate(self.begin(tokens, mask, room=max_new_tokens), options, decode=decode)
-
-    def stream(
-        self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int = 64, decode=None, **options
-    ) -> Iterator[Tensor]:
-        """`generate`, token by token: each (B,)."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        return generation.stream(self.begin(tokens, mask, room=max_new_tokens), options, decode=decode)
-
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
-        return replace(known, **given)
 
 
 class T5Decoding:

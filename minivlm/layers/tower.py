@@ -7,14 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minivlm.layers.efficientnet import EfficientNet, EfficientNetConfig
 from minivlm.layers.initialise import initialise_linears, normal
-from minivlm.layers.resnet import ResNet, ResNetConfig
+from minivlm.layers.resnet import Bottleneck, ResNet, ResNetConfig
 from minivlm.layers.vit import ConvolutionStem, VisionConfig, VisionTransformer
 
+TowerConfig = VisionConfig | ResNetConfig | EfficientNetConfig
 
-def make_tower(config: VisionConfig | ResNetConfig, generator: torch.Generator) -> nn.Module:
+
+def new_tower(config: TowerConfig) -> nn.Module:
+    """The tower of a config, as PyTorch starts its weights."""
+    kinds = {VisionConfig: VisionTransformer, ResNetConfig: ResNet, EfficientNetConfig: EfficientNet}
+    return kinds[type(config)](config)
+
+
+def make_tower(config: TowerConfig, generator: torch.Generator) -> nn.Module:
     """The tower of a config, with CLIP's initialisation."""
-    tower = ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
+    tower = new_tower(config)
     initialise_linears(tower, generator)
     initialise_tower(tower, generator)
     return tower
@@ -38,13 +47,18 @@ def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
         if isinstance(module, ConvolutionStem):
             for conv in module.convolutions():
                 normal(conv.weight, (2 / conv.weight[0].numel()) ** 0.5, generator)
+        elif isinstance(module, Bottleneck):
+            module.expand.norm.weight.zero_()
     stem = getattr(tower.config, "stem", "patch") == "convolutions"
     for name, parameter in tower.named_parameters():
         if name.endswith(("class_embedding", "query", "position_embedding")):
             positions = name.endswith("position_embedding")
             normal(parameter, 0.5 if stem and positions else parameter.shape[-1] ** -0.5, generator)
-        elif name.endswith("expand.norm.weight"):
-            parameter.zero_()
+
+
+def places_of(config: TowerConfig, layer: int) -> int:
+    """How many features of a picture want a learnt position from whoever reads them: a ViT's know where they are."""
+    return 0 if isinstance(config, VisionConfig) else config.features_at(layer)[0]
 
 
 def look(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:

@@ -36,6 +36,10 @@ class VisionConfig(TransformerConfig):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
+    def output_width(self) -> int:
+        return self.width
+
+    @property
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 

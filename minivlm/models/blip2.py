@@ -55,6 +55,10 @@ class BLIP2(QueryingModel):
         kind = T5 if isinstance(c.language, T5Config) else LanguageModel
         self.language_model = kind(c.language, seed=seed)
 
+    @property
+    def goes_on(self) -> bool:
+        return self.language_model.goes_on
+
     def forward(
         self,
         images: Tensor | None,

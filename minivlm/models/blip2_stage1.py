@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import generation
+from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
-from minivlm.layers.mlp import ACTIVATIONS
 from minivlm.layers.qformer import QFormerConfig, QFormerOutput
-from minivlm.layers.transformer import make_norm
-from minivlm.losses import full_precision, gather, is_distributed, next_token_loss
+from minivlm.losses import next_token_loss
+from minivlm.models.matching import Matching
 from minivlm.models.querying import QueryingConfig, QueryingModel
 
 
@@ -36,6 +36,18 @@ class BLIP2Stage1Config(QueryingConfig):
     decode_token: int  # … and in its place where the text is to be said
     end_token: int
     pad_token: int = 0
+
+    answers: ClassVar[bool] = False
+    image_tokens: ClassVar[int] = 0  # places that a picture takes in a text
+
+    @property
+    def speaks(self) -> bool:
+        return self.text_head
+
+    @property
+    def caption_token(self) -> int | None:
+        """What a caption begins with; None: it says none."""
+        return self.decode_token if self.text_head else None
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,26 +63,14 @@ class BLIP2Stage1Output:
     text_features: Tensor  # (B', E), unit length
 
 
-class TextHead(nn.Module):
-    """BERT's: hidden (B, T, D) → what the embedding is multiplied with to give logits.  Devlin et al. 2019, §3.1."""
-
-    def __init__(self, config: QFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm = make_norm(config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(hidden)))
-
-
-class BLIP2Stage1(QueryingModel):
+class BLIP2Stage1(Matching, QueryingModel):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
     Wherever it takes images, `features` (B, N, C) may be given in their place: what `look` gives, for those who have it.
     """
 
     config_class = BLIP2Stage1Config
+    goes_on = True
 
     def __init__(self, config: BLIP2Stage1Config, *, seed: int = 0):
         super().__init__(config, seed=seed)
@@ -111,16 +111,6 @@ class BLIP2Stage1(QueryingModel):
         features = self.look(images) if features is None else features
         return self.match_head(self.qformer(features, tokens, mask, see="bidirectional").queries).mean(dim=1)
 
-    @staticmethod
-    def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(B, Q, E), (B', E) → (B, B'): the cosine of each text and the query that fits it best."""
-        with full_precision(image_vectors.device):
-            return (image_vectors.float() @ text_vectors.float().T).amax(dim=1)  # (B, Q, B') → (B, B')
-
-    def scale(self) -> Tensor | float:
-        """1 / temperature, at most 100 as in CLIP."""
-        return 1.0 if self.logit_scale is None else self.logit_scale.exp().clamp(max=100.0)
-
     # ---- its three losses ----------------------------------------------------------------------------------------------
 
     def losses(
@@ -150,59 +140,14 @@ class BLIP2Stage1(QueryingModel):
             losses["generation"] = next_token_loss(hidden, labels, self.qformer.token_embedding.weight)
         return losses
 
-    def contrast(self, image_vectors: Tensor, text_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every picture finds its text among all, and the reverse (§3.1, ITC) → loss, and both sets of logits (B, W·B)."""
-        to_texts = self.scale() * self.similarity(image_vectors, gather(text_vectors))
-        to_images = self.scale() * self.similarity(gather(image_vectors), text_vectors).T
-        own = first_row(len(to_texts)) + torch.arange(len(to_texts), device=to_texts.device)
-        loss = (F.cross_entropy(to_texts, own) + F.cross_entropy(to_images, own)) / 2
-        return loss, to_texts.detach(), to_images.detach()
-
-    def matching(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        to_texts: Tensor,
-        to_images: Tensor,
-        false: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Yes to every pair; no to every picture with a wrong text, and every text with a wrong picture, that look alike.
-
-        §3.1, ITM, with the hard negatives of Li et al. 2021 (ALBEF), §3.2. A row without any other text counts less.
-        false: tokens and mask (B, F) of wrong texts that take the place of those found in the batch, where there are some
-        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word).
-        """
-        B, all_features = len(tokens), gather(features)
-        all_tokens, all_mask = gather_texts(tokens, mask)
-        same = same_texts(tokens, mask, all_tokens, all_mask)  # (B, W·B); true negatives are elsewhere
-        other_text, found = hard_negatives(to_texts, same)
-        other_image, found_image = hard_negatives(to_images, same)
-        wrong = all_tokens[other_text], all_mask[other_text]
-        if false is not None:
-            given = false[1].any(dim=1)
-            found = found | given
-            wrong = [torch.where(given[:, None], a, b) for a, b in zip(*widen(false, wrong), strict=True)]
-        texts, masks = zip(*widen((tokens, mask), wrong), strict=True)
-
-        pictures = torch.cat([features, features, all_features[other_image]])
-        texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
-        logits = self.match(None, texts, masks, features=pictures)  # (3B, 2)
-        truth = (torch.arange(3 * B, device=logits.device) < B).long()
-        counts = torch.cat([torch.ones_like(found), found, found_image]).float()
-        return (F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum() / counts.sum()
-
     def to_be_said(self, tokens: Tensor) -> Tensor:
         """The start token becomes the one that asks for the text."""
         return tokens.masked_fill(tokens == self.config.start_token, self.config.decode_token)
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and how many words there are."""
-        guess = math.log(3) - 2 / 3 * math.log(2) if batch_size > 1 else 0.0
-        losses = {"contrast": math.log(batch_size), "matching": guess}
-        if self.text_head is not None:
-            losses["generation"] = math.log(self.config.qformer.vocab_size)
-        return losses
+        losses = super().chance_losses(batch_size)
+        return losses | ({"generation": math.log(self.config.qformer.vocab_size)} if self.text_head else {})
 
     # ---- speaking ------------------------------------------------------------------------------------------------------
 
@@ -225,6 +170,10 @@ class BLIP2Stage1(QueryingModel):
         order = mask.long().argsort(dim=1, stable=True)  # padding to the left, so that all rows go on together
         tokens, mask = tokens.gather(1, order), mask.gather(1, order)
         return Stage1Decoding(self, self.to_be_said(tokens), mask, self.query(images, features), room=room)
+
+    @property
+    def language_config(self) -> QFormerConfig:
+        return self.config.qformer
 
     def options(self, **given) -> generation.Options:
         """What is not given is as the config says."""
@@ -255,40 +204,3 @@ class Stage1Decoding:
     def reorder(self, rows: Tensor) -> None:
         self.mask, self.logits = self.mask[rows], self.logits[rows]
         self.seen = replace(self.seen, kept=[(k[rows], v[rows]) for k, v in self.seen.kept])
-
-
-def hard_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, C), same (B, C) with True = right as well → for every row one wrong column, likelier the better it fits.
-
-    The second tensor (B,) says where there is one; elsewhere the column is any.
-    """
-    found = ~same.all(dim=1)
-    weights = logits.float().masked_fill(same & found[:, None], -torch.inf).softmax(dim=1)
-    return weights.multinomial(1)[:, 0], found
-
-
-def same_texts(tokens: Tensor, mask: Tensor, all_tokens: Tensor, all_mask: Tensor) -> Tensor:
-    """(B, T), (C, T') with T' ≥ T → (B, C): True where two texts are the same words. A text is always the same as itself."""
-    tokens = F.pad(tokens.masked_fill(~mask, -1), (0, all_tokens.shape[1] - tokens.shape[1]), value=-1)
-    return (tokens[:, None] == all_tokens.masked_fill(~all_mask, -1)).all(dim=-1)
-
-
-def widen(*texts: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and masks (·, T) of several batches → the same, padded to the longest of them."""
-    T = max(tokens.shape[1] for tokens, _ in texts)
-    return [(F.pad(tokens, (0, T - tokens.shape[1])), F.pad(mask, (0, T - mask.shape[1]))) for tokens, mask in texts]
-
-
-def gather_texts(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(b, T) of this process → (W·b, T') of all, padded to the longest."""
-    if not is_distributed():
-        return tokens, mask
-    longest = torch.tensor(tokens.shape[1], device=tokens.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    beyond = (0, int(longest) - tokens.shape[1])
-    return gather(F.pad(tokens, beyond)), gather(F.pad(mask, beyond).long()).bool()
-
-
-def first_row(rows: int) -> int:
-    """Where the rows of this process begin among those of all."""
-    return dist.get_rank() * rows if is_distributed() else 0

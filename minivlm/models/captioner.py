@@ -18,20 +18,19 @@ from torch import Tensor
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.projector import LinearProjector
-from minivlm.layers.resnet import ResNetConfig
-from minivlm.layers.tower import look, make_tower
-from minivlm.layers.vit import VisionConfig
+from minivlm.layers.tower import TowerConfig, look, make_tower
 from minivlm.losses import next_token_loss
-from minivlm.models.speaking import SpeakingModel
+from minivlm.models.speaking import SpeakingModel, check_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCaptioningConfig:
-    vision: VisionConfig | ResNetConfig
+    vision: TowerConfig
     language: LanguageModelConfig  # its context holds the picture as well
     vision_layer: int = -1  # whose features are read; −1: the last, for a tower that learns with the rest
 
     def __post_init__(self):
+        check_decoder(self.language, "the captioner")
         if self.language.context <= self.image_tokens:
             raise ValueError(
                 f"a picture takes {self.image_tokens} positions, but the context of the language model is "

@@ -5,7 +5,9 @@
     texts  ─→ text tower   ─→ projection ─→ unit length ─┘
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figures 1 and 3.
-SigLIP (Zhai et al. 2023) is the same with the sigmoid loss, attention pooling and a bidirectional text tower.
+SigLIP (Zhai et al. 2023) is the same with the sigmoid loss, attention pooling and a bidirectional text tower. ALIGN (Jia et
+al. 2021, "Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision") is the same with an
+EfficientNet and a BERT; of its pictures' captions many are wrong, which its softened labels allow for.
 """
 
 from __future__ import annotations
@@ -19,26 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.base import Model
+from minivlm.layers.bert import BERT, BERTConfig
+from minivlm.layers.efficientnet import EFFICIENTNET_SIZES
 from minivlm.layers.initialise import initialise_linears, normal
-from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
+from minivlm.layers.resnet import RESNET_SIZES
 from minivlm.layers.text import TextConfig, TextTransformer
-from minivlm.layers.tower import initialise_tower
-from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
+from minivlm.layers.tower import TowerConfig, initialise_tower, new_tower
+from minivlm.layers.vit import VIT_SIZES
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    vision: VisionConfig | ResNetConfig
-    text: TextConfig
+    vision: TowerConfig
+    text: TextConfig | BERTConfig  # of a BERT the first token speaks for the text
     embed_width: int = 512
-    image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP)
+    image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP, ALIGN)
     text_projection_bias: bool = False
     loss: Literal["softmax", "sigmoid"] = "softmax"
     loss_chunk: int | None = None  # rows of the similarity matrix held at a time; None: all
+    label_smoothing: float = 0.0  # of the softmax: this share of the truth is spread over the whole batch
 
     def __post_init__(self):
-        out = self.vision.output_width if isinstance(self.vision, ResNetConfig) else self.vision.width
+        out = self.vision.output_width
         if not self.image_projection and out != self.embed_width:
             raise ValueError(f"without image_projection the tower's width {out} must be embed_width {self.embed_width}")
 
@@ -67,6 +72,21 @@ def clip_size(name: str) -> CLIPConfig:
     return CLIPConfig(vision=vision, text=text, embed_width=embed[name])
 
 
+def align_size(name: str = "B7") -> CLIPConfig:
+    """EfficientNet "B0" … "B7" with a BERT-base; B7 at 289 pixels is kakaobrain/align-base. Jia et al. 2021, §5."""
+    if name not in EFFICIENTNET_SIZES:
+        raise ValueError(f"unknown size {name!r}; there are {', '.join(EFFICIENTNET_SIZES)}")
+    vision = replace(EFFICIENTNET_SIZES[name], image_size=289)
+    return CLIPConfig(
+        vision=vision,
+        text=BERTConfig(vocab_size=30522, width=768, depth=12, heads=12),
+        embed_width=vision.output_width,
+        image_projection=False,
+        text_projection_bias=True,
+        label_smoothing=0.1,
+    )
+
+
 @dataclass(frozen=True)
 class CLIPOutput:
     logits_per_image: Tensor  # (B, B): row i scores every text for image i
@@ -87,13 +107,14 @@ class CLIP(Model):
     def __init__(self, config: CLIPConfig, *, seed: int = 0):
         super().__init__(config)
         c = config
-        self.vision = ResNet(c.vision) if isinstance(c.vision, ResNetConfig) else VisionTransformer(c.vision)
-        self.text = TextTransformer(c.text)
+        self.vision = new_tower(c.vision)
+        self.text = BERT(c.text, seed=seed) if isinstance(c.text, BERTConfig) else TextTransformer(c.text)
         out = self.vision.output_width
         self.image_projection = nn.Linear(out, c.embed_width, bias=False) if c.image_projection else nn.Identity()
         self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
         # SigLIP starts at temperature 1/10 and bias −10 (its §3.2), CLIP at 0.07 (its §2.5)
-        self.loss = CLIPLoss(c.loss, temperature=0.1 if c.loss == "sigmoid" else 0.07, chunk=c.loss_chunk)
+        temperature = 0.1 if c.loss == "sigmoid" else 0.07
+        self.loss = CLIPLoss(c.loss, temperature=temperature, chunk=c.loss_chunk, smoothing=c.label_smoothing)
         initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
@@ -111,7 +132,8 @@ class CLIP(Model):
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length."""
-        return F.normalize(self.text_projection(self.text(tokens, mask)), dim=-1)
+        read = self.text.first if isinstance(self.text, BERT) else self.text
+        return F.normalize(self.text_projection(read(tokens, mask)), dim=-1)
 
     def losses(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What training adds up, by name."""
@@ -141,6 +163,7 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
     Norms are one.
     """
     initialise_linears(model, generator)
-    normal(model.text.token_embedding.weight, 0.02, generator)
-    normal(model.text.position_embedding, 0.01, generator)
+    if isinstance(model.text, TextTransformer):  # a BERT has started its own
+        normal(model.text.token_embedding.weight, 0.02, generator)
+        normal(model.text.position_embedding, 0.01, generator)
     initialise_tower(model.vision, generator)

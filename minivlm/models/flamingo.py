@@ -25,6 +25,7 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.losses import next_token_loss
 from minivlm.models.querying import SeeingConfig, SeeingModel
+from minivlm.models.speaking import check_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class FlamingoConfig(SeeingConfig):
     see: See = "last"  # of the images before a token
 
     def __post_init__(self):
+        check_decoder(self.language, "Flamingo")
         if self.resampler is not None:
             wanted = self.resampler.context_width or self.resampler.width
             self.check_reader(wanted, "resampler", "resampler.context_width")

@@ -18,15 +18,13 @@ from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.projector import LinearProjector, MLPProjector
-from minivlm.layers.resnet import ResNetConfig
-from minivlm.layers.tower import look, make_tower
-from minivlm.layers.vit import VisionConfig
-from minivlm.models.speaking import SpeakingModel, fill, make_room
+from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLaVAConfig:
-    vision: VisionConfig | ResNetConfig
+    vision: TowerConfig
     language: LanguageModelConfig
     image_token: int  # the placeholder's id; a picture takes as many of them as it has features
     projector: Literal["linear", "mlp"] = "mlp"
@@ -38,6 +36,7 @@ class LLaVAConfig:
     lora: LoRAConfig | None = None  # on the language model, while it is trained so
 
     def __post_init__(self):
+        check_decoder(self.language, "LLaVA")
         if len({self.vision.features_at(layer)[0] for layer in self.vision_layers}) != 1:
             raise ValueError(f"the features of layers {self.vision_layers} do not lie side by side: their grids differ")
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
-from minivlm.layers.resnet import ResNetConfig
-from minivlm.layers.tower import look, make_tower
+from minivlm.layers.tower import TowerConfig, look, make_tower
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.speaking import SpeakingModel
 
@@ -21,13 +20,13 @@ from minivlm.models.speaking import SpeakingModel
 class SeeingConfig:
     """A vision tower, and what is read of it."""
 
-    vision: VisionConfig | ResNetConfig
+    vision: TowerConfig
     vision_layers: tuple[int, ...] = (-1,)  # whose features are read (several: side by side)
     class_token: bool = True  # the class token is read as well, if the tower has one
     vision_norm: bool = True  # the tower's last norm is applied to all features
 
     def __post_init__(self):
-        if self.vision_norm and (isinstance(self.vision, ResNetConfig) or len(self.vision_layers) > 1):
+        if self.vision_norm and (not isinstance(self.vision, VisionConfig) or len(self.vision_layers) > 1):
             raise ValueError("vision_norm needs a ViT of which a single layer is read: set it to False")
 
     @property
@@ -50,11 +49,11 @@ class SeeingModel(SpeakingModel):
         super().__init__(config)
         self.vision = make_tower(config.vision, torch.Generator().manual_seed(seed))
 
-    def look(self, images: Tensor) -> Tensor:
-        """images (…, 3, H, W) → (M, N, C): what the vision tower sees of each picture, as others read it."""
-        c = self.config
-        features = look(self.vision, images, c.vision_layers, class_token=c.class_token)
-        return self.vision.norm(features) if c.vision_norm else features
+    def look(self, images: Tensor, vision: nn.Module | None = None) -> Tensor:
+        """images (…, 3, H, W) → (M, N, C): what the vision tower, or another like it, sees, as others read it."""
+        c, tower = self.config, self.vision if vision is None else vision
+        features = look(tower, images, c.vision_layers, class_token=c.class_token)
+        return tower.norm(features) if c.vision_norm else features
 
 
 @dataclass(frozen=True, kw_only=True)

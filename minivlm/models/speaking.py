@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minivlm import generation
-from minivlm.base import Model
+from minivlm.base import Model, Speaks
+from minivlm.layers.language_model import LanguageModelConfig
 
 
-class SpeakingModel(Model):
+class SpeakingModel(Speaks, Model):
     """It has a `language_model`, and a `begin(images, tokens, mask, room=…)` that gives a `generation.Decoding`."""
 
-    def generate(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 64,
-        decode: generation.Decode | None = None,
-        **options,
-    ) -> Tensor:
-        """tokens (B, T) → (B, ≤ max_new_tokens); options: see `generation.Options`."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        decoding = self.begin(images, tokens, mask, room=max_new_tokens)
-        return generation.generate(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
+    def generate(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+        """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
+        return self.speak(generation.generate, images, tokens, mask, **options)
 
-    def stream(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 64,
-        decode: generation.Decode | None = None,
-        **options,
-    ) -> Iterator[Tensor]:
+    def stream(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
         """`generate`, token by token: each (B,)."""
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        decoding = self.begin(images, tokens, mask, room=max_new_tokens)
-        return generation.stream(decoding, options, prompt=tokens, prompt_mask=mask, decode=decode)
+        return self.speak(generation.stream, images, tokens, mask, **options)
 
     def options(self, **given) -> generation.Options:
         """What is not given is as the language model's config says."""
         return self.language_model.options(**given)
+
+
+def check_decoder(language: Any, who: str) -> None:
+    """ValueError for a language model that is more than a decoder."""
+    if not isinstance(language, LanguageModelConfig):
+        raise ValueError(
+            f"{who} shows pictures to a decoder that goes on from what stands before; a {type(language).__name__} has an "
+            "encoder to read them with, as BLIP-2 lets it"
+        )
 
 
 def fill(x: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -29,15 +29,18 @@ from minivlm.pretrained.files import WEIGHTS, read_json
 MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
+    "align": "align",
     "open_clip": "open_clip",
     "gpt2": "gpt2",
     "opt": "opt",
     "t5": "t5",
     "bert": "bert",
+    "visual_bert": "visualbert",
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "llama",
     "llava": "llava",
+    "blip": "blip",
     "blip-2": "blip2",
     "Blip2ForImageTextRetrieval": "blip2_itm",
     "mpt": "mpt",
@@ -160,20 +163,32 @@ def kind_of(config: Any) -> str:
 
     name = type(config).__name__
     if name == "CLIPConfig":
+        if type(config.text).__name__ == "BERTConfig":
+            return "align"
         return "siglip" if config.loss == "sigmoid" else "clip"
     if name == "LanguageModelConfig":
         return language.kind_of(config)
     if name == "LLaVAConfig":
         return "llava"
-    kinds = {"T5Config": "t5", "BERTConfig": "bert", "BLIP2Config": "blip-2", "FlamingoConfig": "idefics"}
+    kinds = {
+        "T5Config": "t5",
+        "BERTConfig": "bert",
+        "BLIPConfig": "blip",
+        "BLIP2Config": "blip-2",
+        "FlamingoConfig": "idefics",
+        "VisualBERTConfig": "visual_bert",
+    }
     if name in kinds:
         return kinds[name]
     if name == "BLIP2Stage1Config":
         return "Blip2ForImageTextRetrieval"
     raise UserError(
-        f"layout='hf' writes CLIP, SigLIP, language models, T5, BERT, LLaVA, BLIP-2 and IDEFICS; a {name} has no "
-        "published form here."
+        f"layout='hf' writes CLIP, SigLIP, ALIGN, language models, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2 "
+        f"and IDEFICS; a {name} has no published form here."
     )
+
+
+UNCOMPARED = ("dropout", "loss_chunk", "label_smoothing")  # only training is another
 
 
 def comparable(config: Any) -> dict[str, Any]:
@@ -192,7 +207,7 @@ def comparable(config: Any) -> dict[str, Any]:
         flat.pop("text.use_mask")  # padding on the right is out of sight anyway
     if flat.get("text.pool", "end") != "end":
         flat.pop("text.end_token")
-    return {name: value for name, value in flat.items() if not name.endswith(("dropout", "loss_chunk"))}
+    return {name: value for name, value in flat.items() if not name.endswith(UNCOMPARED)}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

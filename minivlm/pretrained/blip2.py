@@ -8,7 +8,6 @@ from typing import Any
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.qformer import QFormerConfig
-from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.t5 import T5Config
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.blip2 import BLIP2, BLIP2Config
@@ -161,8 +160,9 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
 
 def write_seeing(config: BLIP2Config) -> dict[str, Any]:
     """Of any `QueryingConfig`."""
-    if isinstance(config.vision, ResNetConfig):
-        raise UserError("transformers' BLIP-2 cannot express a ResNet tower; save without layout='hf'.")
+    if not isinstance(config.vision, VisionConfig):
+        kind = type(config.vision).__name__.removesuffix("Config")
+        raise UserError(f"transformers' BLIP-2 cannot express a {kind} tower; save without layout='hf'.")
     q = config.qformer
     return {
         "num_query_tokens": q.queries,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.errors import UserError
-from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.text import TextConfig
+from minivlm.layers.tower import TowerConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import preprocessing
@@ -185,9 +185,10 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def write_vision(vision: VisionConfig | ResNetConfig) -> dict[str, Any]:
-    if isinstance(vision, ResNetConfig):
-        raise UserError("transformers' CLIP cannot express a ResNet tower; save without layout='hf'.")
+def write_vision(vision: TowerConfig) -> dict[str, Any]:
+    if not isinstance(vision, VisionConfig):
+        kind = type(vision).__name__.removesuffix("Config")
+        raise UserError(f"transformers' CLIP cannot express a {kind} tower; save without layout='hf'.")
     return {**write_encoder(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
 
 

@@ -6,6 +6,7 @@
     attn.in_proj_weight               attention.{q,k,v}_proj.weight                three of ours, stacked
     logit_scale                       loss.logit_scale                 one         stored with an axis of 1 in front
     class_embedding                   class_embedding                  two         … with two of them
+    temperature                       loss.logit_scale                 temperature ours is −ln of it
     cls|pooler                        -                                unread      a part that the model does not have
     a.weight|b.weight                 …                                            both are read, the first is written
 
@@ -63,6 +64,8 @@ class Row:
         """A view where possible: memory-mapped weights stay where they are."""
         if self.how in AXES:
             return tensor.reshape(tensor.shape[AXES[self.how] :])
+        if self.how == "temperature":
+            return -tensor.log()
         tensor = self.turn(tensor)
         return tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
 
@@ -70,6 +73,8 @@ class Row:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.how in AXES:
             return tensor.reshape(self.their_shape(tensor.shape))
+        if self.how == "temperature":
+            return (-tensor).exp()
         return self.turn(tensor)
 
     def turn(self, tensor: Tensor) -> Tensor:

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 from minivlm import config
 from minivlm.errors import UserError, nearest
 from minivlm.recipes.base import Options, Recipe, dotted_names, override, split_arguments
+from minivlm.recipes.blip import BLIP_RECIPES
 from minivlm.recipes.blip2 import BLIP2_RECIPES
+from minivlm.recipes.capfilt import CAPFILT_RECIPES
 from minivlm.recipes.contrast import CONTRAST_RECIPES
+from minivlm.recipes.flamingo import FLAMINGO_RECIPES
+from minivlm.recipes.fusion import FUSION_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.speak import CAPTIONER_RECIPES
@@ -22,7 +26,18 @@ if TYPE_CHECKING:
 
     from minivlm.run import Run
 
-RECIPES = CONTRAST_RECIPES | LANGUAGE_RECIPES | T5_RECIPES | LLAVA_RECIPES | BLIP2_RECIPES | CAPTIONER_RECIPES
+RECIPES = (
+    CONTRAST_RECIPES
+    | LANGUAGE_RECIPES
+    | T5_RECIPES
+    | LLAVA_RECIPES
+    | BLIP_RECIPES
+    | CAPFILT_RECIPES
+    | BLIP2_RECIPES
+    | FLAMINGO_RECIPES
+    | FUSION_RECIPES
+    | CAPTIONER_RECIPES
+)
 DEFAULT = "clip"
 
 

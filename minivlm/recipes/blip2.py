@@ -27,6 +27,7 @@ from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
+from minivlm.layers.tower import places_of
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
@@ -40,13 +41,13 @@ from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
 DECODE = "<decode>"  # stands where a text begins that is to be said; elsewhere texts begin with <start>
-QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=8, context=64, norm_eps=1e-5)
+QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, norm_eps=1e-5)
 
 
 def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict:
     """The fields of a `QueryingConfig` for the tower of a CLIP, whose features before the last norm are read."""
     width = sum(clip.config.vision.features_at(layer)[1] for layer in layers)
-    qformer = replace(qformer, context_width=width, **text)
+    qformer = replace(qformer, context_width=width, places=places_of(clip.config.vision, layers[0]), **text)
     return dict(vision=clip.config.vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
 
 
@@ -86,7 +87,8 @@ class BLIP2Stage1Recipe(Recipe):
         make_world_if_missing(self.directory, processor.image_size, quiet=quiet)
         train = open_pairs(self.directory, "train", image_size=processor.image_size)
         check_fills_a_batch(len(train), self.batch_size, "training images", self.directory)
-        return Stage1(self, model, processor, train)
+        origins = {"vision": self.vision_from, "qformer": self.bert_from or "new"}
+        return Stage1(self, model, processor, train, origins)
 
     def compose(self) -> tuple[BLIP2Stage1, Processor]:
         """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token."""
@@ -122,11 +124,10 @@ class BLIP2Stage1Recipe(Recipe):
 class Stage1(Work):
     score_name = "matching accuracy"
 
-    def __init__(self, recipe: BLIP2Stage1Recipe, model: BLIP2Stage1, processor: Processor, train: Pairs):
+    def __init__(self, recipe, model, processor: Processor, train: Pairs, origins: dict[str, str]):
         super().__init__(recipe, model, processor, len(train))
-        self.train = train
-        self.origins = {"vision": recipe.vision_from, "qformer": recipe.bert_from or "new"}
-        self.chance = model.chance_losses(recipe.batch_size)
+        self.train, self.origins = train, origins
+        self.chance = model.chance_losses(recipe.batch_size)  # by name, as the progress bar tells them
         self.features: Tensor | None = None
 
     def notes(self) -> list[str]:
@@ -319,15 +320,15 @@ BLIP2_RECIPES = {
         summary="BLIP-2, stage 1: a Q-Former learns to see through frozen eyes, by contrast, matching and generation",
         measured="20 min on one busy core: true and nearly true captions told apart 90 %, Recall@1 98 % (1 seed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
-        steps=1200,
+        steps=1600,
         batch_size=64,
-        save_every=300,
+        save_every=400,
     ),
     "blip2": BLIP2Recipe(
         summary="BLIP-2: a Q-Former and a projection learn to be read by a frozen language model",
         measured="not yet trained at length; 55 % of balanced questions after 500 steps (1 seed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
-        steps=1500,
+        steps=2500,
         batch_size=64,
         save_every=500,
     ),

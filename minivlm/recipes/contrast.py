@@ -12,9 +12,12 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.transforms import TrainTransform
+from minivlm.layers.bert import BERTConfig
+from minivlm.layers.efficientnet import EfficientNetConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.layers.text import TextConfig
 from minivlm.layers.vit import VisionConfig
@@ -32,6 +35,7 @@ class PairsConfig:
     directory: str = "data/shapes"
     augment: bool = False  # crops, flips and colour jitter, where the caption stays true
     vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
+    wrong_captions: float = 0.0  # share of the training captions that are put to another picture, as on the web
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class ContrastRecipe(Recipe):
         if is_world(directory):
             return replace(self, data=replace(self.data, directory=directory))
         data = PairsConfig(directory=directory, augment=True, vocab_size=4096)
+        if isinstance(self.model.vision, EfficientNetConfig):
+            return replace(PHOTOGRAPHS, summary=f"{self.summary}, on {directory}", data=data, model=self.model)
         return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Contrast:
@@ -52,6 +58,8 @@ class ContrastRecipe(Recipe):
         make_world_if_missing(directory, size, quiet=quiet)
         train = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(train), self.batch_size, "training images", directory)
+        if self.data.wrong_captions:
+            train = NoisyPairs(train, self.data.wrong_captions, seed=self.seed)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:
@@ -59,7 +67,9 @@ class ContrastRecipe(Recipe):
             processor = Processor.train(
                 list(train.texts()), vocab_size=self.data.vocab_size, image_size=size, context=context
             )
-        text = replace(self.model.text, vocab_size=processor.vocab_size, end_token=processor.end_token)
+        text = replace(self.model.text, vocab_size=processor.vocab_size)
+        if isinstance(text, TextConfig):
+            text = replace(text, end_token=processor.end_token)
         return Contrast(self, train, processor, build(CLIP, replace(self.model, text=text), seed=self.seed))
 
 
@@ -160,5 +170,27 @@ CONTRAST_RECIPES = {
             embed_width=128,
             image_projection=False,
         ),
+    ),
+    "align": replace(
+        CLIP_SHAPES,
+        summary="ALIGN: an EfficientNet and a BERT, on captions of which four in ten are wrong",
+        model=CLIPConfig(
+            vision=EfficientNetConfig(
+                image_size=64,
+                stem_channels=16,
+                channels=(16, 24, 48, 128),
+                blocks=(1, 1, 2, 1),
+                kernels=(3, 3, 5, 3),
+                strides=(1, 2, 2, 2),
+                expansions=(1, 4, 4, 4),
+            ),
+            text=BERTConfig(width=128, depth=2, heads=4, vocab_size=512, context=64, norm_eps=1e-5),
+            embed_width=128,
+            image_projection=False,
+            text_projection_bias=True,
+            label_smoothing=0.1,
+        ),
+        data=PairsConfig(wrong_captions=0.4),
+        optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
     ),
 }

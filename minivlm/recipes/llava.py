@@ -9,6 +9,7 @@ Stage 2 trains the language model itself, or adapters on it (--lora.rank 16).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -163,11 +164,15 @@ class PrefixWork(Speaking):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and labels (B/W, T), where the labels are, and images or their features, of process `rank` of W."""
-        share = self.share(step, rank, world)
-        batch = collate([self.sample(index, rng) for index, rng in share], self.processor.pad_token)
+        samples, pictures = zip(*(self.draw(index, rng) for index, rng in self.share(step, rank, world)), strict=True)
+        batch = collate(samples, self.processor.pad_token)
         if self.recipe.micro_batch is None:
             batch["where"] = labelled(batch["labels"])
-        return {**batch, **self.pictures([index for index, _ in share])}
+        return {**batch, **self.pictures(list(chain.from_iterable(pictures)))}
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
+        """What is read of a training sample, and the samples that its pictures are of."""
+        return self.sample(index, rng), [index]
 
     def pictures(self, indices: list[int]) -> dict[str, Tensor]:
         """The pictures of these samples, or what the tower saw of them."""

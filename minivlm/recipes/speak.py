@@ -48,7 +48,7 @@ class Speaking(Work):
     def __init__(self, recipe: Recipe, model, processor: Processor, train: Talk):
         super().__init__(recipe, model, processor, len(train))
         self.train = train
-        self.chance_text = f"uniform {np.log(model.language_model.config.vocab_size):.2f}"
+        self.chance_text = f"uniform {np.log(processor.vocab_size):.2f}"
         self.val = open_talk(recipe.data.directory, "val", image_size=processor.image_size)
         shapes = is_world(recipe.data.directory)
         self.captions_name = "captions, object recall" if shapes else "captions, words in common"

@@ -2,6 +2,7 @@
 
 from minivlm.tasks.attend import attention_maps, attention_sheet
 from minivlm.tasks.chat import Chat
+from minivlm.tasks.few_shot import few_shot, pair_up, shot_prompt
 from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
 from minivlm.tasks.match import check_matcher, match_all, rerank
 from minivlm.tasks.search import search_images
@@ -22,10 +23,13 @@ __all__ = [
     "check_matcher",
     "class_features",
     "complete",
+    "few_shot",
     "index_path",
     "match_all",
     "open_image_index",
+    "pair_up",
     "rerank",
     "search_images",
+    "shot_prompt",
     "zero_shot_classify",
 ]

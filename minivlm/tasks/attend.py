@@ -95,12 +95,14 @@ def pooled(images: list, model, processor, prompt: str) -> list[Looks]:
     vision = model.vision
     if isinstance(vision, ResNet):
         who, place, leading = "the mean of the picture", "attention_pool.attention", 1
-    elif vision.config.pool == "class":
+    elif getattr(vision.config, "pool", "mean") == "class":
         who, place, leading = "the class token", f"transformer.blocks.{vision.config.depth - 1}.attention", 1
-    elif vision.config.pool == "attention":
+    elif getattr(vision.config, "pool", "mean") == "attention":
         who, place, leading = "the pooling query", "attention_pool.attention", 0
     else:
-        raise UserError("this vision tower takes the mean of its patches: nobody in it looks at one more than another.")
+        raise UserError(
+            "this vision tower takes the mean of its features: nobody in it looks at one more than another."
+        )
     pixels = processor.images(images).to(model.device, model.dtype)
     with inference(model), record_attention(vision, only=lambda name: name == place) as kept:
         vision(pixels)

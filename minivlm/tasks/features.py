@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from minivlm.errors import UserError
 
 
+def can_compare(model) -> bool:
+    """Does it tell pictures and texts in vectors? Of BLIP, some published weights do not."""
+    return hasattr(model, "encode_image") and getattr(getattr(model, "config", None), "compares", True)
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """No gradients and no training behaviour (batch norm, dropout) inside; the model is left as it was found."""

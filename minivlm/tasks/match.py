@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.features import can_compare, inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched
 
@@ -83,7 +83,7 @@ def match_pairs(
 
 
 def check_matcher(model, processor) -> None:
-    if not hasattr(model, "match"):
+    if not hasattr(model, "match") or not can_compare(model):
         raise UserError(
             f"{type(model).__name__} does not match texts with pictures; that needs a model trained to, as BLIP-2's stage 1."
         )

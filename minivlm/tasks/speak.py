@@ -17,6 +17,7 @@ from torch import Tensor
 from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
+from minivlm.tasks.choose import choose_all, chooses
 from minivlm.tasks.features import inference
 
 MAX_NEW_TOKENS = 64  # unless the context has room for fewer
@@ -51,12 +52,14 @@ def caption_all(
     **options,
 ) -> list[str]:
     """`caption` for many: one string for each sample, which is a list of pictures."""
-    if can_answer(model, processor):
+    start = getattr(getattr(model, "config", None), "caption_token", None)  # BLIP: what begins with it, goes on
+    if start is None and can_answer(model, processor):
         asked = TEMPLATES[processor.config.chat].describe if prompt is None else prompt
         return answer_all([(some, asked) for some in pictures], model, processor, batch_size=batch_size, **options)
     check_speaker(model, processor)
-    if prompt is not None:
+    if prompt is not None and start is None:
         raise UserError(f"{type(model).__name__} only describes pictures and reads no prompt: leave it out.")
+    first, begun = processor.start_token if start is None else start, processor.ids(prompt or "")
     rows = []
     for i in range(0, len(pictures), batch_size):
         part = [list(some) for some in pictures[i : i + batch_size]]
@@ -64,7 +67,8 @@ def caption_all(
             raise UserError(
                 f"{type(model).__name__} describes one picture at a time, but was given {wrong[0]} at once."
             )
-        rows += say([[processor.start_token]] * len(part), part, model, processor, options)
+        said = say([[first, *begun]] * len(part), part, model, processor, options)
+        rows += [begun + row for row in said]
     return [until_stop(text, options.get("stop", ())) for text in processor.decode(rows)]
 
 
@@ -72,10 +76,13 @@ def answer_all(
     samples: Sequence[tuple[Sequence[Picture], str]], model, processor, *, batch_size: int = 64, **options
 ) -> list[str]:
     """`answer` for many samples (pictures, question), which may differ in the number of pictures."""
+    if chooses(model):
+        return choose_all(samples, model, processor, batch_size=batch_size, **options)
     rows = []
     for i in range(0, len(samples), batch_size):
         part = [(list(images), question) for images, question in samples[i : i + batch_size]]
         check_answerer(model, processor, max(len(images) for images, _ in part))
+        check_one_picture([images for images, _ in part], model)
         prompts = [question_tokens(question, len(images), processor) for images, question in part]
         rows += say(prompts, [images for images, _ in part], model, processor, options)
     return [until_stop(text, options.get("stop", ())) for text in processor.decode(rows)]
@@ -183,6 +190,8 @@ def can_answer(model, processor) -> bool:
     """Does it read words before it speaks? A captioner does not: its pictures have no places in a text."""
     if processor is None or not hasattr(model, "generate"):
         return False
+    if not getattr(model.config, "answers", True):
+        return False
     in_front = TEMPLATES[processor.config.chat].framed  # pictures need no places: they come first
     return processor.config.image_tokens > 0 or in_front or not can_see(model)
 
@@ -190,7 +199,7 @@ def can_answer(model, processor) -> bool:
 def check_speaker(model, processor) -> None:
     """UserError unless the model speaks, and the tokeniser beside it is the one that it was trained with."""
     name = type(model).__name__
-    if not hasattr(model, "generate"):
+    if not hasattr(model, "generate") or not getattr(model.config, "speaks", True):
         raise UserError(f"{name} does not speak; captions and answers need a model with a language model, as LLaVA.")
     if processor is None:
         raise UserError(f"there is no processor beside this {name}, so it can neither be shown nor told anything.")
@@ -220,8 +229,16 @@ def check_answerer(model, processor, images: int = 0) -> None:
         raise UserError(f"{name} reads text alone and cannot be shown a picture.")
 
 
+def check_one_picture(pictures: Sequence[Sequence[Picture]], model) -> None:
+    """UserError for a model whose pictures have no places among the words, unless each sample has one picture."""
+    wrong = [len(some) for some in pictures if len(some) != 1]
+    if wrong and getattr(model.config, "one_picture", False):
+        raise UserError(f"{type(model).__name__} looks at one picture at a time, but was given {wrong[0]} at once.")
+
+
 def language_config(model):
-    return getattr(model, "language_model", model).config
+    """Of what reads and says words: its vocabulary and its context."""
+    return getattr(model, "language_config", None) or getattr(model, "language_model", model).config
 
 
 def places(model) -> int | None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from minivlm.conversation import Turn
 from minivlm.datasets import Question, open_pairs, open_talk
+from minivlm.datasets.interleaved import Interleaved
 from minivlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def write(path, values):
     path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["coco", "flickr8k", "llava", "vqa2"])
+@pytest.mark.parametrize("name", ["coco", "flickr8k", "interleaved", "llava", "vqa2"])
 def test_a_script_explains_itself(name, capsys):
     with pytest.raises(SystemExit):
         prepare(name, "--help")
@@ -296,3 +297,76 @@ def test_wrong_files_of_llava_are_named(llava, tmp_path):
     (tmp_path / "playground").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"there is no folder .*playground with the images"):
         prepare(*llava)
+
+
+# ---------------------------------------------------------------------------------------------------- images between texts
+
+
+def mmc4(images, texts):
+    """As in docs_no_face_shard_0_v2.jsonl; images: name → the sentence that it belongs to."""
+    info = [
+        {"image_name": name, "raw_url": f"http://a.b/{name}?w=1", "matched_text_index": at, "matched_sim": 0.3}
+        for name, at in images.items()
+    ]
+    return {"url": "http://a.b", "text_list": texts, "image_info": info, "similarity_matrix": []}
+
+
+def obelics(*pairs):
+    texts, images = zip(*pairs, strict=True)
+    return {"images": images, "texts": texts, "metadata": "[]", "general_metadata": "{}"}
+
+
+@pytest.fixture
+def pages(tmp_path):
+    save(*(tmp_path / "web" / name for name in ("a.jpg", "b.png", "000000000.jpg")))
+    write(tmp_path / "web" / "000000000.json", {"url": "http://x.y/z?id=7", "status": "success"})
+    documents = [
+        mmc4({"b.png": 1, "a.jpg": 0}, ["first.", "second <image> one."]),
+        mmc4({}, ["no picture."]),
+        obelics((None, "http://x.y/z?id=7"), ("a text", None), (None, "https://q.r/b.png?size=3"), ("its end", None)),
+    ]
+    write(tmp_path / "pages.jsonl", "\n".join(json.dumps(document) for document in documents))
+    return "interleaved", tmp_path / "pages.jsonl", "--images", tmp_path / "web", "--out", tmp_path / "out"
+
+
+def test_web_pages(pages, tmp_path, capsys):
+    prepare(*pages)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'out'}: 2 documents with 4 images",
+        "1 of 3 documents have no image, or no text, and are left out",
+    ]
+    said = set()
+    for split in ("train", "val", "test"):
+        opened = Interleaved(tmp_path / "out", split, image_size=32)
+        said |= {(opened.key(i), opened.text(i)) for i in range(len(opened))}
+    assert said == {
+        ("images/a.jpg", "<image>first.<image>second one."),
+        ("images/000000000.jpg", "<image>a text<image>its end"),
+    }
+
+
+def test_missing_images_of_web_pages_are_an_error_or_left_out(pages, tmp_path, capsys):
+    (tmp_path / "web" / "b.png").unlink()
+    with pytest.raises(UserError, match=r"2 images are missing in .*web; the first is b\.png: .* --skip_missing"):
+        prepare(*pages)
+    prepare(*pages, "--skip_missing")
+    assert "2 documents with 2 images" in (out := capsys.readouterr().out) and "2 images are left out because" in out
+
+
+def test_wrong_files_of_web_pages_are_named(pages, tmp_path):
+    for document, message in (
+        ({"text": "a"}, "line 1: it is a document of neither kind"),
+        ({**obelics(("a", None)), "images": []}, "line 1: it has 1 texts, but 0 images"),
+        (
+            {"text_list": ["a"], "image_info": [{"image_name": "a.jpg"}]},
+            "one of its images has no 'matched_text_index'",
+        ),
+        (mmc4({}, ["a"]), "none of the 1 documents has a text and an image that is there"),
+    ):
+        write(tmp_path / "pages.jsonl", document)
+        with pytest.raises(UserError, match=message):
+            prepare(*pages)
+    (tmp_path / "pages.jsonl").unlink()
+    with pytest.raises(UserError, match=r"there is no file .*pages\.jsonl"):
+        prepare(*pages)
+    assert not (tmp_path / "out").exists()

@@ -1,12 +1,20 @@
 """Captions that are false by one attribute: false, by one, and not to be told from true ones by their words."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from minivlm.datasets.shapes_facts import UNSEEN_PAIRS, pair
-from minivlm.datasets.shapes_negatives import VALUES, agrees, false_captions, one_attribute_negatives
+from minivlm.datasets.shapes_negatives import (
+    VALUES,
+    agrees,
+    changed,
+    false_captions,
+    is_true,
+    one_attribute_negatives,
+)
 from minivlm.datasets.shapes_scenes import CLASSES, PLACES, Scene, SceneObject, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe, parse
 
@@ -91,3 +99,17 @@ def test_every_value_is_as_likely():
     drawn = [one_attribute_negatives(scene, scene.objects, rng) for _ in range(800)]
     places = Counter(parse({a: t for t, a in false}["place"])[0].place for false in drawn)
     assert len(places) == 8 and "centre" not in places and max(places.values()) < 1.5 * min(places.values())
+
+
+def test_a_caption_is_true_of_its_scene_in_any_wording_and_false_once_it_is_changed(scenes):
+    rng = np.random.default_rng(0)
+    for scene, other in itertools.pairwise(scenes):
+        assert is_true(canonical(scene), scene) and is_true(describe(scene, rng), scene)
+        assert is_true(canonical(other), scene) is (canonical(other) == canonical(scene))
+        assert not is_true(changed(canonical(scene), rng), scene)
+    two = Scene((RING, STAR))
+    assert not is_true("a blue ring", two) and not is_true("a blue ring and a blue ring", two)
+
+
+def test_what_names_no_shapes_cannot_be_changed():
+    assert changed("a dog on the beach", np.random.default_rng(0)) is None

@@ -113,3 +113,22 @@ def test_it_learns_to_find_the_odd_one():
     x[:, 0] += 5  # the one to be found
     loss = lambda model, batch: (model(batch) - target).square().mean()
     assert_can_overfit(PerceiverResampler(PLAIN), x, loss, learning_rate=1e-2)
+
+
+class TestPlaces:
+    """A ResNet's features do not know where they stand, and what reads them gives each a learnt position."""
+
+    def test_features_have_an_order(self):
+        model = resampler(replace(PLAIN, places=6))
+        x = features(PLAIN, 2, 6)
+        assert not torch.allclose(model(x), model(x.flip(1)))
+
+    def test_they_are_added_to_the_features(self):
+        with_places, without = resampler(replace(PLAIN, places=6), seed=1), resampler(PLAIN)
+        without.load_state_dict({n: t for n, t in with_places.state_dict().items() if n != "places"})
+        x = features(PLAIN, 2, 6)
+        assert_same(with_places(x), without(x + with_places.places))
+
+    def test_another_number_of_features(self):
+        with pytest.raises(ValueError, match="a picture has 5 features, but there are places for 6"):
+            resampler(replace(PLAIN, places=6))(features(PLAIN, 2, 5))

@@ -184,3 +184,13 @@ def test_the_seed_alone_says_what_the_weights_are():
     same, other = QFormer(CONFIG, seed=1).state_dict(), QFormer(CONFIG, seed=2).state_dict()
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["queries"], other["queries"])
+
+
+def test_places_are_added_to_the_features(model):
+    placed = QFormer(replace(CONFIG, places=6)).eval()
+    placed.load_state_dict({**model.state_dict(), "places": torch.randn(6, 20)})
+    x = features()
+    assert_same(placed(x, TOKENS, MASK).text, model(x + placed.places, TOKENS, MASK).text)
+    assert_same(placed.look(x).queries, model.look(x + placed.places).queries)
+    with pytest.raises(ValueError, match="a picture has 5 features, but there are places for 6"):
+        placed.look(x[:, :5])

@@ -153,3 +153,12 @@ def test_a_t5_and_a_decoder_are_not_taken_for_each_other(tmp_path):
     path.write_text(path.read_text().replace('"type": "LanguageModelConfig"', '"type": "GPTConfig"'))
     with pytest.raises(UserError, match=r"language is .* must be LanguageModelConfig or T5Config"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("decoder", True), ("t5", False)])
+def test_what_a_t5_has_read_does_not_count_as_said(name, counts):
+    """A penalty far below 1 makes a word that was said the likeliest to follow."""
+    model, images, (tokens, mask) = blip2(MODELS[name]), pictures(), marked()
+    plain, drawn = (model.generate(images, tokens, mask, max_new_tokens=1, repetition_penalty=p) for p in (1.0, 1e-6))
+    read = torch.stack([(tokens == t).any(dim=1) for t in drawn[:, 0]]).diagonal()
+    assert read.all() and not torch.equal(plain, drawn) if counts else torch.equal(plain, drawn)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from minivlm import BLIP2Stage1, BLIP2Stage1Config, checkpoint
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
-from minivlm.models.blip2_stage1 import gather_texts, hard_negatives, same_texts
+from minivlm.models.matching import gather_texts, hard_negatives, same_texts
 from minivlm.testing import assert_gradient_reaches, assert_same
 
 VISION = VisionConfig(width=20, depth=2, heads=2, image_size=16, patch_size=8)

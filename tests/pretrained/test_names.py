@@ -11,17 +11,21 @@ ROWS = under(
         layers.*.qkv.weight     blocks.*.{q,k,v}.weight
         proj                    out.weight                  transpose
         scale|old_scale         scale                       one
+        temperature             logit_scale                 temperature
     """),
     ("", "model."),
     "tower.",
 )
 
 
+LOGIT_SCALE = {"tower.logit_scale": torch.tensor(0.0)}  # is a temperature of one
+
+
 def ours():
     """Every kind of row, twice where it has a layer number."""
     state = {f"tower.blocks.{i}.{name}.weight": torch.randn(2, 3) for i in (0, 11) for name in ("q", "k", "v")}
     state |= {f"tower.blocks.{i}.norm.{name}": torch.randn(3) for i in (0, 11) for name in ("weight", "bias")}
-    return {**state, "tower.out.weight": torch.randn(4, 3), "tower.scale": torch.tensor(2.5)}
+    return {**state, "tower.out.weight": torch.randn(4, 3), "tower.scale": torch.tensor(2.5), **LOGIT_SCALE}
 
 
 def test_to_theirs_follows_the_table():
@@ -29,8 +33,9 @@ def test_to_theirs_follows_the_table():
     theirs = to_theirs(state, ROWS)
     assert set(theirs) == {
         *(f"layers.{i}.{name}" for i in (0, 11) for name in ("norm.weight", "norm.bias", "qkv.weight")),
-        *("proj", "scale"),
+        *("proj", "scale", "temperature"),
     }
+    assert to_theirs({"tower.logit_scale": torch.tensor(2.0)}, ROWS)["temperature"].item() == pytest.approx(0.1353353)
     assert theirs["layers.11.qkv.weight"].shape == (6, 3)
     assert torch.equal(theirs["layers.11.qkv.weight"][2:4], state["tower.blocks.11.k.weight"])
     assert torch.equal(theirs["proj"], state["tower.out.weight"].T)
@@ -51,6 +56,7 @@ def test_to_ours_copies_nothing():
     state = ours()
     theirs = to_theirs(state, ROWS)
     back = to_ours(theirs, state, ROWS, "x")
+    assert back.pop("tower.logit_scale") == 0 and theirs.pop("temperature") == 1  # the only one that is computed
     memory = {t.untyped_storage().data_ptr() for t in theirs.values()}
     assert {t.untyped_storage().data_ptr() for t in back.values()} == memory
 

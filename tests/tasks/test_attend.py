@@ -136,7 +136,7 @@ def test_heat_is_yellow_where_the_weight_is_and_grey_where_none_is():
 def test_a_model_that_looks_at_nothing_is_one_sentence():
     with pytest.raises(UserError, match="a LanguageModel looks at no pictures, so there is no attention to draw"):
         tasks.attention_maps(PICTURES, language_model(), processor())
-    with pytest.raises(UserError, match="takes the mean of its patches"):
+    with pytest.raises(UserError, match="takes the mean of its features"):
         tasks.attention_maps(PICTURES, clip(pool="mean"), processor())
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)

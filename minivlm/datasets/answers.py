@@ -1,0 +1,41 @@
+"""A list of answers to choose from, the most frequent ones (Antol et al. 2015, §4), and what is right among them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from minivlm.datasets.talk import Question
+from minivlm.metrics.vqa import normalise
+
+
+def most_frequent(questions: Iterable[Question], most: int) -> tuple[str, ...]:
+    """The `most` most frequent right answers, each in its most frequent spelling; "Yes" and "yes." are one answer."""
+    spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        for answer in question.answers:
+            spellings[normalise(answer)][answer] += 1
+    known = sorted(spellings, key=lambda answer: (-spellings[answer].total(), answer))[:most]
+    return tuple(min(spellings[answer], key=lambda s: (-spellings[answer][s], s)) for answer in known)
+
+
+class AnswerList:
+    """answers → the place of each."""
+
+    def __init__(self, answers: Sequence[str]):
+        self.answers = answers
+        self.place = {normalise(answer): i for i, answer in enumerate(answers)}
+
+    def knows(self, question: Question) -> bool:
+        """Is a right answer on the list?"""
+        return any(normalise(answer) in self.place for answer in question.answers)
+
+    def weights(self, question: Question) -> np.ndarray:
+        """(A,) float32: of those who answered, the share that gave each answer; those not on the list count nowhere."""
+        weights = np.zeros(len(self.answers), dtype=np.float32)
+        for answer in question.answers:
+            if (place := self.place.get(normalise(answer))) is not None:
+                weights[place] += 1 / len(question.answers)
+        return weights

@@ -1,0 +1,81 @@
+"""Few-shot episodes from one's own pictures: a folder with a sub-folder a class, such as Omniglot's drawings.
+
+    DIR/…/character01/*.png         a class is a folder that holds pictures, however deep
+    DIR/train/…   DIR/test/…        the splits, as in folder.py; otherwise they are drawn by a hash of the class's path
+
+Pictures of some classes are shown under made-up names, and then another one of any of them, whose name is asked for.
+Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1; Lake et al. 2015 (Omniglot).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from minivlm.datasets.folder import SPLIT_NAMES, choose_split
+from minivlm.datasets.images import EXTENSIONS, read_image
+from minivlm.datasets.shapes_shots import Lessons, Shot, ShotEpisode
+from minivlm.errors import UserError
+
+
+@dataclass
+class PictureClass:
+    image: str  # the path of its folder, by which a split is drawn
+    split: str | None
+    pictures: list[Path] = field(default_factory=list)
+
+
+def class_episodes(
+    directory: str | os.PathLike, n: int, *, shots: int, ways: int = 5, seed: int = 0, split: str = "test"
+) -> list[ShotEpisode]:
+    """`n` episodes of `shots` examples in all, in held-out words. UserError: too few classes, or pictures of one."""
+    classes = read_classes(Path(directory), split)
+    check_enough(classes, Path(directory), split, shots=shots, ways=ways)
+    lessons, pictures = class_lessons(classes)
+    rng = np.random.default_rng([seed, ways, shots])
+    episodes = []
+    for _ in range(n):
+        drawn = lessons.episode(rng, shots=shots, ways=ways)
+        *examples, query = (Shot(np.array(read_image(pictures[picture])), word) for picture, word in drawn)
+        episodes.append(ShotEpisode(examples, query))
+    return episodes
+
+
+def class_lessons(classes: list[PictureClass]) -> tuple[Lessons, list[Path]]:
+    """Lessons in which a class is a look, and the pictures that their numbers stand for."""
+    numbers = np.repeat(np.arange(len(classes)), [len(one.pictures) for one in classes])
+    return Lessons(numbers), [picture for one in classes for picture in one.pictures]
+
+
+def read_classes(directory: Path, split: str) -> list[PictureClass]:
+    """The classes of a split, in the order of their names. UserError: no folder, or none with pictures."""
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}.")
+    found: dict[str, PictureClass] = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if path.suffix.lower() in EXTENSIONS and len(name.parts) > 1 and not any(p.startswith(".") for p in name.parts):
+            own = SPLIT_NAMES.get(name.parts[0].lower()) if len(name.parts) > 2 else None
+            folder = name.parent.as_posix()
+            found.setdefault(folder, PictureClass(folder, own)).pictures.append(path)
+    if not found:
+        raise UserError(f"{directory} has no sub-folders of pictures, one a class.")
+    return choose_split(list(found.values()), split, directory)[0]
+
+
+def check_enough(classes: list[PictureClass], directory: Path, split: str, *, shots: int, ways: int) -> None:
+    if len(classes) < ways:
+        raise UserError(
+            f"{directory} has {len(classes)} {split} classes (folders of pictures), but an episode has {ways}: ask for "
+            f"fewer --ways, or put those that are to be judged by into {directory / split}."
+        )
+    most = -(-shots // ways)
+    for one in classes:
+        if len(one.pictures) <= most:
+            raise UserError(
+                f"{directory / one.image} has {len(one.pictures)} pictures, but an episode shows {most} of them and "
+                "asks for another: ask for fewer --shots, or add some."
+            )

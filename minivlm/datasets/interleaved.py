@@ -1,0 +1,144 @@
+"""Pictures between texts, as they stand on a page: a folder with interleaved.jsonl.
+
+DIR/interleaved.jsonl   a document a line, its segments in their order (images are found as in folder.py):
+                        [{"image": "a.jpg"}, {"text": "a red kite"}, {"image": "b.jpg"}, {"text": "its owner"}]
+
+A model that is shown a picture in the middle of a text learns from what follows: Alayrac et al. 2022, "Flamingo", §3.2.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivlm.conversation import IGNORED, MARK, Sample
+from minivlm.datasets.folder import find_image, read_lines
+from minivlm.datasets.folder_talk import Entry, FolderEntries
+from minivlm.errors import UserError
+from minivlm.processor import Processor
+
+FILE = "interleaved.jsonl"
+EXAMPLE = '[{"image": "a.jpg"}, {"text": "a red kite"}]'
+
+
+@dataclass
+class Document(Entry):
+    pieces: list[str]  # texts, and an <image> mark for each picture
+
+
+class Interleaved(FolderEntries):
+    """A split of a folder's documents; how it is drawn, and broken pictures, as in `FolderEntries`.
+
+    Documents without a picture are left out, and counted in `notes`. UserError: a line that is no document, and where
+    none has a picture.
+    """
+
+    entries: list[Document]
+
+    def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
+        documents, without = read_documents(Path(directory))
+        super().__init__(Path(directory), split, documents, image_size=image_size)
+        if without:
+            of = len(documents) + without
+            self.notes = [*self.notes, f"{without} of {of} documents are skipped because they have no image."]
+
+    def text(self, index: int, rng: np.random.Generator | None = None) -> str:
+        """The document with a mark where each picture stands.
+
+        rng: half of the time each picture stands in front of the text that it follows, since it may belong to either
+        (the paper's p_next).
+        """
+        pieces = self.entries[index].pieces
+        return "".join(ahead(pieces) if rng is not None and rng.random() < 0.5 else pieces)
+
+    def texts(self) -> Iterator[str]:
+        """All words of the split, each text once: what a tokeniser and a language model are trained on."""
+        yield from dict.fromkeys(piece for entry in self.entries for piece in entry.pieces if piece != MARK)
+
+
+def ahead(pieces: list[str]) -> list[str]:
+    """[text, mark, other text] → [mark, text, other text]: each picture before the text that it stood behind."""
+    moved, text = [], []
+    for piece in pieces:
+        if piece == MARK:
+            moved.append(MARK)
+        else:
+            moved, text = moved + text, [piece]
+    return moved + text
+
+
+def encode_document(text: str, processor: Processor, *, context: int | None = None) -> Sample:
+    """Start token, text with its marks, end token; labels on what follows the first picture, but not on pictures.
+
+    context: no more tokens than this. What the first picture cannot explain is left out first, then the end, pictures
+    and all: the sample has as many of the document's pictures as it has marks. ValueError for a text without a mark.
+    """
+    mark = processor.image_token_id
+    fence = processor.config.image_fence
+    pictures = {mark} if fence is None else {mark, processor.tokenizer.token_to_id(fence)}
+    start, end = ([] if token is None else [token] for token in processor.frame)
+    body = [*processor.ids(text), *end]
+    if mark not in body:
+        raise ValueError(f"a document has an {MARK} mark for each of its pictures, but here is none: {text[:40]!r}")
+    first = next(i for i, token in enumerate(body) if token in pictures)
+    surplus = 0 if context is None else max(0, len(start) + len(body) - context)
+    tokens = [*start, *body[min(surplus, first) :]][:context]
+    labels = [t if i > tokens.index(mark) and t not in pictures else IGNORED for i, t in enumerate(tokens)]
+    return Sample(tokens, labels, [], surplus)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_interleaved(directory: str | os.PathLike) -> bool:
+    return (Path(directory) / FILE).is_file()
+
+
+def read_documents(directory: Path) -> tuple[list[Document], int]:
+    """The documents with pictures, and how many have none."""
+    if not is_interleaved(directory):
+        raise UserError(f"{directory} holds no documents of pictures and texts: looked for {FILE}.")
+    find = cache(partial(find_image, directory=directory))
+    read: list[Document] = []
+    read_lines(directory / FILE, lambda values: read.append(read_document(values, find)), EXAMPLE)
+    shown = [document for document in read if document.images]
+    if not shown:
+        raise UserError(
+            f"none of the {len(read)} documents in {directory / FILE} has an image: a line looks like {EXAMPLE}."
+        )
+    return shown, len(read) - len(shown)
+
+
+def read_document(values: Any, find) -> Document:
+    """ValueError says what is wrong. Texts that follow each other become one."""
+    if not isinstance(values, list) or not all(is_segment(segment) for segment in values):
+        raise ValueError(f"it is no list of images and texts; a line looks like {EXAMPLE}")
+    images, pieces = [], []
+    for segment in values:
+        if "image" in segment:
+            images.append(find(segment["image"]))
+            pieces.append(MARK)
+            continue
+        if MARK in segment["text"]:
+            raise ValueError(
+                f"a text has an {MARK} mark, so there are more marks than images: a picture is a segment, as in "
+                f"{EXAMPLE}"
+            )
+        text = " ".join(segment["text"].split())
+        if text and pieces and pieces[-1] != MARK:
+            pieces[-1] += f" {text}"
+        elif text:
+            pieces.append(text)
+    if not any(piece != MARK for piece in pieces):
+        raise ValueError("it has no text")
+    return Document(images, None, images[0] if images else "", pieces)
+
+
+def is_segment(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) == 1 and any(isinstance(value.get(k), str) for k in ("image", "text"))

@@ -1,0 +1,141 @@
+"""A model that reads examples is judged by words that nothing but its prompt explains, over the number of examples.
+
+    2 shots                        of an episode's words, is the right one the likeliest behind "this is a"?
+    2 shots, labels shuffled       the same with each word of the examples in the place of another
+    2 shots, shuffled label said   … is that word said instead? Who reads the examples says so, and is wrong above
+    2 shots, pictures shuffled     the examples' pictures in random order: what is left to who reads is chance
+    2 shots, never-seen pairs      of looks whose colour and shape training never showed together
+    2 shots, told in words         the language model alone, the looks told in words: what pictures can hardly surpass
+
+Min et al. 2022, "Rethinking the Role of Demonstrations", on why labels are to be shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minivlm.datasets.class_episodes import class_episodes
+from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes_episodes import new_words
+from minivlm.datasets.shapes_shots import ShotEpisode, shot_episodes
+from minivlm.errors import UserError
+from minivlm.evaluate.language import new_words as new_words_in_text
+from minivlm.metrics import Score
+from minivlm.pictures import chart
+from minivlm.tasks.few_shot import LEAD, Example, check_reader, check_room, few_shot_prompt, likeliest
+
+SHOTS = (0, 1, 2, 4, 8)  # examples in all
+EPISODES = 300
+
+
+def few_shot(
+    model, processor, directory: str | Path, *, shots: Sequence[int] = SHOTS, ways: int = 2
+) -> dict[str, Score]:
+    """All scores on the shapes world's held-out episodes, or on those of a folder of classes (class_episodes.py).
+
+    UserError: a model that cannot read examples, fewer than two ways, examples that do not fit its context.
+    """
+    check_reader(model, processor)
+    if ways < 2:
+        raise UserError(f"--ways is {ways}, but to choose from one word is no choice: at least two are needed.")
+    scores, size = {}, processor.image_size
+    for k in shots:
+        episodes = draw_episodes(directory, shots=k, ways=ways, image_size=size)
+        name = f"{k} shot{'s' * (k != 1)}"
+        scores |= {f"{name}{key}": score for key, score in judge(model, processor, episodes, ways).items()}
+        if is_world(directory):
+            unseen = draw_episodes(directory, shots=k, ways=ways, image_size=size, looks="unseen")
+            scores[f"{name}, never-seen pairs"] = few_shot_accuracy(model, processor, unseen, ways=ways)
+        if is_world(directory) and k and k % ways == 0:
+            told = new_words_in_text(model.language_model, processor, k // ways, ways=ways)
+            scores[f"{name}, told in words"] = told
+    return scores
+
+
+def few_shot_picture(scores: dict[str, Score], path: Path) -> None:
+    """What `few_shot` gives as curves over the number of examples."""
+    lines: dict[str, dict[int, float]] = {}
+    for name, score in scores.items():
+        shots, _, what = name.partition(", ")
+        lines.setdefault(what or "accuracy", {})[int(shots.split()[0])] = score.value
+    chance = next(iter(scores.values())).chance
+    chart(lines, title="New words from examples in the prompt", across="examples", chance=chance).save(path)
+
+
+def draw_episodes(
+    directory: str | Path, *, shots: int, ways: int, image_size: int, looks: str = "seen"
+) -> list[ShotEpisode]:
+    if not is_world(directory):
+        return class_episodes(directory, EPISODES, shots=shots, ways=ways)
+    try:
+        return shot_episodes(EPISODES, shots=shots, ways=ways, looks=looks, image_size=image_size)
+    except ValueError as error:
+        raise UserError(f"--shots {shots} --ways {ways}: {error}.") from None
+
+
+def judge(model, processor, episodes: Sequence[ShotEpisode], ways: int) -> dict[str, Score]:
+    """Accuracy, and the same of episodes that were tampered with, where they have enough examples for that."""
+    scores = {"": few_shot_accuracy(model, processor, episodes, ways=ways)}
+    k = len(episodes[0].examples)
+    if k >= 1:
+        words = all_choices(episodes, ways)
+        others = [dict(zip(some, some[1:] + some[:1], strict=True)) for some in words]
+        told = [shuffle_labels(episode, other) for episode, other in zip(episodes, others, strict=True)]
+        said = name_queries(model, processor, told, words)
+        true = [episode.query.label for episode in episodes]
+        scores[", labels shuffled"] = agreement(said, true, ways)
+        new = [other[label] for other, label in zip(others, true, strict=True)]
+        scores[", shuffled label said"] = agreement(said, new, ways)
+    if k >= 2:
+        shown = [shuffle_pictures(episode, np.random.default_rng(i)) for i, episode in enumerate(episodes)]
+        scores[", pictures shuffled"] = few_shot_accuracy(model, processor, shown, ways=ways)
+    return scores
+
+
+def few_shot_accuracy(model, processor, episodes: Sequence[ShotEpisode], *, ways: int = 2) -> Score:
+    """How many queries are given their own word, of the `ways` there are."""
+    said = name_queries(model, processor, episodes, all_choices(episodes, ways))
+    return agreement(said, [episode.query.label for episode in episodes], ways)
+
+
+def agreement(said: Sequence[str], right: Sequence[str], ways: int) -> Score:
+    return Score(sum(a == b for a, b in zip(said, right, strict=True)) / len(said), 1 / ways)
+
+
+def name_queries(model, processor, episodes: Sequence[ShotEpisode], words: Sequence[Sequence[str]]) -> list[str]:
+    """The likeliest of its words for each episode's query."""
+    prompts = []
+    for (examples, query), some in zip(episodes, words, strict=True):
+        told, asked = [Example(image, f"{LEAD} {label}") for image, label in examples], Example(query.image, LEAD)
+        prompts.append(few_shot_prompt(told, asked, processor))
+        check_room(told, asked, some, model, processor)
+    return likeliest(model, processor, prompts, words)
+
+
+def all_choices(episodes: Sequence[ShotEpisode], ways: int) -> list[list[str]]:
+    return [choices(episode, ways, np.random.default_rng(i)) for i, episode in enumerate(episodes)]
+
+
+def choices(episode: ShotEpisode, ways: int, rng: np.random.Generator) -> list[str]:
+    """The words to choose from: those of the episode, and new ones where its examples show fewer; in any order."""
+    known = dict.fromkeys([*(shot.label for shot in episode.examples), episode.query.label])
+    while len(known) < ways:
+        known |= dict.fromkeys(new_words(rng, ways - len(known), held_out=True))
+    return [list(known)[i] for i in rng.permutation(len(known))]
+
+
+def shuffle_labels(episode: ShotEpisode, other: dict[str, str]) -> ShotEpisode:
+    """Each word of the examples becomes another one; examples of one word still share one."""
+    return episode._replace(examples=[shot._replace(label=other[shot.label]) for shot in episode.examples])
+
+
+def shuffle_pictures(episode: ShotEpisode, rng: np.random.Generator) -> ShotEpisode:
+    """The examples' pictures in random order, their labels where they were."""
+    examples = episode.examples
+    order = rng.permutation(len(examples))
+    return episode._replace(
+        examples=[shot._replace(image=examples[i].image) for shot, i in zip(examples, order, strict=True)]
+    )

@@ -1,0 +1,119 @@
+"""What the models that match texts with pictures have in common: how BLIP and stage 1 of BLIP-2 learn to.
+
+    vectors ─ every picture finds its text among all, and the reverse ─→ contrast
+                                       │ the wrong ones that look right
+    pictures and words ────────────────┴─ yes or no? ─────────────────→ matching
+
+Li et al. 2021, "Align before Fuse" (ALBEF), §3.2; Li et al. 2022, "BLIP", §3.2; Li et al. 2023, "BLIP-2", §3.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm.losses import full_precision, gather, is_distributed
+
+
+class Matching:
+    """Its model has `match(images, tokens, mask, features=…)` → (B, 2), `match_head`, and `logit_scale`, or None for it."""
+
+    @staticmethod
+    def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """(B, D), (B', D), unit length → their cosines (B, B'). Pictures told in several vectors (B, Q, D): the best counts."""
+        with full_precision(image_vectors.device):
+            cosines = image_vectors.float() @ text_vectors.float().T
+        return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
+
+    def scale(self) -> Tensor | float:
+        """1 / temperature, at most 100 as in CLIP."""
+        return 1.0 if self.logit_scale is None else self.logit_scale.exp().clamp(max=100.0)
+
+    def contrast(self, image_vectors: Tensor, text_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every picture finds its text among all, and the reverse (ITC) → loss, and both sets of logits (B, W·B)."""
+        to_texts = self.scale() * self.similarity(image_vectors, gather(text_vectors))
+        to_images = self.scale() * self.similarity(gather(image_vectors), text_vectors).T
+        own = first_row(len(to_texts)) + torch.arange(len(to_texts), device=to_texts.device)
+        loss = (F.cross_entropy(to_texts, own) + F.cross_entropy(to_images, own)) / 2
+        return loss, to_texts.detach(), to_images.detach()
+
+    def matching(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        to_texts: Tensor,
+        to_images: Tensor,
+        false: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Yes to every pair; no to every picture with a wrong text, and every text with a wrong picture, that look alike.
+
+        ITM, with the hard negatives of Li et al. 2021 (ALBEF), §3.2. A row without any other text counts less.
+        false: tokens and mask (B, F) of wrong texts that take the place of those found in the batch, where there are some
+        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word).
+        """
+        B, all_features = len(tokens), gather(features)
+        all_tokens, all_mask = gather_texts(tokens, mask)
+        same = same_texts(tokens, mask, all_tokens, all_mask)  # (B, W·B); true negatives are elsewhere
+        other_text, found = hard_negatives(to_texts, same)
+        other_image, found_image = hard_negatives(to_images, same)
+        wrong = all_tokens[other_text], all_mask[other_text]
+        if false is not None:
+            given = false[1].any(dim=1)
+            found = found | given
+            wrong = [torch.where(given[:, None], a, b) for a, b in zip(*widen(false, wrong), strict=True)]
+        texts, masks = zip(*widen((tokens, mask), wrong), strict=True)
+
+        pictures = torch.cat([features, features, all_features[other_image]])
+        texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
+        logits = self.match(None, texts, masks, features=pictures)  # (3B, 2)
+        truth = (torch.arange(3 * B, device=logits.device) < B).long()
+        counts = torch.cat([torch.ones_like(found), found, found_image]).float()
+        return (F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum() / counts.sum()
+
+    @staticmethod
+    def chance_losses(batch_size: int) -> dict[str, float]:
+        """The losses of a model that knows nothing but that one pair in three is right."""
+        guess = math.log(3) - 2 / 3 * math.log(2) if batch_size > 1 else 0.0
+        return {"contrast": math.log(batch_size), "matching": guess}
+
+
+def hard_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (B, C), same (B, C) with True = right as well → for every row one wrong column, likelier the better it fits.
+
+    The second tensor (B,) says where there is one; elsewhere the column is any.
+    """
+    found = ~same.all(dim=1)
+    weights = logits.float().masked_fill(same & found[:, None], -torch.inf).softmax(dim=1)
+    return weights.multinomial(1)[:, 0], found
+
+
+def same_texts(tokens: Tensor, mask: Tensor, all_tokens: Tensor, all_mask: Tensor) -> Tensor:
+    """(B, T), (C, T') with T' ≥ T → (B, C): True where two texts are the same words. A text is always the same as itself."""
+    tokens = F.pad(tokens.masked_fill(~mask, -1), (0, all_tokens.shape[1] - tokens.shape[1]), value=-1)
+    return (tokens[:, None] == all_tokens.masked_fill(~all_mask, -1)).all(dim=-1)
+
+
+def widen(*texts: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and masks (·, T) of several batches → the same, padded to the longest of them."""
+    T = max(tokens.shape[1] for tokens, _ in texts)
+    return [(F.pad(tokens, (0, T - tokens.shape[1])), F.pad(mask, (0, T - mask.shape[1]))) for tokens, mask in texts]
+
+
+def gather_texts(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, T) of this process → (W·b, T') of all, padded to the longest."""
+    if not is_distributed():
+        return tokens, mask
+    longest = torch.tensor(tokens.shape[1], device=tokens.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    beyond = (0, int(longest) - tokens.shape[1])
+    return gather(F.pad(tokens, beyond)), gather(F.pad(mask, beyond).long()).bool()
+
+
+def first_row(rows: int) -> int:
+    """Where the rows of this process begin among those of all."""
+    return dist.get_rank() * rows if is_distributed() else 0

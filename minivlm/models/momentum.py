@@ -1,0 +1,95 @@
+"""Contrast with soft labels: a copy of the encoders that follows slowly says how well pictures and texts fit, and a queue of
+what it saw last gives every picture many more texts to choose from than its batch.
+
+    images, texts ─→ the model ─→ vectors ──────────────────┬─→ logits ─→ cross-entropy
+                  └→ its copy  ─→ vectors ─┬→ and the queue ┘                  ▲
+                                           └→ softmax, mixed with the truth ───┘
+
+Li et al. 2021, "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation" (ALBEF), §3.2
+and §3.3; the queue: He et al. 2020, "Momentum Contrast", §3.2.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm.losses import full_precision, gather
+from minivlm.models.matching import first_row
+
+COPIED = ("vision", "encoder", "vision_projection", "text_projection")
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    """The defaults are those of BLIP, whose queue is one of 57,600."""
+
+    queue: int = 4096  # pictures and texts that are remembered, a multiple of the batch
+    rate: float = 0.995  # of the copy stays as it is in every step
+    soft: float = 0.4  # share of the copy's opinion in the labels
+
+    def check_batch(self, batch_size: int) -> None:
+        """ValueError unless whole batches (of all processes together) fill the queue."""
+        if batch_size > self.queue or self.queue % batch_size:
+            raise ValueError(f"a momentum queue of {self.queue} is not a multiple of the batch of {batch_size}")
+
+
+class Momentum(nn.Module):
+    """Of a model with the parts COPIED, a `contrast` and a `scale()`. embed_width: E, of the vectors that are compared."""
+
+    def __init__(self, config: MomentumConfig, model: nn.Module, embed_width: int):
+        super().__init__()
+        self.config = config
+        self.copies = nn.ModuleDict({name: deepcopy(getattr(model, name)) for name in COPIED}).requires_grad_(False)
+        self.register_buffer("images", torch.zeros(config.queue, embed_width))
+        self.register_buffer("texts", torch.zeros(config.queue, embed_width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # pictures so far, in all
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """θ' ← rate · θ' + (1 − rate) · θ; what is counted rather than learnt (batch norm's) is taken over."""
+        for name, copy in self.copies.items():
+            part = getattr(model, name)
+            for slow, fast in zip(copy.parameters(), part.parameters(), strict=True):
+                slow.lerp_(fast, 1 - self.config.rate)
+            for slow, fast in zip(copy.buffers(), part.buffers(), strict=True):
+                slow.copy_(fast)
+
+    def contrast(
+        self, images: Tensor, texts: Tensor, slow_images: Tensor, slow_texts: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (B, E) of the model and of its copy → loss, and the logits among the batches of all processes (B, W·B).
+
+        A label is soft · what the copy thinks + (1 − soft) · the truth (ALBEF, equation 6).
+        """
+        all_images, all_texts = gather(slow_images), gather(slow_texts)
+        to_texts, loss_texts = self.one_way(images, slow_images, torch.cat([all_texts, self.texts]), scale)
+        to_images, loss_images = self.one_way(texts, slow_texts, torch.cat([all_images, self.images]), scale)
+        if self.training:
+            self.remember(all_images, all_texts)
+        n = len(all_images)
+        return (loss_texts + loss_images) / 2, to_texts[:, :n].detach(), to_images[:, :n].detach()
+
+    def one_way(self, fast: Tensor, slow: Tensor, others: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B, E) against all others (W·B + queue, E) → logits and loss. Places of the queue never filled are shut."""
+        with full_precision(fast.device):
+            logits, opinion = (scale * x.float() @ others.float().T for x in (fast, slow))
+        shut = torch.arange(len(others), device=fast.device) >= len(others) - len(self.texts) + self.seen
+        logits, opinion = (x.masked_fill(shut, torch.finfo(x.dtype).min) for x in (logits, opinion))
+        own = first_row(len(fast)) + torch.arange(len(fast), device=fast.device)
+        truth = F.one_hot(own, len(others))
+        labels = torch.lerp(truth.float(), opinion.softmax(dim=1), self.config.soft).detach()
+        return logits, F.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def remember(self, images: Tensor, texts: Tensor) -> None:
+        """Vectors (W·B, E) take the places of those that were seen longest ago."""
+        n, size = len(images), self.config.queue
+        self.config.check_batch(n)
+        places = (self.seen + torch.arange(n, device=images.device)) % size
+        self.images[places], self.texts[places] = images.float(), texts.float()
+        self.seen += n

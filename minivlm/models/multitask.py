@@ -1,0 +1,271 @@
+"""One encoder for words and regions, three tasks: a caption is said, an answer chosen, a picture found.
+
+They differ in who sees whom:
+
+    task       regions see   words see                    read at           becomes
+    answer     all           all                          the first word    (B, A)      one of a list of answers
+    caption    regions       regions, and words before    every word        (B, T, V)   the next word
+    search     regions       words                        each on its own   (B, B)      how similar the two are
+
+Zhou et al. 2020, "Unified Vision-Language Pre-Training for Image Captioning and VQA" (VLP), §3: one transformer, two
+masks. The third is that of Li et al. 2023 (BLIP-2), figure 2; all three are drawn at `attention_mask`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm import generation
+from minivlm.errors import UserError, nearest
+from minivlm.layers.bert import TextHead
+from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.qformer import attention_mask
+from minivlm.losses import CLIPLoss, next_token_loss
+from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
+from minivlm.models.fusion_losses import answer_loss
+from minivlm.models.speaking import SpeakingModel
+
+Task = Literal["caption", "answer", "search"]
+TASKS = ("caption", "answer", "search")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskConfig:
+    encoder: VisualBERTConfig | UNITERConfig  # with a vision tower and answers, without other heads
+    tasks: tuple[Task, ...] = TASKS  # that it learns
+    embed_width: int = 128  # of the vectors that are compared
+    end_token: int
+    pad_token: int = 0
+
+    def __post_init__(self):
+        if self.encoder.vision is None or self.encoder.heads:
+            raise ValueError("the encoder of all tasks needs a vision tower, and no heads of its own")
+        if not self.tasks or ("answer" in self.tasks and not self.encoder.answers):
+            raise ValueError("there are no tasks, or no answers to choose from")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.encoder.answers if "answer" in self.tasks else ()
+
+    @property
+    def speaks(self) -> bool:
+        return "caption" in self.tasks
+
+    @property
+    def compares(self) -> bool:
+        return "search" in self.tasks
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one picture takes."""
+        return self.encoder.vision.features_at(self.encoder.vision_layer)[0]
+
+    @property
+    def context(self) -> int:
+        """Positions that there are, for a picture and a text."""
+        return self.image_tokens + self.encoder.text.context
+
+    @property
+    def vocab_size(self) -> int:
+        return self.encoder.text.vocab_size
+
+
+class MultitaskVLM(SpeakingModel):
+    """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
+
+    features (B, N, C) may be given in place of images: what `look` gives.
+    """
+
+    config_class = MultitaskConfig
+
+    def __init__(self, config: MultitaskConfig, *, seed: int = 0):
+        super().__init__(config)
+        c = config
+        self.encoder = (UNITER if isinstance(c.encoder, UNITERConfig) else VisualBERT)(c.encoder, seed=seed)
+        width = c.encoder.text.width
+        self.word_head = TextHead(c.encoder.text)
+        self.text_projection = nn.Linear(width, c.embed_width)
+        self.image_projection = nn.Linear(width, c.embed_width)
+        self.loss = CLIPLoss()
+        generator = torch.Generator().manual_seed(seed)
+        for part in (self.word_head, self.text_projection, self.image_projection):
+            initialise_linears(part, generator)
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.encoder.vision
+
+    def look(self, images: Tensor) -> Tensor:
+        return self.encoder.look(images)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        task: Task,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Raises UserError for a task that there is none of, or that was not learnt."""
+        if task not in (tasks := self.config.tasks):
+            raise UserError(f"{task!r} is no task of this MultitaskVLM.{nearest(str(task), tasks)}")
+        match task:
+            case "answer":
+                return self.answer(images, tokens, mask, features=features)
+            case "caption":
+                return self.word_logits(self.tell(images, tokens, mask, features=features))
+            case _:
+                return self.loss.logits(self.encode_image(images, features=features), self.encode_text(tokens, mask))
+
+    # ---- three ways through the encoder ------------------------------------------------------------------------------
+
+    def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
+        """Logits of all answers, (B, A)."""
+        return self.encoder.answer(images, tokens, mask, **seen)
+
+    def tell(
+        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
+    ) -> Tensor:
+        """The states (B, T, D) of words that see the picture and what was said before them."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        regions = self.regions(images, features)
+        pairs = attention_mask("causal", regions.shape[1], mask)
+        x = torch.cat([regions, self.encoder.bert.embed(tokens)], dim=1)
+        return self.encoder.bert.transformer(x, mask=pairs)[:, regions.shape[1] :]
+
+    def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) → (B, E), unit length: the mean of regions that see each other alone."""
+        seen = self.encoder.bert.transformer(self.regions(images, features))
+        return F.normalize(self.image_projection(seen.mean(dim=1)), dim=-1)
+
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T) → (B, E), unit length: the first of words that see each other alone."""
+        return F.normalize(self.text_projection(self.encoder.bert(tokens, mask).hidden[:, 0]), dim=-1)
+
+    def regions(self, images: Tensor | None, features: Tensor | None = None) -> Tensor:
+        """(B, R, D), as they enter the first block."""
+        return self.encoder.embed_regions(*self.encoder.see(images, features))
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, V)"""
+        return self.word_head(hidden) @ self.encoder.bert.token_embedding.weight.T
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def losses(
+        self,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        *,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        question: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        answers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What training adds up. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
+
+        Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1.
+        """
+        features = self.look(images) if features is None else features
+        losses, tasks = {}, self.config.tasks
+        if "caption" in tasks:
+            hidden = self.word_head(self.tell(None, tokens, mask, features=features))
+            labels = tokens.masked_fill(~mask, -100)
+            losses["caption"] = next_token_loss(hidden, labels, self.encoder.bert.token_embedding.weight)
+        if "answer" in tasks:
+            losses["answer"] = answer_loss(self.answer(None, question, question_mask, features=features), answers)
+        if "search" in tasks:
+            losses["search"] = self.loss(self.encode_image(features=features), self.encode_text(tokens, mask))
+        chance = self.chance_losses(len(features))
+        return {name: loss / chance[name] for name, loss in losses.items()}
+
+    def chance_losses(self, batch_size: int) -> dict[str, float]:
+        """Of a model that knows nothing, before they are balanced (a batch of one finds its only caption anyway)."""
+        counts = {"caption": self.config.vocab_size, "answer": len(self.config.answers), "search": batch_size}
+        return {name: math.log(max(2, n)) for name, n in counts.items()}
+
+    # ---- speaking ----------------------------------------------------------------------------------------------------
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as the config says."""
+        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
+        return replace(known, **given)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        room: int,
+        features: Tensor | None = None,
+    ) -> CaptionDecoding:
+        """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
+        if (T := tokens.shape[1]) + room > (context := self.config.encoder.text.context):
+            raise ValueError(f"a beginning of {T} tokens and {room} new ones do not fit the context of {context}")
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        order = mask.long().argsort(dim=1, stable=True)  # padding to the left, so that all rows go on together
+        return CaptionDecoding(
+            self, self.regions(images, features), tokens.gather(1, order), mask.gather(1, order), room=room
+        )
+
+
+class CaptionDecoding:
+    """In the middle of a caption (see `generation.Decoding`). Regions never see words, so theirs is kept too."""
+
+    def __init__(self, model: MultitaskVLM, regions: Tensor, tokens: Tensor, mask: Tensor, *, room: int):
+        self.model, self.mask, self.room = model, mask, room
+        self.R = regions.shape[1]
+        self.kept = [Kept() for _ in model.encoder.bert.transformer.blocks]
+        self.read(regions, mask.new_ones(len(mask), self.R, self.R))
+        self.logits = self.predict(tokens)
+
+    @torch.no_grad()
+    def read(self, x: Tensor, seen: Tensor) -> Tensor:
+        """x (B, T, D) goes through all blocks and is kept; seen (B, T, S): what it sees of all that is kept."""
+        for block, kept in zip(self.model.encoder.bert.transformer.blocks, self.kept, strict=True):
+            kept.seen = seen[:, None]
+            x = block(x, cache=kept)
+        return x
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
+        T = tokens.shape[1]
+        positions = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+        x = self.model.encoder.bert.embed(tokens, positions=positions)
+        x = self.read(x, attention_mask("causal", self.R, self.mask)[:, -T:])
+        return self.model.word_logits(x[:, -1]).float()
+
+    def step(self, tokens: Tensor) -> None:
+        if self.room < 1:
+            raise ValueError("there is no room for another token; begin with more")
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        self.logits, self.room = self.predict(tokens[:, None]), self.room - 1
+
+    def reorder(self, rows: Tensor) -> None:
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        for kept in self.kept:
+            kept.keys, kept.values = kept.keys[rows], kept.values[rows]
+
+
+class Kept:
+    """Keys and values of one block so far, as `Attention` asks a cache for them."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    seen: Tensor  # (B, 1, T, S)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
+        self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
+        return self.keys, self.values, self.seen

@@ -1,0 +1,108 @@
+"""The plain model of visual question answering: two encoders, what they say brought together, and a list of answers.
+
+    images (B, 3, H, W) ─→ vision tower ─→ projection + place ─→ (B, N, D) ─┐ is read by
+    tokens (B, T)       ─→ question encoder ─────────────────→ (B, T, D) ───┴─→ fusion ─→ first word ─→ (B, A)
+
+Antol et al. 2015, "VQA: Visual Question Answering", §4: the most frequent answers are classes. There two vectors are
+multiplied; here the question's words look for what they ask about, several times over, in blocks of self- and
+cross-attention (Yang et al. 2016, "Stacked Attention Networks for Image Question Answering", §3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.base import Model
+from minivlm.layers.bert import BERT, BERTConfig
+from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.projector import LinearProjector
+from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.models.fusing import FusionOutput
+from minivlm.models.fusion_losses import answer_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQAConfig:
+    vision: TowerConfig
+    vision_layer: int = -1  # of the tower, whose features are read
+    text: BERTConfig  # the question encoder
+    fusion: TransformerConfig  # its blocks read the picture
+    answers: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.answers:
+            raise ValueError("there are no answers to choose from")
+        if self.fusion.width != self.text.width or self.fusion.cross_attention_every != 1:
+            raise ValueError(
+                f"fusion reads words of width {self.text.width}, and the picture in every block: set "
+                "fusion.width to it, and fusion.cross_attention_every to 1"
+            )
+
+
+class VQAModel(Model):
+    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput` with logits["answers"] (B, A).
+
+    features (B, N, C) may be given in place of images: what `look` gives.
+    """
+
+    config_class = VQAConfig
+
+    def __init__(self, config: VQAConfig, *, seed: int = 0):
+        super().__init__(config)
+        c, generator = config, torch.Generator().manual_seed(seed)
+        places, width = c.vision.features_at(c.vision_layer)
+        self.vision = make_tower(c.vision, generator)
+        self.projector = LinearProjector(width, c.text.width)
+        self.position_embedding = nn.Parameter(torch.empty(places, c.text.width))
+        self.picture_norm = make_norm(c.fusion)
+        self.bert = BERT(c.text, seed=seed)
+        self.fusion = Transformer(c.fusion)
+        self.norm = make_norm(c.fusion)
+        self.answer_head = nn.Linear(c.text.width, len(c.answers))
+        initialise(self, generator)
+
+    def forward(
+        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
+    ) -> FusionOutput:
+        features = self.look(images) if features is None else features
+        seen = self.picture_norm(self.projector(features) + self.position_embedding)  # (B, N, D)
+        asked = self.bert(tokens, mask).hidden  # (B, T, D)
+        words = self.norm(self.fusion(asked, seen, mask=mask))
+        pooled = words[:, 0]
+        return FusionOutput({"answers": self.answer_head(pooled)}, words, seen, pooled)
+
+    def look(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) → (B, N, C): what the tower sees."""
+        return look(self.vision, images, [self.config.vision_layer])
+
+    def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
+        """Logits of all answers, (B, A)."""
+        return self(images, tokens, mask, **seen).logits["answers"]
+
+    def losses(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        *,
+        answers: Tensor,
+    ) -> dict[str, Tensor]:
+        """What training adds up. answers (B, A): how right each is."""
+        return {"answers": answer_loss(self.answer(images, tokens, mask, features=features), answers)}
+
+    def chance_losses(self) -> dict[str, float]:
+        return {"answers": math.log(len(self.config.answers))}
+
+
+@torch.no_grad()
+def initialise(model: VQAModel, generator: torch.Generator) -> None:
+    """All but the encoders, which have started themselves: see `initialise_linears`; places 0.5, as what is there."""
+    for part in (model.projector, model.fusion, model.answer_head):
+        initialise_linears(part, generator)
+    normal(model.position_embedding, 0.5, generator)

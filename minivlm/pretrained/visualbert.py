@@ -1,0 +1,72 @@
+"""VisualBERT as Hugging Face transformers stores it (VisualBertForQuestionAnswering …): uclanlp/visualbert-vqa and kin.
+
+There is no vision tower in these files: the model reads features of regions that a detector has found. The heads of
+pre-training are not read. Where no tokeniser is beside the weights, bert-base-uncased's tokenizer.json belongs there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.models.fusion import VisualBERT, VisualBERTConfig
+from minivlm.pretrained import bert, language, preprocessing
+from minivlm.pretrained.names import Row, table, under
+from minivlm.processor import Processor, ProcessorConfig
+
+model_class = VisualBERT
+
+REGIONS = table("""
+    embeddings.visual_projection                regions.projection
+    embeddings.visual_position_embeddings       regions.position_embedding
+    embeddings.visual_token_type_embeddings     regions.type_embedding
+    pooler.dense                                pooler
+""")
+
+ROWS = [
+    *under(REGIONS, ("visual_bert.", ""), ""),
+    *under([row for row in bert.MODEL if row.how != "unread"], ("visual_bert.", ""), "bert."),
+    *table("""
+        cls                                     answer_head
+        cls.predictions|cls.seq_relationship    -                   unread
+    """),
+]
+
+DEFAULTS = bert.DEFAULTS | {"visual_embedding_dim": 512}
+ANSWERING = "VisualBertForQuestionAnswering"
+
+
+def rows(config: VisualBERTConfig) -> list[Row]:
+    return ROWS
+
+
+def read_config(values: dict[str, Any]) -> VisualBERTConfig:
+    """transformers' config.json → ours."""
+    v = {**DEFAULTS, **values}
+    language.refuse_unless(v, bypass_transformer=False)
+    answers = ()
+    if ANSWERING in (v.get("architectures") or ()):
+        named = v.get("id2label") or {i: f"LABEL_{i}" for i in range(v.get("num_labels", 2))}
+        answers = tuple(named[i] for i in sorted(named, key=int))
+    return VisualBERTConfig(text=bert.read_config(v), region_width=v["visual_embedding_dim"], answers=answers)
+
+
+def write_config(config: VisualBERTConfig) -> dict[str, Any]:
+    """Ours → transformers' config.json."""
+    answers = config.answers
+    return {
+        **bert.write_config(config.text),
+        "architectures": [ANSWERING if answers else "VisualBertModel"],
+        "model_type": "visual_bert",
+        "visual_embedding_dim": config.region_width,
+        "id2label": {str(i): answer for i, answer in enumerate(answers)},
+        "label2id": {answer: i for i, answer in enumerate(answers)},
+    }
+
+
+def read_processor(directory: Path, values: dict[str, Any], config: VisualBERTConfig) -> Processor:
+    """For texts alone. The pad_token_id of published configs is wrong, and read by no one."""
+    source = preprocessing.read_tokenizer(directory)
+    language.check_vocabulary(language.vocabulary(source, directory), config.text)
+    pad = preprocessing.read_pad_token(directory, 0)
+    return Processor(source, ProcessorConfig(context=config.text.context, pad_token=pad))

@@ -1,0 +1,202 @@
+"""CapFilt: a BLIP that was trained on the web's captions proposes captions of its own, throws out those that do not match
+their pictures, of both kinds, and a new BLIP is trained on what is left.
+
+    blip-noisy ─┬─ captioner ─→ a proposal for every picture ─┐
+                └─ filter ─────→ the web's caption? the proposal? ─→ cleaner pairs ─→ blip-capfilt
+
+Li et al. 2022, "BLIP", §3.3 and figure 3. There, captioner and filter are fine-tuned on captions that people wrote; here,
+nothing but the noisy captions is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minivlm.checkpoint import load
+from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.shapes import ShapesWorld
+from minivlm.datasets.shapes_negatives import is_true
+from minivlm.errors import UserError
+from minivlm.metrics import Score
+from minivlm.models.blip import BLIP
+from minivlm.pictures import Row, sheet, wrap
+from minivlm.processor import Processor
+from minivlm.recipes.blip import BLIP_SHAPES, BLIPRecipe, BLIPWork
+from minivlm.recipes.shared import check_fills_a_batch
+from minivlm.tasks.features import to_tokens
+from minivlm.tasks.match import look_at_all, match_pairs
+from minivlm.tasks.speak import caption_all
+from minivlm.training import autocast
+
+AT_A_TIME = 256  # pictures
+PICTURED, TILE = 4, 176  # pairs of a kind on the sheet, and their pixels
+WEB, PROPOSED = "the web's captions", "proposed captions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapFiltRecipe(BLIPRecipe):
+    starts_from: str = "out/blip-noisy"  # captioner and filter
+    pictures: int | None = None  # of the training pictures, the first so many; None: all
+    top_p: float | None = 0.9  # proposals are sampled (nucleus: §4.2, the more diverse the better); None: the likeliest
+    threshold: float = 0.5  # pairs that match less probably are thrown out
+
+    def needs(self) -> dict[str, str]:
+        return {**super().needs(), "blip-noisy": self.starts_from}
+
+    def for_data(self, directory: str, out: str) -> CapFiltRecipe:
+        beside = f"{Path(out).parent / Path(directory).resolve().name}-blip-noisy"
+        return replace(super().for_data(directory, out), starts_from=beside)
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> CapFilt:
+        self.check_queue()
+        teacher, words = load(self.starts_from)
+        if not isinstance(teacher, BLIP) or teacher.config.roles != "all":
+            raise UserError(
+                f"--starts_from {self.starts_from} holds a {type(teacher).__name__}, but a BLIP that captions and matches "
+                "is wanted: train one with `python train.py blip-noisy`."
+            )
+        model, processor, web = self.open(checkpoint, quiet=quiet)
+        return CapFilt(self, model, processor, web, (teacher, words))
+
+
+@dataclass
+class Judged:
+    """Captions of one origin: the i-th belongs to picture i."""
+
+    origin: str
+    captions: list[str]
+    probability: np.ndarray  # that it matches
+    kept: np.ndarray  # bool
+    true: np.ndarray | None  # bool; None where nobody knows
+
+    def scores(self) -> dict[str, Score]:
+        """Of the filter: how many of those kept are true, and how many of the true ones are kept. Chance: keep all, or as
+        many at random."""
+        kept, true = self.kept, self.true
+        right = (kept & true).sum()
+        precision, recall = right / max(1, kept.sum()), right / max(1, true.sum())
+        return {
+            f"filter, {self.origin}, precision": Score(float(precision), float(true.mean())),
+            f"filter, {self.origin}, recall": Score(float(recall), float(kept.mean())),
+        }
+
+
+class Bootstrapped(Pairs):
+    """The pairs that were kept: some pictures come with two captions, as two pairs, some not at all."""
+
+    split = "train"
+
+    def __init__(self, pairs: Pairs, judged: Sequence[Judged]):
+        self.pairs = pairs
+        self.kept = [(int(i), some.captions[i]) for some in judged for i in np.flatnonzero(some.kept)]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def images(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return self.pairs.images([self.kept[i][0] for i in indices])
+
+    def all_captions(self, index: int) -> list[str]:
+        return [self.kept[index][1]]
+
+    def key(self, index: int) -> str:
+        return self.pairs.key(self.kept[index][0])
+
+
+class CapFilt(BLIPWork):
+    def __init__(
+        self, recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pairs, teacher: tuple[BLIP, Processor]
+    ):
+        super().__init__(recipe, model, processor, web)
+        self.web, self.teacher = web, teacher
+        self.judged: list[Judged] = []
+
+    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        """Propose and judge. What results is a function of the recipe, so a run that is resumed does it again."""
+        model, processor = self.teacher[0].to(device), self.teacher[1]
+        with autocast(device, precision):
+            self.judged = bootstrap(self.recipe, model, processor, self.web)
+        self.teacher = None  # its memory is wanted
+        self.train = Bootstrapped(self.web, self.judged)
+        if not len(self.train):
+            likeliest = max(some.probability.max() for some in self.judged)
+            raise UserError(
+                f"the filter drops every caption: none matches with a probability of {self.recipe.threshold:g} (the "
+                f"likeliest has {likeliest:.3f}); lower --threshold, or train {self.recipe.starts_from} for longer."
+            )
+        self.n = len(self.train)
+        check_fills_a_batch(self.n, self.recipe.batch_size, "pairs that the filter kept", self.recipe.directory)
+        super().prepare(device, precision)
+
+    def evaluate(self) -> dict[str, Score]:
+        """And of the filter, and how many of the pairs that were learnt from are true; chance: of the web's."""
+        scores = super().evaluate()
+        if any(some.true is None for some in self.judged):
+            return scores
+        for some in self.judged:
+            scores |= some.scores()
+        kept = np.concatenate([some.true[some.kept] for some in self.judged])
+        return scores | {
+            "pairs learnt from that are true": Score(float(kept.mean()), float(self.judged[0].true.mean()))
+        }
+
+    def picture(self, path: Path) -> None:
+        """Pairs that were kept, and such that were dropped; framed green where that was right."""
+        rows = []
+        for some in self.judged:
+            for kept, name in ((True, "kept"), (False, "dropped")):
+                chosen = np.flatnonzero(some.kept == kept)
+                chosen = chosen[:: max(1, len(chosen) // PICTURED)][:PICTURED].tolist()
+                marks = [None if some.true is None else bool(some.true[i]) == kept for i in chosen]
+                told = [f"{some.probability[i]:.0%} {some.captions[i]}" for i in chosen]
+                notes = ["\n".join(wrap(text, 13, TILE)) for text in told]
+                rows.append(Row(f"{some.origin}: {name}", list(self.web.images(chosen)), marks, notes))
+        title = "What the filter kept and dropped, with how probably it matches"
+        sheet([row for row in rows if row.images], title=title, tile=TILE, columns=PICTURED).save(path)
+
+
+def bootstrap(recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pairs) -> list[Judged]:
+    """The web's captions and the captioner's, each judged by the filter."""
+    from tqdm import tqdm
+
+    n = len(web) if recipe.pictures is None else min(recipe.pictures, len(web))
+    how = {} if recipe.top_p is None else dict(temperature=1.0, top_p=recipe.top_p)
+    captions, odds = {WEB: [web.all_captions(i)[0] for i in range(n)], PROPOSED: []}, {WEB: [], PROPOSED: []}
+    for start in tqdm(range(0, n, AT_A_TIME), desc="captions proposed and judged", unit=" batches", leave=False):
+        pictures = list(web.images(range(start, min(start + AT_A_TIME, n))))
+        seed = recipe.seed + start
+        captions[PROPOSED] += caption_all(
+            [[p] for p in pictures], model, processor, batch_size=AT_A_TIME, seed=seed, **how
+        )
+        features = look_at_all(pictures, model, processor, batch_size=AT_A_TIME)
+        pairs = torch.arange(len(pictures))[:, None].expand(-1, 2)
+        for origin, said in captions.items():
+            words = to_tokens(said[start : start + AT_A_TIME], processor, cut=True)
+            odds[origin] += match_pairs(pairs, features, *words, model, batch_size=AT_A_TIME).sigmoid().tolist()
+    return [judge(recipe, web, origin, captions[origin], np.array(odds[origin])) for origin in captions]
+
+
+def judge(recipe: CapFiltRecipe, web: Pairs, origin: str, captions: list[str], probability: np.ndarray) -> Judged:
+    """Keep what matches; and say what is true, where the world is known."""
+    world = getattr(web, "pairs", web)
+    true = None
+    if isinstance(world, ShapesWorld):
+        scenes = world.scenes.read(np.arange(len(captions)))
+        true = np.array([is_true(text, scene) for text, scene in zip(captions, scenes, strict=True)])
+    return Judged(origin, captions, probability, probability >= recipe.threshold, true)
+
+
+CAPFILT_RECIPES = {
+    "blip-capfilt": CapFiltRecipe(
+        summary="CapFilt: a BLIP trained on what the captioner proposes and the filter keeps of noisy captions",
+        measured="not yet trained at length",
+        **{name: getattr(BLIP_SHAPES, name) for name in ("optimiser", "steps", "batch_size", "save_every")},
+        questions=False,
+        wrong=0.4,
+    ),
+}

@@ -1,0 +1,176 @@
+"""Flamingo: new layers teach a frozen language model to read pictures, and to learn from examples in its prompt.
+
+    clip-resnet ─ vision tower, frozen ─┐
+    lm ─ language model, frozen ────────┴→ flamingo (lessons in new words, and conversations)
+
+Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning". The language model knows from its texts how
+to pick up a word; the resampler and the gated layers only have to tell it what the pictures show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.conversation import IGNORED, MARK, Sample
+from minivlm.datasets.interleaved import is_interleaved
+from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes_shots import Lessons, Named, shot_episodes
+from minivlm.datasets.shapes_talk import ShapesTalk
+from minivlm.datasets.talk import Talk
+from minivlm.errors import UserError
+from minivlm.layers.gated_cross_attention import GatedConfig
+from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.perceiver import PerceiverConfig
+from minivlm.layers.tower import places_of
+from minivlm.metrics import Score
+from minivlm.models.flamingo import Flamingo, FlamingoConfig
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.blip2 import load_eyes
+from minivlm.recipes.interleaved import InterleavedWork, gates_text
+from minivlm.recipes.llava import PrefixWork, with_image_token
+from minivlm.recipes.shared import build
+from minivlm.recipes.speak import TalkConfig, open_train
+from minivlm.tasks.few_shot import END, LEAD
+from minivlm.training import OptimiserConfig
+
+LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)
+VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besides the questions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoRecipe(Recipe):
+    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    language_from: str = "out/lm"  # likewise, a language model
+    vision_layers: tuple[int, ...] = (-2,)
+    resampler: PerceiverConfig = LATENTS  # its context_width and places follow from the tower
+    gated: GatedConfig = field(default_factory=GatedConfig)
+    every: int = 1  # a gated layer before every n-th block of the language model
+    lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
+    data: TalkConfig = field(default_factory=TalkConfig)
+
+    def needs(self) -> dict[str, str]:
+        return {"clip-resnet": self.vision_from, "lm": self.language_from}
+
+    def for_data(self, directory: str, out: str) -> FlamingoRecipe:
+        """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
+        beside = f"{Path(out).parent / Path(directory).resolve().name}"
+        return replace(
+            self,
+            summary=f"{self.summary}, on {directory}",
+            data=replace(self.data, directory=directory),
+            vision_from=f"{beside}-clip",
+            language_from=f"{beside}-lm",
+        )
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> FlamingoWork | InterleavedWork:
+        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model.freeze("vision", "language_model")
+        if is_interleaved(self.data.directory):
+            work = InterleavedWork(self, model, processor)
+            work.origins = self.origins()
+            return work
+        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        return FlamingoWork(self, model, processor, train)
+
+    def origins(self) -> dict[str, str]:
+        return {"vision": self.vision_from, "language_model": self.language_from}
+
+    def compose(self) -> tuple[Flamingo, Processor]:
+        """Eyes and language model put together, with a new resampler and new gated layers between them."""
+        clip, eyes = load_eyes(self.vision_from)
+        speaker, words = load(self.language_from)
+        if not isinstance(speaker, LanguageModel):
+            raise UserError(
+                f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model."
+            )
+        speaker, words = with_image_token(speaker, words)
+        vision = clip.config.vision
+        width = sum(vision.features_at(layer)[1] for layer in self.vision_layers)
+        config = FlamingoConfig(
+            vision=vision,
+            vision_layers=self.vision_layers,
+            class_token=False,
+            vision_norm=False,
+            language=speaker.config,
+            resampler=replace(self.resampler, context_width=width, places=places_of(vision, self.vision_layers[0])),
+            image_token=words.image_token_id,
+            gated=self.gated,
+            every=self.every,
+        )
+        model = build(Flamingo, config, seed=self.seed)
+        model.vision.load_state_dict(clip.vision.state_dict())
+        model.language_model.load_state_dict(speaker.state_dict())
+        sees = dict(image_tokens=config.image_tokens, context=speaker.config.context, pad_to_context=False)
+        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+        return model, Processor(words.tokenizer, replace(eyes.config, **sees, **spoken))
+
+
+class FlamingoWork(PrefixWork):
+    def __init__(self, recipe: FlamingoRecipe, model: Flamingo, processor: Processor, train: Talk):
+        super().__init__(recipe, model, processor, train, origins=recipe.origins(), answers=True)
+        world = isinstance(train, ShapesTalk)
+        self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
+        if self.lessons is not None:
+            self.score_name = "accuracy of answers and of new words"
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
+        """A conversation about a picture, or a lesson about several others."""
+        if self.lessons is None or rng.random() >= self.recipe.lessons:
+            return super().draw(index, rng)
+        named = self.lessons.lesson(rng)
+        return lesson_sample(named, self.processor), [picture for picture, _ in named]
+
+    def progress(self, line: dict[str, float]) -> str:
+        return f"{super().progress(line)}, gates {gates_text(self.model)}"
+
+    def validate(self) -> float:
+        answers = super().validate()
+        if self.lessons is None:
+            return answers
+        episodes = shot_episodes(VALIDATED, shots=2, seed=1, image_size=self.processor.image_size)
+        return (answers + evaluate.few_shot_accuracy(self.model, self.processor, episodes).value) / 2
+
+    def evaluate(self) -> dict[str, Score]:
+        scores = super().evaluate()
+        if is_world(self.recipe.data.directory):
+            scores |= evaluate.few_shot(self.model, self.processor, self.recipe.data.directory)
+        return scores
+
+    def next_commands(self, out: Path) -> list[str]:
+        picture = self.held_out_picture()
+        return [
+            f"python sample.py caption {out} {picture}",
+            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
+            f"python -m minivlm.evaluate {out} --shots 0 1 2 4 8",
+        ]
+
+
+def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
+    """A picture and what it is called, one after the other. Learnt is every word that was heard before in the lesson."""
+    tokens = [] if processor.start_token is None else [processor.start_token]
+    labels, heard = [IGNORED] * len(tokens), set()
+    for _, word in lesson:
+        given, whole = processor.ids(f"{MARK}{LEAD}"), processor.ids(f"{MARK}{LEAD} {word}{END}")
+        said = whole[len(given) :]
+        tokens += whole
+        labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))
+        heard.add(word)
+    return Sample(tokens, labels, [])
+
+
+FLAMINGO_RECIPES = {
+    "flamingo": FlamingoRecipe(
+        summary="Flamingo: a frozen language model reads pictures through gated layers, and learns words from its prompt",
+        measured="not yet trained at length",
+        optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
+        steps=2400,
+        batch_size=64,
+        save_every=400,
+    ),
+}

@@ -1,0 +1,348 @@
+"""The fuse pattern as recipes: a frozen vision tower, words and regions in one encoder, answers of a fixed list.
+
+    clip-resnet ─ vision tower, frozen ─→ regions ─┬→ visualbert, uniter, vilbert   questions; each fourth step captions
+                                                   ├→ vqa                          questions
+                                                   └→ multitask                    questions and captions, all at once
+
+The papers train on captions first, then on questions. Here the two take turns, so that all heads of the model are good
+when it is done, and no second run is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from shlex import quote
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minivlm import evaluate
+from minivlm.checkpoint import load
+from minivlm.conversation import IGNORED
+from minivlm.datasets.answers import AnswerList, most_frequent
+from minivlm.datasets.continuation import pad
+from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.masking import hide_regions, hide_words
+from minivlm.datasets.shapes import is_world
+from minivlm.datasets.talk import Question, Talk, open_talk
+from minivlm.errors import UserError
+from minivlm.layers.bert import BERTConfig
+from minivlm.layers.transformer import TransformerConfig
+from minivlm.metrics import Score
+from minivlm.models.fusing import FusionConfig
+from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
+from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.vqa import VQAConfig, VQAModel
+from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
+from minivlm.recipes.blip2 import load_eyes
+from minivlm.recipes.contrast import CONTRAST_RECIPES
+from minivlm.recipes.llava import PrefixWork
+from minivlm.recipes.shared import build
+from minivlm.recipes.speak import Speaking, TalkConfig, open_train
+from minivlm.training import OptimiserConfig
+
+MASK = "<mask>"  # stands where a word is hidden
+ModelConfig = VisualBERTConfig | UNITERConfig | ViLBERTConfig | VQAConfig | MultitaskConfig
+CLASSES = {
+    VisualBERTConfig: VisualBERT,
+    UNITERConfig: UNITER,
+    ViLBERTConfig: ViLBERT,
+    VQAConfig: VQAModel,
+    MultitaskConfig: MultitaskVLM,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionRecipe(Recipe):
+    model: ModelConfig  # tower, vocabulary and answers follow from vision_from and the data
+    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    data: TalkConfig = field(default_factory=TalkConfig)
+    most_answers: int = 3000  # the most frequent ones are to choose from
+    captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
+    hide: Literal["words", "either", "both"] = (
+        "words"  # of a caption's pair: words, words or regions, words and regions
+    )
+
+    def needs(self) -> dict[str, str]:
+        return {"clip-resnet": self.vision_from}
+
+    def for_data(self, directory: str, out: str) -> FusionRecipe:
+        """The same on another folder; the tower is trained on that folder as well, beside `out`."""
+        beside = Path(out).parent / Path(directory).resolve().name
+        vocab_size = self.data.vocab_size if is_world(directory) else 4096
+        data = replace(self.data, directory=directory, vocab_size=vocab_size)
+        return replace(self, summary=f"{self.summary}, on {directory}", data=data, vision_from=f"{beside}-clip")
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> FusionWork:
+        processor = load(checkpoint)[1] if checkpoint is not None else load_eyes(self.vision_from)[1]
+        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        asked = [train.asked(i, np.random.default_rng(i)) for i in range(len(train))]
+        if not any(asked):
+            raise UserError(f"{self.data.directory} has no questions (vqa.jsonl), which {self.summary} learns from.")
+        if checkpoint is not None:
+            model, processor = load(checkpoint)
+        else:
+            model, processor = self.compose(
+                train, most_frequent((q for some in asked for q in some), self.most_answers)
+            )
+        model.freeze("encoder.vision" if isinstance(model, MultitaskVLM) else "vision")
+        work = MultitaskWork if isinstance(model, MultitaskVLM) else FusionWork
+        return work(self, model, processor, train, asked)
+
+    def compose(self, train: Talk, answers: tuple[str, ...]) -> tuple[nn.Module, Processor]:
+        """The tower of a CLIP, a tokeniser of the data's questions, answers and captions, and all else new."""
+        clip, seen = load_eyes(self.vision_from)
+        encoder = self.model.encoder if isinstance(self.model, MultitaskConfig) else self.model
+        sizes = dict(vocab_size=self.data.vocab_size, image_size=seen.image_size, context=encoder.text.context)
+        words = Processor.train(train.texts(), **sizes)
+        words.tokenizer.add_special_tokens([MASK])
+        read = dict(context=words.context, pad_token=words.pad_token, pad_to_context=False)
+        processor = Processor(words.tokenizer, replace(seen.config, **read))
+        config = completed(self.model, clip.config.vision, answers, processor)
+        model = build(CLASSES[type(config)], config, seed=self.seed)
+        model.vision.load_state_dict(clip.vision.state_dict())
+        return model, processor
+
+
+def completed(config: ModelConfig, vision, answers: tuple[str, ...], processor: Processor) -> ModelConfig:
+    """The config with what follows from tower, data and tokeniser. UserError where these do not fit it."""
+    if isinstance(config, MultitaskConfig):
+        encoder = completed(config.encoder, vision, answers, processor)
+        return replace(config, encoder=encoder, end_token=processor.end_token, pad_token=processor.pad_token)
+    text = replace(config.text, vocab_size=processor.vocab_size)
+    try:
+        width = vision.features_at(config.vision_layer)[1]
+        seen = dict(region_width=width) if isinstance(config, FusionConfig) else {}
+        return replace(config, vision=vision, text=text, answers=answers, **seen)
+    except ValueError as error:
+        raise UserError(f"the model cannot be built: {error}.") from None
+
+
+class FusionWork(PrefixWork):
+    """Questions, and in every `captions_every`-th step captions, with what the frozen tower saw."""
+
+    def __init__(self, recipe: FusionRecipe, model, processor: Processor, train: Talk, asked: list[list[Question]]):
+        origins = {"vision": recipe.vision_from, "encoder": f"new, tower {recipe.vision_from}"}
+        super().__init__(recipe, model, processor, train, origins=origins, answers=True)
+        if not train.one_picture_each:
+            raise UserError(f"{recipe.data.directory} asks about several pictures at once, or none: it has to be one.")
+        self.list = AnswerList(getattr(model.config, "encoder", model.config).answers)
+        known = [[self.list.knows(question) for question in some] for some in asked]
+        self.samples = [i for i, some in enumerate(known) if any(some)]
+        self.n = len(self.samples)
+        if self.n < recipe.batch_size:
+            raise UserError(
+                f"a batch of {recipe.batch_size} cannot be filled from the {self.n} training samples with an answer "
+                f"on the list; choose --batch_size {max(1, self.n)} or less, or more --most_answers."
+            )
+        self.questions_asked = sum(map(len, known))
+        self.outside = self.questions_asked - sum(map(sum, known))
+        self.has_captions = bool(train.captions(0))
+        self.mask_token = processor.tokenizer.token_to_id(MASK)
+        self.special = {processor.start_token, processor.end_token, processor.pad_token}
+
+    def notes(self) -> list[str]:
+        """How large the list is, and how many questions it leaves without an answer."""
+        recipe, answers = self.recipe, len(self.list.answers)
+        notes = [
+            *Speaking.notes(self),
+            f"{answers} answers to choose from; {self.outside} of {self.questions_asked} questions that were looked at "
+            "have none of them, and are not learnt from",
+        ]
+        if recipe.captions_every and not self.has_captions:
+            notes.append(f"{recipe.data.directory} has no captions: questions alone are learnt from")
+        return notes
+
+    def ids(self, step: int) -> list[str]:
+        return [self.train.key(self.samples[i]) for i in self.indices(step)]
+
+    def progress(self, line: dict[str, float]) -> str:
+        """The losses of the step, each beside that of a model which knows nothing, where that is known."""
+        chance, told = self.model.chance_losses(), []
+        for name in line.keys() - {"step", "loss", "gradient_norm", "learning_rate"}:
+            told.append(f"{name} {line[name]:.2f}" + (f" (chance {chance[name]:.2f})" if name in chance else ""))
+        return ", ".join(sorted(told))
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """The arguments of `model.losses`, for a step of questions or of captions, of process `rank` of W."""
+        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
+        every = self.recipe.captions_every if self.has_captions else 0
+        read = self.captions if every and step % every == every - 1 else self.questions
+        return {**read(share), **self.pictures([index for index, _ in share])}
+
+    def questions(self, share: list[tuple[int, np.random.Generator]]) -> dict[str, Tensor]:
+        """tokens, mask (B, T), answers (B, A): a question about each picture whose answer is on the list."""
+        chosen = [self.question(index, rng) for index, rng in share]
+        tokens, mask = self.processor.text([question.text for question in chosen], cut=True)
+        answers = torch.from_numpy(np.stack([self.list.weights(question) for question in chosen]))
+        return {"tokens": tokens, "mask": mask, "answers": answers}
+
+    def question(self, index: int, rng: np.random.Generator) -> Question:
+        asked = [question for question in self.train.asked(index, rng) if self.list.knows(question)]
+        return asked[rng.integers(len(asked))] if asked else Question(index, "", ())  # which adds nothing to the loss
+
+    def captions(self, share: list[tuple[int, np.random.Generator]]) -> dict[str, Tensor]:
+        """tokens, mask, labels (B, T), matches (B,), hidden (B, R): true captions, partly hidden, and false ones."""
+        regions = self.model.config.vision.features_at(self.model.config.vision_layer)[0]
+        rows, labels, hidden, matches = [], [], [], []
+        for index, rng in share:
+            false = self.false_caption(index, rng) if rng.random() < 0.5 else None
+            hide = self.recipe.hide if self.recipe.hide != "either" else "words" if rng.random() < 0.5 else "regions"
+            [row] = self.processor.encode([false or self.caption(index, rng)])
+            shown, label = self.hide(self.processor.cut(row), rng, words=false is None and hide != "regions")
+            rows.append(shown)
+            labels.append(label)
+            hidden.append(hide_regions(regions, rng) & (false is None and hide != "words"))
+            matches.append(false is None)
+        tokens, mask = pad(rows, self.processor.pad_token), pad([[1] * len(row) for row in rows], 0).bool()
+        batch = {"tokens": tokens, "mask": mask, "matches": torch.tensor(matches)}
+        if "words" in self.model.config.heads:
+            batch["labels"] = pad(labels, IGNORED)
+        if "regions" in self.model.config.heads:
+            batch["hidden"] = torch.from_numpy(np.stack(hidden))
+        return batch
+
+    def hide(self, row: list[int], rng: np.random.Generator, *, words: bool) -> tuple[list[int], list[int]]:
+        if not words:
+            return row, [IGNORED] * len(row)
+        sizes = dict(mask_token=self.mask_token, vocab_size=self.processor.vocab_size, special=self.special)
+        return hide_words(row, rng, **sizes)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        known = self.train.captions(index)
+        return known[int(rng.random() * len(known))]
+
+    def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
+        """One that is nearly right, where the data have some; else, and as often, that of another picture."""
+        if rng.random() < 0.5 and (false := self.train.false_caption(index, rng)) is not None:
+            return false
+        other = self.caption(self.samples[int(rng.integers(self.n))], rng)
+        return None if other in self.train.captions(index) else other
+
+    # ---- what was learnt ---------------------------------------------------------------------------------------------
+
+    def validate(self) -> float:
+        return self.answers_score()
+
+    def evaluate(self) -> dict[str, Score]:
+        return evaluate.evaluate(self.model, self.processor, self.recipe.data.directory)
+
+    def next_commands(self, out: Path) -> list[str]:
+        test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
+        asked = test.questions()[0]
+        picture = quote(str(Path(self.recipe.data.directory) / test.key(asked.index)))
+        return [f"python sample.py answer {out} {picture} {quote(asked.text)}"]
+
+
+class MultitaskWork(FusionWork):
+    """A question and a caption about every picture."""
+
+    def __init__(self, recipe: FusionRecipe, *parts):
+        super().__init__(recipe, *parts)
+        if not self.has_captions:
+            raise UserError(f"{recipe.data.directory} has no captions (captions.jsonl), which two of three tasks need.")
+
+        tasks = self.model.config.tasks  # the first of these is judged while it trains
+        names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
+        self.judged = next(task for task in names if task in tasks)
+        self.score_name = names[self.judged]
+
+    def validate(self) -> float:
+        if self.judged != "search":
+            return self.answers_score() if self.judged == "answer" else self.captions_score()
+        pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.image_size)
+        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
+
+    def picture(self, path: Path) -> None:
+        if self.judged != "search":
+            super().picture(path)
+        else:
+            evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
+        asked = self.questions(share)
+        tokens, mask = self.processor.text([self.caption(index, rng) for index, rng in share], cut=True)
+        question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
+        return {"tokens": tokens, "mask": mask, **question, **self.pictures([index for index, _ in share])}
+
+    def progress(self, line: dict[str, float]) -> str:
+        """Each task's loss as a share of what knowing nothing costs."""
+        return ", ".join(f"{task} {line[task]:.2f}" for task in self.model.config.tasks) + " (1: knows nothing)"
+
+    def next_commands(self, out: Path) -> list[str]:
+        folder = Path(self.recipe.data.directory) / "test"
+        more = (
+            [f'python sample.py search {out} {folder} "a red circle" --top 8 --save sheet.png']
+            if folder.is_dir()
+            else []
+        )
+        return [*super().next_commands(out), f"python sample.py caption {out} {self.held_out_picture()}", *more]
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+WORDS = BERTConfig(width=128, depth=4, heads=4, vocab_size=512, context=64, norm_eps=1e-5)
+TOWER = dict(vision=CONTRAST_RECIPES["clip-resnet"].model.vision, vision_layer=-2)
+COMMON = dict(text=WORDS, region_width=256, answers=("yes", "no"), **TOWER)
+SMALL = dict(
+    measured="not yet trained at length",
+    optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
+    steps=2000,
+    batch_size=128,
+    save_every=500,
+)
+
+FUSION_RECIPES = {
+    "visualbert": FusionRecipe(
+        summary="VisualBERT: regions are words of another type, in one BERT with the question",
+        model=VisualBERTConfig(**COMMON, region_positions=True, heads=("words", "matching")),
+        **SMALL,
+    ),
+    "uniter": FusionRecipe(
+        summary="UNITER: words and regions in one encoder, which also learns to align them",
+        model=UNITERConfig(**COMMON, heads=("words", "regions", "matching")),
+        hide="either",
+        **SMALL,
+    ),
+    "vilbert": FusionRecipe(
+        summary="ViLBERT: a stream for words and one for regions, connected by co-attention",
+        model=ViLBERTConfig(
+            **COMMON,
+            heads=("words", "regions", "matching"),
+            regions=TransformerConfig(width=128, depth=2, heads=4, norm_place="post"),
+            connections=2,
+            joint_heads=4,
+            joint_width=128,
+        ),
+        hide="both",
+        **SMALL,
+    ),
+    "vqa": FusionRecipe(
+        summary="the plain VQA model: an image encoder, a question encoder, fusion, a list of answers",
+        model=VQAConfig(
+            text=replace(WORDS, depth=2),
+            fusion=TransformerConfig(width=128, depth=3, heads=4, cross_attention_every=1),
+            answers=("yes", "no"),
+            **TOWER,
+        ),
+        captions_every=0,
+        **SMALL,
+    ),
+    "multitask": FusionRecipe(
+        summary="captions, answers and search by one encoder of words and regions",
+        model=MultitaskConfig(
+            encoder=VisualBERTConfig(
+                **COMMON | {"text": replace(WORDS, context=96)}, region_positions=True, answer_at="first"
+            ),
+            end_token=0,
+        ),
+        **SMALL,
+    ),
+}

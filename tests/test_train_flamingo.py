@@ -1,0 +1,147 @@
+"""Flamingo through train.py: only what is new learns, its gates are told, and lessons are learnt where they can be."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import minivlm
+import train
+from minivlm import recipes
+from minivlm.conversation import IGNORED
+from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes_shots import Named
+from minivlm.errors import UserError
+from minivlm.recipes.flamingo import lesson_sample
+from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
+from tests.test_train_speak import SHORT, arguments, weights
+
+RESAMPLER = {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2, latents=3).items()}
+FLAMINGO = SHORT | RESAMPLER | {"optimiser.warmup": 0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, little_to_judge_by):
+    """With enough pictures of each look for a lesson."""
+    directory = tmp_path_factory.mktemp("data") / "world"
+    make_shapes(directory, train=3000, image_size=32, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def built(bases, world):  # noqa: F811
+    ours = {"data": world, "vision_from": bases / "clip", "language_from": bases / "lm", "out": bases / "flamingo"}
+    train.main(arguments("flamingo", **FLAMINGO, **ours, lessons=0.5))
+    return bases
+
+
+def work_of(built, data, **options):
+    given = {"data": data, "vision_from": built / "clip", "language_from": built / "lm"}
+    return recipes.command_line(arguments("flamingo", **FLAMINGO | given | options))[1].start(quiet=True)
+
+
+def test_resampler_and_gated_layers_learn_and_nothing_else(built):
+    flamingo = weights(built / "flamingo")
+    assert the_same(part(flamingo, "vision"), part(weights(built / "clip"), "vision"))
+    base, speaker = weights(built / "lm"), part(flamingo, "language_model")
+    for name, tensor in base.items():
+        assert torch.equal(speaker[name][: len(tensor)], tensor), name  # the mark <image> may have a row of its own
+    optimised = load_file(built / "flamingo/checkpoints/step-000004/training.safetensors")
+    assert {name.split(".")[1] for name in optimised if name.startswith("optimiser.")} == {"resampler", "gated"}
+    assert all(
+        tensor.any() for name, tensor in flamingo.items() if name.endswith("_gate")
+    )  # zero before the first step
+
+
+def test_the_scores_have_answers_and_words_from_examples_with_both_controls(built):
+    scores = json.loads((built / "flamingo/metrics.json").read_text())
+    assert {"accuracy", "accuracy, blind", "0 shots", "2 shots", "8 shots, labels shuffled"} <= scores.keys()
+    assert {"2 shots, pictures shuffled", "2 shots, told in words"} <= scores.keys()
+
+
+def test_it_starts_as_the_language_model_and_tells_how_far_its_gates_are_open(built, world):
+    work = work_of(built, world)
+    assert "gates 0.00" in work.progress({"loss": 1.0})
+    with torch.no_grad():
+        work.model.gated[0].attention_gate.fill_(1.0)
+    assert "gates 0.38" in work.progress({"loss": 1.0})  # tanh(1) of one of two
+
+
+def test_a_batch_has_conversations_and_lessons_each_picture_for_its_mark(built, world):
+    work = work_of(built, world, lessons=0.5)
+    work.prepare(torch.device("cpu"), torch.float32)
+    batch = work.batch(0)
+    marks = (batch["tokens"] == work.model.config.image_token).sum(dim=1)
+    assert 1 in marks and marks.max() > 3
+    assert len(batch["features"]) == marks.sum()
+    assert (batch["labels"] != work.model.config.image_token).all()
+    assert all(torch.equal(a, b) for a, b in zip(batch.values(), work.batch(0).values(), strict=True))
+    loss = work.model.losses(**batch)["next token"]
+    assert loss.isfinite()
+
+
+def test_without_lessons_every_sample_is_about_one_picture(built, world):
+    work = work_of(built, world, lessons=0.0)
+    tokens = work.batch(0)["tokens"]
+    assert ((tokens == work.model.config.image_token).sum(dim=1) == 1).all()
+
+
+def test_of_a_lesson_a_word_is_learnt_once_it_was_heard(built, world):
+    processor = work_of(built, world).processor
+    sample = lesson_sample([Named(0, "dax"), Named(1, "wug"), Named(2, "dax"), Named(3, "wug")], processor)
+    said = [label for label in sample.labels if label != IGNORED]
+    assert processor.decode([said]) == ["dax. wug."]
+    whole = processor.ids("".join(f"<image>this is a {word}." for word in ("dax", "wug", "dax", "wug")))
+    assert sample.tokens == [processor.start_token, *whole]
+    assert all(label in (IGNORED, token) for label, token in zip(sample.labels, sample.tokens, strict=True))
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(built, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "finish", lambda run, work: None)
+    monkeypatch.setattr(recipes.flamingo.FlamingoWork, "validate", lambda work: 0.5)
+    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "lessons": 0.5}
+    train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path, stop_at=2))
+    train.main(["flamingo", "--out", str(tmp_path), "--resume", "--device", "cpu", "--precision", "fp32"])
+    assert losses(tmp_path) == losses(built / "flamingo")
+
+
+class TestBadInput:
+    def test_a_t5_cannot_be_read_between(self, built, world):
+        with pytest.raises(UserError, match="holds a T5, no language model"):
+            work_of(built, world, language_from=built / "t5")
+
+    def test_eyes_that_are_none(self, built, world):
+        with pytest.raises(UserError, match="holds a LanguageModel, but a CLIP is wanted"):
+            work_of(built, world, vision_from=built / "lm")
+
+
+class TestInterleaved:
+    @pytest.fixture
+    def pages(self, tmp_path):
+        lines = []
+        for i in range(30):
+            for name, colour in (("a", (220, 20, 20)), ("b", (20, 20, 220))):
+                Image.fromarray(np.full((32, 32, 3), colour, dtype=np.uint8)).save(tmp_path / f"{i}{name}.png")
+            lines.append(
+                [{"image": f"{i}a.png"}, {"text": "a red wall"}, {"image": f"{i}b.png"}, {"text": "and the sky"}]
+            )
+        (tmp_path / "interleaved.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return tmp_path
+
+    def test_a_folder_of_pages_is_learnt_and_judged_by_pages_held_out(self, built, pages, tmp_path, capsys):
+        given = {"data": pages, "vision_from": built / "clip", "language_from": built / "lm", "out": tmp_path / "out"}
+        train.main(arguments("flamingo", **FLAMINGO | given))
+        said = capsys.readouterr().out
+        assert re.search(r"training documents in", said) and "trained" in parts(said)["gated"]
+        scores = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert 1 < scores["perplexity"]["value"] < scores["perplexity"]["chance"] * 100
+        assert (tmp_path / "out/picture.png").exists()
+        assert type(minivlm.load(tmp_path / "out")[0]).__name__ == "Flamingo"
+
+    def test_every_mark_of_a_batch_has_its_picture(self, built, pages):
+        batch = (work := work_of(built, pages)).batch(0)
+        assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum() == 16
