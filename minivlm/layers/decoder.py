@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.attention import Attention, KeysValues, attend, expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
-from minivlm.layers.transformer import Block, Transformer
+from minivlm.layers.transformer import Between, Block, Transformer
 
 if TYPE_CHECKING:
     from minivlm.layers.language_model import LanguageModel
@@ -81,8 +81,10 @@ class Packed:
         cache: Cache,
         read: list[KeysValues] | None = None,
         read_mask: Tensor | None = None,
+        between: Between | None = None,
     ) -> Tensor:
-        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read, read_mask (B, S): see `Transformer.remember`."""
+        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read, read_mask (B, S): see `Transformer.remember`;
+        between: see `Transformer`. What stands between is not packed."""
         stack = self.model.speaker
         rope = stack.rotary(positions)
         rope = None if rope is None else rope.to(self.dtype)
@@ -91,6 +93,8 @@ class Packed:
         past = Sight.of(cache.visible, bias, x, attention, self.dtype)
         page = Sight.of(expand_mask(read_mask), None, x, attention, self.dtype)
         for index, block in enumerate(self.blocks):
+            if between is not None:
+                x = between(index, x[:, None])[:, 0]
             x = block(x, rope, cache.layer(index), past, None if read is None else read[index], page)
         cache.advance(None, 1)
         return x
@@ -105,13 +109,13 @@ class PackedDecoder(Packed):
         super().__init__(model, dtype)
         self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=dtype)
 
-    def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: Cache, between: Between | None = None) -> Tensor:
         model = self.model
         x = model.embed(tokens)  # (B, D)
         positions = cache.begin(1)  # (1,), or (B, 1)
         if model.position_embedding is not None:
             x = x + model.position_embedding(positions[..., 0] + model.config.position_offset)
-        x = self.run(x, positions, cache)
+        x = self.run(x, positions, cache, between=between)
         x = x if model.norm is None else model.norm(x)
         return self.head(x if self.project_out is None else self.project_out(x))
 

@@ -218,9 +218,7 @@ class LMDecoding:
     def step(self, tokens: Tensor) -> None:
         if self.room < 1:
             raise ValueError("there is no room for another token; begin with more")
-        if (
-            self.steps == 0 and self.between is None
-        ):  # not before the first token is out: copying the weights takes as long as some steps
+        if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
             self.packed = self.model.packed(self.cache.keys.dtype)
         self.logits = self.predict(tokens)
         self.steps, self.room = self.steps + 1, self.room - 1
@@ -229,7 +227,7 @@ class LMDecoding:
     def predict(self, tokens: Tensor) -> Tensor:
         """tokens (B,) → logits (B, V) of what follows."""
         if self.packed is not None:
-            return self.packed(tokens, self.cache).float()
+            return self.packed(tokens, self.cache, self.between).float()
         hidden = self.model.states(self.model.embed(tokens[:, None]), cache=self.cache, between=self.between)
         return self.model.head(hidden[:, 0]).float()
 

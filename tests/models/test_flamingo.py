@@ -226,6 +226,18 @@ class TestImages:
         model.generate(pictures(2, 2), TOKENS, max_new_tokens=5, end_tokens=())
         assert len(seen) == 2
 
+    def test_speaks_with_packed_weights_as_with_plain_ones(self, monkeypatch):
+        model, images = flamingo().float(), pictures(2, 2).float()
+        begin = lambda: model.begin(images, TOKENS, MASK, room=3)
+        packed, plain = begin(), begin()
+        for token in (20, 21, 22):
+            packed.step(torch.full((2,), token))
+            with monkeypatch.context() as patch:
+                patch.setattr(model.language_model, "packed", lambda dtype: None)
+                plain.step(torch.full((2,), token))
+            assert packed.packed is not None and plain.packed is None
+            assert_same(packed.logits, plain.logits)
+
     def test_what_is_said_sees_what_the_prompt_saw_last(self):
         model, images = flamingo(), pictures(2, 2)
         decoding = model.begin(images, TOKENS, MASK, room=2)
