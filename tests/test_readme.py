@@ -11,6 +11,7 @@ from PIL import Image
 
 import sample
 import train
+from minivlm import evaluate
 from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
@@ -33,6 +34,7 @@ SMALL = {  # the options that make a recipe tiny
     "llava": RUN,
     "blip2-stage1": RUN | QFORMER | {"embed_width": 8, "vision_from": "out/clip"},
     "blip2": RUN,
+    "flamingo": RUN | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()} | {"vision_from": "out/clip"},
     "captioner": RUN
     | VOCABULARY
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}
@@ -88,6 +90,8 @@ def test_every_command_runs(desk, little_to_judge_by, monkeypatch):
             train_small(words[2:])
         elif words[:2] == ["python", "sample.py"]:
             sample.main(words[2:])
+        elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
+            evaluate.main(words[3:])
         elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:
             with pytest.raises(SystemExit) as stop:
                 check.main(words[3:])

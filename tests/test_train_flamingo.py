@@ -119,6 +119,13 @@ class TestBadInput:
             work_of(built, world, vision_from=built / "lm")
 
 
+    def test_a_world_of_too_few_looks(self, built, tmp_path):
+        make_shapes(tmp_path / "few", seed=1, train=8, image_size=32, progress=False)
+        with pytest.raises(UserError, match=r"shows only \d looks alone, but a lesson has up to 4: make a world with more"):
+            work_of(built, tmp_path / "few")
+        assert work_of(built, tmp_path / "few", lessons=0.0).lessons is None
+
+
 class TestInterleaved:
     @pytest.fixture
     def pages(self, tmp_path):

@@ -21,6 +21,7 @@ from minivlm.datasets.shapes_scenes import SEEN, UNSEEN, Scenes, draw_scenes
 
 EPISODE_PICTURES = 1 << 50  # a stream of draws far from those that splits and texts use
 OF_EACH_LOOK = 16  # pictures that held-out episodes are drawn from
+MOST_WAYS = 4  # looks of a lesson
 LOOKS = {"seen": SEEN, "unseen": UNSEEN}
 
 
@@ -54,18 +55,20 @@ class Lessons:
         return cls(scenes.classes[alone, 0], alone)
 
     def draw(self, rng: np.random.Generator, order: np.ndarray, *, held_out: bool) -> list[Named]:
-        """New words for as many looks as `order` names, and a picture of each look in that order, none twice."""
+        """New words for as many looks as `order` names, and pictures of these looks in that order; none twice, as long as a
+        look has enough."""
         ways = int(order.max()) + 1
         words = new_words(rng, ways, held_out=held_out)
         looks = [self.pictures[i] for i in rng.permutation(len(self.pictures))[:ways]]
-        fresh = [
-            iter(rng.choice(look, size=int((order == way).sum()), replace=False)) for way, look in enumerate(looks)
-        ]
+        fresh = []
+        for way, look in enumerate(looks):
+            n = int((order == way).sum())
+            fresh.append(iter(rng.choice(look, size=n, replace=n > len(look))))
         return [Named(int(next(fresh[way])), words[way]) for way in order.tolist()]
 
     def lesson(self, rng: np.random.Generator) -> list[Named]:
         """For training: four to nine pictures of two to four looks, each as likely at each place."""
-        ways = int(rng.integers(2, 5))
+        ways = int(rng.integers(2, MOST_WAYS + 1))
         order = rng.integers(ways, size=rng.integers(ways + 2, 10))
         order[rng.choice(len(order), size=ways, replace=False)] = np.arange(ways)  # every look is there
         return self.draw(rng, order, held_out=False)

@@ -19,7 +19,7 @@ from minivlm.checkpoint import load
 from minivlm.conversation import IGNORED, MARK, Sample
 from minivlm.datasets.interleaved import is_interleaved
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_shots import Lessons, Named, shot_episodes
+from minivlm.datasets.shapes_shots import MOST_WAYS, Lessons, Named, shot_episodes
 from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
@@ -117,6 +117,11 @@ class FlamingoWork(PrefixWork):
         world = isinstance(train, ShapesTalk)
         self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
         if self.lessons is not None:
+            if len(self.lessons.pictures) < MOST_WAYS:
+                raise UserError(
+                    f"{recipe.data.directory} shows only {len(self.lessons.pictures)} looks alone, but a lesson has up to "
+                    f"{MOST_WAYS}: make a world with more pictures, or leave lessons out with --lessons 0."
+                )
             self.score_name = "accuracy of answers and of new words"
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:

@@ -73,6 +73,11 @@ def test_the_place_of_an_example_tells_nothing_about_the_answer(lessons):
     assert np.abs(agree / 2000 - 0.5).max() < 0.04  # 3.5 standard deviations
 
 
+def test_where_a_look_has_too_few_pictures_some_are_shown_again():
+    lesson = Lessons(np.array([3, 7])).draw(np.random.default_rng(0), np.array([0, 1, 0, 1]), held_out=False)
+    assert sorted(picture for picture, _ in lesson) == [0, 0, 1, 1]
+
+
 class TestHeldOutEpisodes:
     def test_the_same_every_time(self):
         a, b = (shot_episodes(3, shots=2, seed=5, image_size=32) for _ in range(2))
