@@ -34,7 +34,9 @@ SMALL = {  # the options that make a recipe tiny
     "llava": RUN,
     "blip2-stage1": RUN | QFORMER | {"embed_width": 8, "vision_from": "out/clip"},
     "blip2": RUN,
-    "flamingo": RUN | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()} | {"vision_from": "out/clip"},
+    "flamingo": RUN
+    | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()}
+    | {"vision_from": "out/clip"},
     "captioner": RUN
     | VOCABULARY
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}

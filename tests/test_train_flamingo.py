@@ -16,7 +16,7 @@ from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes_shots import Named
 from minivlm.errors import UserError
-from minivlm.recipes.flamingo import lesson_sample
+from minivlm.recipes.lessons import lesson_sample
 from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
 from tests.test_train_speak import SHORT, arguments, weights
 
@@ -118,10 +118,11 @@ class TestBadInput:
         with pytest.raises(UserError, match="holds a LanguageModel, but a CLIP is wanted"):
             work_of(built, world, vision_from=built / "lm")
 
-
     def test_a_world_of_too_few_looks(self, built, tmp_path):
         make_shapes(tmp_path / "few", seed=1, train=8, image_size=32, progress=False)
-        with pytest.raises(UserError, match=r"shows only \d looks alone, but a lesson has up to 4: make a world with more"):
+        with pytest.raises(
+            UserError, match=r"shows only \d looks alone, but a lesson has up to 4: make a world with more"
+        ):
             work_of(built, tmp_path / "few")
         assert work_of(built, tmp_path / "few", lessons=0.0).lessons is None
 
@@ -152,3 +153,42 @@ class TestInterleaved:
     def test_every_mark_of_a_batch_has_its_picture(self, built, pages):
         batch = (work := work_of(built, pages)).batch(0)
         assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum() == 16
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """Eighteen classes of eight drawings: bars of different places and lengths, and noise."""
+    folder, rng = tmp_path_factory.mktemp("drawings"), np.random.default_rng(0)
+    for split, n in (("train", 6), ("val", 6), ("test", 6)):
+        for i in range(n):
+            (folder / split / f"{split}{i}").mkdir(parents=True)
+            for k in range(8):
+                pixels = rng.integers(200, 256, (32, 32, 3), dtype=np.uint8)
+                pixels[4 * i : 4 * i + 3, 4 : 12 + 2 * i] = 0
+                Image.fromarray(pixels).save(folder / split / f"{split}{i}/{k}.png")
+    return folder
+
+
+class TestClasses:
+    def test_a_folder_of_classes_is_learnt_in_lessons_and_judged_by_classes_held_out(self, built, drawings, tmp_path):
+        given = {"data": drawings, "vision_from": built / "clip", "language_from": built / "lm", "out": tmp_path}
+        train.main(arguments("flamingo", **FLAMINGO | given, freeze_vision="false"))
+        scores = json.loads((tmp_path / "metrics.json").read_text())
+        assert scores["5 shots"]["chance"] == 0.2 and {"0 shots", "5 shots, labels shuffled"} <= scores.keys()
+        before, after = weights(built / "clip"), weights(tmp_path)
+        assert not the_same(part(after, "vision"), part(before, "vision"))  # the tower learnt too
+        assert (tmp_path / "picture.png").exists()
+
+    def test_lessons_show_five_looks_and_each_mark_has_its_picture(self, built, drawings):
+        work = work_of(built, drawings)
+        batch = work.batch(0)
+        assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum()
+        work.prepare(torch.device("cpu"), torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(batch.values(), work.batch(0).values(), strict=True))
+
+    def test_too_few_classes(self, built, tmp_path):
+        for i in range(3):
+            (tmp_path / f"train/{i}").mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / f"train/{i}/a.png")
+        with pytest.raises(UserError, match=r"has \d training classes, but a lesson has up to 5: add some"):
+            work_of(built, tmp_path)

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlm.datasets.folder import SPLIT_NAMES, choose_split
+from minivlm.datasets.folder import SPLIT_NAMES, choose_split, subfolders
+from minivlm.datasets.folder_talk import find_talk
 from minivlm.datasets.images import EXTENSIONS, read_image
+from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_shots import Lessons, Shot, ShotEpisode
 from minivlm.errors import UserError
 
@@ -26,6 +28,13 @@ class PictureClass:
     image: str  # the path of its folder, by which a split is drawn
     split: str | None
     pictures: list[Path] = field(default_factory=list)
+
+
+def is_class_folder(directory: str | os.PathLike) -> bool:
+    """Pictures in sub-folders, and nothing that says more about them."""
+    directory = Path(directory)
+    told = is_world(directory) or find_talk(directory) or (directory / "captions.jsonl").is_file()
+    return not told and directory.is_dir() and bool(subfolders(directory))
 
 
 def class_episodes(

@@ -66,9 +66,9 @@ class Lessons:
             fresh.append(iter(rng.choice(look, size=n, replace=n > len(look))))
         return [Named(int(next(fresh[way])), words[way]) for way in order.tolist()]
 
-    def lesson(self, rng: np.random.Generator) -> list[Named]:
-        """For training: four to nine pictures of two to four looks, each as likely at each place."""
-        ways = int(rng.integers(2, MOST_WAYS + 1))
+    def lesson(self, rng: np.random.Generator, *, most_ways: int = MOST_WAYS) -> list[Named]:
+        """For training: four to nine pictures of two to `most_ways` looks, each as likely at each place."""
+        ways = int(rng.integers(2, most_ways + 1))
         order = rng.integers(ways, size=rng.integers(ways + 2, 10))
         order[rng.choice(len(order), size=ways, replace=False)] = np.arange(ways)  # every look is there
         return self.draw(rng, order, held_out=False)

@@ -37,9 +37,7 @@ class PerceiverConfig:
     activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     qk_norm: QKNorm | None = None
     norm_eps: float = 1e-5
-    places: int = (
-        0  # features a picture has, each given a learnt position: for those of a ResNet, which have none. 0: none
-    )
+    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
     max_images: int = 0  # images or frames that are resampled together, told apart by learnt time embeddings; 0: none
 
 

@@ -33,9 +33,7 @@ class QFormerConfig(TransformerConfig):
     queries: int = 32
     vocab_size: int | None = None  # None: it reads no text
     context: int = 512  # tokens a text may have
-    places: int = (
-        0  # features a picture has, each given a learnt position: for those of a ResNet, which have none. 0: none
-    )
+    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
     norm_place: Literal["post"] = "post"
     norm_eps: float = 1e-12
     cross_attention_every: int = 2

@@ -41,13 +41,9 @@ class BLIPConfig(SeeingConfig):
     roles: Literal["all", "match", "caption", "answer"] = "all"
     embed_width: int = 256
     temperature: float | None = 0.07  # of the contrast, where it starts; None: cosines as they are, nothing to learn
-    places: int = (
-        0  # features a picture has, each given a learnt position: for those of a ResNet, which have none. 0: none
-    )
+    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
     decode_token: int  # begins what is said
-    encode_token: int | None = (
-        None  # begins what is read together with a picture; None: nothing but the tokeniser's own
-    )
+    encode_token: int | None = None  # begins what is read together with a picture; None: the tokeniser's own
     end_token: int
     pad_token: int = 0
     reads_padding: bool = False  # of questions, while it answers, as the published one does

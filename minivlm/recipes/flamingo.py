@@ -16,10 +16,11 @@ import numpy as np
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import IGNORED, MARK, Sample
+from minivlm.conversation import Sample
+from minivlm.datasets.class_episodes import is_class_folder
 from minivlm.datasets.interleaved import is_interleaved
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_shots import MOST_WAYS, Lessons, Named, shot_episodes
+from minivlm.datasets.shapes_shots import MOST_WAYS, Lessons, shot_episodes
 from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
@@ -33,10 +34,11 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.blip2 import load_eyes
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
+from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork, with_image_token
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import TalkConfig, open_train
-from minivlm.tasks.few_shot import END, LEAD
+from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)
@@ -51,6 +53,7 @@ class FlamingoRecipe(Recipe):
     resampler: PerceiverConfig = LATENTS  # its context_width and places follow from the tower
     gated: GatedConfig = field(default_factory=GatedConfig)
     every: int = 1  # a gated layer before every n-th block of the language model
+    freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen
     lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
     data: TalkConfig = field(default_factory=TalkConfig)
 
@@ -68,11 +71,12 @@ class FlamingoRecipe(Recipe):
             language_from=f"{beside}-lm",
         )
 
-    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> FlamingoWork | InterleavedWork:
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Work:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
-        model.freeze("vision", "language_model")
-        if is_interleaved(self.data.directory):
-            work = InterleavedWork(self, model, processor)
+        model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
+        directory = self.data.directory
+        if is_interleaved(directory) or is_class_folder(directory):
+            work = (InterleavedWork if is_interleaved(directory) else LessonsWork)(self, model, processor)
             work.origins = self.origins()
             return work
         train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
@@ -154,19 +158,6 @@ class FlamingoWork(PrefixWork):
             f'python sample.py answer {out} {picture} "how many red shapes are there?"',
             f"python -m minivlm.evaluate {out} --shots 0 1 2 4 8",
         ]
-
-
-def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
-    """A picture and what it is called, one after the other. Learnt is every word that was heard before in the lesson."""
-    tokens = [] if processor.start_token is None else [processor.start_token]
-    labels, heard = [IGNORED] * len(tokens), set()
-    for _, word in lesson:
-        given, whole = processor.ids(f"{MARK}{LEAD}"), processor.ids(f"{MARK}{LEAD} {word}{END}")
-        said = whole[len(given) :]
-        tokens += whole
-        labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))
-        heard.add(word)
-    return Sample(tokens, labels, [])
 
 
 FLAMINGO_RECIPES = {

@@ -63,9 +63,7 @@ class FusionRecipe(Recipe):
     data: TalkConfig = field(default_factory=TalkConfig)
     most_answers: int = 3000  # the most frequent ones are to choose from
     captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
-    hide: Literal["words", "either", "both"] = (
-        "words"  # of a caption's pair: words, words or regions, words and regions
-    )
+    hide: Literal["words", "either", "both"] = "words"  # of a caption's pair; either: words or regions
 
     def needs(self) -> dict[str, str]:
         return {"clip-resnet": self.vision_from}

@@ -151,8 +151,9 @@ class PrefixWork(Speaking):
         return super().notes() + (told if cut else [])
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
-        """The frozen tower sees every training picture once; its features are kept for all epochs."""
-        if self.train.one_picture_each:
+        """A frozen tower sees every training picture once; its features are kept for all epochs."""
+        learns = any(p.requires_grad for p in self.model.vision.parameters())
+        if self.train.one_picture_each and not learns:
             single = lambda indices: [picture for [picture] in self.train.images(indices)]
             self.features = look_once(self.model, self.processor, len(self.train), single, device, precision)
 
