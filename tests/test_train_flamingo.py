@@ -61,6 +61,7 @@ def test_the_scores_have_answers_and_words_from_examples_with_both_controls(buil
     scores = json.loads((built / "flamingo/metrics.json").read_text())
     assert {"accuracy", "accuracy, blind", "0 shots", "2 shots", "8 shots, labels shuffled"} <= scores.keys()
     assert {"2 shots, pictures shuffled", "2 shots, told in words"} <= scores.keys()
+    assert (built / "flamingo/picture.png").exists() and (built / "flamingo/few-shot.png").exists()
 
 
 def test_it_starts_as_the_language_model_and_tells_how_far_its_gates_are_open(built, world):

@@ -118,6 +118,7 @@ class FlamingoRecipe(Recipe):
 class FlamingoWork(PrefixWork):
     def __init__(self, recipe: FlamingoRecipe, model: Flamingo, processor: Processor, train: Talk):
         super().__init__(recipe, model, processor, train, origins=recipe.origins(), answers=True)
+        self.shots: dict[str, Score] = {}  # scores by the number of examples, once it has been judged
         world = isinstance(train, ShapesTalk)
         self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
         if self.lessons is not None:
@@ -148,8 +149,14 @@ class FlamingoWork(PrefixWork):
     def evaluate(self) -> dict[str, Score]:
         scores = super().evaluate()
         if is_world(self.recipe.data.directory):
-            scores |= evaluate.few_shot(self.model, self.processor, self.recipe.data.directory)
-        return scores
+            self.shots = evaluate.few_shot(self.model, self.processor, self.recipe.data.directory)
+        return scores | self.shots
+
+    def picture(self, path: Path) -> None:
+        """Answers and captions; and the curves over the number of examples, in few-shot.png beside it."""
+        super().picture(path)
+        if self.shots:
+            evaluate.few_shot_picture(self.shots, path.with_name("few-shot.png"))
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()

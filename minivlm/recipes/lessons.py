@@ -45,6 +45,7 @@ class LessonsWork(Work):
         self.classes = len(classes)
         self.lessons, self.paths = class_lessons(classes)
         self.pixels: Tensor | None = None
+        self.scores: dict[str, Score] = {}  # once it has been judged
 
     def notes(self) -> list[str]:
         return [f"lessons about {len(self.paths)} pictures of {self.classes} classes in {self.directory}"]
@@ -83,7 +84,7 @@ class LessonsWork(Work):
         return self.scores
 
     def picture(self, path: Path) -> None:
-        evaluate.few_shot_picture(self.scores, path)
+        evaluate.few_shot_picture(self.scores or self.evaluate(), path)
 
     def next_commands(self, out: Path) -> list[str]:
         return [f"python -m minivlm.evaluate {out} --data {self.directory} --ways {WAYS} --shots 0 {WAYS}"]
