@@ -301,7 +301,7 @@ FUSION_RECIPES = {
     "visualbert": FusionRecipe(
         summary="VisualBERT: regions are words of another type, in one BERT with the question",
         model=VisualBERTConfig(**COMMON, region_positions=True, heads=("words", "matching")),
-        **SMALL,
+        **SMALL | {"measured": "4 min on one busy core with --steps 1000: 88 % of balanced questions (1 seed)"},
     ),
     "uniter": FusionRecipe(
         summary="UNITER: words and regions in one encoder, which also learns to align them",
