@@ -97,9 +97,7 @@ def image_mask(tokens: Tensor, image_token: int, images: int, *, latents: int = 
     The i-th mark of a row stands for its i-th image; images beyond a row's marks are seen by none of its tokens.
     Alayrac et al. 2022, §3.1.3 and figure 7: to see only the last image generalises to more images than in training.
     """
-    latest = (tokens == image_token).cumsum(dim=1)[
-        ..., None
-    ]  # (B, T, 1): the number of the last image so far, 0 = none
+    latest = (tokens == image_token).cumsum(dim=1)[..., None]  # (B, T, 1): number of the last image so far, 0 = none
     number = torch.arange(1, images + 1, device=tokens.device)
     match see:
         case "last":

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import generation
 from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import to_the_left
@@ -30,6 +29,7 @@ from minivlm.models.blip_text import BLIPDecoding, begin_with, share
 from minivlm.models.matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
 from minivlm.models.querying import SeeingConfig, SeeingModel
+from minivlm.models.speaking import SpeaksItself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class BLIPOutput:
     losses: dict[str, Tensor]  # by name, as `losses` gives them; none if images and texts are not pairs
 
 
-class BLIP(Matching, SeeingModel):
+class BLIP(SpeaksItself, Matching, SeeingModel):
     """images (B, 3, H, W), tokens (B, T) with the tokeniser's start and end, mask (B, T), labels (B, T) → `BLIPOutput`.
 
     tokens are what is said, and labels the same with −100 = not counted; with roles="answer", tokens are questions and
@@ -324,10 +324,8 @@ class BLIP(Matching, SeeingModel):
         read = self.fuse(self.look(images) if features is None else features, tokens, mask)
         B, A = len(read), len(answers)
         answers = begin_with(self.config.decode_token, answers)
-        first = self.head(self.tell(answers[:1, :1].expand(B, -1), None, read, mask))[:, 0].log_softmax(
-            dim=-1
-        )  # (B, V)
-        chosen = first[:, answers[:, 1]].topk(min(most or A, A), dim=1).indices  # (B, K)
+        first = self.head(self.tell(answers[:1, :1].expand(B, -1), None, read, mask))[:, 0]  # (B, V)
+        chosen = first.log_softmax(dim=-1)[:, answers[:, 1]].topk(min(most or A, A), dim=1).indices  # (B, K)
         K = chosen.shape[1]
         said, real = answers[chosen].flatten(0, 1), answers_mask[chosen].flatten(0, 1)  # (B·K, S)
         mask = None if mask is None else mask.repeat_interleave(K, dim=0)
@@ -343,8 +341,3 @@ class BLIP(Matching, SeeingModel):
     @property
     def language_config(self) -> BERTConfig:
         return self.config.text
-
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
-        return replace(known, **given)

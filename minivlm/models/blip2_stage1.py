@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import generation
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormerConfig, QFormerOutput
 from minivlm.losses import next_token_loss
 from minivlm.models.matching import Matching
 from minivlm.models.querying import QueryingConfig, QueryingModel
+from minivlm.models.speaking import KeepingDecoding, SpeaksItself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class BLIP2Stage1Output:
     text_features: Tensor  # (B', E), unit length
 
 
-class BLIP2Stage1(Matching, QueryingModel):
+class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
     Wherever it takes images, `features` (B, N, C) may be given in their place: what `look` gives, for those who have it.
@@ -164,43 +164,27 @@ class BLIP2Stage1(Matching, QueryingModel):
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         if self.text_head is None:
             raise ValueError("this stage 1 has no text_head, so it can compare and match, but not speak")
-        if (T := tokens.shape[1]) + room > (context := self.config.qformer.context):
-            raise ValueError(f"a beginning of {T} tokens and {room} new ones do not fit the context of {context}")
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        order = mask.long().argsort(dim=1, stable=True)  # padding to the left, so that all rows go on together
-        tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+        tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.qformer.context)
         return Stage1Decoding(self, self.to_be_said(tokens), mask, self.query(images, features), room=room)
 
     @property
     def language_config(self) -> QFormerConfig:
         return self.config.qformer
 
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
-        return replace(known, **given)
 
-
-class Stage1Decoding:
-    """Stage 1 in the middle of a caption (see `generation.Decoding`): what queries and words keep is all it needs."""
+class Stage1Decoding(KeepingDecoding):
+    """Stage 1 in the middle of a caption: what queries and words keep is all it needs."""
 
     def __init__(self, model: BLIP2Stage1, tokens: Tensor, mask: Tensor, seen: QFormerOutput, *, room: int):
-        self.model, self.mask, self.seen, self.room = model, mask, seen, room
+        super().__init__(model, mask, room=room)
+        self.seen = seen
         self.logits = self.predict(tokens)
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
         self.seen = self.model.qformer.tell(tokens, self.mask, after=self.seen)
         hidden = self.model.text_head(self.seen.text[:, -1])
         return (hidden @ self.model.qformer.token_embedding.weight.T).float()
 
-    def step(self, tokens: Tensor) -> None:
-        if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
-        self.mask = F.pad(self.mask, (0, 1), value=True)
-        self.logits, self.room = self.predict(tokens[:, None]), self.room - 1
-
-    def reorder(self, rows: Tensor) -> None:
-        self.mask, self.logits = self.mask[rows], self.logits[rows]
+    def reorder_kept(self, rows: Tensor) -> None:
         self.seen = replace(self.seen, kept=[(k[rows], v[rows]) for k, v in self.seen.kept])

@@ -14,14 +14,13 @@ masks. The third is that of Li et al. 2023 (BLIP-2), figure 2; all three are dra
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm import generation
 from minivlm.errors import UserError, nearest
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
@@ -29,7 +28,7 @@ from minivlm.layers.qformer import attention_mask
 from minivlm.losses import CLIPLoss, next_token_loss
 from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
 from minivlm.models.fusion_losses import answer_loss
-from minivlm.models.speaking import SpeakingModel
+from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
 
 Task = Literal["caption", "answer", "search"]
 TASKS = ("caption", "answer", "search")
@@ -76,7 +75,7 @@ class MultitaskConfig:
         return self.encoder.text.vocab_size
 
 
-class MultitaskVLM(SpeakingModel):
+class MultitaskVLM(SpeaksItself, SpeakingModel):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
     features (B, N, C) may be given in place of images: what `look` gives.
@@ -194,11 +193,6 @@ class MultitaskVLM(SpeakingModel):
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
-        return replace(known, **given)
-
     @torch.no_grad()
     def begin(
         self,
@@ -210,20 +204,15 @@ class MultitaskVLM(SpeakingModel):
         features: Tensor | None = None,
     ) -> CaptionDecoding:
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
-        if (T := tokens.shape[1]) + room > (context := self.config.encoder.text.context):
-            raise ValueError(f"a beginning of {T} tokens and {room} new ones do not fit the context of {context}")
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        order = mask.long().argsort(dim=1, stable=True)  # padding to the left, so that all rows go on together
-        return CaptionDecoding(
-            self, self.regions(images, features), tokens.gather(1, order), mask.gather(1, order), room=room
-        )
+        tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.encoder.text.context)
+        return CaptionDecoding(self, self.regions(images, features), tokens, mask, room=room)
 
 
-class CaptionDecoding:
-    """In the middle of a caption (see `generation.Decoding`). Regions never see words, so theirs is kept too."""
+class CaptionDecoding(KeepingDecoding):
+    """In the middle of a caption. Regions never see words, so theirs is kept too."""
 
     def __init__(self, model: MultitaskVLM, regions: Tensor, tokens: Tensor, mask: Tensor, *, room: int):
-        self.model, self.mask, self.room = model, mask, room
+        super().__init__(model, mask, room=room)
         self.R = regions.shape[1]
         self.kept = [Kept() for _ in model.encoder.bert.transformer.blocks]
         self.read(regions, mask.new_ones(len(mask), self.R, self.R))
@@ -239,21 +228,13 @@ class CaptionDecoding:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
         T = tokens.shape[1]
         positions = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         x = self.model.encoder.bert.embed(tokens, positions=positions)
         x = self.read(x, attention_mask("causal", self.R, self.mask)[:, -T:])
         return self.model.word_logits(x[:, -1]).float()
 
-    def step(self, tokens: Tensor) -> None:
-        if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
-        self.mask = F.pad(self.mask, (0, 1), value=True)
-        self.logits, self.room = self.predict(tokens[:, None]), self.room - 1
-
-    def reorder(self, rows: Tensor) -> None:
-        self.mask, self.logits = self.mask[rows], self.logits[rows]
+    def reorder_kept(self, rows: Tensor) -> None:
         for kept in self.kept:
             kept.keys, kept.values = kept.keys[rows], kept.values[rows]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import generation
@@ -27,6 +29,56 @@ class SpeakingModel(Speaks, Model):
     def options(self, **given) -> generation.Options:
         """What is not given is as the language model's config says."""
         return self.language_model.options(**given)
+
+
+class SpeaksItself:
+    """For a `SpeakingModel` whose text side is its own: its config says end_token and pad_token."""
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as the config says."""
+        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
+        return replace(known, **given)
+
+    @staticmethod
+    def beginnings(tokens: Tensor, mask: Tensor | None, *, room: int, context: int) -> tuple[Tensor, Tensor]:
+        """tokens, mask (B, T) → the same with all padding on the left, so that all rows go on together.
+
+        Raises ValueError if these and `room` more tokens do not fit the context.
+        """
+        if (T := tokens.shape[1]) + room > context:
+            raise ValueError(f"a beginning of {T} tokens and {room} new ones do not fit the context of {context}")
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        order = mask.long().argsort(dim=1, stable=True)
+        return tokens.gather(1, order), mask.gather(1, order)
+
+
+class KeepingDecoding:
+    """A model in the middle of a text (see `generation.Decoding`) that keeps what it needs of what was read so far.
+
+    mask (B, S): True = a real token. A subclass defines `predict` and `reorder_kept`.
+    """
+
+    def __init__(self, model: nn.Module, mask: Tensor, *, room: int):
+        self.model, self.mask, self.room = model, mask, room
+        self.logits: Tensor
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T), the last that `mask` counts, are read and kept → logits (B, V) of what follows."""
+        raise NotImplementedError
+
+    def reorder_kept(self, rows: Tensor) -> None:
+        """What is kept, where row i goes on as row rows[i] did."""
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor) -> None:
+        if self.room < 1:
+            raise ValueError("there is no room for another token; begin with more")
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        self.logits, self.room = self.predict(tokens[:, None]), self.room - 1
+
+    def reorder(self, rows: Tensor) -> None:
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        self.reorder_kept(rows)
 
 
 def check_decoder(language: Any, who: str) -> None:
