@@ -32,7 +32,8 @@ from minivlm.models.blip import BLIP, BLIPConfig
 from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.blip2 import Stage1, load_eyes
+from minivlm.recipes.blip2 import Stage1
+from minivlm.recipes.parts import load_eyes
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.training import OptimiserConfig
 

@@ -34,7 +34,8 @@ from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once
-from minivlm.recipes.llava import PrefixWork, with_image_token
+from minivlm.recipes.llava import PrefixWork
+from minivlm.recipes.parts import eyes_and_words, load_eyes, with_image_token
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -49,14 +50,6 @@ def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> d
     width = sum(clip.config.vision.features_at(layer)[1] for layer in layers)
     qformer = replace(qformer, context_width=width, places=places_of(clip.config.vision, layers[0]), **text)
     return dict(vision=clip.config.vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
-
-
-def load_eyes(source: str) -> tuple[torch.nn.Module, Processor]:
-    """A model that compares pictures with texts, for its vision tower."""
-    clip, processor = load(source)
-    if not hasattr(clip, "encode_image") or not hasattr(clip, "vision"):
-        raise UserError(f"--vision_from {source} holds a {type(clip).__name__}, but a CLIP is wanted.")
-    return clip, processor
 
 
 # ---- stage 1 ---------------------------------------------------------------------------------------------------------
@@ -250,26 +243,19 @@ class BLIP2Recipe(Recipe):
         if not self.from_scratch:
             wanted = model.qformer.state_dict()  # the text's half stays behind
             model.qformer.load_state_dict({name: eyes.qformer.state_dict()[name] for name in wanted})
-        sees = dict(image_tokens=config.image_tokens, context=speaker.config.context, pad_to_context=False)
-        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
-        if self.lm == "t5" and spoken["chat"] == "plain":
-            spoken["chat"] = "encoder"
-        return model, Processor(words.tokenizer, replace(seen.config, **sees, **spoken))
+        processor = eyes_and_words(seen, words, image_tokens=config.image_tokens, context=speaker.config.context)
+        if self.lm == "t5" and processor.config.chat == "plain":
+            processor = Processor(words.tokenizer, replace(processor.config, chat="encoder"))
+        return model, processor
 
     def load_speaker(self) -> tuple[LanguageModel | T5, Processor]:
         speaker, words = load(self.speaker)
         wanted = {"lm": LanguageModel, "t5": T5}[self.lm]
         if not isinstance(speaker, wanted):
-            other = (
-                " with --lm t5"
-                if isinstance(speaker, T5)
-                else " with --lm lm"
-                if isinstance(speaker, LanguageModel)
-                else ""
-            )
-            hint = f"; take it{other}" if other else ""
+            other = {LanguageModel: "; take it with --lm lm", T5: "; take it with --lm t5"}
             raise UserError(
-                f"--lm {self.lm} wants a {wanted.__name__}, but {self.speaker} holds a {type(speaker).__name__}{hint}."
+                f"--lm {self.lm} wants a {wanted.__name__}, but {self.speaker} holds a "
+                f"{type(speaker).__name__}{other.get(type(speaker), '')}."
             )
         return with_image_token(speaker, words)
 
@@ -308,11 +294,7 @@ class BLIP2Work(PrefixWork):
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()
-        return [
-            f"python sample.py caption {out} {picture}",
-            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
-            f"python sample.py attend {out} {picture} --save maps.png",
-        ]
+        return [*super().next_commands(out), f"python sample.py attend {out} {picture} --save maps.png"]
 
 
 BLIP2_RECIPES = {

@@ -25,17 +25,16 @@ from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.gated_cross_attention import GatedConfig
-from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.tower import places_of
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.blip2 import load_eyes
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
-from minivlm.recipes.llava import PrefixWork, with_image_token
+from minivlm.recipes.llava import PrefixWork
+from minivlm.recipes.parts import eyes_and_words, load_decoder, load_eyes
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -88,12 +87,7 @@ class FlamingoRecipe(Recipe):
     def compose(self) -> tuple[Flamingo, Processor]:
         """Eyes and language model put together, with a new resampler and new gated layers between them."""
         clip, eyes = load_eyes(self.vision_from)
-        speaker, words = load(self.language_from)
-        if not isinstance(speaker, LanguageModel):
-            raise UserError(
-                f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model."
-            )
-        speaker, words = with_image_token(speaker, words)
+        speaker, words = load_decoder(self.language_from)
         vision = clip.config.vision
         width = sum(vision.features_at(layer)[1] for layer in self.vision_layers)
         config = FlamingoConfig(
@@ -110,9 +104,7 @@ class FlamingoRecipe(Recipe):
         model = build(Flamingo, config, seed=self.seed)
         model.vision.load_state_dict(clip.vision.state_dict())
         model.language_model.load_state_dict(speaker.state_dict())
-        sees = dict(image_tokens=config.image_tokens, context=speaker.config.context, pad_to_context=False)
-        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
-        return model, Processor(words.tokenizer, replace(eyes.config, **sees, **spoken))
+        return model, eyes_and_words(eyes, words, image_tokens=config.image_tokens, context=speaker.config.context)
 
 
 class FlamingoWork(PrefixWork):
@@ -159,12 +151,7 @@ class FlamingoWork(PrefixWork):
             evaluate.few_shot_picture(self.shots, path.with_name("few-shot.png"))
 
     def next_commands(self, out: Path) -> list[str]:
-        picture = self.held_out_picture()
-        return [
-            f"python sample.py caption {out} {picture}",
-            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
-            f"python -m minivlm.evaluate {out} --shots 0 1 2 4 8",
-        ]
+        return [*super().next_commands(out), f"python -m minivlm.evaluate {out} --shots 0 1 2 4 8"]
 
 
 FLAMINGO_RECIPES = {

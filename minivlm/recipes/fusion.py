@@ -38,9 +38,9 @@ from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.blip2 import load_eyes
 from minivlm.recipes.contrast import CONTRAST_RECIPES
 from minivlm.recipes.llava import PrefixWork
+from minivlm.recipes.parts import load_eyes
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -31,11 +32,11 @@ class LessonsWork(Work):
     """Learnt are the names of classes, new in every lesson; judged are classes held out, one example each."""
 
     score_name = f"new words, {WAYS} ways, an example each"
-    chance_text = f"chance {1 / WAYS:.0%}"
 
     def __init__(self, recipe: Recipe, model: Flamingo, processor: Processor):
         super().__init__(recipe, model, processor, EPOCH)
         self.directory = recipe.data.directory
+        self.chance_text = f"uniform {math.log(processor.vocab_size):.2f}"
         classes = read_classes(Path(self.directory), "train")
         if len(classes) < WAYS:
             raise UserError(
@@ -51,7 +52,7 @@ class LessonsWork(Work):
         return [f"lessons about {len(self.paths)} pictures of {self.classes} classes in {self.directory}"]
 
     def progress(self, line: dict[str, float]) -> str:
-        return f"loss {line['loss']:.3f}, gates {gates_text(self.model)}"
+        return f"{super().progress(line)}, gates {gates_text(self.model)}"
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """Every picture is read once, if all of them fit into memory."""
@@ -94,8 +95,9 @@ def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
     """A picture and what it is called, one after the other. Learnt is every word that was heard before in the lesson."""
     tokens = [] if processor.start_token is None else [processor.start_token]
     labels, heard = [IGNORED] * len(tokens), set()
+    given = processor.ids(f"{MARK}{LEAD}")
     for _, word in lesson:
-        given, whole = processor.ids(f"{MARK}{LEAD}"), processor.ids(f"{MARK}{LEAD} {word}{END}")
+        whole = processor.ids(f"{MARK}{LEAD} {word}{END}")
         said = whole[len(given) :]
         tokens += whole
         labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))

@@ -22,14 +22,13 @@ from minivlm.checkpoint import load
 from minivlm.conversation import Sample, Turn, collate, encode_conversation
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
-from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.lora import LoRAConfig, add_lora
-from minivlm.layers.t5 import T5
 from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once
+from minivlm.recipes.parts import eyes_and_words, load_decoder, load_eyes
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
@@ -74,15 +73,8 @@ class LLaVARecipe(Recipe):
 
     def align(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
-        clip, eyes = load(self.vision_from)
-        speaker, words = load(self.language_from)
-        if not hasattr(clip, "encode_image"):
-            raise UserError(f"--vision_from {self.vision_from} holds a {type(clip).__name__}, but a CLIP is wanted.")
-        if not isinstance(speaker, LanguageModel):
-            raise UserError(
-                f"--language_from {self.language_from} holds a {type(speaker).__name__}, no language model."
-            )
-        speaker, words = with_image_token(speaker, words)
+        clip, eyes = load_eyes(self.vision_from)
+        speaker, words = load_decoder(self.language_from)
         config = LLaVAConfig(
             vision=clip.config.vision,
             language=speaker.config,
@@ -94,10 +86,8 @@ class LLaVARecipe(Recipe):
         model = LLaVA(config, seed=self.seed)
         model.vision.load_state_dict(clip.vision.state_dict())
         model.language_model.load_state_dict(speaker.state_dict())
-        context = speaker.config.context
-        sees = dict(image_tokens=config.image_tokens, tiles=self.tiles, context=context)
-        spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
-        return model, Processor(words.tokenizer, replace(eyes.config, pad_to_context=False, **sees, **spoken))
+        sees = dict(image_tokens=config.image_tokens, tiles=self.tiles)
+        return model, eyes_and_words(eyes, words, context=speaker.config.context, **sees)
 
     def instruct(self) -> tuple[LLaVA, Processor]:
         model, processor = load(self.starts_from)
@@ -107,23 +97,6 @@ class LLaVARecipe(Recipe):
             add_lora(model.language_model, self.lora, generator=torch.Generator().manual_seed(self.seed))
             model.config = replace(model.config, lora=self.lora)
         return model, processor
-
-
-def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[LanguageModel | T5, Processor]:
-    """The tokeniser knows the mark `<image>`; the language model has a (never read) row for it."""
-    if processor.image_token_id is None:
-        processor.tokenizer.add_special_tokens([processor.config.image_token])
-        processor = Processor(processor.tokenizer, processor.config)
-    size = processor.image_token_id + 1
-    if size <= model.config.vocab_size:
-        return model, processor
-    grown = type(model)(replace(model.config, vocab_size=size))
-    state = model.state_dict()
-    for name in ("token_embedding.weight", "head.weight"):
-        row = state[name].mean(dim=0, keepdim=True)  # an unlikely word rather than a random one
-        state[name] = torch.cat([state[name], row.expand(size - len(state[name]), -1)])
-    grown.load_state_dict(state)
-    return grown, processor
 
 
 class PrefixWork(Speaking):
@@ -185,6 +158,13 @@ class PrefixWork(Speaking):
     def validate(self) -> float:
         return self.answers_score() if self.answers else self.captions_score()
 
+    def next_commands(self, out: Path) -> list[str]:
+        picture = self.held_out_picture()
+        return [
+            f"python sample.py caption {out} {picture}",
+            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
+        ]
+
 
 class LLaVAWork(PrefixWork):
     def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Talk):
@@ -203,14 +183,10 @@ class LLaVAWork(PrefixWork):
         return self.train.conversation(index, rng)
 
     def next_commands(self, out: Path) -> list[str]:
-        picture = self.held_out_picture()
+        caption, answer = super().next_commands(out)
         if self.recipe.stage == "align":
-            return [f"python sample.py caption {out} {picture}", "python train.py llava"]
-        return [
-            f"python sample.py caption {out} {picture}",
-            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
-            f"python sample.py chat {out} {picture}",
-        ]
+            return [caption, "python train.py llava"]
+        return [caption, answer, f"python sample.py chat {out} {self.held_out_picture()}"]
 
     def finish(self, out: Path) -> None:
         """Adapters are left twice: alone, for the base that they belong to, and as part of the weights."""

@@ -1,0 +1,55 @@
+"""What recipes are put together from: the eyes of one model, and the words of another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from minivlm.checkpoint import load
+from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.t5 import T5
+from minivlm.processor import Processor
+
+
+def load_eyes(source: str) -> tuple[nn.Module, Processor]:
+    """A model that compares pictures with texts, for its vision tower."""
+    clip, processor = load(source)
+    if not hasattr(clip, "encode_image") or not hasattr(clip, "vision"):
+        raise UserError(f"--vision_from {source} holds a {type(clip).__name__}, but a CLIP is wanted.")
+    return clip, processor
+
+
+def load_decoder(source: str) -> tuple[LanguageModel, Processor]:
+    """A language model that knows the mark `<image>`."""
+    speaker, words = load(source)
+    if not isinstance(speaker, LanguageModel):
+        raise UserError(f"--language_from {source} holds a {type(speaker).__name__}, no language model.")
+    return with_image_token(speaker, words)
+
+
+def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[LanguageModel | T5, Processor]:
+    """The tokeniser knows the mark `<image>`; the language model has a (never read) row for it."""
+    if processor.image_token_id is None:
+        processor.tokenizer.add_special_tokens([processor.config.image_token])
+        processor = Processor(processor.tokenizer, processor.config)
+    size = processor.image_token_id + 1
+    if size <= model.config.vocab_size:
+        return model, processor
+    grown = type(model)(replace(model.config, vocab_size=size))
+    state = model.state_dict()
+    for name in ("token_embedding.weight", "head.weight"):
+        row = state[name].mean(dim=0, keepdim=True)  # an unlikely word rather than a random one
+        state[name] = torch.cat([state[name], row.expand(size - len(state[name]), -1)])
+    grown.load_state_dict(state)
+    return grown, processor
+
+
+def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
+    """Pictures as `eyes` prepares them, texts and conversations as `words` does. fields: of its config that are neither's,
+    such as image_tokens and context."""
+    spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+    config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
+    return Processor(words.tokenizer, config)
