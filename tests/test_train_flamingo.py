@@ -147,7 +147,7 @@ class TestInterleaved:
         said = capsys.readouterr().out
         assert re.search(r"training documents in", said) and "trained" in parts(said)["gated"]
         scores = json.loads((tmp_path / "out/metrics.json").read_text())
-        assert scores["perplexity"]["value"] > 1
+        assert 1 < scores["perplexity"]["value"] < scores["perplexity"]["chance"] * 100
         assert (tmp_path / "out/picture.png").exists()
         assert type(minivlm.load(tmp_path / "out")[0]).__name__ == "Flamingo"
 
