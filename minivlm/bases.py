@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minivlm.checkpoint import load
 from minivlm.errors import UserError
+from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
 
 CONFIGS = {"vision": "vision", "language_model": "language"}  # part → the field that describes it
@@ -47,8 +48,10 @@ def bring_back(weights: Mapping[str, Tensor], base: Any, config: Any, where: str
     for part, about in base.items() if isinstance(base, dict) else [(base, None)]:
         if part not in CONFIGS or not isinstance(about, dict) or about.keys() != {"source", "fingerprint"}:
             raise UserError(f"{where} names the base {part!r} in a way that cannot be read: write it again.")
-        found = find_part(about["source"], part, where)
-        refuse_another(found, getattr(config, CONFIGS[part]), about, part, where)
+        found, wanted = find_part(about["source"], part, where), getattr(config, CONFIGS[part])
+        if part == "language_model":
+            found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image
+        refuse_another(found, wanted, about, part, where)
         parts.append({f"{part}.{name}": tensor for name, tensor in found.state_dict().items()})
     return ChainMap(dict(weights), *parts)
 

@@ -38,7 +38,8 @@ def with_images(text: str, images: int = 1) -> str:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How the turns are written. `user` goes up to the assistant's first word."""
+    """How the turns are written. `user` goes up to the assistant's first word; where it says {pictures}, the marks that a
+    text begins with stand there."""
 
     system: str
     user: str
@@ -48,6 +49,18 @@ class ChatTemplate:
     after: str = ""  # what stands between an end token and the next user
     framed: bool = False  # pictures first, then all that was said so far as one text, start and end tokens included
     describe: str = DESCRIBE  # how a caption is asked for
+    caption: str | None = None  # `user` for this request; None: as for any other
+    stop: tuple[str, ...] = ()  # texts that end an answer as well
+
+    def ask(self, text: str) -> str:
+        """A user's turn, as it is written."""
+        asked = text.lstrip()
+        while asked.startswith(MARK):
+            asked = asked.removeprefix(MARK).lstrip()
+        form = self.caption if self.caption and asked == self.describe else self.user
+        if "{pictures}" not in form:
+            return form.format(text)
+        return form.format(asked, pictures=MARK * (text.count(MARK) - asked.count(MARK)))
 
 
 TEMPLATES = {
@@ -67,6 +80,33 @@ TEMPLATES = {
     "encoder": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True),
     # The published BLIP-2: a caption is what it says to a picture without any words.
     "blip2": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True, describe=""),
+    # IDEFICS, in the words of its documentation. It was not taught to end its turn, and goes on with the user's.
+    "idefics": ChatTemplate(
+        system="{}\n",
+        user="User:{pictures}{}\nAssistant:",
+        answer=" {}",
+        end="</s>",
+        after="\n",
+        describe="Describe this image.",
+        stop=("\nUser:",),
+    ),
+    # The instructed IDEFICS, whose turns have an end.
+    "idefics-instruct": ChatTemplate(
+        system="{}\n",
+        user="User:{pictures}{}<end_of_utterance>\nAssistant:",
+        answer=" {}",
+        end="<end_of_utterance>",
+        after="\n",
+        describe="Describe this image.",
+    ),
+    # OpenFlamingo, in the words of its evaluation.
+    "openflamingo": ChatTemplate(
+        system="{} ",
+        user="{pictures}Question:{} Short answer:",
+        answer="{}",
+        end="<|endofchunk|>",
+        caption="{pictures}Output:",
+    ),
 }
 
 
@@ -110,7 +150,7 @@ def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Proces
         if turn.role == "system":
             before = template.system.format(turn.text)
         elif turn.role == "user":
-            append(sample, processor.ids(before + template.user.format(turn.text)), "user")
+            append(sample, processor.ids(before + template.ask(turn.text)), "user")
         else:
             answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
             append(sample, answer, "assistant", learnt=True)
@@ -181,6 +221,14 @@ def end_token(template: ChatTemplate, processor: Processor) -> int:
         named = f" ({template.end})" if template.end else ""
         raise UserError(f"the tokeniser has no token for the end of an answer{named}: choose another chat template.")
     return processor.end_token
+
+
+def endings(processor: Processor, end_tokens: Sequence[int]) -> dict[str, Sequence]:
+    """Options of `generate`: besides the model's `end_tokens`, what ends an answer in the processor's chat template."""
+    template = TEMPLATES[processor.config.chat]
+    own = processor.tokenizer.token_to_id(template.end) if template.end else None
+    more = () if own is None or own in end_tokens else (own,)
+    return {"end_tokens": (*end_tokens, *more), "stop": template.stop}
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

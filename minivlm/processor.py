@@ -44,7 +44,9 @@ class ProcessorConfig:
     image_token: str = "<image>"  # marks in a text where a picture stands
     image_tokens: int = 0  # placeholders that such a mark becomes, one for each feature of a picture; 0: it stays one
     image_fence: str | None = None  # a token that stands around a picture's place, once between two (IDEFICS)
-    chat: Literal["plain", "vicuna", "chatml", "encoder", "blip2"] = "plain"  # see `minivlm.conversation`
+    chat: Literal[  # see `minivlm.conversation`
+        "plain", "vicuna", "chatml", "encoder", "blip2", "idefics", "idefics-instruct", "openflamingo"
+    ] = "plain"
     tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
 
     def __post_init__(self):

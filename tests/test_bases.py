@@ -1,6 +1,7 @@
 """Only what is new is stored; the rest comes back from where it was trained on, if it is still the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from minivlm import CLIP, CLIPConfig, Flamingo, FlamingoConfig, LanguageModel
 from minivlm.checkpoint import load, save
 from minivlm.errors import UserError
 from minivlm.layers import PerceiverConfig, TextConfig
+from minivlm.layers.vocabulary import with_vocabulary
 from tests.speakers import VISION, language, processor
 
 MARK = processor().image_token_id
@@ -63,6 +65,21 @@ def test_one_part_may_be_left_out(trained, tmp_path):
     assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     save(tmp_path / "whole", back)  # it can be stored whole again
     assert torch.equal(load(tmp_path / "whole")[0](IMAGES, TOKENS).logits, back(IMAGES, TOKENS).logits)
+
+
+def test_a_language_model_that_did_not_know_the_mark_is_as_good(trained, tmp_path):
+    model, base = trained
+    lm, _ = load(base["language_model"])
+    new = with_vocabulary(lm, lm.config.vocab_size + 1)
+    grown = Flamingo(replace(CONFIG, language=new.config, image_token=lm.config.vocab_size)).eval()
+    grown.vision.load_state_dict(model.vision.state_dict())
+    grown.language_model.load_state_dict(new.state_dict())
+    grown.freeze("vision", "language_model")
+    grown.save_pretrained(tmp_path / "new", base=base)
+    state = load(tmp_path / "new")[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in grown.state_dict().items())
+    rows = state["language_model.token_embedding.weight"]
+    assert torch.allclose(rows[-1], rows[:-1].mean(dim=0), atol=1e-6)
 
 
 def test_a_base_of_another_kind_or_precision_is_as_good(trained, tmp_path):

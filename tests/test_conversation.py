@@ -7,11 +7,13 @@ import torch
 
 from minivlm.conversation import (
     IGNORED,
+    TEMPLATES,
     Sample,
     Turn,
     check_conversation,
     collate,
     encode_conversation,
+    endings,
     show_sample,
     with_images,
 )
@@ -275,3 +277,28 @@ def test_a_sample_is_shown_token_by_token(plain):
     assert len(lines) == 1 + len(text.tokens) - (PLACES - 1)
     cut = encode_conversation(FOUR, plain, context=len(text.tokens) + 2)
     assert show_sample(cut, plain).endswith(f"{cut.cut} more tokens of text do not fit the context")
+
+
+def test_published_flamingos_are_asked_in_their_own_words():
+    asked, shown = "what is it?", with_images("what is it?", 2)
+    assert TEMPLATES["idefics"].ask(shown) == "User:<image><image>what is it?\nAssistant:"
+    assert TEMPLATES["idefics"].ask(asked) == "User:what is it?\nAssistant:"
+    instructed = TEMPLATES["idefics-instruct"]
+    assert instructed.ask(shown) == "User:<image><image>what is it?<end_of_utterance>\nAssistant:"
+    theirs = TEMPLATES["openflamingo"]
+    assert theirs.ask(with_images(asked)) == "<image>Question:what is it? Short answer:"
+    assert theirs.ask(with_images(theirs.describe)) == "<image>Output:"
+
+
+def test_a_mark_inside_a_question_stays_where_it_is():
+    assert TEMPLATES["idefics"].ask("<image>is it in <image>?") == "User:<image>is it in <image>?\nAssistant:"
+    assert TEMPLATES["plain"].ask("<image>\nwhat is it?") == "<image>\nwhat is it?"
+
+
+def test_an_answer_ends_with_its_template_as_well(plain, chatml):
+    assert endings(plain, (7,)) == {"end_tokens": (7,), "stop": ()}
+    own = chatml.tokenizer.token_to_id("<|im_end|>")
+    assert endings(chatml, (0,))["end_tokens"] == (0, own)
+    assert endings(chatml, (own,))["end_tokens"] == (own,)
+    base = Processor(plain.tokenizer, replace(plain.config, chat="idefics"))
+    assert endings(base, ())["stop"] == ("\nUser:",)

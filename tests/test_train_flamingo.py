@@ -110,6 +110,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(built, world, tmp_
     assert losses(tmp_path) == losses(built / "flamingo")
 
 
+def test_only_what_is_new_is_stored_where_that_is_wanted(built, world, tmp_path):
+    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "lessons": 0.5}
+    train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path / "new", store_frozen=False))
+    stored, whole = weights(tmp_path / "new"), weights(built / "flamingo")
+    assert {name.partition(".")[0] for name in stored} == {"resampler", "gated"}
+    back, _ = minivlm.load(tmp_path / "new")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in back.state_dict().items() if name in whole)
+
+
 class TestBadInput:
     def test_a_t5_cannot_be_read_between(self, built, world):
         with pytest.raises(UserError, match="holds a T5, no language model"):

@@ -24,6 +24,7 @@ from minivlm.processor import Processor, ProcessorConfig
 
 model_class = Flamingo
 MARK, FENCE = "<image>", "<fake_token_around_image>"
+TURN_END = "<end_of_utterance>"  # of the instructed models
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -227,6 +228,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
             image_token=MARK,
             image_tokens=1,
             image_fence=FENCE if FENCE in vocab else None,
+            chat="idefics-instruct" if TURN_END in vocab else "idefics",
         ),
     )
 

@@ -217,7 +217,9 @@ def read_processor(
         name: getattr(clip.processor.config, name) for name in ("image_size", "resize", "resize_to", "resample")
     }
     pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std")}
-    config = replace(speaker.processor.config, **pictures, pad_token=pad, image_token=MARK, image_tokens=1)
+    config = replace(
+        speaker.processor.config, **pictures, pad_token=pad, image_token=MARK, image_tokens=1, chat="openflamingo"
+    )
     processor = Processor(source, config)
     if new:
         processor.tokenizer.add_special_tokens(new)

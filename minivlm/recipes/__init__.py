@@ -174,7 +174,7 @@ def finish(run: Run, work) -> None:
     work.finish(run.directory)
     scores = work.evaluate()
     print(f"\nthe best checkpoint (step {read_record(best)['step']}) on held-out data:\n\n{table(scores)}\n")
-    checkpoint.save(run.directory, work.model, work.processor)
+    checkpoint.save(run.directory, work.model, work.processor, base=work.recipe.base())
     metrics = {name: dataclasses.asdict(score) for name, score in scores.items()}
     (run.directory / "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
     work.picture(run.directory / "picture.png")

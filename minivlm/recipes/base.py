@@ -37,6 +37,10 @@ class Recipe:
         """What it builds on: recipe → the directory where that recipe's model is looked for."""
         return {}
 
+    def base(self) -> dict[str, str]:
+        """Frozen parts that the model is stored without, and where they come from (see `minivlm.bases`)."""
+        return {}
+
     def is_time_to_save(self, step: int) -> bool:
         """Every save_every steps, at the end, and once early, so that a run that dies young leaves something."""
         return step % self.save_every == 0 or step in (max(1, self.save_every // 4), self.steps)

@@ -53,6 +53,7 @@ class FlamingoRecipe(Recipe):
     gated: GatedConfig = field(default_factory=GatedConfig)
     every: int = 1  # a gated layer before every n-th block of the language model
     freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen
+    store_frozen: bool = True  # False: the model that is left names its frozen parts, and holds only what is new
     lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
     data: TalkConfig = field(default_factory=TalkConfig)
 
@@ -83,6 +84,11 @@ class FlamingoRecipe(Recipe):
 
     def origins(self) -> dict[str, str]:
         return {"vision": self.vision_from, "language_model": self.language_from}
+
+    def base(self) -> dict[str, str]:
+        if self.store_frozen:
+            return {}
+        return {part: source for part, source in self.origins().items() if part != "vision" or self.freeze_vision}
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Eyes and language model put together, with a new resampler and new gated layers between them."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from minivlm.checkpoint import load
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.t5 import T5
+from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.processor import Processor
 
 
@@ -35,16 +35,7 @@ def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[L
     if processor.image_token_id is None:
         processor.tokenizer.add_special_tokens([processor.config.image_token])
         processor = Processor(processor.tokenizer, processor.config)
-    size = processor.image_token_id + 1
-    if size <= model.config.vocab_size:
-        return model, processor
-    grown = type(model)(replace(model.config, vocab_size=size))
-    state = model.state_dict()
-    for name in ("token_embedding.weight", "head.weight"):
-        row = state[name].mean(dim=0, keepdim=True)  # an unlikely word rather than a random one
-        state[name] = torch.cat([state[name], row.expand(size - len(state[name]), -1)])
-    grown.load_state_dict(state)
-    return grown, processor
+    return with_vocabulary(model, processor.image_token_id + 1), processor
 
 
 def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, Turn, encode_conversation, with_images
+from minivlm.conversation import MARK, Turn, encode_conversation, endings, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options, TextStream
 from minivlm.tasks.speak import (
@@ -53,7 +53,8 @@ class Chat:
     def __init__(self, model, processor, **options):
         check_answerer(model, processor)
         model.options(**options)  # is an error now rather than at the first question
-        self.model, self.processor, self.options = model.eval(), processor, options
+        self.model, self.processor = model.eval(), processor
+        self.options = endings(processor, model.options().end_tokens) | options
         self.exchanges: list[Exchange] = []
         self.waiting: tuple[Tensor, ...] = ()  # pictures that the next question is about
         self.dropped = 0

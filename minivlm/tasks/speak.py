@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, with_images
+from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, endings, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.tasks.choose import choose_all, chooses
@@ -84,8 +84,10 @@ def answer_all(
         check_answerer(model, processor, max(len(images) for images, _ in part))
         check_one_picture([images for images, _ in part], model)
         prompts = [question_tokens(question, len(images), processor) for images, question in part]
-        rows += say(prompts, [images for images, _ in part], model, processor, options)
-    return [until_stop(text, options.get("stop", ())) for text in processor.decode(rows)]
+        how = endings(processor, model.options().end_tokens) | options
+        rows += say(prompts, [images for images, _ in part], model, processor, how)
+    stop = options.get("stop", TEMPLATES[processor.config.chat].stop)
+    return [until_stop(text, stop) for text in processor.decode(rows)]
 
 
 def complete(text: str, model, processor, **options) -> str:

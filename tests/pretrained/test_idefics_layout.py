@@ -35,7 +35,9 @@ IMAGES = dict(image_size=16, resize="squash", resize_to=16, crop="none")
 
 
 def processor():
-    config = ProcessorConfig(**IMAGES, context=64, pad_token="<unk>", image_tokens=1, image_fence=idefics.FENCE)
+    config = ProcessorConfig(
+        **IMAGES, context=64, pad_token="<unk>", image_tokens=1, image_fence=idefics.FENCE, chat="idefics"
+    )
     return Processor(TOKENIZER, config)
 
 
