@@ -191,14 +191,21 @@ def caption(options: argparse.Namespace) -> None:
 def answer_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="the picture, or several that are shown together")
     parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="TEXT", help="what a BLIP puts in order instead of answering"
+    )
     speaking_arguments(parser)
 
 
 def answer(options: argparse.Namespace) -> None:
     from minivlm import tasks
 
-    how = check_speaking(options)
-    print(tasks.answer(options.images, options.question, *load_speaker(options), **how))
+    how, asked = check_speaking(options), (options.images, options.question)
+    if options.candidates:
+        for text, score in tasks.rank_answers(*asked, options.candidates, *load_speaker(options)):
+            print(f"{score:7.2f}  {text}")
+    else:
+        print(tasks.answer(*asked, *load_speaker(options), **how))
 
 
 def complete_arguments(parser: Parser) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import minivlm
+import sample
 import train
 from minivlm import recipes, tasks
 from minivlm.datasets.noisy import NoisyPairs
@@ -20,7 +21,6 @@ from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.capfilt import PROPOSED, WEB, Bootstrapped, Judged, judge
-from minivlm.tasks.choose import rank_answers
 from tests.test_train_speak import SHORT, arguments, weights
 
 SIZES = {"text.width": 16, "text.depth": 2, "text.heads": 2, "embed_width": 8, "vocab_size": 400}
@@ -111,16 +111,21 @@ def test_what_it_left_does_all_four(built, world):
         tasks.answer([picture, picture], "how many?", model, processor)
 
 
-def test_answers_are_ranked(built, world):
+def test_answers_are_ranked(built, world, capsys):
     model, processor = minivlm.load(built / "blip")
     picture, words = world / "test/000.png", ["yes", "no", "a red circle"]
-    ranked = rank_answers(picture, "is there a star?", words, model, processor)
+    ranked = tasks.rank_answers(picture, "is there a star?", words, model, processor)
     assert sorted(word for word, _ in ranked) == sorted(words) and ranked[0][1] >= ranked[1][1] >= ranked[2][1]
     tokens, mask = processor.text(["is there a star?"])
     alone = model.rank(processor.images([picture]), tokens, mask, *processor.text([ranked[0][0]]))
     assert alone.item() == pytest.approx(ranked[0][1], rel=1e-4)
     with pytest.raises(UserError, match="there is nothing to rank"):
-        rank_answers(picture, "is there a star?", [], model, processor)
+        tasks.rank_answers(picture, "is there a star?", [], model, processor)
+    with pytest.raises(UserError, match="ranks answers about one picture, but was given 2"):
+        tasks.rank_answers([picture, picture], "is there a star?", words, model, processor)
+    capsys.readouterr()
+    sample.main(["answer", str(built / "blip"), str(picture), "is there a star?", "--candidates", *words])
+    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == [word for word, _ in ranked]
 
 
 def test_questions_are_about_the_picture_that_they_come_with(world):

@@ -2,6 +2,7 @@
 
 from minivlm.tasks.attend import attention_maps, attention_sheet
 from minivlm.tasks.chat import Chat
+from minivlm.tasks.choose import rank_answers
 from minivlm.tasks.few_shot import few_shot, pair_up, shot_prompt
 from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
 from minivlm.tasks.match import check_matcher, match_all, rerank
@@ -28,6 +29,7 @@ __all__ = [
     "match_all",
     "open_image_index",
     "pair_up",
+    "rank_answers",
     "rerank",
     "search_images",
     "shot_prompt",

@@ -58,8 +58,11 @@ def check_chooser(model, processor, options: dict[str, Any]) -> None:
         raise UserError(f"{name} chooses one of {answers} answers and does not speak: leave out {', '.join(given)}.")
 
 
-def rank_answers(image: Any, question: str, answers: Sequence[str], model, processor) -> list[tuple[str, float]]:
-    """What a BLIP finds likely of these answers, best first, each with its log-likelihood.  Li et al. 2022, §5.3.
+def rank_answers(
+    images: Any | Sequence[Any], question: str, answers: Sequence[str], model, processor
+) -> list[tuple[str, float]]:
+    """What a BLIP finds likely of these answers about a picture, best first, each with its log-likelihood.  Li et al.
+    2022, §5.3.
 
     UserError: a model that ranks no answers, none to be ranked, and what `check_answerer` and `to_tokens` refuse.
     """
@@ -67,11 +70,14 @@ def rank_answers(image: Any, question: str, answers: Sequence[str], model, proce
 
     if not hasattr(model, "rank") or not model.config.answers:
         raise UserError(f"{type(model).__name__} ranks no answers; that needs a BLIP that was trained on questions.")
-    check_answerer(model, processor, images=1)
+    images = images if isinstance(images, (list, tuple)) else [images]
+    check_answerer(model, processor, images=len(images))
+    if len(images) != 1:
+        raise UserError(f"{type(model).__name__} ranks answers about one picture, but was given {len(images)}.")
     if not answers or not all(text.strip() for text in [question, *answers]):
         raise UserError("there is nothing to rank: give a question, and answers of at least one word.")
     texts = [(x.to(model.device) for x in to_tokens(some, processor)) for some in ([question], list(answers))]
-    pixels = processor.images([image]).to(model.device, model.dtype)
+    pixels = processor.images(images).to(model.device, model.dtype)
     with inference(model):
         [scores] = model.rank(pixels, *texts[0], *texts[1]).tolist()
     return sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1])
