@@ -37,6 +37,7 @@ SMALL = {  # the options that make a recipe tiny
     "flamingo": RUN
     | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()}
     | {"vision_from": "out/clip"},
+    "blip": RUN | {f"text.{k}": v for k, v in LANGUAGE.items()} | {"embed_width": 8, "vocab_size": 300},
     "captioner": RUN
     | VOCABULARY
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}
