@@ -70,6 +70,7 @@ def layers_minivlm(precision: str) -> Callable[[], float]:
 
 
 def layers_open_flamingo(precision: str) -> Callable[[], float]:
+    import_peer("open_flamingo")
     from open_flamingo.src.helpers import GatedCrossAttentionBlock, PerceiverResampler
 
     features, x, marks = layer_inputs()
