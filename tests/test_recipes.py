@@ -36,6 +36,18 @@ def test_values_that_only_fit_together_are_given_together():
     assert (recipe.model.vision.image_size, recipe.model.vision.patch_size) == (60, 6)
 
 
+def test_a_list_is_given_with_commas_or_as_json():
+    for given in ("caption,search", '["caption", "search"]'):
+        _, recipe, _ = recipes.command_line(["multitask", "--model.tasks", given])
+        assert recipe.model.tasks == ("caption", "search")
+    _, recipe, _ = recipes.command_line(["multitask", "--model.tasks", "caption"])
+    assert recipe.model.tasks == ("caption",)
+    _, recipe, _ = recipes.command_line(["blip", "--vision_layers", "-2,-1"])
+    assert recipe.vision_layers == (-2, -1)
+    with pytest.raises(UserError, match=r"model.tasks\[1\] is 'singing', but must be one of"):
+        recipes.command_line(["multitask", "--model.tasks", "caption,singing"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
