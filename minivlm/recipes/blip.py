@@ -222,7 +222,7 @@ BLIP_RECIPES = {
     "blip-noisy": replace(
         BLIP_SHAPES,
         summary="the same on captions of which 40 % are another picture's: what CapFilt begins with",
-        measured="not yet trained at length",
+        measured="21 min on one busy core: matching 91 %, 82 % of scenes described (1 seed)",
         questions=False,
         wrong=0.4,
     ),

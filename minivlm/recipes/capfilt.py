@@ -43,7 +43,9 @@ class CapFiltRecipe(BLIPRecipe):
     starts_from: str = "out/blip-noisy"  # captioner and filter
     pictures: int | None = None  # of the training pictures, the first so many; None: all
     top_p: float | None = 0.9  # proposals are sampled (nucleus: §4.2, the more diverse the better); None: the likeliest
-    threshold: float = 0.5  # pairs that match less probably are thrown out
+    # Pairs that match less probably are thrown out. A filter that learnt from noise finds a wrong caption as probable as it
+    # has met wrong ones, here 0.4: of the first 2,560 pictures' captions, 0.5 keeps 95 % true ones and 0.6 only true ones.
+    threshold: float = 0.6
 
     def needs(self) -> dict[str, str]:
         return {**super().needs(), "blip-noisy": self.starts_from}
@@ -194,7 +196,7 @@ def judge(recipe: CapFiltRecipe, web: Pairs, origin: str, captions: list[str], p
 CAPFILT_RECIPES = {
     "blip-capfilt": CapFiltRecipe(
         summary="CapFilt: a BLIP trained on what the captioner proposes and the filter keeps of noisy captions",
-        measured="not yet trained at length",
+        measured="22 min on one busy core with --threshold 0.5: matching 96 %, 89 % of scenes described (1 seed)",
         **{name: getattr(BLIP_SHAPES, name) for name in ("optimiser", "steps", "batch_size", "save_every")},
         questions=False,
         wrong=0.4,
