@@ -176,7 +176,9 @@ class TestChat:
             "cpu",
         ]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path) as chat:
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs begin with it ignored
+        streams = dict(stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        with subprocess.Popen(command, **streams, cwd=tmp_path, preexec_fn=heed) as chat:
             try:
                 chat.stdin.write("red\n/nothing\n")
                 chat.stdin.flush()
