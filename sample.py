@@ -202,6 +202,8 @@ def answer(options: argparse.Namespace) -> None:
 
     how, asked = check_speaking(options), (options.images, options.question)
     if options.candidates:
+        if how:
+            raise UserError(f"--candidates are put in order and not said: leave out --{', --'.join(how)}.")
         for text, score in tasks.rank_answers(*asked, options.candidates, *load_speaker(options)):
             print(f"{score:7.2f}  {text}")
     else:

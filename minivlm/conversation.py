@@ -9,7 +9,7 @@ Labels are built while the list of tokens is built, so there is nothing to be se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -63,6 +63,16 @@ class ChatTemplate:
         return form.format(asked, pictures=MARK * (text.count(MARK) - asked.count(MARK)))
 
 
+# In the words of its documentation. It was not taught to end its turn, and goes on with the user's.
+IDEFICS = ChatTemplate(
+    system="{}\n",
+    user="User:{pictures}{}\nAssistant:",
+    answer=" {}",
+    end="</s>",
+    after="\n",
+    describe="Describe this image.",
+    stop=("\nUser:",),
+)
 TEMPLATES = {
     "plain": ChatTemplate(system="{} ", user="{}", answer=" {}"),
     # FastChat's "vicuna_v1.1", with which LLaVA-1.5 was trained.
@@ -80,24 +90,10 @@ TEMPLATES = {
     "encoder": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True),
     # The published BLIP-2: a caption is what it says to a picture without any words.
     "blip2": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True, describe=""),
-    # IDEFICS, in the words of its documentation. It was not taught to end its turn, and goes on with the user's.
-    "idefics": ChatTemplate(
-        system="{}\n",
-        user="User:{pictures}{}\nAssistant:",
-        answer=" {}",
-        end="</s>",
-        after="\n",
-        describe="Describe this image.",
-        stop=("\nUser:",),
-    ),
-    # The instructed IDEFICS, whose turns have an end.
-    "idefics-instruct": ChatTemplate(
-        system="{}\n",
-        user="User:{pictures}{}<end_of_utterance>\nAssistant:",
-        answer=" {}",
-        end="<end_of_utterance>",
-        after="\n",
-        describe="Describe this image.",
+    "idefics": IDEFICS,
+    # The instructed one, whose turns have an end.
+    "idefics-instruct": replace(
+        IDEFICS, user="User:{pictures}{}<end_of_utterance>\nAssistant:", end="<end_of_utterance>", stop=()
     ),
     # OpenFlamingo, in the words of its evaluation.
     "openflamingo": ChatTemplate(

@@ -123,6 +123,8 @@ def test_answers_are_ranked(built, world, capsys):
         tasks.rank_answers(picture, "is there a star?", [], model, processor)
     with pytest.raises(UserError, match="ranks answers about one picture, but was given 2"):
         tasks.rank_answers([picture, picture], "is there a star?", words, model, processor)
+    with pytest.raises(UserError, match="not said: leave out --temperature"):
+        sample.main(["answer", "x", str(picture), "is it?", "--temperature", "1", "--candidates", *words])
     capsys.readouterr()
     sample.main(["answer", str(built / "blip"), str(picture), "is there a star?", "--candidates", *words])
     assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == [word for word, _ in ranked]

@@ -131,11 +131,11 @@ def as_typed(text: str | bool, hint: Any) -> Any:
     choices = [word for kind in config.alternatives(hint) for word in get_args(kind) if get_origin(kind) is Literal]
     if text in choices:
         return text  # one of the words may be "none"
-    if isinstance(text, str) and any(get_origin(kind) is tuple for kind in config.alternatives(hint)):
-        value = read_value(text)
-        return value if isinstance(value, (list, dict, type(None))) else [read_value(part) for part in text.split(",")]
-    value = read_value(text)
-    if str in config.alternatives(hint) and not isinstance(value, (str, bool, type(None))):
+    value, kinds = read_value(text), config.alternatives(hint)
+    if isinstance(text, str) and any(get_origin(kind) is tuple for kind in kinds):
+        whole = isinstance(value, (list, dict, type(None)))
+        return value if whole else [read_value(part) for part in text.split(",")]  # caption,search
+    if str in kinds and not isinstance(value, (str, bool, type(None))):
         return text  # a folder may be called 2024
     return value
 

@@ -78,16 +78,14 @@ def answer_all(
     """`answer` for many samples (pictures, question), which may differ in the number of pictures."""
     if chooses(model):
         return choose_all(samples, model, processor, batch_size=batch_size, **options)
-    rows = []
+    check_answerer(model, processor, max((len(images) for images, _ in samples), default=0))
+    check_one_picture([images for images, _ in samples], model)
+    how, rows = endings(processor, model.options().end_tokens) | options, []
     for i in range(0, len(samples), batch_size):
         part = [(list(images), question) for images, question in samples[i : i + batch_size]]
-        check_answerer(model, processor, max(len(images) for images, _ in part))
-        check_one_picture([images for images, _ in part], model)
         prompts = [question_tokens(question, len(images), processor) for images, question in part]
-        how = endings(processor, model.options().end_tokens) | options
         rows += say(prompts, [images for images, _ in part], model, processor, how)
-    stop = options.get("stop", TEMPLATES[processor.config.chat].stop)
-    return [until_stop(text, stop) for text in processor.decode(rows)]
+    return [until_stop(text, how["stop"]) for text in processor.decode(rows)]
 
 
 def complete(text: str, model, processor, **options) -> str:

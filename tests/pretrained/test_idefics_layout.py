@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minivlm import Flamingo, FlamingoConfig, Processor
 from minivlm.checkpoint import load, save
+from minivlm.conversation import Turn, encode_conversation, with_images
 from minivlm.errors import UserError
 from minivlm.layers import GatedConfig, LanguageModelConfig, PerceiverConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
@@ -67,6 +68,16 @@ def test_there_and_back(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     assert torch.equal(read.images([picture]), ours.images([picture]))
     assert read.encode(["<image>a"])[0].count(MARK) == 1 == read.ids("<image>a").count(MARK)
+
+
+def test_an_instructed_model_is_known_by_the_end_of_its_turns(tmp_path):
+    words = llama_tokenizer("<fake_token_around_image>", "<image>", idefics.TURN_END)
+    model = Flamingo(replace(CONFIG, language=replace(LANGUAGE, vocab_size=words.get_vocab_size())))
+    save(tmp_path, model, Processor(words, processor().config), layout="hf")
+    _, read = load(tmp_path)
+    assert read.config.chat == "idefics-instruct"
+    prompt = encode_conversation([Turn("user", with_images("a"))], read, prompt=True)
+    assert words.token_to_id(idefics.TURN_END) in prompt.tokens and prompt.tokens.count(MARK) == 1
 
 
 def test_a_mark_is_fenced_in(tmp_path):

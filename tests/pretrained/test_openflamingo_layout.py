@@ -124,6 +124,7 @@ def test_tokens_that_are_added(tmp_path):
     assert named == {"<|endofchunk|>": words, "<image>": words + 1}
     assert model.config.image_token == words + 1 and model.config.language.end_tokens == (words,)
     assert processor.config.image_tokens == 1 and processor.image_token_id == words + 1
+    assert processor.config.chat == "openflamingo"
     assert (processor.image_size, processor.config.resize, processor.config.crop) == (16, "shortest", "floor")
     tokens, _ = processor.text(["<image>a cat<|endofchunk|>"])
     assert tokens[0].tolist().count(words + 1) == 1 and tokens[0, -1] == words
