@@ -177,7 +177,7 @@ class TestInterleaved:
         assert work.perplexity(work.val).value == pytest.approx(np.exp(np.mean(surprise)), rel=1e-4)
 
     def test_every_mark_of_a_batch_has_its_picture(self, built, pages):
-        batch = (work := work_of(built, pages)).batch(0)
+        batch = (work := work_of(built, pages, bucket_steps=2)).batch(0)
         assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum() == 16
 
 
@@ -206,7 +206,7 @@ class TestClasses:
         assert (tmp_path / "picture.png").exists()
 
     def test_lessons_show_five_looks_and_each_mark_has_its_picture(self, built, drawings):
-        work = work_of(built, drawings)
+        work = work_of(built, drawings, bucket_steps=2)
         batch = work.batch(0)
         assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum()
         work.prepare(torch.device("cpu"), torch.float32)

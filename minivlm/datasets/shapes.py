@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivlm.datasets.pairs import Pairs
-from minivlm.datasets.shapes_negatives import one_attribute_negatives
+from minivlm.datasets.shapes_negatives import any_negative
 from minivlm.datasets.shapes_render import render
 from minivlm.datasets.shapes_scenes import CLASSES, MOST, SEEN, UNSEEN, Scenes, distinct, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
@@ -114,8 +114,7 @@ class ShapesWorld(Pairs):
     def false_caption(self, index: int, rng: np.random.Generator) -> str:
         """With another colour, shape, size or place of one object (see `shapes_negatives`)."""
         scene = self.scenes[index]
-        choices = one_attribute_negatives(scene, scene.objects, rng)
-        return choices[rng.bit_generator.random_raw() % len(choices)][0]
+        return any_negative(scene, scene.objects, rng)
 
     def key(self, index: int) -> str:
         return f"test/{index:03d}.png" if self.split == "test" else f"{self.split}/{index}"

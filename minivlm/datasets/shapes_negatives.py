@@ -33,12 +33,25 @@ def one_attribute_negatives(
     said: what the true caption says, from `parse`, or the objects of the scene themselves. An attribute that it is silent
     about, or that cannot be changed, is left out. Of `rng` only the raw stream is used, as in `describe`.
     """
-    negatives = []
-    for attribute in VALUES:
-        if choices := list(false_captions(scene, said, attribute)):
-            choice = rng.bit_generator.random_raw() % len(choices)
-            negatives.append((canonical(Scene(in_reading_order(choices[choice]))), attribute))
-    return negatives
+    drawn = ((one_negative(scene, said, attribute, rng), attribute) for attribute in VALUES)
+    return [(text, attribute) for text, attribute in drawn if text is not None]
+
+
+def any_negative(scene: Scene, said: Sequence[SceneObject], rng: np.random.Generator) -> str | None:
+    """One of these, each attribute as likely as the others; None where there is none. The others are not looked for."""
+    attributes = list(VALUES)
+    while attributes:
+        attribute = attributes.pop(rng.bit_generator.random_raw() % len(attributes))
+        if (text := one_negative(scene, said, attribute, rng)) is not None:
+            return text
+    return None
+
+
+def one_negative(scene: Scene, said: Sequence[SceneObject], attribute: str, rng: np.random.Generator) -> str | None:
+    """A caption that is false by this attribute of one object, if it can be changed."""
+    if not (choices := list(false_captions(scene, said, attribute))):
+        return None
+    return canonical(Scene(in_reading_order(choices[rng.bit_generator.random_raw() % len(choices)])))
 
 
 def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
@@ -58,8 +71,7 @@ def changed(caption: str, rng: np.random.Generator) -> str | None:
     """The caption with one attribute of one object changed, without a look at the picture: false if the caption was true.
     None where there is nothing to change, as in captions of photographs."""
     said = tuple(parse(caption))
-    choices = one_attribute_negatives(Scene(said), said, rng)
-    return choices[rng.bit_generator.random_raw() % len(choices)][0] if choices else None
+    return any_negative(Scene(said), said, rng)
 
 
 def is_true(caption: str, scene: Scene) -> bool:

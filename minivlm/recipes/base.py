@@ -20,6 +20,7 @@ class Recipe:
     measured: str = ""  # how long it took and what it reached, for --list
     steps: int
     batch_size: int  # of all processes together
+    bucket_steps: int = 1  # the samples of so many steps are sorted by length, and each batch is of like length; 1: not
     micro_batch: int | None = None  # samples whose activations are held at a time; None: the whole batch
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     seed: int = 0
@@ -27,7 +28,7 @@ class Recipe:
     keep: int = 2  # checkpoints kept besides the best
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("keep", 1)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("bucket_steps", 1), ("save_every", 1), ("keep", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.micro_batch is not None and self.micro_batch < 1:

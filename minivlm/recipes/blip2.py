@@ -149,14 +149,17 @@ class Stage1(Work):
             return {**batch, "features": self.features[torch.tensor(indices)]}
         return {**batch, "images": self.processor.images(list(self.train.images(indices)))}
 
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return max(len(text.split()) for text in self.captions(index, rng) if text is not None)
+
     def captions(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
         """A caption, and a nearly right one or none. The two are of one style, so that the style tells nothing."""
         if rng.random() < self.recipe.false_captions and (false := self.train.false_caption(index, rng)) is not None:
             return self.train.all_captions(index)[0], false
         return self.train.captions([index], rng)[0], None
 
-    def ids(self, step: int) -> list[str]:
-        return [self.train.key(i) for i in self.indices(step)]
+    def key(self, index: int) -> str:
+        return self.train.key(index)
 
     def validate(self) -> float:
         return evaluate.matching_accuracy(self.model, self.processor, self.recipe.directory)

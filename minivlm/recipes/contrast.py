@@ -103,8 +103,11 @@ class Contrast(Work):
         tokens, mask = self.processor.text(captions, cut=True)
         return {"images": images, "tokens": tokens, "mask": mask}
 
-    def ids(self, step: int) -> list[str]:
-        return [self.train.key(i) for i in self.indices(step)]
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.train.captions([index], rng)[0].split())
+
+    def key(self, index: int) -> str:
+        return self.train.key(index)
 
     def validate(self) -> float:
         pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.config.image_size)

@@ -155,8 +155,8 @@ class FusionWork(PrefixWork):
             notes.append(f"{recipe.data.directory} has no captions: questions alone are learnt from")
         return notes
 
-    def ids(self, step: int) -> list[str]:
-        return [self.train.key(self.samples[i]) for i in self.indices(step)]
+    def key(self, index: int) -> str:
+        return self.train.key(self.samples[index])
 
     def progress(self, line: dict[str, float]) -> str:
         """The losses of the step, each beside that of a model which knows nothing, where that is known."""
@@ -211,6 +211,9 @@ class FusionWork(PrefixWork):
             return row, [IGNORED] * len(row)
         sizes = dict(mask_token=self.mask_token, vocab_size=self.processor.vocab_size, special=self.special)
         return hide_words(row, rng, **sizes)
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.question(self.samples[index], rng).text.split())
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         known = self.train.captions(index)
@@ -269,6 +272,11 @@ class MultitaskWork(FusionWork):
         tokens, mask = self.processor.text([self.caption(index, rng) for index, rng in share], cut=True)
         question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
         return {"tokens": tokens, "mask": mask, **question, **self.pictures([index for index, _ in share])}
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        """Of the two, the caption is the longer one; it is drawn second."""
+        self.question(self.samples[index], rng)
+        return len(self.caption(self.samples[index], rng).split())
 
     def progress(self, line: dict[str, float]) -> str:
         """Each task's loss as a share of what knowing nothing costs."""

@@ -6,6 +6,7 @@ import math
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +44,11 @@ class InterleavedWork(Work):
     def notes(self) -> list[str]:
         return [f"{self.n} training documents in {self.directory}", *self.train.notes]
 
-    def ids(self, step: int) -> list[str]:
-        return [self.train.key(i) for i in self.indices(step)]
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.train.text(index, rng).split())
+
+    def key(self, index: int) -> str:
+        return self.train.key(index)
 
     def progress(self, line: dict[str, float]) -> str:
         return f"{super().progress(line)}, gates {gates_text(self.model)}"

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,8 +131,11 @@ class Language(Work):
             return pack(samples, self.processor.context, self.processor.pad_token)
         return collate(samples, self.processor.pad_token)
 
-    def ids(self, step: int) -> list[str]:
-        return [f"text {index}" for index in self.indices(step)]
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(sample(self.read(index), self.processor).tokens)
+
+    def key(self, index: int) -> str:
+        return f"text {index}"
 
     def validate(self) -> float:
         return 1 / perplexity(self.model, self.processor, self.held_out[:VALIDATED]).value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +74,11 @@ class LessonsWork(Work):
             return self.pixels[torch.tensor(indices)]
         return self.processor.images([self.paths[i] for i in indices])
 
-    def ids(self, step: int) -> list[str]:
-        return [f"lesson {index}" for index in self.indices(step)]
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.lessons.lesson(rng, most_ways=WAYS))
+
+    def key(self, index: int) -> str:
+        return f"lesson {index}"
 
     def validate(self) -> float:
         episodes = class_episodes(self.directory, VALIDATED, shots=WAYS, ways=WAYS, split="val")

@@ -144,6 +144,9 @@ class PrefixWork(Speaking):
             batch["where"] = labelled(batch["labels"])
         return {**batch, **self.pictures(list(chain.from_iterable(pictures)))}
 
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.draw(index, rng)[0].tokens)
+
     def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
         """What is read of a training sample, and the samples that its pictures are of."""
         return self.sample(index, rng), [index]

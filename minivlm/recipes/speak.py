@@ -57,8 +57,8 @@ class Speaking(Work):
     def notes(self) -> list[str]:
         return [f"{len(self.train)} training samples in {self.recipe.data.directory}", *self.train.notes]
 
-    def ids(self, step: int) -> list[str]:
-        return [self.train.key(i) for i in self.indices(step)]
+    def key(self, index: int) -> str:
+        return self.train.key(index)
 
     def evaluate(self) -> dict[str, Score]:
         where = self.recipe.data.directory
@@ -117,11 +117,18 @@ class Captioner(Speaking):
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """images (B/W, 3, S, S), tokens and labels (B/W, T) of process `rank` of W."""
         share = self.share(step, rank, world)
-        captions = [known[int(rng.random() * len(known))] for i, rng in share if (known := self.train.captions(i))]
+        captions = [self.caption(index, rng) for index, rng in share]
         rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
         pictures = self.train.images([index for index, _ in share])
         images = self.processor.images([picture for [picture] in pictures])
         return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        known = self.train.captions(index)
+        return known[int(rng.random() * len(known))]
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.caption(index, rng).split())
 
     def validate(self) -> float:
         return self.captions_score()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from minivlm.datasets.continuation import collate_pairs, split
@@ -30,6 +31,9 @@ class Continuation(Language):
         """tokens and mask (B/W, S), labels (B/W, T) of process `rank` of W; every step cuts anew."""
         pairs = [split(self.read(index), rng) for index, rng in self.share(step, rank, world)]
         return collate_pairs(pairs, self.processor)
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.processor.ids(split(self.read(index), rng)[0]))
 
     def next_commands(self, out: Path) -> list[str]:
         question = next((text for text in map(words, self.held_out) if "?" in text), words(self.held_out[0]))

@@ -26,6 +26,7 @@ class Work:
     def __init__(self, recipe: Recipe, model: nn.Module, processor, n: int):
         self.recipe, self.model, self.processor, self.n = recipe, model, processor, n
         self.origins: dict[str, str] = {}
+        self.window: tuple[int, list] = (-1, [])  # the last one that was sorted, see `bucketed`
 
     def indices(self, step: int) -> np.ndarray:
         """Which samples step `step` sees: each epoch is a permutation drawn from (seed, epoch)."""
@@ -37,19 +38,43 @@ class Work:
     def share(self, step: int, rank: int, world: int) -> list[tuple[int, np.random.Generator]]:
         """The samples of process `rank` of `world`, each with its own source of chance: a function of (seed, step) alone,
         so that runs resume and any number of processes share a batch."""
-        samples = enumerate(self.indices(step).tolist())
-        rngs = [(index, np.random.default_rng((self.recipe.seed, step, i))) for i, index in samples]
-        return rngs[rank::world]
+        drawn = self.drawn(step) if self.recipe.bucket_steps == 1 else self.bucketed(step)
+        return [(index, np.random.default_rng(key)) for index, key in drawn[rank::world]]
+
+    def drawn(self, step: int) -> list[tuple[int, tuple[int, int, int]]]:
+        """The samples of a step, each with the seed of its chance."""
+        return [(index, (self.recipe.seed, step, i)) for i, index in enumerate(self.indices(step).tolist())]
+
+    def bucketed(self, step: int) -> list[tuple[int, tuple[int, int, int]]]:
+        """As `drawn`, but the samples of `bucket_steps` steps in a row are sorted by length, and dealt out to these steps
+        in an order drawn anew: each batch then has samples of like length, and little padding."""
+        steps, B = self.recipe.bucket_steps, self.recipe.batch_size
+        window, position = divmod(step, steps)
+        if self.window[0] != window:
+            drawn = [one for s in range(steps) for one in self.drawn(window * steps + s)]
+            lengths = [self.length(index, np.random.default_rng(key)) for index, key in drawn]
+            by_length = [drawn[i] for i in np.argsort(lengths, kind="stable")]
+            turns = np.random.default_rng((self.recipe.seed, window)).permutation(steps)
+            self.window = window, [by_length[turn * B : (turn + 1) * B] for turn in turns]
+        return self.window[1][position]
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        """About how long the text of a sample is, in any unit; its chance is drawn as `batch` draws it."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """The name of a sample, for messages."""
+        raise NotImplementedError
+
+    def ids(self, step: int) -> list[str]:
+        """Names of the samples of a step, for messages."""
+        return [self.key(index) for index, _ in self.share(step, 0, 1)]
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """Called once before the first step, when the model is on its device."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """The arguments of `model.losses`."""
-        raise NotImplementedError
-
-    def ids(self, step: int) -> list[str]:
-        """Names of the samples of a step, for messages."""
         raise NotImplementedError
 
     def notes(self) -> list[str]:

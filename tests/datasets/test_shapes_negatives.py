@@ -10,6 +10,7 @@ from minivlm.datasets.shapes_facts import UNSEEN_PAIRS, pair
 from minivlm.datasets.shapes_negatives import (
     VALUES,
     agrees,
+    any_negative,
     changed,
     false_captions,
     is_true,
@@ -99,6 +100,22 @@ def test_every_value_is_as_likely():
     drawn = [one_attribute_negatives(scene, scene.objects, rng) for _ in range(800)]
     places = Counter(parse({a: t for t, a in false}["place"])[0].place for false in drawn)
     assert len(places) == 8 and "centre" not in places and max(places.values()) < 1.5 * min(places.values())
+
+
+def test_any_one_has_each_attribute_as_often():
+    scene, rng = Scene((RING, STAR)), np.random.default_rng(0)
+    drawn = [tuple(parse(any_negative(scene, scene.objects, rng))) for _ in range(800)]
+    changes = Counter(
+        attribute for said in drawn for attribute in difference(said, [t._replace(box=None) for t in scene.objects])
+    )
+    assert sum(changes.values()) == 800
+    assert set(changes) == set(VALUES) and max(changes.values()) < 1.4 * min(changes.values())
+
+
+def test_an_attribute_that_cannot_be_changed_is_passed_over():
+    scene, said = Scene((RING,)), [SceneObject("ring", "blue")]  # neither size nor place are told
+    possible = {canonical(Scene(tuple(false))) for a in ("colour", "shape") for false in false_captions(scene, said, a)}
+    assert {any_negative(scene, said, np.random.default_rng(i)) for i in range(200)} == possible
 
 
 def test_a_caption_is_true_of_its_scene_in_any_wording_and_false_once_it_is_changed(scenes):
