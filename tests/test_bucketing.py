@@ -1,6 +1,6 @@
 """Batches of like length: the same samples as without, fewer places for padding, and nothing that a resumed run would miss."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ class Sentences(Work):
     def key(self, index):
         return f"sentence {index}"
 
-    def lengths(self, step, rank=0, world=1):
-        return [self.length(*sample) for sample in self.share(step, rank, world)]
+    def lengths(self, step, rank=0, processes=1):
+        return [self.length(*sample) for sample in self.share(step, rank, processes)]
 
 
 def drawn(work, steps):
@@ -46,7 +46,7 @@ def test_batches_are_of_like_length_and_in_no_order():
     for window in range(8):
         batches = [work.lengths(5 * window + i) for i in range(5)]
         order = sorted(range(5), key=lambda i: batches[i])
-        assert all(max(batches[a]) <= min(batches[b]) for a, b in zip(order, order[1:], strict=False))
+        assert all(max(batches[a]) <= min(batches[b]) for a, b in pairwise(order))
         turns.add(tuple(order))
     assert len(turns) > 4
 

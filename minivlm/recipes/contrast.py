@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
+import numpy as np
 import torch
 from torch import Tensor
 
