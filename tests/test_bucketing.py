@@ -58,10 +58,11 @@ def test_a_run_that_begins_in_the_middle_of_a_window_sees_the_same():
     assert [drawn(work, [step])[0] for step in (11, 3, 7)] == [whole[step] for step in (11, 3, 7)]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_a_batch_of_like_length(world):
-    parts = [Sentences(5).lengths(7, rank, world) for rank in range(world)]
-    assert sorted(chain(*parts)) == sorted(Sentences(5).lengths(7)) and {len(part) for part in parts} == {4 // world}
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_batch_of_like_length(processes):
+    parts = [Sentences(5).lengths(7, rank, processes) for rank in range(processes)]
+    assert sorted(chain(*parts)) == sorted(Sentences(5).lengths(7))
+    assert {len(part) for part in parts} == {4 // processes}
 
 
 def test_messages_name_the_samples_of_the_step():
