@@ -119,7 +119,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
             case "answer":
                 return self.answer(images, tokens, mask, features=features)
             case "caption":
-                return self.word_logits(self.tell(images, tokens, mask, features=features))
+                return self.word_logits(self.tell(images, tokens, mask, features=features)[1])
             case _:
                 return self.loss.logits(self.encode_image(images, features=features), self.encode_text(tokens, mask))
 
@@ -131,17 +131,22 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
 
     def tell(
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> Tensor:
-        """The states (B, T, D) of words that see the picture and what was said before them."""
+    ) -> tuple[Tensor, Tensor]:
+        """The states (B, R, D) of regions, which see each other alone, and (B, T, D) of words, which see the picture and what
+        was said before them."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         regions = self.regions(images, features)
         pairs = attention_mask("causal", regions.shape[1], mask)
         x = torch.cat([regions, self.encoder.bert.embed(tokens)], dim=1)
-        return self.encoder.bert.transformer(x, mask=pairs)[:, regions.shape[1] :]
+        x = self.encoder.bert.transformer(x, mask=pairs)
+        return x[:, : regions.shape[1]], x[:, regions.shape[1] :]
 
     def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length: the mean of regions that see each other alone."""
-        seen = self.encoder.bert.transformer(self.regions(images, features))
+        return self.image_vector(self.encoder.bert.transformer(self.regions(images, features)))
+
+    def image_vector(self, seen: Tensor) -> Tensor:
+        """(B, R, D) → (B, E)"""
         return F.normalize(self.image_projection(seen.mean(dim=1)), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -174,15 +179,19 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1.
         """
         features = self.look(images) if features is None else features
-        losses, tasks = {}, self.config.tasks
+        losses, tasks, vectors = {}, self.config.tasks, None
         if "caption" in tasks:
-            hidden = self.word_head(self.tell(None, tokens, mask, features=features))
+            seen, said = self.tell(None, tokens, mask, features=features)
             labels = tokens.masked_fill(~mask, -100)
-            losses["caption"] = next_token_loss(hidden, labels, self.encoder.bert.token_embedding.weight)
+            losses["caption"] = next_token_loss(
+                self.word_head(said), labels, self.encoder.bert.token_embedding.weight
+            )
+            vectors = self.image_vector(seen)  # the regions have not seen the words: no second pass
         if "answer" in tasks:
             losses["answer"] = answer_loss(self.answer(None, question, question_mask, features=features), answers)
         if "search" in tasks:
-            losses["search"] = self.loss(self.encode_image(features=features), self.encode_text(tokens, mask))
+            vectors = self.encode_image(features=features) if vectors is None else vectors
+            losses["search"] = self.loss(vectors, self.encode_text(tokens, mask))
         chance = self.chance_losses(len(features))
         return {name: loss / chance[name] for name, loss in losses.items()}
 
