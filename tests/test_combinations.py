@@ -6,7 +6,8 @@
 | linear     | LLaVA                          | no: the same                                            |
 | MLP        | LLaVA                          | no: the same                                            |
 | Q-Former   | BLIP-2                         | BLIP-2: its encoder reads the queries                   |
-| resampler  | Flamingo                       | no: its gated layers stand between a decoder's blocks   |
+| resampler  | LLaVA                          | no: the same                                            |
+| gated      | Flamingo, behind a resampler   | no: its gated layers stand between a decoder's blocks   |
 """
 
 import json
@@ -69,6 +70,13 @@ def llava(projector):
     return build
 
 
+def llava_of_latents(vision, words):
+    places = places_of(vision, LAYERS[0])
+    sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), places=places)
+    changes = dict(projector="resampler", resampler=PerceiverConfig(**sizes))
+    return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=MARK, **changes)
+
+
 def blip2(vision, words):
     places = places_of(vision, LAYERS[0])
     qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), places=places)
@@ -86,8 +94,9 @@ CONNECTORS = {
     "in front": captioner,
     "linear": llava("linear"),
     "mlp": llava("mlp"),
+    "resampler": llava_of_latents,
     "q-former": blip2,
-    "resampler": flamingo,
+    "gated": flamingo,
 }
 SUPPORTED = [
     (tower, connector, words)
@@ -113,7 +122,7 @@ def test_learns_is_stored_and_speaks_as_before(tower, connector, words, tmp_path
     model_class, built = CONNECTORS[connector](TOWERS[tower], LANGUAGES[words])
     model = model_class(built).train()
     given = batch(model, words)
-    if connector == "resampler":
+    if connector == "gated":
         given["images"] = given["images"][:, None]  # one image a text
         torch.nn.init.ones_(model.gated[0].attention_gate)  # closed at first, it would keep all before it from learning
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -139,7 +148,13 @@ def test_learns_is_stored_and_speaks_as_before(tower, connector, words, tmp_path
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(
     ("connector", "who"),
-    [("in front", "the captioner"), ("linear", "LLaVA"), ("mlp", "LLaVA"), ("resampler", "Flamingo")],
+    [
+        ("in front", "the captioner"),
+        ("linear", "LLaVA"),
+        ("mlp", "LLaVA"),
+        ("resampler", "LLaVA"),
+        ("gated", "Flamingo"),
+    ],
 )
 def test_what_cannot_be_combined_says_why(tower, connector, who):
     with pytest.raises(
@@ -149,18 +164,26 @@ def test_what_cannot_be_combined_says_why(tower, connector, who):
 
 
 @pytest.mark.parametrize("tower", ["resnet", "efficientnet"])
-@pytest.mark.parametrize("connector", ["q-former", "resampler"])
+@pytest.mark.parametrize("connector", ["q-former", "gated"])
 def test_convolutions_have_no_last_norm(tower, connector):
     _, built = CONNECTORS[connector](TOWERS[tower], LANGUAGES["lm"])
     with pytest.raises(ValueError, match="vision_norm needs a ViT"):
         replace(built, vision_norm=True)
 
 
-@pytest.mark.parametrize("connector", ["q-former", "resampler"])
+@pytest.mark.parametrize("connector", ["q-former", "resampler", "gated"])
 def test_a_reader_of_another_width(connector):
     _, built = CONNECTORS[connector](TOWERS["vit"], LANGUAGES["lm"])
     with pytest.raises(ValueError, match=r"the vision tower gives features of width 32, but the .* of width 16"):
         replace(built, vision=TOWERS["efficientnet"], vision_layers=(-2, -2))
+
+
+def test_a_resampler_is_given_with_its_sizes():
+    _, built = llava("mlp")(TOWERS["vit"], LANGUAGES["lm"])
+    with pytest.raises(ValueError, match="projector is 'resampler', but resampler is None: the two go together"):
+        replace(built, projector="resampler")
+    with pytest.raises(ValueError, match="projector is 'mlp', but resampler is Perceiver"):
+        replace(built, resampler=PerceiverConfig(width=16))
 
 
 def test_a_stored_config_that_cannot_be_combined_is_a_sentence():

@@ -60,6 +60,18 @@ def test_stage_one_trains_the_projector_alone(built):
     assert {k.split(".")[1] for k in optimised if k.startswith("optimiser.")} == {"projector"}
 
 
+def test_a_resampler_may_stand_in_the_projectors_place(built, world, tmp_path):
+    base = {"data": world, "vision_from": built / "clip", "language_from": built / "lm"}
+    sizes = {"resampler.latents": 3, "resampler.width": 16, "resampler.depth": 1, "resampler.heads": 2}
+    train.main(arguments("llava-stage1", **SHORT | base | sizes, projector="resampler", out=tmp_path / "aligned"))
+    model, processor = minivlm.load(tmp_path / "aligned")
+    assert model.config.image_tokens == processor.config.image_tokens == 3
+    train.main(arguments("llava", **SHORT, data=world, starts_from=tmp_path / "aligned", out=tmp_path / "out"))
+    before, after = weights(tmp_path / "aligned"), weights(tmp_path / "out")
+    assert not torch.equal(before["projector.resampler.latents"], after["projector.resampler.latents"])
+    assert isinstance(minivlm.caption(world / "test/000.png", *minivlm.load(tmp_path / "out")), str)
+
+
 def test_stage_two_trains_projector_and_adapters_and_leaves_them_merged(built):
     stage1, llava = weights(built / "stage1"), weights(built / "llava")
     assert stage1.keys() == llava.keys()  # no adapters left

@@ -2,8 +2,8 @@
 
     vision tower, the same ─→ connector ─→ image tokens ─→ language model, the same
 
-A connector gives many tokens (linear, MLP: one for each patch) or few (Q-Former: one for each query). Every token costs
-when a picture is read and when the language model is trained.
+A connector gives many tokens (linear, MLP: one for each patch) or few (resampler: its latents; Q-Former: its queries).
+Every token costs when a picture is read and when the language model is trained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minivlm.bench import llava
 from minivlm.bench.contest import compare, precisions, training_step
 from minivlm.bench.speaking import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
 from minivlm.errors import UserError
-from minivlm.layers import T5, QFormerConfig
+from minivlm.layers import T5, PerceiverConfig, QFormerConfig
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.llava import LLaVA, LLaVAConfig
@@ -31,9 +31,10 @@ SAMPLES = 8  # of a training step
 # ---- the rows: a name, a function, and what it is called with, which gives a model -----------------------------------
 
 
-def projected(kind: str) -> LLaVA:
+def projected(kind: str, resampler: PerceiverConfig | None = None) -> LLaVA:
     vision, language = llava.sizes()
-    return LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN, projector=kind))
+    connector = dict(projector=kind, resampler=resampler)
+    return LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN, **connector))
 
 
 def queried(queries: int) -> BLIP2:
@@ -43,6 +44,12 @@ def queried(queries: int) -> BLIP2:
     return BLIP2(BLIP2Config(vision=vision, qformer=qformer, language=language, image_token=IMAGE_TOKEN, **seen))
 
 
+def resampled(latents: int) -> LLaVA:
+    vision, _ = llava.sizes()
+    sizes = dict(width=384, depth=3, heads=6, context_width=vision.width)
+    return projected("resampler", PerceiverConfig(latents=latents, **sizes))
+
+
 def trained(directory: str) -> SpeakingModel:
     return checkpoint.load(directory)[0].float()
 
@@ -50,6 +57,7 @@ def trained(directory: str) -> SpeakingModel:
 CONNECTORS: dict[str, tuple[Callable, tuple]] = {
     "linear": (projected, ("linear",)),
     "MLP": (projected, ("mlp",)),
+    "resampler, 16 latents": (resampled, (16,)),
     "Q-Former, 8 queries": (queried, (8,)),
     "Q-Former, 16 queries": (queried, (16,)),
 }

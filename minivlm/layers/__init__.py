@@ -10,7 +10,7 @@ from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_parameter
 from minivlm.layers.mlp import MLP
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.layers.position import Cache, RopeScaling, Rotary, resize_position_table
-from minivlm.layers.projector import LinearProjector, MLPProjector
+from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
 from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
 from minivlm.layers.t5 import T5, T5Config
@@ -47,6 +47,7 @@ __all__ = [
     "QFormerConfig",
     "ResNet",
     "ResNetConfig",
+    "ResamplerProjector",
     "RopeScaling",
     "Rotary",
     "T5Config",

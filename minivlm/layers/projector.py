@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from minivlm.layers.mlp import ACTIVATIONS
+from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 
 
 class LinearProjector(nn.Linear):
@@ -25,3 +26,15 @@ class MLPProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class ResamplerProjector(nn.Module):
+    """(M, N, C) → (M, L, D), however many features there are: Flamingo's resampler, and one matrix behind it."""
+
+    def __init__(self, resampler: PerceiverConfig, output_width: int, *, seed: int = 0):
+        super().__init__()
+        self.linear = LinearProjector(resampler.width, output_width)
+        self.resampler = PerceiverResampler(resampler, seed=seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.resampler(x))

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
-from minivlm.layers.projector import LinearProjector, MLPProjector
+from minivlm.layers.perceiver import PerceiverConfig
+from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
 from minivlm.layers.tower import TowerConfig, look, make_tower
 from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
@@ -26,8 +27,9 @@ from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_roo
 class LLaVAConfig:
     vision: TowerConfig
     language: LanguageModelConfig
-    image_token: int  # the placeholder's id; a picture takes as many of them as it has features
-    projector: Literal["linear", "mlp"] = "mlp"
+    image_token: int  # the placeholder's id; a picture takes as many of them as it has features, or latents
+    projector: Literal["linear", "mlp", "resampler"] = "mlp"
+    resampler: PerceiverConfig | None = None  # of projector="resampler"
     projector_activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     projector_bias: bool = True  # of the MLP
     vision_layers: tuple[int, ...] = (-2,)  # whose features are read (several: side by side); −2: the last but one
@@ -39,10 +41,19 @@ class LLaVAConfig:
         check_decoder(self.language, "LLaVA")
         if len({self.vision.features_at(layer)[0] for layer in self.vision_layers}) != 1:
             raise ValueError(f"the features of layers {self.vision_layers} do not lie side by side: their grids differ")
+        if (self.projector == "resampler") != (self.resampler is not None):
+            raise ValueError(f"projector is {self.projector!r}, but resampler is {self.resampler}: the two go together")
+        if (r := self.resampler) is not None and (r.context_width or r.width) != self.feature_width:
+            raise ValueError(
+                f"the vision tower gives features of width {self.feature_width}, but the resampler reads features of width "
+                f"{r.context_width or r.width}: set resampler.context_width"
+            )
 
     @property
     def features_per_view(self) -> int:
         """Placeholders that one view of a picture takes."""
+        if self.resampler is not None:
+            return self.resampler.latents
         return self.vision.features_at(self.vision_layers[0])[0] + int(self.class_token)
 
     @property
@@ -74,12 +85,7 @@ class LLaVA(SpeakingModel):
         c = config
         generator = torch.Generator().manual_seed(seed)
         self.vision = make_tower(c.vision, generator)
-        if c.projector == "linear":
-            self.projector = LinearProjector(c.feature_width, c.language.width)
-        else:
-            sizes = (c.feature_width, c.language.width)
-            self.projector = MLPProjector(*sizes, c.projector_activation, bias=c.projector_bias)
-        initialise_linears(self.projector, generator)
+        self.projector = make_projector(c, generator, seed=seed)
         self.language_model = LanguageModel(c.language, seed=seed)
         if c.lora is not None:
             add_lora(self.language_model, c.lora, generator=generator)
@@ -134,3 +140,17 @@ class LLaVA(SpeakingModel):
         """The adapters become part of the language model's weights."""
         merge_lora(self.language_model)
         self.config = replace(self.config, lora=None)
+
+
+def make_projector(config: LLaVAConfig, generator: torch.Generator, *, seed: int) -> nn.Module:
+    """Features (M, N, C) → tokens (M, N, D), or as many as there are latents. A resampler initialises itself, by the seed."""
+    sizes = (config.feature_width, config.language.width)
+    if config.projector == "resampler":
+        projector = ResamplerProjector(config.resampler, sizes[1], seed=seed)
+        initialise_linears(projector.linear, generator)
+        return projector
+    mlp = config.projector == "mlp"
+    options = dict(activation=config.projector_activation, bias=config.projector_bias)
+    projector = MLPProjector(*sizes, **options) if mlp else LinearProjector(*sizes)
+    initialise_linears(projector, generator)
+    return projector

@@ -183,9 +183,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         if "caption" in tasks:
             seen, said = self.tell(None, tokens, mask, features=features)
             labels = tokens.masked_fill(~mask, -100)
-            losses["caption"] = next_token_loss(
-                self.word_head(said), labels, self.encoder.bert.token_embedding.weight
-            )
+            losses["caption"] = next_token_loss(self.word_head(said), labels, self.encoder.bert.token_embedding.weight)
             vectors = self.image_vector(seen)  # the regions have not seen the words: no second pass
         if "answer" in tasks:
             losses["answer"] = answer_loss(self.answer(None, question, question_mask, features=features), answers)

@@ -26,7 +26,6 @@ from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.gated_cross_attention import GatedConfig
 from minivlm.layers.perceiver import PerceiverConfig
-from minivlm.layers.tower import places_of
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
@@ -34,13 +33,12 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import eyes_and_words, load_decoder, load_eyes
+from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
-LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)
 VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besides the questions
 
 
@@ -95,14 +93,13 @@ class FlamingoRecipe(Recipe):
         clip, eyes = load_eyes(self.vision_from)
         speaker, words = load_decoder(self.language_from)
         vision = clip.config.vision
-        width = sum(vision.features_at(layer)[1] for layer in self.vision_layers)
         config = FlamingoConfig(
             vision=vision,
             vision_layers=self.vision_layers,
             class_token=False,
             vision_norm=False,
             language=speaker.config,
-            resampler=replace(self.resampler, context_width=width, places=places_of(vision, self.vision_layers[0])),
+            resampler=resampling(self.resampler, vision, self.vision_layers),
             image_token=words.image_token_id,
             gated=self.gated,
             every=self.every,

@@ -23,12 +23,13 @@ from minivlm.conversation import Sample, Turn, collate, encode_conversation
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, add_lora
+from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once
-from minivlm.recipes.parts import eyes_and_words, load_decoder, load_eyes
+from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
@@ -41,7 +42,8 @@ class LLaVARecipe(Recipe):
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
     starts_from: str | None = None  # stage "instruct": a LLaVA that went through stage "align"
-    projector: Literal["linear", "mlp"] = "mlp"
+    projector: Literal["linear", "mlp", "resampler"] = "mlp"
+    resampler: PerceiverConfig = LATENTS  # of projector="resampler"; its context_width and places follow from the tower
     vision_layers: tuple[int, ...] = (-2,)
     tiles: int = 1
     lora: LoRAConfig | None = None  # stage "instruct": None trains the language model itself
@@ -75,11 +77,14 @@ class LLaVARecipe(Recipe):
         """Vision tower and language model put together, with a new projector between them."""
         clip, eyes = load_eyes(self.vision_from)
         speaker, words = load_decoder(self.language_from)
+        vision = clip.config.vision
+        reads = resampling(self.resampler, vision, self.vision_layers) if self.projector == "resampler" else None
         config = LLaVAConfig(
-            vision=clip.config.vision,
+            vision=vision,
             language=speaker.config,
             image_token=words.image_token_id,
             projector=self.projector,
+            resampler=reads,
             vision_layers=self.vision_layers,
             tiles=self.tiles,
         )

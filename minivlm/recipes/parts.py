@@ -9,9 +9,13 @@ from torch import nn
 from minivlm.checkpoint import load
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
+from minivlm.layers.tower import TowerConfig, places_of
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.processor import Processor
+
+LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
 
 
 def load_eyes(source: str) -> tuple[nn.Module, Processor]:
@@ -44,3 +48,9 @@ def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
     spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
     config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
     return Processor(words.tokenizer, config)
+
+
+def resampling(resampler: PerceiverConfig, vision: TowerConfig, layers: tuple[int, ...]) -> PerceiverConfig:
+    """A resampler of what these layers of a tower see."""
+    width = sum(vision.features_at(layer)[1] for layer in layers)
+    return replace(resampler, context_width=width, places=places_of(vision, layers[0]))
