@@ -4,13 +4,14 @@
     context     ─ k_proj ─→ k (B, G, S, K) ─┼─ attend ─→ (B, H, T, K) ─ out_proj ─→ (B, T, D)
     (B, S, C)   ─ v_proj ─→ v (B, G, S, K) ─┘             softmax(q kᵀ / √K) v
 
-The sum itself, `attend`, has a backend to read (`reference`) and one to run (`fused`). They agree, and a test says so.
+The sum itself, `attend`, has a backend to read (`reference`) and two to run (`fused`, `flex`). They agree, and a test says so.
 Vaswani et al. 2017, "Attention Is All You Need", §3.2; grouped queries: Ainslie et al. 2023; rotary: Su et al. 2021.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.position import LayerCache, Rotary
 
-BACKENDS = ("auto", "reference", "fused")
+BACKENDS = ("auto", "reference", "fused", "flex")
 KeysValues = tuple[Tensor, Tensor]  # each (B, G, S, K)
 QKNorm = Literal["layernorm", "rmsnorm", "wide_layernorm"]
 Backend = str | Callable[..., Tensor]  # a function is called as `attend_reference` is; see `minivlm.recording`
@@ -48,7 +49,7 @@ def attend(
         backend = "reference" if plain_is_faster(q, k) else "fused"
         if backend == "reference" and causal and mask is None and bias is None and q.shape[2] <= k.shape[2]:
             return attend_in_strips(q, k, v, scale=scale, dropout=dropout)
-    run = {"reference": attend_reference, "fused": attend_fused}.get(backend, backend)
+    run = {"reference": attend_reference, "fused": attend_fused, "flex": attend_flex}.get(backend, backend)
     return run(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
 
 
@@ -117,6 +118,35 @@ def attend_fused(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dro
     if mask is not None or T > S:  # kernels differ in what they give for a row that may attend to nothing
         y = y.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
     return y
+
+
+def attend_flex(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dropout=0.0) -> Tensor:
+    """The same through FlexAttention (Dong et al. 2024), which passes over blocks of 128 queries and 128 keys where all is
+    shut: for texts that see one image of many. Never chosen by "auto", as it has not been measured on a GPU yet.
+
+    Elsewhere than on CUDA it is not compiled, and PyTorch has no gradients of it. Raises ValueError for dropout.
+    """
+    if dropout:
+        raise ValueError('FlexAttention has no dropout: choose the backend "fused", or dropout 0')
+    (B, H, T, _), S = q.shape, k.shape[2]
+    flex, block_mask_of = flex_attention(q.device.type)
+    blocks = change = None
+    if (allowed := combine(mask, causal, T, S, q.device)) is not None:
+        allowed = allowed.expand(B, H, T, S)
+        blocks = block_mask_of(lambda b, h, i, j: allowed[b, h, i, j], B, H, T, S, device=q.device)
+    if bias is not None:
+        bias = bias.expand(B, H, T, S)
+        change = lambda score, b, h, i, j: score + bias[b, h, i, j]
+    return flex(q, k, v, score_mod=change, block_mask=blocks, scale=scale, enable_gqa=k.shape[1] != H)
+
+
+@cache
+def flex_attention(device: str) -> tuple[Callable, Callable]:
+    """PyTorch's flex_attention and create_block_mask, compiled for a GPU."""
+    from torch.nn.attention import flex_attention as flex
+
+    compiled = torch.compile if device == "cuda" else lambda function: function
+    return compiled(flex.flex_attention), compiled(flex.create_block_mask)
 
 
 def combine(mask: Tensor | None, causal: bool, T: int, S: int, device) -> Tensor | None:
@@ -256,7 +286,7 @@ class CrossAttention(Attention):
 
 
 def set_attention_backend(model: nn.Module, backend: str) -> None:
-    """Make every Attention inside `model` use "auto", "reference" or "fused"."""
+    """Make every Attention inside `model` use "auto", "reference", "fused" or "flex"."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
     for module in model.modules():

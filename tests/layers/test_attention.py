@@ -4,8 +4,18 @@ from functools import partial
 import pytest
 import torch
 
-from minivlm.layers import Attention, Cache, CrossAttention, Rotary, attend, set_attention_backend
-from minivlm.layers.attention import attend_in_strips
+from minivlm.layers import (
+    Attention,
+    Cache,
+    CrossAttention,
+    GatedConfig,
+    GatedCrossAttention,
+    Rotary,
+    attend,
+    image_mask,
+    set_attention_backend,
+)
+from minivlm.layers.attention import BACKENDS, attend_in_strips
 from minivlm.testing import (
     assert_batch_independent,
     assert_causal,
@@ -18,6 +28,7 @@ from minivlm.testing import (
 )
 
 B, T, S, K = 2, 5, 7, 4
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")  # on a CPU it is not compiled
 
 
 def in_three_loops(q, k, v, mask=None, causal=False):
@@ -57,7 +68,7 @@ def tensors(*, heads=4, kv_heads=4, queries=T, keys=S, dtype=torch.float64):
 
 
 class TestAttend:
-    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    @pytest.mark.parametrize("backend", BACKENDS[1:])
     @pytest.mark.parametrize("kv_heads", [4, 2, 1])
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("mask", masks(S, T))
@@ -66,6 +77,18 @@ class TestAttend:
         mask = masks(S, T)[mask]
         y = attend(q, k, v, mask=mask, causal=causal, backend=backend)
         assert_same(y, in_three_loops(q, k, v, mask, causal))
+
+    def test_flex_has_no_dropout_and_a_model_can_be_told_to_use_it(self):
+        images, x = torch.randn(B, S, 16), torch.randn(B, T, 16)
+        gated = GatedCrossAttention(16, 16, GatedConfig(), heads=4).eval()
+        torch.nn.init.ones_(gated.attention_gate)
+        visible = image_mask(torch.tensor([[0, 9, 0, 0, 9], [0, 0, 0, 0, 9]]), 9, 2, latents=4)[..., :S]
+        with torch.no_grad():
+            plain = gated(x, images, visible)
+            set_attention_backend(gated, "flex")
+            assert_same(gated(x, images, visible), plain)
+        with pytest.raises(ValueError, match="FlexAttention has no dropout"):
+            attend(*tensors(), dropout=0.1, backend="flex")
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -90,7 +113,7 @@ class TestAttend:
         for grad in torch.autograd.grad(y.sum(), inputs):
             assert grad.isfinite().all()
 
-    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    @pytest.mark.parametrize("backend", BACKENDS[1:])
     def test_more_queries_than_keys(self, backend):
         q, k, v = tensors(queries=S, keys=3)
         y = attend(q, k, v, causal=True, backend=backend)
@@ -255,7 +278,7 @@ class TestAttention:
             Attention(16, 4, kv_heads=3)
 
     def test_an_unknown_backend(self):
-        with pytest.raises(ValueError, match="'flash'; there are auto, reference, fused"):
+        with pytest.raises(ValueError, match="'flash'; there are auto, reference, fused, flex"):
             set_attention_backend(Attention(16, 4), "flash")
 
 
@@ -296,7 +319,7 @@ class TestBiasAndScale:
         allowed = allowed if mask is None else allowed & mask
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
         options = dict(mask=mask, causal=causal, scale=0.3)
-        for backend in ("reference", "fused", "auto"):
+        for backend in BACKENDS:
             assert_same(attend(q, k, v, bias=bias, backend=backend, **options), weights @ v)
         run = lambda backend: lambda q, k, v, bias: attend(q, k, v, bias=bias, backend=backend, **options)
         assert_same_gradients(run("reference"), run("fused"), [q, k, v, bias])
