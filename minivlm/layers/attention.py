@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.layers.autocast import cast_once
 from minivlm.layers.position import LayerCache, Rotary
 
 BACKENDS = ("auto", "reference", "fused", "flex")
@@ -239,6 +240,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         last: int | None = None,
     ) -> Tensor:
+        x = cast_once(x)
         asking = x if last is None else x[:, -last:]
         q = self.ask(asking)  # (B, H, T, K)
         k, v = self.remember(x if context is None else context)
@@ -258,6 +260,7 @@ class Attention(nn.Module):
 
     def remember(self, context: Tensor) -> KeysValues:
         """(B, S, C) → its keys and values, each (B, G, S, K)."""
+        context = cast_once(context)
         k = normalise(self.k_norm, self.k_proj(context))
         return self.split(k, self.kv_heads), self.split(self.v_proj(context), self.kv_heads)
 

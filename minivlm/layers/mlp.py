@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.layers.autocast import cast_once
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x · sigmoid(1.702 x), OpenAI's approximation, written through silu, which has a fused kernel in both directions."""
@@ -32,4 +34,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
+        x = cast_once(x)
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.attention import Attention, CrossAttention, KeysValues
+from minivlm.layers.autocast import cast_once
 from minivlm.layers.bert import BERT
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
@@ -99,12 +100,12 @@ class QFormerBlock(nn.Module):
 
     def attend(self, x: Tensor, mask: Tensor | None, before: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """x (B, T, D) asks itself and what came before it → the same with what it heard, and all keys and values so far."""
-        a = self.attention
-        k, v = a.remember(x)
+        a, asking = self.attention, cast_once(x)
+        k, v = a.remember(asking)
         if before is not None:
             k, v = (torch.cat(pair, dim=2) for pair in ((before[0], k), (before[1], v)))
         mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
-        heard = a.answer(a.split(a.q_proj(x), a.heads), k, v, mask=mask)
+        heard = a.answer(a.ask(asking), k, v, mask=mask)
         return self.attention_norm(x + self.dropout(heard)), (k, v)
 
     def look(self, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:

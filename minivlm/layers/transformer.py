@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minivlm.layers.attention import Attention, CrossAttention, KeysValues, QKNorm
+from minivlm.layers.autocast import matrix_dtype
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import Cache, RopeScaling, Rotary, relative_bucket
 
@@ -65,14 +66,6 @@ def make_norm(config: TransformerConfig) -> nn.Module:
     if c.norm == "rmsnorm":
         return nn.RMSNorm(c.width, eps=c.norm_eps)
     return nn.LayerNorm(c.width, eps=c.norm_eps, bias=c.norm_bias)
-
-
-def matrix_dtype(x: Tensor) -> torch.dtype:
-    """What a product with x is computed in: its dtype, or autocast's."""
-    device = x.device.type
-    # A device without autocast, such as meta, cannot be asked whether it is on.
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -148,7 +141,7 @@ class Block(nn.Module):
     def residual(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor], last: int | None = None) -> Tensor:
         kept = x if last is None else x[:, -last:]
         h = norm(x) if self.pre_norm else x
-        y = kept + self.dropout(f(h.to(matrix_dtype(h))))  # autocast would cast h for q, k and v one by one
+        y = kept + self.dropout(f(h))
         return y if self.pre_norm else norm(y)
 
 

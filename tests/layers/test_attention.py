@@ -1,10 +1,13 @@
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minivlm.layers import (
+    MLP,
     Attention,
     Cache,
     CrossAttention,
@@ -16,6 +19,7 @@ from minivlm.layers import (
     set_attention_backend,
 )
 from minivlm.layers.attention import BACKENDS, attend_in_strips
+from minivlm.layers.autocast import cast_once
 from minivlm.testing import (
     assert_batch_independent,
     assert_causal,
@@ -280,6 +284,38 @@ class TestAttention:
     def test_an_unknown_backend(self):
         with pytest.raises(ValueError, match="'flash'; there are auto, reference, fused, flex"):
             set_attention_backend(Attention(16, 4), "flash")
+
+
+class TestAutocast:
+    """What several products read is copied once, whoever calls: q, k and v of x, or k and v of a context."""
+
+    @pytest.mark.parametrize(
+        ("layer", "given"),
+        [
+            (Attention(16, 4), [(B, T, 16)]),
+            (CrossAttention(16, 4, context_width=6), [(B, T, 16), (B, S, 6)]),
+            (MLP(16, 32, "silu", gated=True), [(B, T, 16)]),
+        ],
+        ids=["attention", "cross-attention", "gated MLP"],
+    )
+    def test_copies_once(self, layer, given):
+        inputs, copied = [torch.randn(shape) for shape in given], Counter()
+
+        class Copies(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.aten._to_copy.default:
+                    copied.update(i for i, x in enumerate(inputs) if args[0].data_ptr() == x.data_ptr())
+                return function(*args, **(kwargs or {}))
+
+        with Copies(), torch.autocast("cpu", torch.bfloat16):
+            y = layer(*inputs)
+        assert y.dtype == torch.bfloat16 and copied == dict.fromkeys(range(len(inputs)), 1)
+        assert 0 < (y - layer(*inputs)).abs().max() < 0.05
+
+    def test_leaves_double_precision_alone(self):
+        layer, x = Attention(16, 4).double(), torch.randn(B, T, 16).double()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer.q_proj(cast_once(x)), layer.q_proj(x)) and cast_once(x) is x
 
 
 class TestCrossAttention:
