@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.attention import CrossAttention, QKNorm
+from minivlm.layers.autocast import cast_once
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import place
@@ -62,8 +63,8 @@ class PerceiverBlock(nn.Module):
         self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, c.activation, bias=False)
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        asking = self.latents_norm(latents)
-        context = torch.cat([self.features_norm(features), asking], dim=1)
+        asking = cast_once(self.latents_norm(latents))
+        context = torch.cat([cast_once(self.features_norm(features)), asking], dim=1)
         latents = latents + self.attention(asking, context)
         return latents + self.mlp(self.mlp_norm(latents))
 
