@@ -50,13 +50,15 @@ class Work:
         in an order drawn anew: each batch then has samples of like length, and little padding."""
         steps, B = self.recipe.bucket_steps, self.recipe.batch_size
         window, position = divmod(step, steps)
-        if self.window[0] != window:
+        number, batches = self.window  # taken at once: another thread may be making the next batch
+        if number != window:
             drawn = [one for s in range(steps) for one in self.drawn(window * steps + s)]
             lengths = [self.length(index, np.random.default_rng(key)) for index, key in drawn]
             by_length = [drawn[i] for i in np.argsort(lengths, kind="stable")]
             turns = np.random.default_rng((self.recipe.seed, window)).permutation(steps)
-            self.window = window, [by_length[turn * B : (turn + 1) * B] for turn in turns]
-        return self.window[1][position]
+            batches = [by_length[turn * B : (turn + 1) * B] for turn in turns]
+            self.window = window, batches
+        return batches[position]
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         """About how long the text of a sample is, in any unit; its chance is drawn as `batch` draws it."""
