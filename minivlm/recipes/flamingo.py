@@ -39,6 +39,7 @@ from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
+WORDS = 8  # about so many tokens has an example of a lesson
 VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besides the questions
 
 
@@ -126,10 +127,18 @@ class FlamingoWork(PrefixWork):
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
         """A conversation about a picture, or a lesson about several others."""
-        if self.lessons is None or rng.random() >= self.recipe.lessons:
+        if not self.is_lesson(rng):
             return super().draw(index, rng)
         named = self.lessons.lesson(rng)
         return lesson_sample(named, self.processor), [picture for picture, _ in named]
+
+    def is_lesson(self, rng: np.random.Generator) -> bool:
+        return self.lessons is not None and rng.random() < self.recipe.lessons
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        if not self.is_lesson(rng):
+            return super().length(index, rng)
+        return WORDS * len(self.lessons.lesson(rng))
 
     def progress(self, line: dict[str, float]) -> str:
         return f"{super().progress(line)}, gates {gates_text(self.model)}"

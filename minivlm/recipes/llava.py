@@ -150,7 +150,7 @@ class PrefixWork(Speaking):
         return {**batch, **self.pictures(list(chain.from_iterable(pictures)))}
 
     def length(self, index: int, rng: np.random.Generator) -> int:
-        return len(self.draw(index, rng)[0].tokens)
+        return sum(len(turn.text.split()) for turn in self.conversation(index, rng))
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
         """What is read of a training sample, and the samples that its pictures are of."""
