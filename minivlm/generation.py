@@ -54,6 +54,7 @@ class Options:
     end_tokens: Sequence[int] = ()  # a row ends with any of these
     pad_token: int = 0  # what stands after a row's end
     stop: Sequence[str] = ()  # a row ends where its text contains any of these
+    suppress_tokens: Sequence[int] = ()  # are never said
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -136,6 +137,8 @@ def speak(
         if i > 0:
             decoding.step(said[-1])
         logits = decoding.logits.float()  # the argmax of bfloat16 is 4 times as slow on a CPU
+        if options.suppress_tokens:
+            logits = suppress(logits, options.suppress_tokens)
         if seen is not None:
             logits = penalise(logits, seen, options.repetition_penalty)
         tokens = logits.argmax(dim=-1) if uniform is None else sample(logits, uniform[:, i], options)
@@ -196,6 +199,11 @@ def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
+def suppress(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(B, V) → the same, −∞ for these tokens."""
+    return scores.index_fill(1, torch.tensor(tokens, dtype=torch.int64, device=scores.device), -torch.inf)
+
+
 # ---- where an answer ends --------------------------------------------------------------------------------------------
 
 
@@ -241,6 +249,8 @@ def beam_search(
     beams = Beams(B, options, decode, device)
     for i in range(options.max_new_tokens):
         log_p = decoding.logits.float().log_softmax(dim=-1)
+        if options.suppress_tokens:
+            log_p = suppress(log_p, options.suppress_tokens)
         if seen is not None:
             log_p = penalise(log_p, seen, options.repetition_penalty)
         rows, tokens = beams.extend(log_p, i)

@@ -188,6 +188,12 @@ class Processor:
     def image_token_id(self) -> int | None:
         return self.tokenizer.token_to_id(self.config.image_token)
 
+    @cached_property
+    def image_marks(self) -> tuple[int, ...]:
+        """The tokens that tell where pictures stand, `<image>` and its fence: there to be read, not to be said."""
+        fence = None if self.config.image_fence is None else self.tokenizer.token_to_id(self.config.image_fence)
+        return tuple(id for id in (self.image_token_id, fence) if id is not None)
+
     def cut(self, row: list[int]) -> list[int]:
         if len(row) <= self.context:
             return row

@@ -168,6 +168,24 @@ class TestRowsAreIndependent:
         assert len(lengths) > 1
 
 
+class TestSuppressedTokens:
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.95}, {"num_beams": 3}], ids=str)
+    def test_are_never_said_and_leave_the_rest_as_if_they_were_not_there(self, options):
+        class Without(Recurrent):
+            """To which these tokens never come to mind."""
+
+            def read(self, tokens):
+                super().read(tokens)
+                self.logits[:, [0, 3, 8]] = -torch.inf
+
+        starts, options = [5, 2, 6, 7], {"max_new_tokens": 14, "seed": 4, **options}
+        free = answer(starts, **options)
+        said = answer(starts, suppress_tokens=(0, 3, 8), **options)
+        assert torch.isin(free, torch.tensor([0, 3, 8])).any() and not torch.isin(said, torch.tensor([0, 3, 8])).any()
+        if options.get("num_beams", 1) == 1:  # a beam's log p still counts what was suppressed
+            assert torch.equal(said, generate(Without(starts), Options(**options)))
+
+
 class TestStopStrings:
     def test_a_row_ends_with_the_token_that_completes_one(self):
         model = Script([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])

@@ -81,7 +81,7 @@ class Chat:
             raise UserError(f"{MARK} marks are put in front of the question by themselves: show the picture, then ask.")
         exchanges, question, tokens = self.remember(Exchange(self.waiting, text))
         pixels = [p for e in (*exchanges, question) for p in e.pixels]
-        options = fitting(self.model, len(tokens), len(pixels), self.options)
+        options = fitting(self.model, len(tokens), len(pixels), self.processor, self.options)
         self.dropped, self.exchanges = len(self.exchanges) - len(exchanges), exchanges
         self.waiting = question.pixels
         return self.speak(question, tokens, torch.cat(pixels) if pixels else None, options)

@@ -130,7 +130,7 @@ def say(
     options: dict[str, Any],
 ) -> list[list[int]]:
     """B prompts of any lengths, each with its pictures → the tokens of B answers, without the one that ends them."""
-    how = fitting(model, max(map(len, prompts)), max(map(len, pictures)), options)
+    how = fitting(model, max(map(len, prompts)), max(map(len, pictures)), processor, options)
     images = [image for some in pictures for image in some]
     pixels = processor.images(images) if images else None
     with inference(model):
@@ -150,8 +150,10 @@ def model_inputs(prompts: Sequence[list[int]], pixels: Tensor | None, model, pro
     return None if pixels is None else pixels.to(model.device, model.dtype), tokens, mask
 
 
-def fitting(model, length: int, images: int, given: dict[str, Any]) -> Options:
-    """Options for a prompt of `length` tokens. If max_new_tokens is not given, it is what the context has room for."""
+def fitting(model, length: int, images: int, processor, given: dict[str, Any]) -> Options:
+    """Options for a prompt of `length` tokens. If max_new_tokens is not given, it is what the context has room for. The
+    marks of pictures are not said."""
+    given = {"suppress_tokens": processor.image_marks, **given}
     wanted = model.options(**given).max_new_tokens if "max_new_tokens" in given else None
     taken = length + (images * model.config.image_tokens if can_see(model) and places(model) is None else 0)
     context = language_config(model).context

@@ -113,6 +113,19 @@ class TestText:
         assert complete("a picture", model, P, max_new_tokens=5) == expected
         assert expected.startswith("a picture") and len(expected) > len("a picture")
 
+    def test_the_marks_of_pictures_are_not_said_unless_they_are_wanted(self):
+        model, asked = language_model(), []
+        speak_freely = model.generate
+
+        def generate(*inputs, **options):
+            asked.append(options["suppress_tokens"])
+            return speak_freely(*inputs, **options)
+
+        model.generate = generate
+        complete("a picture", model, P, max_new_tokens=4)
+        complete("a picture", model, P, max_new_tokens=4, suppress_tokens=())
+        assert asked == [(P.image_token_id,), ()]
+
     def test_a_stop_string_in_the_beginning_does_not_stop_it(self):
         whole = complete(WHICH, colour_llava(), P)
         said = whole.removeprefix(f"{WHICH} ")
