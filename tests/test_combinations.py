@@ -71,14 +71,14 @@ def llava(projector):
 
 
 def llava_of_latents(vision, words):
-    places = places_of(vision, LAYERS[0])
+    places = places_of(vision, LAYERS)
     sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), places=places)
     changes = dict(projector="resampler", resampler=PerceiverConfig(**sizes))
     return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=MARK, **changes)
 
 
 def blip2(vision, words):
-    places = places_of(vision, LAYERS[0])
+    places = places_of(vision, LAYERS)
     qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), places=places)
     seeing = dict(vision=vision, vision_layers=LAYERS, class_token=False, vision_norm=False)
     return BLIP2, BLIP2Config(**seeing, qformer=qformer, language=words, image_token=MARK)

@@ -23,6 +23,7 @@ from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttentio
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
+from minivlm.layers.tower import features_of
 from minivlm.losses import next_token_loss
 from minivlm.models.querying import SeeingConfig, SeeingModel
 from minivlm.models.speaking import check_decoder
@@ -60,7 +61,7 @@ class FlamingoConfig(SeeingConfig):
         """Tokens that one picture becomes, for the gated layers to read."""
         if self.resampler is not None:
             return self.resampler.latents
-        return self.vision.features_at(self.vision_layers[0])[0] + int(self.class_token)
+        return features_of(self.vision, self.vision_layers)[0] + int(self.class_token)
 
     @property
     def image_tokens(self) -> int:

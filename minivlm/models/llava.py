@@ -19,7 +19,7 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
-from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.tower import TowerConfig, features_of, look, make_tower
 from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
 
@@ -39,13 +39,12 @@ class LLaVAConfig:
 
     def __post_init__(self):
         check_decoder(self.language, "LLaVA")
-        if len({self.vision.features_at(layer)[0] for layer in self.vision_layers}) != 1:
-            raise ValueError(f"the features of layers {self.vision_layers} do not lie side by side: their grids differ")
+        width = self.feature_width
         if (self.projector == "resampler") != (self.resampler is not None):
             raise ValueError(f"projector is {self.projector!r}, but resampler is {self.resampler}: the two go together")
-        if (r := self.resampler) is not None and (r.context_width or r.width) != self.feature_width:
+        if (r := self.resampler) is not None and (r.context_width or r.width) != width:
             raise ValueError(
-                f"the vision tower gives features of width {self.feature_width}, but the resampler reads features of width "
+                f"the vision tower gives features of width {width}, but the resampler reads features of width "
                 f"{r.context_width or r.width}: set resampler.context_width"
             )
 
@@ -54,11 +53,11 @@ class LLaVAConfig:
         """Placeholders that one view of a picture takes."""
         if self.resampler is not None:
             return self.resampler.latents
-        return self.vision.features_at(self.vision_layers[0])[0] + int(self.class_token)
+        return features_of(self.vision, self.vision_layers)[0] + int(self.class_token)
 
     @property
     def feature_width(self) -> int:
-        return sum(self.vision.features_at(layer)[1] for layer in self.vision_layers)
+        return features_of(self.vision, self.vision_layers)[1]
 
     @property
     def views(self) -> int:

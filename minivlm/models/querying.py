@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
-from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.tower import TowerConfig, features_of, look, make_tower
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.speaking import SpeakingModel
 
@@ -31,7 +31,7 @@ class SeeingConfig:
 
     @property
     def feature_width(self) -> int:
-        return sum(self.vision.features_at(layer)[1] for layer in self.vision_layers)
+        return features_of(self.vision, self.vision_layers)[1]
 
     def check_reader(self, wanted: int, reader: str, field: str) -> None:
         """ValueError if what reads the features expects another width."""

@@ -25,7 +25,7 @@ from minivlm.datasets.shapes_negatives import changed
 from minivlm.datasets.talk import open_talk
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
-from minivlm.layers.resnet import ResNetConfig
+from minivlm.layers.tower import features_of, places_of
 from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.blip import BLIP, BLIPConfig
@@ -117,14 +117,14 @@ class BLIPRecipe(Recipe):
         processor = Processor(words.tokenizer, replace(sees, **read))
 
         vision = eyes.config.vision if eyes else self.vision
-        width = sum(vision.features_at(layer)[1] for layer in self.vision_layers)
+        width = features_of(vision, self.vision_layers)[1]
         whole = isinstance(vision, VisionConfig) and self.vision_layers == (-1,)
         config = BLIPConfig(
             vision=vision,
             vision_layers=self.vision_layers,
             class_token=whole,
             vision_norm=whole,
-            places=vision.features_at(self.vision_layers[0])[0] if isinstance(vision, ResNetConfig) else 0,
+            places=places_of(vision, self.vision_layers),
             text=replace(self.text, vocab_size=processor.vocab_size, context_width=width),
             embed_width=self.embed_width,
             decode_token=processor.tokenizer.token_to_id(DECODE),

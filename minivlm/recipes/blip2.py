@@ -27,7 +27,7 @@ from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
-from minivlm.layers.tower import places_of
+from minivlm.layers.tower import features_of, places_of
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
@@ -47,9 +47,10 @@ QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, nor
 
 def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict:
     """The fields of a `QueryingConfig` for the tower of a CLIP, whose features before the last norm are read."""
-    width = sum(clip.config.vision.features_at(layer)[1] for layer in layers)
-    qformer = replace(qformer, context_width=width, places=places_of(clip.config.vision, layers[0]), **text)
-    return dict(vision=clip.config.vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
+    vision = clip.config.vision
+    width, places = features_of(vision, layers)[1], places_of(vision, layers)
+    qformer = replace(qformer, context_width=width, places=places, **text)
+    return dict(vision=vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
 
 
 # ---- stage 1 ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
-from minivlm.layers.tower import TowerConfig, places_of
+from minivlm.layers.tower import TowerConfig, features_of, places_of
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.processor import Processor
 
@@ -52,5 +52,4 @@ def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
 
 def resampling(resampler: PerceiverConfig, vision: TowerConfig, layers: tuple[int, ...]) -> PerceiverConfig:
     """A resampler of what these layers of a tower see."""
-    width = sum(vision.features_at(layer)[1] for layer in layers)
-    return replace(resampler, context_width=width, places=places_of(vision, layers[0]))
+    return replace(resampler, context_width=features_of(vision, layers)[1], places=places_of(vision, layers))
