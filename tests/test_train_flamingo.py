@@ -17,6 +17,7 @@ from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes_shots import Named
 from minivlm.errors import UserError
 from minivlm.recipes.lessons import lesson_sample
+from minivlm.testing import assert_same
 from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
 from tests.test_train_speak import SHORT, arguments, weights
 
@@ -210,6 +211,17 @@ class TestClasses:
         batch = work.batch(0)
         assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum()
         work.prepare(torch.device("cpu"), torch.float32)
+        seen = work.batch(0)
+        assert torch.equal(seen["tokens"], batch["tokens"]) and "images" not in seen
+        assert_same(seen["features"], work.model.look(batch["images"]))
+        loss, again = (sum(work.model.losses(**given).values()) for given in (batch, seen))
+        assert_same(loss, again)
+
+    def test_a_tower_that_learns_is_given_pixels(self, built, drawings):
+        work = work_of(built, drawings, freeze_vision="false")
+        batch = work.batch(0)
+        work.prepare(torch.device("cpu"), torch.float32)
+        assert work.pixels is not None and "images" in batch
         assert all(torch.equal(a, b) for a, b in zip(batch.values(), work.batch(0).values(), strict=True))
 
     def test_too_few_classes(self, built, tmp_path):

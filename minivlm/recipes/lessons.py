@@ -19,7 +19,7 @@ from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import CACHE_LIMIT
+from minivlm.recipes.frozen import CACHE_LIMIT, look_once
 from minivlm.recipes.interleaved import gates_text
 from minivlm.recipes.work import Work
 from minivlm.tasks.few_shot import END, LEAD
@@ -47,6 +47,7 @@ class LessonsWork(Work):
         self.classes = len(classes)
         self.lessons, self.paths = class_lessons(classes)
         self.pixels: Tensor | None = None
+        self.features: Tensor | None = None
         self.scores: dict[str, Score] = {}  # once it has been judged
 
     def notes(self) -> list[str]:
@@ -56,23 +57,29 @@ class LessonsWork(Work):
         return f"{super().progress(line)}, gates {gates_text(self.model)}"
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
-        """Every picture is read once, if all of them fit into memory."""
-        if 4 * 3 * len(self.paths) * self.processor.image_size**2 <= CACHE_LIMIT:
+        """A frozen tower sees every picture once; one that learns is given pixels, which are read once. Both if they fit into
+        memory."""
+        if self.recipe.freeze_vision:
+            pictures = lambda indices: [self.paths[i] for i in indices]
+            self.features = look_once(self.model, self.processor, len(self.paths), pictures, device, precision)
+        elif 4 * 3 * len(self.paths) * self.processor.image_size**2 <= CACHE_LIMIT:
             self.pixels = self.processor.images(self.paths)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """tokens and labels (B/W, T), and the images (M, 3, H, W) of all their marks, of process `rank` of W."""
+        """tokens and labels (B/W, T), and the images (M, 3, H, W) of all their marks, or their features, of process `rank` of
+        W."""
         lessons = [self.lessons.lesson(rng, most_ways=WAYS) for _, rng in self.share(step, rank, world)]
         batch = collate([lesson_sample(lesson, self.processor) for lesson in lessons], self.processor.pad_token)
         if self.recipe.micro_batch is None:
             batch["where"] = labelled(batch["labels"])
-        indices = [picture for lesson in lessons for picture, _ in lesson]
-        return {**batch, "images": self.pictures(indices)}
+        return batch | self.pictures([picture for lesson in lessons for picture, _ in lesson])
 
-    def pictures(self, indices: list[int]) -> Tensor:
+    def pictures(self, indices: list[int]) -> dict[str, Tensor]:
+        if self.features is not None:
+            return {"features": self.features[torch.tensor(indices)]}
         if self.pixels is not None:
-            return self.pixels[torch.tensor(indices)]
-        return self.processor.images([self.paths[i] for i in indices])
+            return {"images": self.pixels[torch.tensor(indices)]}
+        return {"images": self.processor.images([self.paths[i] for i in indices])}
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         return len(self.lessons.lesson(rng, most_ways=WAYS))
