@@ -137,6 +137,12 @@ class TestBadInput:
             work_of(built, tmp_path / "few")
         assert work_of(built, tmp_path / "few", lessons=0.0).lessons is None
 
+    def test_samples_of_several_pictures_cannot_be_read_in_parts(self, built, world, drawings):
+        for data, options in ((world, {}), (drawings, {"lessons": 0})):
+            with pytest.raises(UserError, match="--micro_batch needs one picture in every sample, but lessons"):
+                work_of(built, data, micro_batch=4, **options)
+        assert "where" not in work_of(built, world, micro_batch=4, lessons=0).batch(0)
+
 
 class TestInterleaved:
     @pytest.fixture

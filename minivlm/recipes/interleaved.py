@@ -57,7 +57,7 @@ class InterleavedWork(Work):
         """tokens and labels (B/W, T), and the images (M, 3, H, W) of all their marks, of process `rank` of W."""
         share = self.share(step, rank, world)
         batch = self.read(self.train, [index for index, _ in share], [self.train.text(*one) for one in share])
-        return batch if self.recipe.micro_batch is not None else {**batch, "where": labelled(batch["labels"])}
+        return {**batch, "where": labelled(batch["labels"])}
 
     def read(self, documents: Interleaved, indices: list[int], texts: list[str]) -> dict[str, Tensor]:
         samples = [encode_document(text, self.processor, context=self.processor.context) for text in texts]

@@ -70,8 +70,7 @@ class LessonsWork(Work):
         W."""
         lessons = [self.lessons.lesson(rng, most_ways=WAYS) for _, rng in self.share(step, rank, world)]
         batch = collate([lesson_sample(lesson, self.processor) for lesson in lessons], self.processor.pad_token)
-        if self.recipe.micro_batch is None:
-            batch["where"] = labelled(batch["labels"])
+        batch["where"] = labelled(batch["labels"])
         return batch | self.pictures([picture for lesson in lessons for picture, _ in lesson])
 
     def pictures(self, indices: list[int]) -> dict[str, Tensor]:
