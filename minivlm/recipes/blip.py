@@ -214,6 +214,8 @@ BLIP_SHAPES = BLIPRecipe(
     measured="26 min on one busy core: matching 97 %, 89 % of scenes described (1 seed)",
     optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
     steps=1500,
+    # Without bucket_steps: in batches of like length long captions count no more than short ones, and who stands where is
+    # learnt late (after 1,100 steps 67 % of the scenes are described, instead of 85 %).
     batch_size=64,
     save_every=500,
 )

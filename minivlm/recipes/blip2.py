@@ -308,6 +308,7 @@ BLIP2_RECIPES = {
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=1600,
         batch_size=64,
+        bucket_steps=4,
         save_every=400,
     ),
     "blip2": BLIP2Recipe(
