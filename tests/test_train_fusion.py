@@ -14,6 +14,7 @@ from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
 from minivlm.recipes.fusion import FUSION_RECIPES, MASK
+from minivlm.recipes.multitask import MULTITASK_RECIPES
 from tests.test_train import TINY
 
 SHORT = {"steps": 4, "batch_size": 8, "save_every": 4, "seed": 3, "device": "cpu", "precision": "fp32"}
@@ -55,7 +56,7 @@ def start(built, name, **more):
     return recipe.start(quiet=True)
 
 
-@pytest.mark.parametrize("name", FUSION_RECIPES)
+@pytest.mark.parametrize("name", FUSION_RECIPES | MULTITASK_RECIPES)
 def test_a_run_leaves_a_model_that_answers(built, name, capsys):
     train.main(arguments(name, **options(built, name, out=built / name)))
     assert "answers to choose from; 0 of" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from minivlm.recipes.flamingo import FLAMINGO_RECIPES
 from minivlm.recipes.fusion import FUSION_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
+from minivlm.recipes.multitask import MULTITASK_RECIPES
 from minivlm.recipes.speak import CAPTIONER_RECIPES
 from minivlm.recipes.t5 import T5_RECIPES
 
@@ -36,6 +37,7 @@ RECIPES = (
     | BLIP2_RECIPES
     | FLAMINGO_RECIPES
     | FUSION_RECIPES
+    | MULTITASK_RECIPES
     | CAPTIONER_RECIPES
 )
 DEFAULT = "clip"

@@ -2,7 +2,7 @@
 
     clip-resnet ─ vision tower, frozen ─→ regions ─┬→ visualbert, uniter, vilbert   questions; each fourth step captions
                                                    ├→ vqa                          questions
-                                                   └→ multitask                    questions and captions, all at once
+                                                   └→ multitask (multitask.py)     questions and captions, all at once
 
 The papers train on captions first, then on questions. Here the two take turns, so that all heads of the model are good
 when it is done, and no second run is needed.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from minivlm.checkpoint import load
 from minivlm.conversation import IGNORED
 from minivlm.datasets.answers import AnswerList, most_frequent
 from minivlm.datasets.continuation import pad
-from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.masking import hide_regions, hide_words
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Question, Talk, open_talk
@@ -34,7 +33,6 @@ from minivlm.layers.transformer import TransformerConfig
 from minivlm.metrics import Score
 from minivlm.models.fusing import FusionConfig
 from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
-from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
@@ -46,13 +44,12 @@ from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
 MASK = "<mask>"  # stands where a word is hidden
-ModelConfig = VisualBERTConfig | UNITERConfig | ViLBERTConfig | VQAConfig | MultitaskConfig
+ModelConfig = VisualBERTConfig | UNITERConfig | ViLBERTConfig | VQAConfig
 CLASSES = {
     VisualBERTConfig: VisualBERT,
     UNITERConfig: UNITER,
     ViLBERTConfig: ViLBERT,
     VQAConfig: VQAModel,
-    MultitaskConfig: MultitaskVLM,
 }
 
 
@@ -64,6 +61,16 @@ class FusionRecipe(Recipe):
     most_answers: int = 3000  # the most frequent ones are to choose from
     captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
     hide: Literal["words", "either", "both"] = "words"  # of a caption's pair; either: words or regions
+    eyes: ClassVar[str] = "vision"  # the part of the model that is frozen
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """Of words and regions, with the answers."""
+        return self.model
+
+    @property
+    def model_class(self) -> type[nn.Module]:
+        return CLASSES[type(self.model)]
 
     def needs(self) -> dict[str, str]:
         return {"clip-resnet": self.vision_from}
@@ -87,30 +94,32 @@ class FusionRecipe(Recipe):
             model, processor = self.compose(
                 train, most_frequent((q for some in asked for q in some), self.most_answers)
             )
-        model.freeze("encoder.vision" if isinstance(model, MultitaskVLM) else "vision")
-        work = MultitaskWork if isinstance(model, MultitaskVLM) else FusionWork
-        return work(self, model, processor, train, asked)
+        model.freeze(self.eyes)
+        return self.work(model, processor, train, asked)
+
+    def work(self, *parts) -> FusionWork:
+        """model, processor, train, asked → what trains the model."""
+        return FusionWork(self, *parts)
 
     def compose(self, train: Talk, answers: tuple[str, ...]) -> tuple[nn.Module, Processor]:
         """The tower of a CLIP, a tokeniser of the data's questions, answers and captions, and all else new."""
         clip, seen = load_eyes(self.vision_from)
-        encoder = self.model.encoder if isinstance(self.model, MultitaskConfig) else self.model
-        sizes = dict(vocab_size=self.data.vocab_size, image_size=seen.image_size, context=encoder.text.context)
+        sizes = dict(vocab_size=self.data.vocab_size, image_size=seen.image_size, context=self.encoder.text.context)
         words = Processor.train(train.texts(), **sizes)
         words.tokenizer.add_special_tokens([MASK])
         read = dict(context=words.context, pad_token=words.pad_token, pad_to_context=False)
         processor = Processor(words.tokenizer, replace(seen.config, **read))
-        config = completed(self.model, clip.config.vision, answers, processor)
-        model = build(CLASSES[type(config)], config, seed=self.seed)
+        config = self.complete(clip.config.vision, answers, processor)
+        model = build(self.model_class, config, seed=self.seed)
         model.vision.load_state_dict(clip.vision.state_dict())
         return model, processor
 
+    def complete(self, vision, answers: tuple[str, ...], processor: Processor) -> ModelConfig:
+        """The model's config with what follows from tower, data and tokeniser. UserError where these do not fit it."""
+        return completed(self.model, vision, answers, processor)
+
 
 def completed(config: ModelConfig, vision, answers: tuple[str, ...], processor: Processor) -> ModelConfig:
-    """The config with what follows from tower, data and tokeniser. UserError where these do not fit it."""
-    if isinstance(config, MultitaskConfig):
-        encoder = completed(config.encoder, vision, answers, processor)
-        return replace(config, encoder=encoder, end_token=processor.end_token, pad_token=processor.pad_token)
     text = replace(config.text, vocab_size=processor.vocab_size)
     try:
         width = vision.features_at(config.vision_layer)[1]
@@ -241,57 +250,6 @@ class FusionWork(PrefixWork):
         return [f"python sample.py answer {out} {picture} {quote(asked.text)}"]
 
 
-class MultitaskWork(FusionWork):
-    """A question and a caption about every picture."""
-
-    def __init__(self, recipe: FusionRecipe, *parts):
-        super().__init__(recipe, *parts)
-        if not self.has_captions:
-            raise UserError(f"{recipe.data.directory} has no captions (captions.jsonl), which two of three tasks need.")
-
-        tasks = self.model.config.tasks  # the first of these is judged while it trains
-        names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
-        self.judged = next(task for task in names if task in tasks)
-        self.score_name = names[self.judged]
-
-    def validate(self) -> float:
-        if self.judged != "search":
-            return self.answers_score() if self.judged == "answer" else self.captions_score()
-        pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.image_size)
-        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
-
-    def picture(self, path: Path) -> None:
-        if self.judged != "search":
-            super().picture(path)
-        else:
-            evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
-        asked = self.questions(share)
-        tokens, mask = self.processor.text([self.caption(index, rng) for index, rng in share], cut=True)
-        question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
-        return {"tokens": tokens, "mask": mask, **question, **self.pictures([index for index, _ in share])}
-
-    def length(self, index: int, rng: np.random.Generator) -> int:
-        """Of the two, the caption is the longer one; it is drawn second."""
-        self.question(self.samples[index], rng)
-        return len(self.caption(self.samples[index], rng).split())
-
-    def progress(self, line: dict[str, float]) -> str:
-        """Each task's loss as a share of what knowing nothing costs."""
-        return ", ".join(f"{task} {line[task]:.2f}" for task in self.model.config.tasks) + " (1: knows nothing)"
-
-    def next_commands(self, out: Path) -> list[str]:
-        folder = Path(self.recipe.data.directory) / "test"
-        more = (
-            [f'python sample.py search {out} {folder} "a red circle" --top 8 --save sheet.png']
-            if folder.is_dir()
-            else []
-        )
-        return [*super().next_commands(out), f"python sample.py caption {out} {self.held_out_picture()}", *more]
-
-
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 WORDS = BERTConfig(width=128, depth=4, heads=4, vocab_size=512, context=64, norm_eps=1e-5)
@@ -343,16 +301,5 @@ FUSION_RECIPES = {
         captions_every=0,
         measured="11 min on one busy core: 93 % of balanced questions, 83 % about never-seen pairs (3 seeds)",
         **SMALL | {"steps": 4000},
-    ),
-    "multitask": FusionRecipe(
-        summary="captions, answers and search by one encoder of words and regions",
-        model=MultitaskConfig(
-            encoder=VisualBERTConfig(
-                **COMMON | {"text": replace(WORDS, context=96)}, region_positions=True, answer_at="first"
-            ),
-            end_token=0,
-        ),
-        measured="25 min on one busy core: 93 % of balanced questions, 78 % of scenes described (1 seed)",
-        **SMALL,
     ),
 }

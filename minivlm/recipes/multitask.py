@@ -1,0 +1,101 @@
+"""Captions, answers and search by one encoder of words and regions (models/multitask.py): all three learn in every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from minivlm import evaluate
+from minivlm.datasets.folder import open_pairs
+from minivlm.errors import UserError
+from minivlm.models.fusion import VisualBERTConfig
+from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.processor import Processor
+from minivlm.recipes.fusion import COMMON, SMALL, WORDS, FusionRecipe, FusionWork, completed
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskRecipe(FusionRecipe):
+    model: MultitaskConfig
+    eyes = "encoder.vision"
+    model_class = MultitaskVLM
+
+    @property
+    def encoder(self) -> VisualBERTConfig:
+        return self.model.encoder
+
+    def complete(self, vision, answers: tuple[str, ...], processor: Processor) -> MultitaskConfig:
+        encoder = completed(self.encoder, vision, answers, processor)
+        return replace(self.model, encoder=encoder, end_token=processor.end_token, pad_token=processor.pad_token)
+
+    def work(self, *parts) -> MultitaskWork:
+        return MultitaskWork(self, *parts)
+
+
+class MultitaskWork(FusionWork):
+    """A question and a caption about every picture."""
+
+    def __init__(self, recipe: MultitaskRecipe, *parts):
+        super().__init__(recipe, *parts)
+        if not self.has_captions:
+            raise UserError(f"{recipe.data.directory} has no captions (captions.jsonl), which two of three tasks need.")
+
+        tasks = self.model.config.tasks  # the first of these is judged while it trains
+        names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
+        self.judged = next(task for task in names if task in tasks)
+        self.score_name = names[self.judged]
+
+    def validate(self) -> float:
+        if self.judged != "search":
+            return self.answers_score() if self.judged == "answer" else self.captions_score()
+        pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.image_size)
+        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
+
+    def picture(self, path: Path) -> None:
+        if self.judged != "search":
+            super().picture(path)
+        else:
+            evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
+        asked = self.questions(share)
+        tokens, mask = self.processor.text([self.caption(index, rng) for index, rng in share], cut=True)
+        question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
+        return {"tokens": tokens, "mask": mask, **question, **self.pictures([index for index, _ in share])}
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        """Of the two, the caption is the longer one; it is drawn second."""
+        self.question(self.samples[index], rng)
+        return len(self.caption(self.samples[index], rng).split())
+
+    def progress(self, line: dict[str, float]) -> str:
+        """Each task's loss as a share of what knowing nothing costs."""
+        return ", ".join(f"{task} {line[task]:.2f}" for task in self.model.config.tasks) + " (1: knows nothing)"
+
+    def next_commands(self, out: Path) -> list[str]:
+        folder = Path(self.recipe.data.directory) / "test"
+        more = (
+            [f'python sample.py search {out} {folder} "a red circle" --top 8 --save sheet.png']
+            if folder.is_dir()
+            else []
+        )
+        return [*super().next_commands(out), f"python sample.py caption {out} {self.held_out_picture()}", *more]
+
+
+MULTITASK_RECIPES = {
+    "multitask": MultitaskRecipe(
+        summary="captions, answers and search by one encoder of words and regions",
+        model=MultitaskConfig(
+            encoder=VisualBERTConfig(
+                **COMMON | {"text": replace(WORDS, context=96)}, region_positions=True, answer_at="first"
+            ),
+            end_token=0,
+        ),
+        measured="25 min on one busy core: 93 % of balanced questions, 78 % of scenes described (1 seed)",
+        **SMALL,
+    ),
+}
