@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -58,13 +57,11 @@ def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
 
 
 def features_of(config: TowerConfig, layers: Sequence[int]) -> tuple[int, int]:
-    """(N, C) of what `look` gives of these layers, class token aside. ValueError: grids that do not fit into each other."""
-    sizes = [config.features_at(layer) for layer in layers]
-    coarsest = min(n for n, _ in sizes)
-    for n, _ in sizes:
-        if n != coarsest and (side_of(n) is None or side_of(coarsest) is None or side_of(n) % side_of(coarsest)):
-            raise ValueError(f"the features of layers {tuple(layers)} do not lie side by side: their grids differ")
-    return coarsest, sum(n // coarsest * width for n, width in sizes)
+    """(N, C) of what `look` gives of these layers, class token aside. ValueError: layers whose grids differ."""
+    counts, widths = zip(*map(config.features_at, layers), strict=True)
+    if len(set(counts)) > 1:
+        raise ValueError(f"the features of layers {tuple(layers)} do not lie side by side: their grids differ")
+    return counts[0], sum(widths)
 
 
 def places_of(config: TowerConfig, layers: Sequence[int]) -> int:
@@ -75,27 +72,9 @@ def places_of(config: TowerConfig, layers: Sequence[int]) -> int:
 def look(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
     """images (…, 3, H, W) → (M, N, C): of each picture the features after these layers, several side by side.
 
-    Where a ResNet's layers have grids of different sizes, what lies in one cell of the coarsest is read as one feature.
     class_token: keep it, in front of the patches. A frozen tower keeps no activations, since nothing asks for gradients.
     """
     pixels = images.flatten(0, -4)
     states = [tower.features(pixels, layer=layer) for layer in layers]
-    coarsest = min(x.shape[1] for x in states)
-    states = [x if x.shape[1] == coarsest else fold(x, coarsest) for x in states]
     x = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
     return x if class_token else x[:, getattr(tower, "leading", 0) :]
-
-
-def fold(x: Tensor, cells: int) -> Tensor:
-    """(M, N, C) of a square grid → (M, cells, N / cells · C): neighbours become one, as in Swin's patch merging (Liu et al.
-    2021, §3.1)."""
-    side, fine = side_of(cells), side_of(x.shape[1])
-    times = fine // side
-    x = x.unflatten(1, (side, times, side, times)).transpose(2, 3)  # (M, side, side, times, times, C)
-    return x.flatten(3).flatten(1, 2)
-
-
-def side_of(n: int) -> int | None:
-    """Of a square grid of n cells; None: it is not square."""
-    side = math.isqrt(n)
-    return side if side * side == n else None

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minivlm import checkpoint
-from minivlm.layers import EfficientNetConfig, ResNetConfig, VisionConfig
+from minivlm.layers import ResNetConfig, VisionConfig
 from minivlm.layers.lora import LoRAConfig, lora_parameters
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.testing import (
@@ -119,25 +119,8 @@ class TestWhatTheTowerGives:
         torch.nn.init.normal_(model.vision.transformer.blocks[-1].mlp.up_proj.weight)
         assert torch.equal(model.look(images), before)
 
-    def test_what_lies_in_one_cell_of_a_coarser_grid_is_one_feature(self):
+    def test_grids_of_different_size_do_not_lie_side_by_side(self):
         vision = ResNetConfig(blocks=(1, 1, 1, 1), width=8, output_width=12, heads=4, image_size=64)
-        model = llava(vision=vision, vision_layers=(-1, -2))
-        (coarse, wide), (_, narrow) = vision.features_at(-1), vision.features_at(-2)
-        images = torch.randn(2, 3, 64, 64)
-        seen = model.look(images)
-        assert model.config.image_tokens == coarse == 4 and seen.shape == (2, 4, wide + 4 * narrow)
-        above, below = model.vision.grid(images, -1), model.vision.grid(images, -2)  # (2, C, 2, 2) and (2, C', 4, 4)
-        for cell, (y, x) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-            assert_same(seen[:, cell, :wide], above[:, :, y, x])
-            assert_same(
-                seen[:, cell, wide:].unflatten(1, (2, 2, -1)),
-                below[..., 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].permute(0, 2, 3, 1),
-            )
-        assert replace(model.config, vision_layers=(-2, -1)).feature_width == model.config.feature_width
-
-    def test_grids_that_do_not_fit_into_each_other_do_not_lie_side_by_side(self):
-        stages = dict(channels=(8, 8), blocks=(1, 1), kernels=(3, 3), strides=(2, 2), expansions=(1, 1))
-        vision = EfficientNetConfig(image_size=20, stem_channels=8, **stages)  # 5 × 5 cells, then 2 × 2
         with pytest.raises(ValueError, match=r"layers \(-1, -2\) do not lie side by side"):
             llava_config(vision=vision, vision_layers=(-1, -2))
 
