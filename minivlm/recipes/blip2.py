@@ -317,6 +317,7 @@ BLIP2_RECIPES = {
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=2500,
         batch_size=64,
+        bucket_steps=4,
         save_every=500,
     ),
 }
