@@ -1,9 +1,12 @@
 """The scripts that turn a dataset's official files into a folder: small files of the same form, opened as datasets."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+import zipfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from minivlm.conversation import Turn
 from minivlm.datasets import Question, open_pairs, open_talk
+from minivlm.datasets.class_episodes import read_classes
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.errors import UserError
 
@@ -37,7 +41,7 @@ def write(path, values):
     path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["coco", "flickr8k", "interleaved", "llava", "vqa2"])
+@pytest.mark.parametrize("name", ["coco", "flickr8k", "interleaved", "llava", "omniglot", "vqa2"])
 def test_a_script_explains_itself(name, capsys):
     with pytest.raises(SystemExit):
         prepare(name, "--help")
@@ -370,3 +374,63 @@ def test_wrong_files_of_web_pages_are_named(pages, tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*pages\.jsonl"):
         prepare(*pages)
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- Omniglot
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """Two archives that overlap: Greek is in both."""
+    for archive, alphabets in (("one", ("Greek", "Korean")), ("two", ("Greek", "Tagalog", "Japanese_(katakana)"))):
+        with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as file:
+            for alphabet in alphabets:
+                for character, drawing in product((1, 2), (1, 2, 3)):
+                    picture, png = Image.new("1", (105, 105), 1), io.BytesIO()
+                    picture.putpixel((drawing, character), 0)
+                    picture.save(png, "png")
+                    file.writestr(f"images_{archive}/{alphabet}/character0{character}/{drawing}.png", png.getvalue())
+    return tmp_path / "one.zip", tmp_path / "two.zip"
+
+
+def test_omniglot(archives, tmp_path, capsys):
+    prepare("omniglot", *archives, "--out", tmp_path / "out", "--test", "Tagalog")
+    assert "characters: 16 in train/, 2 in val/, 2 in test/" in capsys.readouterr().out
+    classes = {split: read_classes(tmp_path / "out", split) for split in ("train", "val", "test")}
+    assert [one.image for one in classes["test"]] == ["test/Tagalog_character01", "test/Tagalog_character02"]
+    assert {one.image.split("_")[0] for one in classes["train"]} == {"train/Greek", "train/Japanese"}
+    assert classes["train"][1].image == "train/Greek_character01_180"
+    assert {len(one.pictures) for some in classes.values() for one in some} == {3}
+    upright, turned = (
+        np.array(Image.open(tmp_path / f"out/train/Greek_character02{turn}/3.png")) for turn in ("", "_90")
+    )
+    assert not upright[2, 3] and np.array_equal(np.rot90(upright), turned)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--test", "Latin"],
+            "--test: there is no alphabet Latin; there are Greek, Japanese_katakana, Korean, Tagalog",
+        ),
+        (
+            ["--val", "Greek", "Korean", "--test", "Tagalog", "Japanese_katakana"],
+            "but there are 4, of which 0 are neither",
+        ),
+    ],
+)
+def test_wrong_alphabets_of_omniglot_are_named(archives, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        prepare("omniglot", *archives, "--out", tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_files_of_omniglot_are_named(archives, tmp_path):
+    write(tmp_path / "none.zip", "no zip file")
+    with pytest.raises(UserError, match=r"none\.zip cannot be read as a zip file"):
+        prepare("omniglot", tmp_path / "none.zip")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("readme.txt", "words")
+    with pytest.raises(UserError, match=r"no images_…/ALPHABET/CHARACTER/\*.png, as in Omniglot"):
+        prepare("omniglot", tmp_path / "other.zip")
