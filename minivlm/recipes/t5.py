@@ -43,7 +43,7 @@ class Continuation(Language):
 T5_RECIPES = {
     "t5": T5Recipe(
         summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
-        measured="not yet trained at length",
+        measured="16 min on one busy core: perplexity 7 (unigrams 59), but it answers no better than chance (1 seed)",
         model=T5Config(
             width=128,
             depth=3,
