@@ -199,7 +199,8 @@ def test_a_language_model_learns_the_answers_of_conversations_and_the_whole_of_t
     options = LM | {"data": world, "batch_size": 16, "model.context": 400}  # nothing is cut
     work = recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
     batch, end = work.batch(0), work.processor.end_token
-    for row, labels, index in zip(batch["tokens"], batch["labels"], work.indices(0), strict=True):
+    read = [index for index, _ in work.share(0, 0, 1)]
+    for row, labels, index in zip(batch["tokens"], batch["labels"], read, strict=True):
         document = work.read(int(index))
         learnt = labels[labels != IGNORED].tolist()
         assert torch.equal(labels[labels != IGNORED], row[labels != IGNORED])
