@@ -4,7 +4,7 @@ python data/omniglot/prepare.py ARCHIVE … [--out data/omniglot] [--val ALPHABE
 
 ARCHIVE is images_background.zip, images_evaluation.zip, or one of the small ones. Whole alphabets are held out: without
 --val and --test the last two by name. The others are learnt from, their drawings also turned by a quarter, a half and
-three quarters, each a character of its own (Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1.1).
+three quarters, each a character of its own (Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1).
 """
 
 import argparse

@@ -224,10 +224,6 @@ class FusionWork(PrefixWork):
     def length(self, index: int, rng: np.random.Generator) -> int:
         return len(self.question(self.samples[index], rng).text.split())
 
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        known = self.train.captions(index)
-        return known[int(rng.random() * len(known))]
-
     def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
         """One that is nearly right, where the data have some; else, and as often, that of another picture."""
         if rng.random() < 0.5 and (false := self.train.false_caption(index, rng)) is not None:

@@ -60,6 +60,11 @@ class Speaking(Work):
     def key(self, index: int) -> str:
         return self.train.key(index)
 
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """One of those of a training picture."""
+        known = self.train.captions(index)
+        return known[int(rng.random() * len(known))]
+
     def evaluate(self) -> dict[str, Score]:
         where = self.recipe.data.directory
         return evaluate.speech(self.model, self.processor, where, ask_questions=self.answers)
@@ -122,10 +127,6 @@ class Captioner(Speaking):
         pictures = self.train.images([index for index, _ in share])
         images = self.processor.images([picture for [picture] in pictures])
         return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
-
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        known = self.train.captions(index)
-        return known[int(rng.random() * len(known))]
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         return len(self.caption(index, rng).split())
