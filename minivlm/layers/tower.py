@@ -64,6 +64,15 @@ def features_of(config: TowerConfig, layers: Sequence[int]) -> tuple[int, int]:
     return counts[0], sum(widths)
 
 
+def check_reader(width: int, wanted: int, reader: str, field: str) -> None:
+    """ValueError if what reads the features of a tower expects another width than they have."""
+    if width != wanted:
+        raise ValueError(
+            f"the vision tower gives features of width {width}, but the {reader} reads features of width "
+            f"{wanted}: choose the tower that it was trained with, or set {field}"
+        )
+
+
 def places_of(config: TowerConfig, layers: Sequence[int]) -> int:
     """How many features of a picture want a learnt position from whoever reads them: a ViT's know where they are."""
     return 0 if isinstance(config, VisionConfig) else features_of(config, layers)[0]

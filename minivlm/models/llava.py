@@ -19,7 +19,7 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
-from minivlm.layers.tower import TowerConfig, features_of, look, make_tower
+from minivlm.layers.tower import TowerConfig, check_reader, features_of, look, make_tower
 from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
 
@@ -42,11 +42,8 @@ class LLaVAConfig:
         width = self.feature_width
         if (self.projector == "resampler") != (self.resampler is not None):
             raise ValueError(f"projector is {self.projector!r}, but resampler is {self.resampler}: the two go together")
-        if (r := self.resampler) is not None and (r.context_width or r.width) != width:
-            raise ValueError(
-                f"the vision tower gives features of width {width}, but the resampler reads features of width "
-                f"{r.context_width or r.width}: set resampler.context_width"
-            )
+        if (r := self.resampler) is not None:
+            check_reader(width, r.context_width or r.width, "resampler", "resampler.context_width")
 
     @property
     def features_per_view(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
-from minivlm.layers.tower import TowerConfig, features_of, look, make_tower
+from minivlm.layers.tower import TowerConfig, check_reader, features_of, look, make_tower
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.speaking import SpeakingModel
 
@@ -35,11 +35,7 @@ class SeeingConfig:
 
     def check_reader(self, wanted: int, reader: str, field: str) -> None:
         """ValueError if what reads the features expects another width."""
-        if self.feature_width != wanted:
-            raise ValueError(
-                f"the vision tower gives features of width {self.feature_width}, but the {reader} reads features of width "
-                f"{wanted}: choose the tower that it was trained with, or set {field}"
-            )
+        check_reader(self.feature_width, wanted, reader, field)
 
 
 class SeeingModel(SpeakingModel):
