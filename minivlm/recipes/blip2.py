@@ -7,7 +7,7 @@ the Q-Former to be read by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Literal
@@ -28,9 +28,11 @@ from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import features_of, places_of
+from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
+from minivlm.models.querying import SeeingConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once
@@ -50,7 +52,8 @@ def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> d
     vision = clip.config.vision
     width, places = features_of(vision, layers)[1], places_of(vision, layers)
     qformer = replace(qformer, context_width=width, places=places, **text)
-    return dict(vision=vision, qformer=qformer, vision_layers=layers, class_token=False, vision_norm=False)
+    read = dict(class_token=False, vision_norm=False, standardise=not isinstance(vision, VisionConfig))
+    return dict(vision=vision, vision_layers=layers, qformer=qformer, **read)
 
 
 # ---- stage 1 ---------------------------------------------------------------------------------------------------------
@@ -237,12 +240,13 @@ class BLIP2Recipe(Recipe):
                 )
             c = eyes.config
             qformer = replace(c.qformer, vocab_size=None)
-            parts = {name: getattr(c, name) for name in ("vision", "vision_layers", "class_token", "vision_norm")}
-            parts["qformer"] = qformer
+            parts = {field.name: getattr(c, field.name) for field in fields(SeeingConfig)} | {"qformer": qformer}
         speaker, words = self.load_speaker()
         config = BLIP2Config(**parts, language=speaker.config, image_token=words.image_token_id)
         model = build(BLIP2, config, seed=self.seed)
         model.vision.load_state_dict(eyes.vision.state_dict())
+        if not self.from_scratch:
+            model.load_measures(eyes)
         model.language_model.load_state_dict(speaker.state_dict())
         if not self.from_scratch:
             wanted = model.qformer.state_dict()  # the text's half stays behind

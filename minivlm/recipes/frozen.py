@@ -12,6 +12,7 @@ from minivlm.training import autocast
 
 CACHE_LIMIT = 4 * 2**30  # bytes of features that may be kept
 AT_A_TIME = 250  # pictures
+MEASURED = 1000  # pictures that tell how large features are
 
 
 def look_once(
@@ -25,6 +26,8 @@ def look_once(
 
     features = None
     with inference(model), autocast(device, dtype):
+        if getattr(model, "unmeasured", False):
+            model.measure(processor.images(list(pictures(range(min(n, MEASURED))))).to(device))
         for i in tqdm(range(0, n, AT_A_TIME), desc="image features", unit=" batches", leave=False):
             indices = range(i, min(i + AT_A_TIME, n))
             seen = model.look(processor.images(list(pictures(indices))).to(device))  # (b · views, N, C)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from minivlm import BLIP2Stage1, BLIP2Stage1Config, checkpoint
+from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.matching import gather_texts, hard_negatives, same_texts
@@ -216,6 +217,44 @@ class TestConfig:
         back, _ = checkpoint.load(tmp_path)
         assert back.config == CONFIG
         assert_same(back.match(images, TOKENS, MASK), model.match(images, TOKENS, MASK), tolerance=0)
+
+
+class TestStandardised:
+    """What the tower gives, shifted and scaled by channel."""
+
+    CONFIG = replace(CONFIG, standardise=True)
+
+    def test_measured_features_have_mean_0_and_deviation_1(self):
+        model, images = stage1(self.CONFIG), pictures(50)
+        assert model.unmeasured
+        assert_same(model.look(images), stage1().look(images), tolerance=0)
+        for _ in range(2):  # to measure again changes nothing
+            model.measure(images)
+            features = model.look(images).flatten(0, -2)
+            assert_same(features.mean(dim=0), torch.zeros(20), tolerance=1e-5)
+            assert_same(features.std(dim=0, correction=0), torch.ones(20), tolerance=1e-5)
+        assert not model.unmeasured
+
+    def test_a_channel_that_never_moves_keeps_its_scale(self):
+        model = stage1(self.CONFIG)
+        with torch.no_grad():
+            model.vision.norm.weight[3] = 0.0
+        model.measure(pictures(8))
+        assert (model.look(pictures(8))[..., 3] == 0).all()
+
+    def test_measures_are_saved_and_are_handed_on(self, tmp_path):
+        model, images = stage1(self.CONFIG), pictures()
+        model.measure(pictures(50))
+        model.save_pretrained(tmp_path)
+        other = stage1(self.CONFIG)
+        other.vision.load_state_dict(model.vision.state_dict())
+        other.load_measures(model)
+        for same in (checkpoint.load(tmp_path)[0], other):
+            assert_same(same.look(images), model.look(images), tolerance=0)
+
+    def test_the_published_layout_has_no_word_for_it(self, tmp_path):
+        with pytest.raises(UserError, match=r"cannot express .*standardise = True"):
+            stage1(self.CONFIG).save_pretrained(tmp_path, layout="hf")
 
 
 # ---- two processes -----------------------------------------------------------------------------------------------------
