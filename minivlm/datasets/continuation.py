@@ -28,22 +28,31 @@ def split(document: str | list[Turn], rng: np.random.Generator) -> tuple[str, st
         return words_of(document[:at]), document[at].text
     words = document.split()
     places = range(1, len(words))
-    answers = [i for i in places if words[i - 1].endswith(ASKS)]
+    answers = answers_in(words)
     if answers and rng.random() < BEFORE_ANSWERS:
         places = answers
     at = places[rng.integers(len(places))] if places else 0
     return " ".join(words[:at]), " ".join(words[at:])
 
 
-def collate_pairs(pairs: Sequence[tuple[str, str]], processor: Processor) -> dict[str, Tensor]:
-    """B pairs → tokens (B, S), mask (B, S) of what is read; labels (B, T), end tokens included, of what is to be said.
+def answers_in(words: Sequence[str]) -> list[int]:
+    """Which of a text's words are answers, or begin one."""
+    return [i for i in range(1, len(words)) if words[i - 1].endswith(ASKS)]
+
+
+def tokens_of(parts: tuple[str, str], processor: Processor) -> tuple[list[int], list[int]]:
+    """Both parts as tokens: the first framed as a whole text, the second up to its end token.
 
     What does not fit the context is left out far from the cut: the start of the first part, the end of the second.
     """
     starts, context = int(processor.start_token is not None), processor.context
-    first, second = processor.encode([a for a, _ in pairs]), processor.encode([b for _, b in pairs])
-    read = [row if len(row) <= context else row[:starts] + row[starts - context :] for row in first]
-    said = [row[starts:][:context] for row in second]
+    first, second = processor.encode(parts)
+    return first if len(first) <= context else first[:starts] + first[starts - context :], second[starts:][:context]
+
+
+def collate_pairs(pairs: Sequence[tuple[list[int], list[int]]], processor: Processor) -> dict[str, Tensor]:
+    """B pairs of what is read and what is to be said → tokens (B, S), mask (B, S) of the one, labels (B, T) of the other."""
+    read, said = zip(*pairs, strict=True)
     return {
         "tokens": pad(read, processor.pad_token),
         "mask": pad([[1] * len(row) for row in read], 0).bool(),

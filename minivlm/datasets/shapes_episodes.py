@@ -90,6 +90,7 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=2048)  # batches of like length read their texts twice
 def document(seed: int, stream: str, index: int) -> str | list[Turn]:
     """A lesson (20 %), a caption (10 %), or a conversation, in nine of ten after the scene is told in words: a model
     answers that finds in its context what is asked for.

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversation
-from minivlm.datasets.continuation import collate_pairs, split
+from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, few_shot, held_out_scenes
 from minivlm.datasets.shapes_questions import judge
@@ -80,7 +80,8 @@ def batches_with_encoder(processor, documents: Sequence[Document], batch_size: i
     """The same for texts that are cut in two, always at the same places: judged is what follows the cut."""
     rng = np.random.default_rng(0)
     for i in range(0, len(documents), batch_size):
-        yield collate_pairs([split(text, rng) for text in documents[i : i + batch_size]], processor)
+        pairs = [tokens_of(split(text, rng), processor) for text in documents[i : i + batch_size]]
+        yield collate_pairs(pairs, processor)
 
 
 def learnt(labels: Tensor) -> list[int]:

@@ -23,6 +23,7 @@ from minivlm.errors import UserError
 from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
+from minivlm.layers.t5 import T5
 from minivlm.metrics import Score
 from minivlm.pictures import Row, sheet
 from minivlm.processor import Processor
@@ -54,6 +55,7 @@ class TextsRecipe(Recipe):
 
     kind: ClassVar[str]  # of model, in words
     data: TextsConfig = TextsConfig()
+    induction_heads: bool = False  # given at the start, see layers/induction.py
 
     def for_data(self, directory: str, out: str) -> TextsRecipe:
         """The same on another folder's captions, questions and conversations."""
@@ -85,16 +87,20 @@ class LanguageRecipe(TextsRecipe):
     kind = "a small language model"
     model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
     data: PackableTextsConfig = PackableTextsConfig()
-    induction_heads: bool = False  # given at the start, see layers/induction.py
 
     def work(self, processor: Processor, texts: list[str] | None) -> Language:
         model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
         if self.induction_heads:
-            try:
-                give_induction_heads(model, torch.Generator().manual_seed(self.seed))
-            except ValueError as error:
-                raise UserError(f"{error}; or leave them out with --induction_heads false.") from None
+            prepare_to_copy(model, seed=self.seed)
         return Language(self, model, processor, texts)
+
+
+def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
+    """Induction heads at the start; a UserError for a model that has no room for them."""
+    try:
+        give_induction_heads(model, torch.Generator().manual_seed(seed))
+    except ValueError as error:
+        raise UserError(f"{error}; or leave them out with --induction_heads false.") from None
 
 
 class Language(Work):

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from minivlm.datasets.continuation import collate_pairs, split
+from minivlm.datasets.continuation import collate_pairs, split, tokens_of
+from minivlm.datasets.holes import HOLES, drop, with_holes
 from minivlm.datasets.shapes_episodes import words
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.processor import Processor
-from minivlm.recipes.language import Language, TextsRecipe
+from minivlm.recipes.language import Language, TextsRecipe, prepare_to_copy
 from minivlm.recipes.shared import build, speaking
 from minivlm.training import OptimiserConfig
 
@@ -21,19 +22,35 @@ from minivlm.training import OptimiserConfig
 class T5Recipe(TextsRecipe):
     kind = "a small T5"
     model: T5Config  # its vocab_size and end_tokens follow from the tokeniser
+    holes: float = (
+        0.75  # share of the texts that are read with holes; the others are cut in two, as they are when it is used
+    )
 
     def work(self, processor: Processor, texts: list[str] | None) -> Continuation:
-        return Continuation(self, build(T5, speaking(self.model, processor), seed=self.seed), processor, texts)
+        processor.tokenizer.add_special_tokens(list(HOLES))
+        model = build(T5, speaking(self.model, processor), seed=self.seed)
+        if self.induction_heads:
+            prepare_to_copy(model, seed=self.seed)
+        return Continuation(self, model, processor, texts)
 
 
 class Continuation(Language):
+    recipe: T5Recipe
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and mask (B/W, S), labels (B/W, T) of process `rank` of W; every step cuts anew."""
-        pairs = [split(self.read(index), rng) for index, rng in self.share(step, rank, world)]
+        pairs = [self.pair(index, rng) for index, rng in self.share(step, rank, world)]
         return collate_pairs(pairs, self.processor)
 
+    def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """What is read of a text, and what is to be said."""
+        if rng.random() < self.recipe.holes:
+            return with_holes(drop(self.read(index), rng), self.processor)
+        return tokens_of(split(self.read(index), rng), self.processor)
+
     def length(self, index: int, rng: np.random.Generator) -> int:
-        return len(self.processor.ids(split(self.read(index), rng)[0]))
+        holed = rng.random() < self.recipe.holes
+        return len((words(self.read(index)) if holed else split(self.read(index), rng)[0]).split())
 
     def next_commands(self, out: Path) -> list[str]:
         question = next((text for text in map(words, self.held_out) if "?" in text), words(self.held_out[0]))
@@ -47,16 +64,19 @@ T5_RECIPES = {
         model=T5Config(
             width=128,
             depth=3,
-            heads=4,
+            heads=8,
             vocab_size=512,
             context=192,
-            activation="gelu_tanh",  # as Flan-T5, but for the tied head, which spares a table of words
+            activation="gelu_tanh",  # as Flan-T5's
             gated_mlp=True,
             mlp_width=320,  # with a gate, as many weights as 480 without
+            scale_head=True,  # as the first T5: large embeddings, which are heard above what the blocks add
         ),
+        induction_heads=True,
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
         steps=1200,
         batch_size=64,
+        bucket_steps=4,
         save_every=400,
     ),
 }

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from minivlm.conversation import IGNORED, Turn
-from minivlm.datasets.continuation import collate_pairs, split
+from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.shapes_episodes import documents
 from minivlm.processor import Processor
 
 TALK = "two shapes. is there a red circle? yes where is it? top left"
+PAIRS = [("a red", "circle"), ("a", "blue star and")]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,9 @@ def test_of_a_conversation_one_answer_is_said_and_all_before_it_is_read():
 
 
 def test_rows_are_framed_and_padded(processor):
-    batch = collate_pairs([("a red", "circle"), ("a", "blue star and")], processor)
+    batch = collate_pairs([tokens_of(pair, processor) for pair in PAIRS], processor)
     assert batch["mask"].dtype == torch.bool
-    for i, (first, second) in enumerate([("a red", "circle"), ("a", "blue star and")]):
+    for i, (first, second) in enumerate(PAIRS):
         assert batch["tokens"][i][batch["mask"][i]].tolist() == processor.encode([first])[0]
         labels = batch["labels"][i]
         assert labels[labels != IGNORED].tolist() == [*processor.ids(second), processor.end_token]
@@ -62,7 +63,7 @@ def test_rows_are_framed_and_padded(processor):
 
 def test_what_is_far_from_the_cut_is_left_out(processor):
     first, second = " ".join(["red blue"] * 10), " ".join(["star ring"] * 10)
-    batch = collate_pairs([(first, second)], processor)
+    batch = collate_pairs([tokens_of((first, second), processor)], processor)
     ids = [processor.start_token, *processor.ids(first)[-10:], processor.end_token]
     assert batch["tokens"].tolist() == [ids]
     assert batch["labels"].tolist() == [processor.ids(second)[:12]]

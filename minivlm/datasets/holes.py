@@ -1,0 +1,57 @@
+"""A text with holes, and what belongs in them: what a T5 is taught with (Raffel et al. 2020, §3.1.4, span corruption).
+
+    text   "three shapes. is there a red circle? yes where is it? top left"
+    read   "three shapes. is there a red circle? <extra_id_0> where is it? <extra_id_1>"
+    said   "<extra_id_0> yes <extra_id_1> top left"
+
+Their T5 drops words at random. Here, what can be known goes first: answers, or the words of a lesson. One text then asks for
+as many lookups as a decoder alone would learn from, where a text cut in two asks for one.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+
+from minivlm.conversation import Turn
+from minivlm.datasets.continuation import answers_in
+from minivlm.processor import Processor
+
+HOLES = tuple(f"<extra_id_{i}>" for i in range(12))  # the tokens that stand for them, as T5 calls them
+ANSWERS, WORDS = 0.5, 0.15  # share of a text's answers that are dropped, and, where there are none, of its words
+
+
+def drop(document: str | list[Turn], rng: np.random.Generator) -> list[str]:
+    """Pieces of a text: what is kept and what is dropped by turns, kept first (or ""). At least one piece is dropped.
+
+    Of a conversation all answers are, of a text with answers ("red: dax. blue: wug.") some of them, of any other some words.
+    """
+    if not isinstance(document, str):
+        return [turn.text for turn in document]
+    words = document.split()
+    answers = answers_in(words)
+    places = np.array(answers or range(len(words)))
+    dropped = places[rng.random(len(places)) < (ANSWERS if answers else WORDS)]
+    dropped = set(dropped.tolist()) or {int(places[rng.integers(len(places))])}
+    runs = groupby(range(len(words)), key=lambda i: i in dropped)
+    pieces = [" ".join(words[i] for i in run) for _, run in runs]
+    return ["", *pieces] if 0 in dropped else pieces
+
+
+def with_holes(pieces: list[str], processor: Processor) -> tuple[list[int], list[int]]:
+    """Pieces as `drop` makes them → the tokens that are read, framed as a whole text, and those that are to be said.
+
+    What comes after the last of the HOLES, or does not fit the context, is left out; of a first piece too long its beginning.
+    """
+    ids = [encoding.ids for encoding in processor.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+    marks = [processor.tokenizer.token_to_id(hole) for hole in HOLES]
+    start, end = processor.frame
+    starts, ends = [token for token in (start,) if token is not None], [token for token in (end,) if token is not None]
+    room = processor.context - len(starts) - len(ends)
+    read, said = ids[0][max(0, len(ids[0]) + 1 - room) :], []
+    for mark, dropped, kept in zip(marks, ids[1::2], [*ids[2::2], []], strict=False):
+        if len(read) >= room:
+            break
+        read, said = [*read, mark, *kept], [*said, mark, *dropped]
+    return [*starts, *read[:room], *ends], said[: processor.context]
