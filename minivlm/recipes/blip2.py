@@ -28,7 +28,6 @@ from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import features_of, places_of
-from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
@@ -37,7 +36,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import eyes_and_words, load_eyes, with_image_token
+from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, with_image_token
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -52,8 +51,7 @@ def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> d
     vision = clip.config.vision
     width, places = features_of(vision, layers)[1], places_of(vision, layers)
     qformer = replace(qformer, context_width=width, places=places, **text)
-    read = dict(class_token=False, vision_norm=False, standardise=not isinstance(vision, VisionConfig))
-    return dict(vision=vision, vision_layers=layers, qformer=qformer, **read)
+    return dict(**reading(vision, layers), qformer=qformer)
 
 
 # ---- stage 1 ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling
+from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -104,10 +104,7 @@ class FlamingoRecipe(Recipe):
         speaker, words = load_decoder(self.language_from)
         vision = clip.config.vision
         config = FlamingoConfig(
-            vision=vision,
-            vision_layers=self.vision_layers,
-            class_token=False,
-            vision_norm=False,
+            **reading(vision, self.vision_layers),
             language=speaker.config,
             resampler=resampling(self.resampler, vision, self.vision_layers),
             image_token=words.image_token_id,

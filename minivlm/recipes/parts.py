@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, places_of
+from minivlm.layers.vit import VisionConfig
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.processor import Processor
 
@@ -48,6 +50,13 @@ def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
     spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
     config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
     return Processor(words.tokenizer, config)
+
+
+def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of a `SeeingConfig` that reads these layers of a CLIP's tower, before its last norm. A ResNet's features,
+    which come out of no norm, are standardised."""
+    standardise = not isinstance(vision, VisionConfig)
+    return dict(vision=vision, vision_layers=layers, class_token=False, vision_norm=False, standardise=standardise)
 
 
 def resampling(resampler: PerceiverConfig, vision: TowerConfig, layers: tuple[int, ...]) -> PerceiverConfig:
