@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.layers.attention import Attention
 from minivlm.layers.efficientnet import EfficientNet
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.transformer import Transformer
@@ -88,14 +89,30 @@ def keep_freed_memory() -> None:
 
 
 def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) on what is trainable; matrices decay, vectors and scalars do not."""
+    """AdamW (Loshchilov & Hutter 2019) on what is trainable; matrices decay, vectors and scalars do not. The queries of a T5
+    learn at a rate of their own, see `query_rates`."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    rates = query_rates(model)
+    matrices = [p for p in trained if p.ndim >= 2 and p not in rates]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay, "share": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "share": 1.0},
     ]
+    for share in sorted(set(rates.values())):
+        queries = [p for p in trained if rates.get(p) == share]
+        groups += [{"params": queries, "weight_decay": config.weight_decay, "share": share}] if queries else []
     fused = trained[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def query_rates(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The weights of queries whose scores are not divided by √K (T5) → their share of the learning rate, 1/√K.
+
+    Such weights are that much smaller, and Adam's steps are not: at the full rate scores change √K times as fast as those
+    of other models, and attention soon is all or nothing. (T5 itself had Adafactor, whose steps are in proportion.)
+    """
+    unscaled = [m for m in model.modules() if isinstance(m, Attention) and m.scale == 1.0]
+    return {attention.q_proj.weight: attention.head_width**-0.5 for attention in unscaled}
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
@@ -112,7 +129,7 @@ def optimise(model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, cl
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm

@@ -14,6 +14,7 @@ from torch import nn
 from minivlm import training
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig
+from minivlm.layers.attention import Attention
 from minivlm.models.clip import CLIP, CLIPConfig
 from tests import speakers
 from tests.speakers import VISION
@@ -39,6 +40,29 @@ def test_matrices_decay_and_vectors_do_not_and_frozen_parts_are_left_out():
     decayed, plain = training.make_optimiser(model, training.OptimiserConfig(weight_decay=0.3)).param_groups
     assert decayed["params"] == [model[0].weight] and decayed["weight_decay"] == 0.3
     assert plain["params"] == [model[0].bias, model[1].weight, model[1].bias] and plain["weight_decay"] == 0.0
+
+
+def test_queries_whose_scores_are_not_scaled_learn_as_much_slower_as_they_are_smaller():
+    """A step of AdamW changes the scores of a T5's attention as much as those of one that divides by √K: both start alike."""
+    torch.manual_seed(0)
+    plain, scaled = (Attention(8, 2, scale=scale, bias=False) for scale in (1.0, None))
+    scaled.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        plain.q_proj.weight *= 4**-0.5
+    x, backend = torch.randn(3, 5, 8), "reference"
+    for attention in (plain, scaled):
+        attention.backend = backend
+        optimiser = training.make_optimiser(attention, training.OptimiserConfig(weight_decay=0.0))
+        for _ in range(3):
+            attention(x).square().sum().backward()
+            training.optimise(attention, optimiser, rate=0.05, clip_norm=1e9)
+    torch.testing.assert_close(plain(x), scaled(x), rtol=1e-4, atol=1e-5)
+    groups = training.make_optimiser(plain, training.OptimiserConfig(weight_decay=0.3)).param_groups
+    assert [(g["share"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (1, 0.3, 3),
+        (1, 0, 1),
+        (0.5, 0.3, 1),
+    ]
 
 
 def test_optimise_returns_the_norm_before_clipping_and_clears_the_gradients():
