@@ -16,6 +16,9 @@ from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes_shots import Named
 from minivlm.errors import UserError
+from minivlm.layers import TextConfig
+from minivlm.layers.resnet import ResNetConfig
+from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.recipes.lessons import lesson_sample
 from minivlm.testing import assert_same
 from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
@@ -147,14 +150,7 @@ class TestBadInput:
 class TestInterleaved:
     @pytest.fixture
     def pages(self, tmp_path):
-        lines = []
-        for i in range(30):
-            for name, colour in (("a", (220, 20, 20)), ("b", (20, 20, 220))):
-                Image.fromarray(np.full((32, 32, 3), colour, dtype=np.uint8)).save(tmp_path / f"{i}{name}.png")
-            lines.append(
-                [{"image": f"{i}a.png"}, {"text": "a red wall"}, {"image": f"{i}b.png"}, {"text": "and the sky"}]
-            )
-        (tmp_path / "interleaved.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        write_pages(tmp_path)
         return tmp_path
 
     def test_a_folder_of_pages_is_learnt_and_judged_by_pages_held_out(self, built, pages, tmp_path, capsys):
@@ -200,6 +196,53 @@ def drawings(tmp_path_factory):
                 pixels[4 * i : 4 * i + 3, 4 : 12 + 2 * i] = 0
                 Image.fromarray(pixels).save(folder / split / f"{split}{i}/{k}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def resnet(bases, tmp_path_factory):  # noqa: F811
+    """Eyes whose features come out of no norm."""
+    out, [_, words] = tmp_path_factory.mktemp("eyes"), minivlm.load(bases / "clip")
+    vision = ResNetConfig(blocks=(1, 1, 1, 1), width=4, output_width=16, heads=2, image_size=32)
+    text = TextConfig(width=16, depth=1, heads=2, vocab_size=words.vocab_size, context=40, end_token=words.end_token)
+    clip = CLIP(CLIPConfig(vision=vision, text=text, embed_width=16, image_projection=False), seed=5)
+    clip.save_pretrained(out, processor=words)
+    return out
+
+
+@pytest.mark.parametrize("name", ["blip2-stage1", "blip2", "flamingo"])
+@pytest.mark.parametrize("eyes", ["resnet", "vit"])
+def test_what_a_resnet_sees_is_measured_before_the_first_step(name, eyes, resnet, bases, world):  # noqa: F811
+    given = {"data": world, "vision_from": resnet if eyes == "resnet" else bases / "clip", "batch_size": 4}
+    given |= {} if name == "blip2-stage1" else {"language_from": bases / "lm"}
+    given |= {"from_scratch": "true"} if name == "blip2" else {}
+    work = recipes.command_line(arguments(name, **given))[1].start(quiet=True)
+    assert work.model.config.standardise == work.model.unmeasured == (eyes == "resnet")
+    work.prepare(torch.device("cpu"), torch.float32)
+    assert not work.model.unmeasured
+    if eyes == "resnet":
+        assert_same(work.features[:1000].std(dim=(0, 1), correction=0).max(), torch.tensor(1.0), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("freeze", ["true", "false"])
+@pytest.mark.parametrize("kind", ["pages", "classes"])
+def test_in_pages_and_in_classes_as_well(kind, freeze, resnet, built, drawings, tmp_path):
+    if kind == "pages":
+        write_pages(tmp_path)
+    work = work_of(built, tmp_path if kind == "pages" else drawings, vision_from=resnet, freeze_vision=freeze)
+    assert work.model.unmeasured
+    work.prepare(torch.device("cpu"), torch.float32)
+    assert not work.model.unmeasured
+
+
+def write_pages(folder):
+    for i in range(30):
+        for name, colour in (("a", (220, 20, 20)), ("b", (20, 20, 220))):
+            Image.fromarray(np.full((32, 32, 3), colour, dtype=np.uint8)).save(folder / f"{i}{name}.png")
+    pages = [
+        [{"image": f"{i}a.png"}, {"text": "a red wall"}, {"image": f"{i}b.png"}, {"text": "and the sky"}]
+        for i in range(30)
+    ]
+    (folder / "interleaved.jsonl").write_text("\n".join(map(json.dumps, pages)) + "\n")
 
 
 class TestClasses:

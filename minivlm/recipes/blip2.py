@@ -34,7 +34,7 @@ from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.querying import SeeingConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import look_once
+from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, with_image_token
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
@@ -136,6 +136,8 @@ class Stage1(Work):
         return ", ".join(f"{name} {line[name]:.2f} (chance {chance:.2f})" for name, chance in self.chance.items())
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        first = (self.train.images([i])[0] for i in range(self.n))
+        measure_once(self.model, self.processor, first, device, precision)
         self.features = look_once(self.model, self.processor, self.n, self.train.images, device, precision)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ def look_once(
 
     features = None
     with inference(model), autocast(device, dtype):
-        if getattr(model, "unmeasured", False):
-            model.measure(processor.images(list(pictures(range(min(n, MEASURED))))).to(device))
         for i in tqdm(range(0, n, AT_A_TIME), desc="image features", unit=" batches", leave=False):
             indices = range(i, min(i + AT_A_TIME, n))
             seen = model.look(processor.images(list(pictures(indices))).to(device))  # (b · views, N, C)
@@ -38,3 +37,11 @@ def look_once(
                 features = torch.empty(n, *seen.shape[1:], dtype=dtype)
             features[i : i + AT_A_TIME] = seen
     return features
+
+
+def measure_once(model, processor, pictures: Iterable, device: torch.device, dtype: torch.dtype) -> None:
+    """Where the model is to standardise what its tower sees, and has not seen anything yet: it measures the first of the
+    pictures."""
+    if getattr(model, "unmeasured", False) and (first := list(islice(pictures, MEASURED))):
+        with inference(model), autocast(device, dtype):
+            model.measure(processor.images(first).to(device))

@@ -19,6 +19,7 @@ from minivlm.models.flamingo import Flamingo
 from minivlm.pictures import Row, sheet
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.frozen import measure_once
 from minivlm.recipes.shared import check_fills_a_batch
 from minivlm.recipes.work import Work
 from minivlm.tasks.features import inference
@@ -52,6 +53,10 @@ class InterleavedWork(Work):
 
     def progress(self, line: dict[str, float]) -> str:
         return f"{super().progress(line)}, gates {gates_text(self.model)}"
+
+    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
+        first = chain.from_iterable(self.train.images([i])[0] for i in range(self.n))
+        measure_once(self.model, self.processor, first, device, precision)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and labels (B/W, T), and the images (M, 3, H, W) of all their marks, of process `rank` of W."""

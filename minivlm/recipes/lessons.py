@@ -19,7 +19,7 @@ from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import CACHE_LIMIT, look_once
+from minivlm.recipes.frozen import CACHE_LIMIT, look_once, measure_once
 from minivlm.recipes.interleaved import gates_text
 from minivlm.recipes.work import Work
 from minivlm.tasks.few_shot import END, LEAD
@@ -59,6 +59,7 @@ class LessonsWork(Work):
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """A frozen tower sees every picture once; one that learns is given pixels, which are read once. Both if they fit into
         memory."""
+        measure_once(self.model, self.processor, self.paths, device, precision)
         if self.recipe.freeze_vision:
             pictures = lambda indices: [self.paths[i] for i in indices]
             self.features = look_once(self.model, self.processor, len(self.paths), pictures, device, precision)

@@ -28,7 +28,7 @@ from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import look_once
+from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
@@ -130,6 +130,8 @@ class PrefixWork(Speaking):
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         """A frozen tower sees every training picture once; its features are kept for all epochs."""
+        first = chain.from_iterable(self.train.images([i])[0] for i in range(len(self.train)))
+        measure_once(self.model, self.processor, first, device, precision)
         learns = any(p.requires_grad for p in self.model.vision.parameters())
         if self.train.one_picture_each and not learns:
             single = lambda indices: [picture for [picture] in self.train.images(indices)]
