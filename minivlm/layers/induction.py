@@ -18,7 +18,8 @@ not those that look up; and its decoder, which says a word token by token, looks
                 ▲                           block 1: where was that the word read here?               (heads 4 to 7)
     said        └──────────── "d"           every block of the decoder: what came after "d"?          (head 0)
 
-On texts with holes its loss after 160 steps was 1.34 with them, and 1.65 without (one seed).
+On texts with holes its loss in steps 120 to 160 was 1.55 with such heads, 1.72 without (one seed), and 1.26 with large
+embeddings (`scale_head`), above which the first block is not louder.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ FLAMINGO_RECIPES = {
     "flamingo": FlamingoRecipe(
         summary="Flamingo: a frozen language model reads pictures through gated layers, and learns words from its prompt",
         measured="33 min on one busy core: new words from one example each 100 %, 80 % of balanced questions (1 seed)",
-        optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
+        optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=100),
         steps=2400,
         batch_size=64,
         save_every=400,

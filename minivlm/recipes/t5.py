@@ -60,7 +60,7 @@ class Continuation(Language):
 T5_RECIPES = {
     "t5": T5Recipe(
         summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
-        measured="16 min on one busy core: perplexity 7 (unigrams 59), but it answers no better than chance (1 seed)",
+        measured="18 min on half a core: 57 % of questions about told scenes (chance 29), new words at chance (1 seed)",
         model=T5Config(
             width=128,
             depth=3,
