@@ -36,6 +36,7 @@ from minivlm.training import OptimiserConfig
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
 FOR_TOKENISER = 4000
 VALIDATED = 200  # held-out texts that a checkpoint is judged by
+SHOWN = 160  # characters of a beginning in the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,8 @@ class Language(Work):
         for text in beginnings:
             tokens = torch.tensor([beginning(text, self.model, self.processor)])
             said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
-            rows.append(Row(text[-160:], [], detail="goes on: " + said))
+            shown = text if len(text) <= SHOWN else "… " + text[-SHOWN:].partition(" ")[2]
+            rows.append(Row(shown, [], detail="goes on: " + said))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
 
     def next_commands(self, out: Path) -> list[str]:
