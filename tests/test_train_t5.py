@@ -17,8 +17,9 @@ from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes_episodes import words
 from minivlm.errors import UserError
 from minivlm.layers import T5
-from tests.test_train_speak import LM as TEXTS
-from tests.test_train_speak import arguments
+from tests.test_train_speak import LM, arguments
+
+TEXTS = LM | {"optimiser.learning_rate": 0.03}  # four steps have to beat a guess
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_it_learns_and_leaves_its_metrics_and_a_picture(trained):
     told = [name for name in metrics if name.startswith("told scenes, accuracy")]
     assert set(metrics) == {"perplexity", *(f"new words, {k}" for k in ("1 shot", "2 shots", "4 shots")), *told}
     assert len(told) == 7  # in all, and of every kind
-    assert 1 < metrics["perplexity"]["value"] < 900 and 1 < metrics["perplexity"]["chance"] < 300
+    assert 1 < metrics["perplexity"]["value"] < 300 and 1 < metrics["perplexity"]["chance"] < 300
     assert (trained / "picture.png").stat().st_size > 5000
 
 

@@ -49,9 +49,9 @@ def test_queries_whose_scores_are_not_scaled_learn_as_much_slower_as_they_are_sm
     scaled.load_state_dict(plain.state_dict())
     with torch.no_grad():
         plain.q_proj.weight *= 4**-0.5
-    x, backend = torch.randn(3, 5, 8), "reference"
+    x = torch.randn(3, 5, 8)
     for attention in (plain, scaled):
-        attention.backend = backend
+        attention.backend = "reference"
         optimiser = training.make_optimiser(attention, training.OptimiserConfig(weight_decay=0.0))
         for _ in range(3):
             attention(x).square().sum().backward()

@@ -52,6 +52,7 @@ def give_induction_heads(model: LanguageModel | T5, generator: torch.Generator) 
 
 
 def give_to_decoder(model: LanguageModel, generator: torch.Generator) -> None:
+    """Block 0 looks back, block 1 looks up: the first drawing above."""
     c = model.config
     own_keys = c.kv_heads in (None, c.heads)
     if c.rope_theta is None or not c.qkv_bias or not own_keys or c.depth < 2 or c.heads < len(OFFSETS):
@@ -104,6 +105,7 @@ def look_up(attention: Attention, rows: slice, written: Tensor) -> None:
 
 
 def give_to_t5(model: T5, generator: torch.Generator) -> None:
+    """The second drawing above."""
     c, n = model.config, len(NEIGHBOURS)
     if c.depth < 2 or c.heads < 2 * n or c.relative_buckets // 4 <= max(NEIGHBOURS):
         least = 4 * (max(NEIGHBOURS) + 1)

@@ -1,4 +1,4 @@
-"""A small T5 on the texts of a dataset: the encoder reads how a text begins, the decoder says how it goes on."""
+"""A small T5 on the texts of a dataset: the encoder reads a text with holes, or how it begins; the decoder says the rest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from minivlm.training import OptimiserConfig
 class T5Recipe(TextsRecipe):
     kind = "a small T5"
     model: T5Config  # its vocab_size and end_tokens follow from the tokeniser
-    holes: float = (
-        0.75  # share of the texts that are read with holes; the others are cut in two, as they are when it is used
-    )
+    holes: float = 0.75  # share of the texts that are read with holes; the others are cut in two, as when it is used
 
     def work(self, processor: Processor, texts: list[str] | None) -> Continuation:
         processor.tokenizer.add_special_tokens(list(HOLES))
