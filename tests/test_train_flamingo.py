@@ -132,6 +132,10 @@ class TestBadInput:
         with pytest.raises(UserError, match="holds a LanguageModel, but a CLIP is wanted"):
             work_of(built, world, vision_from=built / "lm")
 
+    def test_a_start_that_is_none(self, built, world):
+        with pytest.raises(UserError, match=r"--starts_from \S+ holds a CLIP, but a Flamingo is wanted"):
+            work_of(built, world, starts_from=built / "clip")
+
     def test_a_world_of_too_few_looks(self, built, tmp_path):
         make_shapes(tmp_path / "few", seed=1, train=8, image_size=32, progress=False)
         with pytest.raises(
@@ -254,6 +258,20 @@ class TestClasses:
         before, after = weights(built / "clip"), weights(tmp_path)
         assert not the_same(part(after, "vision"), part(before, "vision"))  # the tower learnt too
         assert (tmp_path / "picture.png").exists()
+
+    def test_what_a_flamingo_has_learnt_goes_on_with_other_pictures(self, built, drawings, tmp_path, capsys):
+        begun, given = weights(built / "flamingo"), {"data": drawings, "starts_from": built / "flamingo"}
+        work = recipes.command_line(arguments("flamingo", **FLAMINGO | given))[1].start(quiet=True)
+        start = work.model.state_dict()
+        assert all(torch.equal(start[name], tensor) for name, tensor in begun.items())
+        train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path, store_frozen=False))
+        parts = re.findall(r"^(vision|resampler|gated|language_model) .* (\S+)$", capsys.readouterr().out, re.MULTILINE)
+        assert len(parts) == 4 and {source for _, source in parts} == {str(built / "flamingo")}
+        back, _ = minivlm.load(tmp_path)
+        learnt = back.state_dict()
+        assert {name.partition(".")[0] for name in weights(tmp_path)} == {"resampler", "gated"}
+        assert not the_same(part(learnt, "gated"), part(begun, "gated"))
+        assert the_same(part(learnt, "vision"), part(begun, "vision"))
 
     def test_lessons_show_five_looks_and_each_mark_has_its_picture(self, built, drawings):
         work = work_of(built, drawings, bucket_steps=2)

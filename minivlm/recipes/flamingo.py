@@ -47,6 +47,9 @@ VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besi
 class FlamingoRecipe(Recipe):
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
+    starts_from: str | None = (
+        None  # a Flamingo that goes on learning, in place of both and of all that is built on them
+    )
     vision_layers: tuple[int, ...] = (-2,)
     resampler: PerceiverConfig = LATENTS  # its context_width and places follow from the tower
     gated: GatedConfig = field(default_factory=GatedConfig)
@@ -57,6 +60,8 @@ class FlamingoRecipe(Recipe):
     data: TalkConfig = field(default_factory=TalkConfig)
 
     def needs(self) -> dict[str, str]:
+        if self.starts_from is not None:
+            return {}
         return {"clip-resnet": self.vision_from, "lm": self.language_from}
 
     def for_data(self, directory: str, out: str) -> FlamingoRecipe:
@@ -71,7 +76,7 @@ class FlamingoRecipe(Recipe):
         )
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Work:
-        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model, processor = load(checkpoint) if checkpoint is not None else self.begin()
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
         directory = self.data.directory
         if is_interleaved(directory) or is_class_folder(directory):
@@ -91,12 +96,25 @@ class FlamingoRecipe(Recipe):
             )
 
     def origins(self) -> dict[str, str]:
+        if self.starts_from is not None:
+            return dict.fromkeys(("vision", "resampler", "gated", "language_model"), self.starts_from)
         return {"vision": self.vision_from, "language_model": self.language_from}
 
     def base(self) -> dict[str, str]:
         if self.store_frozen:
             return {}
-        return {part: source for part, source in self.origins().items() if part != "vision" or self.freeze_vision}
+        frozen = ("vision", "language_model") if self.freeze_vision else ("language_model",)
+        return {part: self.origins()[part] for part in frozen}
+
+    def begin(self) -> tuple[Flamingo, Processor]:
+        if self.starts_from is None:
+            return self.compose()
+        model, processor = load(self.starts_from)
+        if not isinstance(model, Flamingo):
+            raise UserError(
+                f"--starts_from {self.starts_from} holds a {type(model).__name__}, but a Flamingo is wanted."
+            )
+        return model, processor
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Eyes and language model put together, with a new resampler and new gated layers between them."""
