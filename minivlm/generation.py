@@ -23,7 +23,6 @@ from torch import Tensor
 from minivlm.errors import UserError
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]  # rows of ids → their texts, as Processor.decode
-HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to while the rest of their character is still to come
 
 
 class Decoding(Protocol):
@@ -309,49 +308,3 @@ class Beams:
         answers = self.answers[:, 0]
         longest = int((answers >= 0).sum(dim=1).max())
         return answers.masked_fill(answers < 0, self.options.pad_token)[:, :longest]
-
-
-# ---- text as it comes ------------------------------------------------------------------------------------------------
-
-
-class TextStream:
-    """Turns a row's tokens into pieces of text as they come, each piece final.
-
-    Held back is what may still change: bytes of a character that is not complete, and what could be the beginning of a
-    stop string. `text` is all that was said, the held back end included, and ends in front of the first stop string.
-
-        text = TextStream(processor.decode, stop=("USER:",))
-        for token in stream(…):
-            print(text.feed(token), end="", flush=True)
-        print(text.end())
-    """
-
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()):
-        self.decode, self.stop = decode, stop
-        self.text, self.stopped = "", False
-        self.tokens: list[int] = []
-        self.given = 0  # characters of the text that were handed out
-
-    def feed(self, token: int | Tensor) -> str:
-        """The next token of the row → the text that is final now and was not before; "" once stopped."""
-        if self.stopped:
-            return ""
-        self.tokens.append(int(token))
-        self.text = self.decode([self.tokens])[0]
-        starts = [self.text.find(s) for s in self.stop if s in self.text]
-        if starts:
-            self.stopped = True
-            self.text = self.text[: min(starts)]
-            return self.end()
-        whole = self.text.rstrip(HALF_CHARACTER)
-        begun = [n for s in self.stop for n in range(1, len(s)) if whole.endswith(s[:n])]
-        return self.give(len(whole) - max(begun, default=0))
-
-    def end(self) -> str:
-        """No token follows → what was held back."""
-        return self.give(len(self.text))
-
-    def give(self, until: int) -> str:
-        piece = self.text[self.given : until]
-        self.given = max(self.given, until)
-        return piece

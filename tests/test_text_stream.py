@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from minivlm.generation import Options, TextStream, generate
+from minivlm.generation import Options, generate
+from minivlm.text_stream import TextStream
 from tests.talkers import Recurrent, letters
 
 HALF = "\ufffd"  # what half a character is decoded to

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivlm.conversation import MARK, Turn, encode_conversation, endings, with_images
 from minivlm.errors import UserError
-from minivlm.generation import Options, TextStream
+from minivlm.generation import Options
 from minivlm.tasks.speak import (
     MAX_NEW_TOKENS,
     Picture,
@@ -19,6 +19,7 @@ from minivlm.tasks.speak import (
     language_config,
     model_inputs,
 )
+from minivlm.text_stream import TextStream
 
 
 def chat(model, processor, *pictures: Picture, **options) -> Chat:
