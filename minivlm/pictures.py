@@ -144,23 +144,30 @@ def chart(
         _, y = at(places[0], chance)
         for x in range(left, left + width, 12):
             draw.line((x, y, x + 6, y), INK)
-        draw.text((left + 4, y + 6), "chance", INK, font(13))
-    draw_curves(
-        draw, {name: [at(*point) for point in sorted(line.items())] for name, line in lines.items()}, left + width
-    )
+    curves = {name: [at(*point) for point in sorted(line.items())] for name, line in lines.items()}
+    colours = dict(zip(curves, cycle(CURVES)))
+    draw_curves(draw, curves, colours)
+    ends = [(points[-1][1], name, colours[name]) for name, points in curves.items()]
+    ends += [] if chance is None else [(at(places[0], chance)[1], "chance", INK)]
+    write_names(draw, ends, left + width + 8)
     return page
 
 
-def draw_curves(draw: ImageDraw.ImageDraw, curves: Mapping[str, Sequence[tuple[float, float]]], right: int) -> None:
-    """Points joined by lines, the first curve on top; names from x = right on, moved down where one lies on another."""
-    colours = dict(zip(curves, cycle(CURVES)))
+def draw_curves(
+    draw: ImageDraw.ImageDraw, curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str]
+) -> None:
+    """Points joined by lines, the first curve on top."""
     for name, points in reversed(curves.items()):
         draw.line(points, colours[name], 3, joint="curve")
         for x, y in points:
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colours[name])
-    free = 0.0  # y below which no name is written yet
-    for y, name, colour in sorted((points[-1][1], name, colours[name]) for name, points in curves.items()):
-        draw.text((right + 8, max(y, free)), name, colour, font(13), anchor="lm")
+
+
+def write_names(draw: ImageDraw.ImageDraw, ends: Sequence[tuple[float, str, str]], x: float) -> None:
+    """y, name and colour of what ends there: the names from x on, moved down where one would lie on another."""
+    free = 0.0  # y above which no name is written any more
+    for y, name, colour in sorted(ends):
+        draw.text((x, max(y, free)), name, colour, font(13), anchor="lm")
         free = max(y, free) + line_step(13)
 
 
