@@ -61,7 +61,8 @@ T5_RECIPES = {
         measured="18 min on half a core: 57 % of questions about told scenes (chance 29), new words at chance (1 seed)",
         model=T5Config(
             width=128,
-            depth=3,
+            depth=4,
+            decoder_depth=2,  # what is said is short
             heads=8,
             vocab_size=512,
             context=192,
@@ -72,7 +73,7 @@ T5_RECIPES = {
         ),
         induction_heads=True,
         optimiser=OptimiserConfig(learning_rate=3e-3, warmup=100),
-        steps=1200,
+        steps=1600,
         batch_size=64,
         bucket_steps=4,
         save_every=400,
