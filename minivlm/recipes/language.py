@@ -20,7 +20,7 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents, words
 from minivlm.datasets.talk import open_talk
 from minivlm.errors import UserError
-from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
+from minivlm.evaluate.language import Document, held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.t5 import T5
@@ -36,6 +36,7 @@ from minivlm.training import OptimiserConfig
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
 FOR_TOKENISER = 4000
 VALIDATED = 200  # held-out texts that a checkpoint is judged by
+PICTURED = 12  # beginnings
 SHOWN = 160  # characters of a beginning in the picture
 
 
@@ -152,15 +153,18 @@ class Language(Work):
 
     def picture(self, path: Path) -> None:
         """How the model goes on with the beginnings of held-out texts."""
-        texts = [words(text).split() for text in self.held_out[:12]]
-        beginnings = [" ".join(text[: max(3, len(text) // 2)]) for text in texts]
         rows = []
-        for text in beginnings:
+        for text in map(self.cut, self.held_out[:PICTURED]):
             tokens = torch.tensor([beginning(text, self.model, self.processor)])
             said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
             shown = text if len(text) <= SHOWN else "… " + text[-SHOWN:].partition(" ")[2]
             rows.append(Row(shown, [], detail="goes on: " + said))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
+
+    def cut(self, text: Document) -> str:
+        """How a text begins."""
+        half = words(text).split()
+        return " ".join(half[: max(3, len(half) // 2)])
 
     def next_commands(self, out: Path) -> list[str]:
         start = " ".join(words(self.held_out[0]).split()[:12])

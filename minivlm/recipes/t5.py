@@ -11,6 +11,7 @@ from torch import Tensor
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.holes import HOLES, drop, with_holes
 from minivlm.datasets.shapes_episodes import words
+from minivlm.evaluate.language import Document
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.processor import Processor
 from minivlm.recipes.language import Language, TextsRecipe, prepare_to_copy
@@ -50,6 +51,10 @@ class Continuation(Language):
         holed = rng.random() < self.recipe.holes
         return len((words(self.read(index)) if holed else split(self.read(index), rng)[0]).split())
 
+    def cut(self, text: Document) -> str:
+        """Up to where a word, or of a conversation an answer, is to be said."""
+        return split(text, np.random.default_rng(len(words(text))))[0]
+
     def next_commands(self, out: Path) -> list[str]:
         question = next((text for text in map(words, self.held_out) if "?" in text), words(self.held_out[0]))
         return [f'python sample.py complete {out} "{question.partition("?")[0]}?"']
@@ -58,7 +63,7 @@ class Continuation(Language):
 T5_RECIPES = {
     "t5": T5Recipe(
         summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
-        measured="18 min on half a core: 57 % of questions about told scenes (chance 29), new words at chance (1 seed)",
+        measured="23 min on one busy core: 88 % of questions about told scenes (chance 29), new words 97 % (1 seed)",
         model=T5Config(
             width=128,
             depth=4,
