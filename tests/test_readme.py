@@ -16,6 +16,7 @@ from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
+from tests.data.test_prepare import prepare, save_omniglot
 from tests.test_train import TINY
 
 ROOT = Path(train.__file__).parent
@@ -74,6 +75,8 @@ def desk(tmp_path_factory):
     )
     model = CLIP(CLIPConfig(vision=vision, text=text, embed_width=16))
     model.save_pretrained(desk / HUB, processor=processor, layout="hf")  # stands in for the hub
+    for i, alphabets in enumerate((("Greek", "Sanskrit"), ("Korean", "Tagalog")), start=1):
+        save_omniglot(desk / f"images_background_small{i}.zip", alphabets, characters=5)
     return desk
 
 
@@ -91,6 +94,8 @@ def test_every_command_runs(desk, little_to_judge_by, monkeypatch):
             train_small(["llava-stage1", "--vision_from", "out/clip"])  # which the command would train in full
         if words[:2] == ["python", "train.py"]:
             train_small(words[2:])
+        elif words[:2] == ["python", "data/omniglot/prepare.py"]:
+            prepare("omniglot", *words[2:], "--out", "data/omniglot")
         elif words[:2] == ["python", "sample.py"]:
             sample.main(words[2:])
         elif words[:3] == ["python", "-m", "minivlm.evaluate"]:

@@ -379,18 +379,22 @@ def test_wrong_files_of_web_pages_are_named(pages, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- Omniglot
 
 
+def save_omniglot(archive, alphabets, characters=2):
+    """An archive with three drawings of every character: all white but for one pixel."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for alphabet, character, drawing in product(alphabets, range(1, characters + 1), (1, 2, 3)):
+            picture, png = Image.new("1", (105, 105), 1), io.BytesIO()
+            picture.putpixel((drawing, character), 0)
+            picture.save(png, "png")
+            file.writestr(f"images_{archive.stem}/{alphabet}/character0{character}/{drawing}.png", png.getvalue())
+    return archive
+
+
 @pytest.fixture
 def archives(tmp_path):
     """Two archives that overlap: Greek is in both."""
-    for archive, alphabets in (("one", ("Greek", "Korean")), ("two", ("Greek", "Tagalog", "Japanese_(katakana)"))):
-        with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as file:
-            for alphabet in alphabets:
-                for character, drawing in product((1, 2), (1, 2, 3)):
-                    picture, png = Image.new("1", (105, 105), 1), io.BytesIO()
-                    picture.putpixel((drawing, character), 0)
-                    picture.save(png, "png")
-                    file.writestr(f"images_{archive}/{alphabet}/character0{character}/{drawing}.png", png.getvalue())
-    return tmp_path / "one.zip", tmp_path / "two.zip"
+    one = save_omniglot(tmp_path / "one.zip", ("Greek", "Korean"))
+    return one, save_omniglot(tmp_path / "two.zip", ("Greek", "Tagalog", "Japanese_(katakana)"))
 
 
 def test_omniglot(archives, tmp_path, capsys):
