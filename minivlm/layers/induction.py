@@ -14,15 +14,15 @@ Everything stays trainable; starting attention with the structure that training 
 A T5 sees both sides. What a decoder alone does in one place is done in two, and a hole, or the end of what was read, is
 where an answer belongs:
 
-    read   red circle: dax. blue star: wug. red circle: □      encoder, block 0: which word stands 1, 2 or 3 before, or 1 after?
-                       ▲                                │               block 1: where do the words 2 and 3 before read like
-                       └────────────────────────────────┘                        mine?  What stands there, □ keeps
-    said   □ d          □ is looked up in what was read, and what it keeps is said: "d"
-             d ax       and of what was said, what came after it where it was read: "ax"
+    read   red circle: dax. blue star: wug. red circle: □     encoder, block 0: which words stand 1 to 3 before, and 1 after?
+                       ▲                                │     encoder, block 1: where are the words 2 and 3 before like
+                       └────────────────────────────────┘     mine? What stands there, □ keeps
+    said   □ d           decoder: □ is looked up in what was read, and what it keeps is said: "d"
+             d ax        and what came after "d" where it was read: "ax"
 
 Heads of a T5 know distances alone, by one table for all blocks, so heads 0 to 3 look at neighbours, and heads 4 to 7 look
-up. Without these heads a small T5 did not know after 300 steps on texts with holes which of the new words belongs there
-(38 % of their beginnings, as many as by chance; with them 82 % after 200; one seed each).
+up. After 200 steps on texts with holes a small T5 knew of 84 % of a lesson's holes how the word begins that belongs there,
+without such heads of 38 %, as many as by chance; of the answers of a conversation 64 % and 29 % (one seed each).
 """
 
 from __future__ import annotations
