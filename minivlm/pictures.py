@@ -115,7 +115,7 @@ def heat(image: Any, weights: Any, tile: int) -> Image.Image:
     return Image.fromarray((grey + 0.85 * share * (glow - grey)).round().astype(np.uint8))
 
 
-CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6b7280")  # of Okabe & Ito 2008, for all eyes; then again
+CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6b7280", "#e69f00", "#56b4e9")  # of Okabe & Ito 2008
 PLOT = 520, 300  # pixels of a chart's inside
 
 
