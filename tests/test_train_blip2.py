@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 import minivlm
 import train
 from minivlm import evaluate, recipes, tasks, training
+from minivlm.datasets.holes import HOLES
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes_talk import ShapesTalk
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.layers.t5 import T5, T5Config
+from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.models.blip2 import BLIP2
 from minivlm.models.blip2_stage1 import BLIP2Stage1
 from minivlm.models.clip import CLIP, CLIPConfig
@@ -326,6 +328,32 @@ def test_a_t5_is_asked_one_question_and_a_decoder_all(built, world, lm):
     halves = [work.batch(2, rank, 2)["labels"] for rank in range(2)]
     rows = [row[row >= 0].tolist() for half in zip(*halves, strict=True) for row in half]
     assert rows == [row[row >= 0].tolist() for row in batch["labels"]]
+
+
+@pytest.mark.parametrize("holes", [0.0, 1.0])
+def test_a_t5_that_knows_holes_is_asked_all_at_once(built, world, tmp_path, holes):
+    t5, speaks = minivlm.load(built / "t5")
+    speaks.tokenizer.add_special_tokens(list(HOLES))
+    with_vocabulary(t5, speaks.tokenizer.get_vocab_size()).save_pretrained(tmp_path, processor=speaks)
+    options = STAGE2 | from_stage1(built, "t5") | {"data": world, "language_from": tmp_path, "holes": holes}
+    work = recipes.command_line(arguments("blip2", **options))[1].start(quiet=True)
+    batch, ids = work.batch(2), work.processor
+    marks = [ids.tokenizer.token_to_id(hole) for hole in HOLES]
+    for row, (index, rng) in enumerate(work.share(2, 0, 1)):
+        assert rng.random() < 1  # whether all are asked is drawn first
+        turns = [turn.text.replace("<image>", "").strip() for turn in work.train.conversation(index, rng)]
+        read = batch["tokens"][row][batch["mask"][row]].tolist()
+        said = [label for label in batch["labels"][row].tolist() if label >= 0]
+        if holes:
+            n = len(turns) // 2
+            assert read[:3] == [ids.image_token_id] * 3 and [t for t in read if t in marks] == marks[:n]
+            assert ids.decode([read])[0].split() == " ".join(turns[::2]).split()
+            assert [t for t in said if t in marks] == marks[:n]
+            assert ids.decode([said])[0].split() == " ".join(turns[1::2]).split()
+        else:
+            assert not set(marks) & {*read, *said} and ids.decode([said])[0].strip() in turns[1::2]
+    loss = sum(work.model.losses(**batch).values())
+    assert loss.isfinite()
 
 
 # ---- folders of your own ---------------------------------------------------------------------------------------------

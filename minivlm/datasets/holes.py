@@ -39,19 +39,21 @@ def drop(document: str | list[Turn], rng: np.random.Generator) -> list[str]:
     return ["", *pieces] if 0 in dropped else pieces
 
 
-def with_holes(pieces: list[str], processor: Processor) -> tuple[list[int], list[int]]:
+def with_holes(pieces: list[str], processor: Processor, *, context: int | None = None) -> tuple[list[int], list[int]]:
     """Pieces as `drop` makes them → the tokens that are read, framed as a whole text, and those that are to be said.
 
-    What comes after the last of the HOLES, or does not fit the context, is left out; of a first piece too long its beginning.
+    context: no more tokens of either; None: the processor's. What comes after the last of the HOLES, or does not fit the
+    context, is left out; of a first piece too long its beginning.
     """
     ids = [encoding.ids for encoding in processor.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
     marks = [processor.tokenizer.token_to_id(hole) for hole in HOLES]
     start, end = processor.frame
     starts, ends = [token for token in (start,) if token is not None], [token for token in (end,) if token is not None]
-    room = processor.context - len(starts) - len(ends)
+    context = processor.context if context is None else context
+    room = context - len(starts) - len(ends)
     read, said = ids[0][max(0, len(ids[0]) + 1 - room) :], []
     for mark, dropped, kept in zip(marks, ids[1::2], [*ids[2::2], []], strict=False):
         if len(read) >= room:
             break
         read, said = [*read, mark, *kept], [*said, mark, *dropped]
-    return [*starts, *read[:room], *ends], said[: processor.context]
+    return [*starts, *read[:room], *ends], said[:context]

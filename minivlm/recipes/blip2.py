@@ -19,8 +19,9 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.conversation import IGNORED, MARK, Sample, Turn, encode_conversation, with_images
-from minivlm.datasets.continuation import pad
+from minivlm.datasets.continuation import collate_pairs
 from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.holes import HOLES, with_holes
 from minivlm.datasets.pairs import Pairs
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERT
@@ -198,6 +199,7 @@ class BLIP2Recipe(Recipe):
     vision_from: str = "out/clip-resnet"
     vision_layers: tuple[int, ...] = (-2,)
     qformer: QFormerConfig = QUERIES
+    holes: float = 0.75  # share of the samples in which a T5 that knows holes is asked all questions at once, not one
     data: TalkConfig = field(default_factory=TalkConfig)
 
     @property
@@ -278,18 +280,32 @@ class BLIP2Work(PrefixWork):
             "language_model": recipe.speaker,
         }
         super().__init__(recipe, model, processor, train, origins=origins, answers=True)
+        self.knows_holes = all(processor.tokenizer.token_to_id(hole) is not None for hole in HOLES)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """As LLaVA's. A T5 reads picture and question, and says the answer: one question of every conversation."""
+        """As LLaVA's. A T5 reads picture and questions, and says the answers."""
         if isinstance(self.model.language_model, LanguageModel):
             return super().batch(step, rank, world)
         share = self.share(step, rank, world)
-        samples = [self.exchange(index, rng) for index, rng in share]
-        read = [[t for t, label in zip(s.tokens, s.labels, strict=True) if label == IGNORED] for s in samples]
-        said = [[label for label in s.labels if label != IGNORED] for s in samples]
-        pad_token = self.processor.pad_token
-        tokens, mask = pad(read, pad_token), pad([[1] * len(row) for row in read], 0).bool()
-        return {"tokens": tokens, "mask": mask, "labels": pad(said, IGNORED), **self.pictures([i for i, _ in share])}
+        pairs = [self.all_at_once(*one) if self.is_holed(*one) else self.one(*one) for one in share]
+        return collate_pairs(pairs, self.processor) | self.pictures([index for index, _ in share])
+
+    def is_holed(self, index: int, rng: np.random.Generator) -> bool:
+        return self.knows_holes and rng.random() < self.recipe.holes
+
+    def all_at_once(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """A conversation with a hole for every answer, and the answers (datasets/holes.py)."""
+        turns = self.train.conversation(index, rng)
+        places = self.processor.ids(MARK) * sum(turn.text.count(MARK) for turn in turns)
+        pieces = [turn.text.replace(MARK, "").strip() for turn in turns]
+        read, said = with_holes(pieces, self.processor, context=self.processor.context - len(places))
+        return places + read, said
+
+    def one(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """One question of a conversation, and its answer."""
+        sample = self.exchange(index, rng)
+        read = [token for token, label in zip(sample.tokens, sample.labels, strict=True) if label == IGNORED]
+        return read, [label for label in sample.labels if label != IGNORED]
 
     def exchange(self, index: int, rng: np.random.Generator) -> Sample:
         """One question of a conversation, and its answer."""
