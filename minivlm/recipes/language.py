@@ -174,7 +174,7 @@ class Language(Work):
 LANGUAGE_RECIPES = {
     "lm": LanguageRecipe(
         summary="a small language model on the texts of the shapes world",
-        measured="20 to 27 min on one busy core: new words 100 %, questions about told scenes 90 to 92 % (1 seed, 2 machines)",
+        measured="20 to 27 min on one busy core: new words 100 %, questions about told scenes 90 to 92 % (2 seeds)",
         # Rotary positions besides the learned ones: "what came one before" is the same turn everywhere, and copying
         # begins with it (loss after 300 steps: 1.45, without them 1.57). The learned ones tell LLaVA's
         # picture tokens, which always stand at the same places, where in the picture they are.
