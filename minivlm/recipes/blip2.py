@@ -287,13 +287,15 @@ class BLIP2Work(PrefixWork):
         if isinstance(self.model.language_model, LanguageModel):
             return super().batch(step, rank, world)
         share = self.share(step, rank, world)
-        pairs = [self.all_at_once(*one) if self.is_holed(*one) else self.one(*one) for one in share]
+        pairs = [self.pair(index, rng) for index, rng in share]
         return collate_pairs(pairs, self.processor) | self.pictures([index for index, _ in share])
 
-    def is_holed(self, index: int, rng: np.random.Generator) -> bool:
-        return self.knows_holes and rng.random() < self.recipe.holes
+    def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """What a T5 reads of a conversation, and what it is to say: all answers, or one."""
+        whole = self.knows_holes and rng.random() < self.recipe.holes
+        return self.all_answers(index, rng) if whole else self.one_answer(index, rng)
 
-    def all_at_once(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def all_answers(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A conversation with a hole for every answer, and the answers (datasets/holes.py)."""
         turns = self.train.conversation(index, rng)
         places = self.processor.ids(MARK) * sum(turn.text.count(MARK) for turn in turns)
@@ -301,7 +303,7 @@ class BLIP2Work(PrefixWork):
         read, said = with_holes(pieces, self.processor, context=self.processor.context - len(places))
         return places + read, said
 
-    def one(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def one_answer(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """One question of a conversation, and its answer."""
         sample = self.exchange(index, rng)
         read = [token for token, label in zip(sample.tokens, sample.labels, strict=True) if label == IGNORED]

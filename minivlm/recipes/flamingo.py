@@ -47,9 +47,7 @@ VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besi
 class FlamingoRecipe(Recipe):
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
-    starts_from: str | None = (
-        None  # a Flamingo that goes on learning, in place of both and of all that is built on them
-    )
+    starts_from: str | None = None  # a Flamingo that goes on learning, in place of both and of what is new
     vision_layers: tuple[int, ...] = (-2,)
     resampler: PerceiverConfig = LATENTS  # its context_width and places follow from the tower
     gated: GatedConfig = field(default_factory=GatedConfig)
