@@ -262,7 +262,7 @@ FUSION_RECIPES = {
     "visualbert": FusionRecipe(
         summary="VisualBERT: regions are words of another type, in one BERT with the question",
         model=VisualBERTConfig(**COMMON, region_positions=True, heads=("words", "matching")),
-        measured="4 min on one busy core with --steps 1000: 88 % of balanced questions (1 seed)",
+        measured="9 min on one busy core: 93 % of balanced questions, 86 % about never-seen pairs (2 seeds)",
         **SMALL,
     ),
     "uniter": FusionRecipe(
