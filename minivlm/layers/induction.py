@@ -125,7 +125,7 @@ def give_to_t5(model: T5, generator: torch.Generator) -> None:
     first, second = (block.attention for block in model.encoder.blocks[:2])
     turned = torch.linalg.qr(torch.randn(c.width, c.width, generator=generator)).Q
     *told, found, code = turned.split(K, dim=1)[: n + 2]  # (D, K) each
-    start_tokens(model, turned[:, (n + 1) * K :])
+    confine_tokens(model, turned[:, (n + 1) * K :])
     size = model.token_embedding.weight.std()
     for head, offset in enumerate(NEIGHBOURS):
         prefer(model, head, offset, NEARNESS)
@@ -145,9 +145,9 @@ def give_to_t5(model: T5, generator: torch.Generator) -> None:
     connect(reads, 1, query=K**-0.5 * code, key=code, value=found, out=says)
 
 
-def start_tokens(model: T5, channels: Tensor) -> None:
-    """Tokens as loud as before in these channels (D, C) alone. The token that a decoder starts with is that which ends what was
-    read, so that it is looked up."""
+def confine_tokens(model: T5, channels: Tensor) -> None:
+    """The embeddings, as large as before, lie in the span of these C directions (D, C) alone. The decoder's start token gets
+    the embedding of the end token, so that the decoder first looks up the end of what was read."""
     c, tokens = model.config, model.token_embedding.weight
     if not c.scale_head:
         tokens *= 0.1 / tokens.std()

@@ -113,7 +113,7 @@ def test_and_looks_up_where_the_neighbour_was_the_word_read(seed):
 @pytest.mark.parametrize("where", [HOLE, END])
 @pytest.mark.parametrize("seed", range(3))
 def test_where_an_answer_belongs_it_is_found_and_said(seed, where):
-    """At the start, without any training: is what the third pair is bound to found, and more than anything else?"""
+    """At the start, without any training: what the third pair is bound to is found, and said sooner than most words."""
     texts, pair, answer = lessons()
     read = torch.cat([texts, pair, torch.full((len(texts), 1), where)], dim=1)
     said = torch.cat([torch.full((len(texts), 1), HOLE), answer], dim=1) if where == HOLE else answer
