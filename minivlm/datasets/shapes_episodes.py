@@ -22,7 +22,7 @@ import numpy as np
 
 from minivlm.conversation import DESCRIBE, Turn
 from minivlm.datasets.shapes_facts import SEEN_PAIRS
-from minivlm.datasets.shapes_questions import ask
+from minivlm.datasets.shapes_questions import TOLD_SLOTS, TOLD_TURNS, ask
 from minivlm.datasets.shapes_scenes import COLOURS, SHAPES, Scene, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
 
@@ -92,7 +92,7 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 
 @functools.lru_cache(maxsize=2048)  # batches of like length read their texts twice
 def document(seed: int, stream: str, index: int) -> str | list[Turn]:
-    """A lesson (20 %), a caption (10 %), or a conversation, in nine of ten after the scene is told in words: a model
+    """A lesson (10 %), a caption (5 %), or a conversation, in nine of ten after the scene is told in words: a model
     answers that finds in its context what is asked for.
 
     The stream "held out" has scenes of its own, and in its lessons held-out words. Read them in order: scenes are drawn in
@@ -101,10 +101,10 @@ def document(seed: int, stream: str, index: int) -> str | list[Turn]:
     number = STREAMS.index(stream) << 40
     rng = np.random.Generator(np.random.Philox(key=seed + ((DOCUMENTS + number + index) << 64)))
     sort = rng.random()
-    if sort < 0.2:
+    if sort < 0.1:
         return lesson(rng, held_out=stream == "held out")
     scene = scene_block(seed, SCENES + number + index // BLOCK)[index % BLOCK]
-    if sort < 0.3:
+    if sort < 0.15:
         return describe(scene, rng) if rng.random() < 0.5 else canonical(scene)
     first, *rest = conversation(scene, rng)
     return [first._replace(text=f"{canonical(scene)}. {first.text}") if sort < 0.93 else first, *rest]
@@ -112,7 +112,8 @@ def document(seed: int, stream: str, index: int) -> str | list[Turn]:
 
 def conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """Questions about a scene and their answers; sometimes it is to be described first."""
-    asked = [(question.text, question.answer) for question in ask(scene, rng)]
+    questions = ask(scene, rng, slots=TOLD_SLOTS, turns=TOLD_TURNS)
+    asked = [(question.text, question.answer) for question in questions]
     if rng.random() < 0.2:
         asked = [(DESCRIBE, canonical(scene)), *asked]
     return [Turn(role, text) for pair in asked for role, text in zip(("user", "assistant"), pair, strict=True)]

@@ -152,25 +152,36 @@ OTHER_SLOTS = (
     {"more": 0.35},
 )
 TURNS = 6  # questions about one picture, at most
+# Of a scene that is told in words, more is asked, and two objects are compared most of all: it is learnt last, since both
+# have to be found before a "yes" tells anything.
+TOLD_SLOTS = (*OTHER_SLOTS[:-3], {"size": 1.0}, {"side": 1.0}, {"more": 1.0}, {"size": 0.5, "side": 0.5})
+TOLD_TURNS = 8
 
 
-def ask(scene: Scene, rng: np.random.Generator) -> list[Asked]:
-    """Up to six questions in random order; over many scenes all kinds are equally frequent.
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    slots: Sequence[dict[str, float]] = OTHER_SLOTS,
+    turns: int = TURNS,
+) -> list[Asked]:
+    """Up to `turns` questions in random order, how many things there are and one for each of the slots; by default, all
+    kinds are equally frequent over many scenes.
 
     Of `rng` only the raw stream of its bit generator is used, which NumPy keeps the same from version to version.
     """
-    n = len(COUNT_SLOTS) + len(OTHER_SLOTS)
+    n = len(COUNT_SLOTS) + len(slots)
     draws = (rng.bit_generator.random_raw(5 * n) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
-    forms, facts, wordings, order, turns = draws.reshape(5, n).tolist()
-    others = [OTHER_SLOTS[i] for _, i in sorted((order[i], i) for i in range(len(OTHER_SLOTS)))]
+    forms, facts, wordings, order, when = draws.reshape(5, n).tolist()
+    others = [slots[i] for _, i in sorted((order[i], i) for i in range(len(slots)))]
     asked = []
     # Counting comes first: if it could fall away, scenes with much to ask would be asked for "two" less often.
     for slot, form, fact, wording in zip((*COUNT_SLOTS, *others), forms, facts, wordings, strict=True):
         name = choose(slot, form)
-        if name and len(asked) < TURNS and (found := choose_fact(name, scene, fact)):
+        if name and len(asked) < turns and (found := choose_fact(name, scene, fact)):
             text = say(name, found.words, int(wording * variations(name)))
             asked.append(Asked(text, found.answer, name, found.words))
-    return [question for _, question in sorted(zip(turns, asked, strict=False))]
+    return [question for _, question in sorted(zip(when, asked, strict=False))]
 
 
 def choose(shares: dict, draw: float):

@@ -12,6 +12,8 @@ from minivlm.datasets.shapes_facts import PARTNERS, UNSEEN_PAIRS, about_unseen
 from minivlm.datasets.shapes_questions import (
     FORMS,
     KINDS,
+    TOLD_SLOTS,
+    TOLD_TURNS,
     TURNS,
     ask,
     count_shares,
@@ -46,6 +48,13 @@ def unseen():
 def asked(train):
     rng = np.random.default_rng(0)
     return [ask(scene, rng) for scene in train]
+
+
+@pytest.fixture(scope="module")
+def told(train):
+    """What is asked about a scene that is told in words."""
+    rng = np.random.default_rng(0)
+    return [ask(scene, rng, slots=TOLD_SLOTS, turns=TOLD_TURNS) for scene in train]
 
 
 # ---- truth: a reader of questions that shares no code with their writer ----------------------------------------------
@@ -184,16 +193,26 @@ def test_all_kinds_are_equally_frequent_and_nothing_is_asked_twice(asked):
     assert all(len({question.text for question in questions}) >= len(questions) for questions in asked[:2000])
 
 
-def test_what_training_asks_is_true(train, asked):
-    for scene, questions in zip(train[:3000], asked, strict=False):
+def test_of_told_scenes_more_is_asked_and_comparing_most_of_all(told):
+    counts = Counter(question.kind for questions in told for question in questions)
+    shares = {kind: counts[kind] / counts.total() for kind in KINDS}
+    assert shares.pop("compare") > 0.3 and all(0.1 < share < 0.2 for share in shares.values())
+    lengths = [len(questions) for questions in told]
+    assert min(lengths) >= 1 and max(lengths) == TOLD_TURNS == 8 and np.mean(lengths) > 6.5
+
+
+@pytest.mark.parametrize("which", ["asked", "told"])
+def test_what_training_asks_is_true(which, train, request):
+    for scene, questions in zip(train[:3000], request.getfixturevalue(which), strict=False):
         for question in questions:
             assert truth(question.text, scene) == question.answer
 
 
-def test_answers_to_a_form_are_equally_frequent_in_training(asked):
+@pytest.mark.parametrize("which", ["asked", "told"])
+def test_answers_to_a_form_are_equally_frequent_in_training(which, request):
     """And so, by symmetry of places, colours and shapes, to each text."""
     forms = defaultdict(Counter)
-    for question in (question for questions in asked for question in questions):
+    for question in (question for questions in request.getfixturevalue(which) for question in questions):
         forms[question.form][question.answer] += 1
     for name, counts in forms.items():
         if name in ("count colour", "count shape"):
