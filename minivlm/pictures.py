@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 INK, PALE, PAPER, EDGE = "#1f2328", "#6b7280", "#ffffff", "#d0d5dd"
 GREEN, RED = "#1a9850", "#d7301f"
 MARGIN, GAP, FRAME, BADGE = 20, 12, 4, 22  # pixels: around the sheet, between tiles, a frame's line, a tick's circle
-TEXT_WIDTH = 220
+TEXT_WIDTH, TEXT_ALONE = 220, 640  # of a row's text beside its images; of rows without any
 FINE = 4  # ticks are drawn this much larger and reduced, which smooths their edges
 
 
@@ -32,11 +32,11 @@ class Row:
 
 def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int = 8) -> Image.Image:
     """All rows on one picture, text on the left. Each image fits into a square of `tile` pixels; a row of more than
-    `columns` images goes on below. Where no row has a text, the images take the whole width."""
-    columns = min(columns, max((len(row.images) for row in rows), default=1)) or 1
-    cell = tile + 2 * FRAME
-    left = MARGIN + (TEXT_WIDTH + GAP if any(row.text for row in rows) else 0)
-    heights = [row_height(row, cell, columns) for row in rows]
+    `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width."""
+    columns = min(columns, max((len(row.images) for row in rows), default=1))
+    cell, text_width = (tile + 2 * FRAME, TEXT_WIDTH) if columns else (0, TEXT_ALONE)
+    left = MARGIN + (text_width + GAP if any(row.text for row in rows) else 0)
+    heights = [row_height(row, cell, columns, text_width) for row in rows]
     width = left + columns * (cell + GAP) - GAP + MARGIN
     titles = wrap(title, 20, width - 2 * MARGIN)
     top = MARGIN + (text_height(titles, 20) + GAP if title else 0)
@@ -47,7 +47,7 @@ def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int
     for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
         if i:
             draw.line((MARGIN, top - GAP, size[0] - MARGIN, top - GAP), EDGE)
-        draw_text(draw, row, top, cell)
+        draw_text(draw, row, top, cell, text_width)
         for j, image in enumerate(row.images):
             line, column = divmod(j, columns)
             corner = left + column * (cell + GAP), top + line * line_height(row, cell)
@@ -56,9 +56,9 @@ def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int
     return page
 
 
-def draw_text(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int) -> None:
+def draw_text(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int, width: int) -> None:
     """The row's text beside its first line of images, centred on it if there is room."""
-    lines, details = wrap(row.text, 17, TEXT_WIDTH), wrap(row.detail, 13, TEXT_WIDTH)
+    lines, details = wrap(row.text, 17, width), wrap(row.detail, 13, width)
     height = text_height(lines, 17) + text_height(details, 13)
     y = draw_lines(draw, lines, top + max(0, (cell - height) // 2), 17, INK)
     draw_lines(draw, details, y, 13, PALE)
@@ -193,9 +193,9 @@ def line_height(row: Row, cell: int) -> int:
     return cell + GAP + text_height(max((note.split("\n") for note in row.notes), key=len, default=[]), 13)
 
 
-def row_height(row: Row, cell: int, columns: int) -> int:
-    lines = -(-len(row.images) // columns) or 1
-    text = text_height(wrap(row.text, 17, TEXT_WIDTH), 17) + text_height(wrap(row.detail, 13, TEXT_WIDTH), 13)
+def row_height(row: Row, cell: int, columns: int, text_width: int) -> int:
+    lines = -(-len(row.images) // columns) or 1 if columns else 0
+    text = text_height(wrap(row.text, 17, text_width), 17) + text_height(wrap(row.detail, 13, text_width), 13)
     return max(text, lines * line_height(row, cell) - GAP)
 
 

@@ -89,6 +89,14 @@ def test_text_is_wrapped_and_never_wider_than_its_place():
     assert tall.height > 600
 
 
+def test_texts_without_images_are_wide_and_no_higher_than_they_need():
+    text = "a red circle at the top left and a small star, " * 4
+    alone, beside = sheet([Row(text, []), Row("b", [])]), sheet([Row(text, [plain()])])
+    written = np.flatnonzero((np.asarray(alone) != 255).any(axis=(0, 2)))
+    assert beside.width < written.max() < alone.width < 2 * beside.width
+    assert alone.height < beside.height
+
+
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 

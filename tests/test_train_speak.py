@@ -1,17 +1,23 @@
 """Language model, captioner and LLaVA through train.py: a chain of tiny runs, and what each stage may change."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import minivlm
 import train
 from minivlm import recipes, training
 from minivlm.conversation import IGNORED
+from minivlm.datasets.continuation import split
 from minivlm.datasets.shapes import make_shapes
+from minivlm.datasets.shapes_episodes import words
 from minivlm.errors import UserError
+from minivlm.recipes import language
 from tests.test_train import TINY
 
 SHORT = {"steps": 4, "batch_size": 8, "save_every": 4, "seed": 3, "device": "cpu", "precision": "fp32"}
@@ -211,6 +217,25 @@ def test_a_language_model_learns_the_answers_of_conversations_and_the_whole_of_t
             answers = [turn.text for turn in document[1::2]]
             said = "".join(work.processor.decode([[t for t in learnt if t != end]]))
             assert learnt.count(end) == len(answers) and said.split() == " ".join(answers).split()
+
+
+def test_its_picture_goes_on_where_a_conversation_is_answered_and_tells_what_is_right(world, tmp_path, monkeypatch):
+    options = LM | {"data": world, "model.context": 400}  # all texts fit
+    work = recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
+    right, drawn = [], []
+    for number, document in enumerate(work.held_out[:12]):
+        begun, rest = split(document, np.random.default_rng(number))
+        right.append(rest)
+        assert isinstance(document, str) or begun.endswith(("?", "."))
+    said = iter([right[0], "zebra", *right[2:]])
+    monkeypatch.setattr(work.processor, "decode", lambda tokens: [" " + next(said)])
+    monkeypatch.setattr(language, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
+    work.picture(tmp_path / "picture.png")
+    assert len(drawn) == 12 and [row.detail.endswith(" (as the text)") for row in drawn] == [True, False] + [True] * 10
+    assert drawn[1].detail == f"goes on: zebra (the text: {right[1]})"
+    assert all(row.text.removeprefix("… ") in words(text) for row, text in zip(drawn, work.held_out, strict=False))
+    assert any(row.text.startswith("… ") for row in drawn)
+    assert re.fullmatch(r"python sample.py complete out/lm \".*\?\"", work.next_commands("out/lm")[0])
 
 
 def test_the_captioner_learns_to_caption(world, tmp_path):

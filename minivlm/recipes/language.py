@@ -15,12 +15,13 @@ from minivlm import evaluate
 from minivlm.base import Model
 from minivlm.checkpoint import load
 from minivlm.conversation import DESCRIBE, Turn, collate
+from minivlm.datasets.continuation import split
 from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents, words
 from minivlm.datasets.talk import open_talk
 from minivlm.errors import UserError
-from minivlm.evaluate.language import Document, held_out_texts, perplexity, sample, unigram_entropy
+from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.t5 import T5
@@ -36,8 +37,8 @@ from minivlm.training import OptimiserConfig
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
 FOR_TOKENISER = 4000
 VALIDATED = 200  # held-out texts that a checkpoint is judged by
-PICTURED = 12  # beginnings
-SHOWN = 160  # characters of a beginning in the picture
+PICTURED, SAID = 12, 24  # beginnings, and tokens that each goes on for
+SHOWN = 240  # characters of a beginning in the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
 
 class Language(Work):
     score_name = "1 / perplexity"
+    leads_to = "python train.py llava"
 
     def __init__(self, recipe: TextsRecipe, model: Model, processor: Processor, texts: list[str] | None):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
@@ -152,23 +154,26 @@ class Language(Work):
         return evaluate.language(self.model, self.processor, self.recipe.data.directory)
 
     def picture(self, path: Path) -> None:
-        """How the model goes on with the beginnings of held-out texts."""
+        """How the model goes on with the beginnings of held-out texts: of conversations, what it answers."""
         rows = []
-        for text in map(self.cut, self.held_out[:PICTURED]):
-            tokens = torch.tensor([beginning(text, self.model, self.processor)])
-            said = self.processor.decode(self.model.generate(tokens.to(self.model.device), max_new_tokens=24))[0]
-            shown = text if len(text) <= SHOWN else "… " + text[-SHOWN:].partition(" ")[2]
-            rows.append(Row(shown, [], detail="goes on: " + said))
+        for number, text in enumerate(self.held_out):
+            begun, rest = split(text, np.random.default_rng(number))
+            tokens = beginning(begun, self.model, self.processor)
+            if len(tokens) + SAID > self.processor.context:
+                continue
+            if len(rows) == PICTURED:
+                break
+            tokens = torch.tensor([tokens], device=self.model.device)
+            said = self.processor.decode(self.model.generate(tokens, max_new_tokens=SAID))[0].strip()
+            shown = begun if len(begun) <= SHOWN else "… " + begun[-SHOWN:].partition(" ")[2]
+            truth = "as the text" if said and rest.startswith(said) else f"the text: {rest}"
+            rows.append(Row(shown, [], detail=f"goes on: {said} ({truth})"))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
 
-    def cut(self, text: Document) -> str:
-        """How a text begins."""
-        half = words(text).split()
-        return " ".join(half[: max(3, len(half) // 2)])
-
     def next_commands(self, out: Path) -> list[str]:
-        start = " ".join(words(self.held_out[0]).split()[:12])
-        return [f'python sample.py complete {out} "{start}"', "python train.py llava"]
+        texts = [words(text) for text in self.held_out]
+        question, mark, _ = next((text for text in texts if "?" in text), texts[0]).partition("?")
+        return [f'python sample.py complete {out} "{question}{mark}"', self.leads_to]
 
 
 LANGUAGE_RECIPES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.holes import HOLES, drop, with_holes
 from minivlm.datasets.shapes_episodes import words
-from minivlm.evaluate.language import Document
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.processor import Processor
 from minivlm.recipes.language import Language, TextsRecipe, prepare_to_copy
@@ -35,6 +33,7 @@ class T5Recipe(TextsRecipe):
 
 class Continuation(Language):
     recipe: T5Recipe
+    leads_to = "python train.py blip2 --lm t5"
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and mask (B/W, S), labels (B/W, T) of process `rank` of W; every step cuts anew."""
@@ -50,14 +49,6 @@ class Continuation(Language):
     def length(self, index: int, rng: np.random.Generator) -> int:
         holed = rng.random() < self.recipe.holes
         return len((words(self.read(index)) if holed else split(self.read(index), rng)[0]).split())
-
-    def cut(self, text: Document) -> str:
-        """Up to where a word, or of a conversation an answer, is to be said."""
-        return split(text, np.random.default_rng(len(words(text))))[0]
-
-    def next_commands(self, out: Path) -> list[str]:
-        question = next((text for text in map(words, self.held_out) if "?" in text), words(self.held_out[0]))
-        return [f'python sample.py complete {out} "{question.partition("?")[0]}?"']
 
 
 T5_RECIPES = {
