@@ -108,7 +108,7 @@ def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
 
 class Language(Work):
     score_name = "1 / perplexity"
-    leads_to = "python train.py llava"
+    leads_to = "python train.py llava"  # what the user does next
 
     def __init__(self, recipe: TextsRecipe, model: Model, processor: Processor, texts: list[str] | None):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
@@ -154,7 +154,8 @@ class Language(Work):
         return evaluate.language(self.model, self.processor, self.recipe.data.directory)
 
     def picture(self, path: Path) -> None:
-        """How the model goes on with the beginnings of held-out texts: of conversations, what it answers."""
+        """How the model goes on with beginnings of held-out texts that its context has room for: of conversations, what it
+        answers; and what the texts say."""
         rows = []
         for number, text in enumerate(self.held_out):
             begun, rest = split(text, np.random.default_rng(number))
