@@ -1,8 +1,10 @@
 """What does a model look at? The attention that it gives to each part of a picture, drawn over it.
 
-    BLIP-2             a row a query of the Q-Former (those that differ most), a column a picture
-    CLIP, SigLIP       one row: what the token looks at that becomes the picture's vector
-    LLaVA, captioner   a row a picture, a column a word that is said about it
+    BLIP-2                   a row a query of the Q-Former (those that differ most), a column a picture
+    CLIP, SigLIP             one row: what the token looks at that becomes the picture's vector
+    LLaVA, captioner         a row a picture, a column a word that is said about it
+    BLIP, fusion encoders,   a row a picture, a column a word of the question, or of the text that BLIP matches; the first
+    VQA, multitask           is the start token, at which the answer is read
 
 The weights come from `record_attention`; no model knows of it. They say where information was taken from, not that it
 decided anything (Jain and Wallace 2019, "Attention is not Explanation").
@@ -11,6 +13,7 @@ decided anything (Jain and Wallace 2019, "Attention is not Explanation").
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,14 +22,20 @@ from torch import Tensor
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
 from minivlm.layers.resnet import ResNet
+from minivlm.models.blip import BLIP
 from minivlm.models.captioner import ImageCaptioningModel
 from minivlm.models.clip import CLIP
+from minivlm.models.fusion import OneStream, ViLBERT
 from minivlm.models.llava import LLaVA
+from minivlm.models.multitask import MultitaskVLM
 from minivlm.models.querying import QueryingModel
+from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
-from minivlm.tasks.features import inference
-from minivlm.tasks.speak import can_answer, check_speaker, model_inputs, question_tokens, say
+from minivlm.tasks.choose import check_chooser, chooses
+from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.match import check_matcher
+from minivlm.tasks.speak import can_answer, can_see, caption, check_speaker, model_inputs, question_tokens, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +54,7 @@ class Looks(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str = DESCRIBE) -> Image.Image:
+def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str | None = None) -> Image.Image:
     """The pictures as the model gets them, and below them what it looks at, a row for each who looks."""
     from minivlm.pictures import Row, heat, sheet
 
@@ -60,12 +69,17 @@ def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str = DE
     return sheet([Row("the pictures", seen), *drawn], title=title, tile=TILE, columns=columns)
 
 
-def attention_maps(images: Sequence[Any], model, processor, *, prompt: str = DESCRIBE) -> list[Looks]:
-    """Who looks where, by the table below. prompt: what a model that answers is asked.
+def attention_maps(images: Sequence[Any], model, processor, *, prompt: str | None = None) -> list[Looks]:
+    """Who looks where, by the table below. prompt: what a model that answers is asked, or what BLIP matches; None: LLaVA is
+    asked for a caption, and BLIP reads its own.
 
-    UserError: a model that is not in the table, one in which nobody looks, a picture that cannot be read.
+    UserError: a model that is not in the table, one in which nobody looks, a picture that cannot be read, no question for a
+    model that only answers.
     """
     look = next((look for kind, look in LOOKERS.items() if isinstance(model, kind)), None)
+    if look is None and can_see(model):
+        drawn = ", ".join(kind.__name__ for kind in LOOKERS)
+        raise UserError(f"what a {type(model).__name__} looks at is not drawn yet; it is of: {drawn}.")
     if look is None:
         raise UserError(f"a {type(model).__name__} looks at no pictures, so there is no attention to draw.")
     if processor is None:
@@ -76,7 +90,7 @@ def attention_maps(images: Sequence[Any], model, processor, *, prompt: str = DES
 # ---- who looks -------------------------------------------------------------------------------------------------------
 
 
-def queries(images: list, model, processor, prompt: str) -> list[Looks]:
+def queries(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """The last cross-attention of a Q-Former, averaged over its heads."""
     pixels = processor.images(images).to(model.device, model.dtype)
     with inference(model):
@@ -90,7 +104,7 @@ def queries(images: list, model, processor, prompt: str) -> list[Looks]:
     return [Looks(f"query {q + 1}", everyone, list(maps[:, q])) for q in different(maps, QUERIES)]
 
 
-def pooled(images: list, model, processor, prompt: str) -> list[Looks]:
+def pooled(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """Who gathers the picture into one vector, averaged over the heads of its last attention."""
     vision = model.vision
     if isinstance(vision, ResNet):
@@ -110,12 +124,14 @@ def pooled(images: list, model, processor, prompt: str) -> list[Looks]:
     return [Looks(who, list(range(len(images))), list(to_maps(weights.mean(dim=1)[..., leading:], pixels)[:, 0]))]
 
 
-def words(images: list, model, processor, prompt: str) -> list[Looks]:
+def words(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """What each word of an answer, or of a caption, was said in view of: averaged over all heads and layers."""
     check_speaker(model, processor)
     rows = []
     for i, image in enumerate(images):
-        asked = question_tokens(prompt, 1, processor) if can_answer(model, processor) else [processor.start_token]
+        asked = [processor.start_token]
+        if can_answer(model, processor):
+            asked = question_tokens(prompt or DESCRIBE, 1, processor)
         [said] = say([asked], [[image]], model, processor, {})
         maps = maps_of_words(image, asked, said, model, processor)
         notes = [word.strip() for word in processor.spell([[token] for token in said[:WORDS]])]
@@ -138,11 +154,47 @@ def maps_of_words(image: Any, asked: list[int], said: list[int], model, processo
     return to_maps(weights[:, places[int(model.config.class_token) :]], pixels)
 
 
+def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
+    """What each word of a text is read in view of: averaged over all heads, and all layers in which words see the picture."""
+    if matches := isinstance(model, BLIP):
+        check_matcher(model, processor)
+    else:
+        check_chooser(model, processor, {})
+        if not chooses(model) or not (prompt or "").strip():
+            raise UserError(f"a {type(model).__name__} looks for answers: give a question to one that has answers.")
+    where = next(where for kind, where in WHERE_WORDS_LOOK.items() if isinstance(model, kind))
+    leading = getattr(model.vision, "leading", 0) if matches and model.config.class_token else 0
+    rows = []
+    for i, image in enumerate(images):
+        text = prompt or caption(image, model, processor)
+        tokens = to_tokens([text], processor)[0].to(model.device)  # (1, T)
+        pixels = processor.images([image]).to(model.device, model.dtype)
+        with inference(model):
+            features = model.look(pixels)  # (1, N, C): in a single stream they stand before the words
+            with record_attention(model, only=lambda name: fnmatch(name, where)) as kept:
+                [logits] = (model.match if matches else model.answer)(None, tokens, features=features)
+        (T, N), layers = (tokens.shape[1], features.shape[1]), [weights[0] for [weights] in kept.values()]
+        shown = [j for j, token in enumerate(tokens[0].tolist()) if token != processor.end_token][:WORDS]
+        maps = torch.stack([w[:, -T:, leading:N] for w in layers]).mean(dim=(0, 1))[shown]
+        said = f"{logits.float().softmax(dim=0)[1]:.0%}" if matches else model.config.answers[logits.argmax()]
+        notes = [word.strip() for word in processor.spell([[token] for token in tokens[0, shown[1:]].tolist()])]
+        rows.append(Looks(f"{text} {said}", [i] * len(shown), list(to_maps(maps, pixels)), ["[start]", *notes]))
+    return rows
+
+
+WHERE_WORDS_LOOK = {
+    BLIP: "encoder.*.cross_attention",
+    VQAModel: "fusion.*.cross_attention",
+    ViLBERT: "connections.*.words.attention",
+    OneStream: "bert.transformer.*.attention",
+    MultitaskVLM: "encoder.bert.transformer.*.attention",
+}
 LOOKERS: dict[type, Callable[[list, Any, Any, str], list[Looks]]] = {
     QueryingModel: queries,  # both stages of BLIP-2
     CLIP: pooled,
     ImageCaptioningModel: words,
     LLaVA: words,
+    **dict.fromkeys(WHERE_WORDS_LOOK, reading),
 }
 
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm import CLIP, CLIPConfig, tasks
+from minivlm import BLIP, CLIP, BLIPConfig, CLIPConfig, tasks
 from minivlm.errors import UserError
-from minivlm.layers import TextConfig, VisionConfig
+from minivlm.layers import BERTConfig, TextConfig, TransformerConfig, VisionConfig
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
+from minivlm.models.fusion import ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
+from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.pictures import heat
 from minivlm.recording import record_attention
 from minivlm.tasks.attend import WORDS, different, to_maps
@@ -106,6 +109,71 @@ def test_the_first_word_of_a_caption_has_seen_the_picture_alone():
     assert torch.allclose(row.maps[0].flatten(), layers / layers.sum(), atol=1e-5)
 
 
+FUSING = dict(
+    text=BERTConfig(vocab_size=processor().vocab_size, context=16, width=24, depth=3, heads=2),
+    vision=VisionConfig(width=12, depth=2, heads=2, image_size=16, patch_size=8, pool="mean"),
+    region_width=12,
+    answers=("red", "blue"),
+)
+STREAM = dict(depth=2, heads=2, norm_place="post")
+LAYERS = dict(width=24, depth=2, heads=2, cross_attention_every=1)
+READERS = {
+    "visualbert": lambda: VisualBERT(VisualBERTConfig(**FUSING)),
+    "vilbert": lambda: ViLBERT(
+        ViLBERTConfig(
+            **FUSING, regions=TransformerConfig(width=16, **STREAM), connections=2, joint_heads=2, joint_width=20
+        )
+    ),
+    "multitask": lambda: MultitaskVLM(MultitaskConfig(encoder=VisualBERTConfig(**FUSING), end_token=3)),
+    "vqa": lambda: VQAModel(
+        VQAConfig(**{k: v for k, v in FUSING.items() if k != "region_width"}, fusion=TransformerConfig(**LAYERS))
+    ),
+}
+
+
+def seen_by_words(name, model, kept, T):
+    """The weights (H, T, N) of words on the picture, of each layer, as this kind of model has them."""
+    layers = [
+        weights[0] for some in kept.values() for weights in some if weights.shape[-2:] in ((T, 4), (4 + T, 4 + T))
+    ]
+    assert len(layers) == (2 if name in ("vilbert", "vqa") else 3)
+    return [w if w.shape[-1] == 4 else w[:, 4:, :4] for w in layers]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_words_of_a_question_that_is_answered_from_a_list(name):
+    model, p = READERS[name]().eval(), processor(image_tokens=0)
+    rows = tasks.attention_maps(PICTURES, model, p, prompt="which colour?")
+    assert [row.who.removeprefix("which colour? ") in ("red", "blue") for row in rows] == [True] * 3
+    tokens, mask = p.text(["which colour?"])
+    tokens = tokens[:, : mask.sum()]
+    assert rows[0].notes[0] == "[start]" and "".join(rows[0].notes[1:]) == "whichcolour?"
+    assert len(rows[0].maps) == len(rows[0].notes) == tokens.shape[1] - 1  # all but the end token
+    features = model.look(p.images(PICTURES[:1]))
+    with record_attention(model) as kept:
+        model.answer(None, tokens, features=features)
+    want = torch.stack(seen_by_words(name, model, kept, tokens.shape[1])).mean(dim=(0, 1))[2]
+    assert torch.allclose(rows[0].maps[2].flatten(), want / want.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_the_words_of_a_text_that_blip_matches(class_token):
+    p = processor(image_tokens=0)
+    text = BERTConfig(
+        width=24, depth=2, heads=2, vocab_size=p.vocab_size, context=16, token_types=0, cross_attention_every=1
+    )
+    vision = VisionConfig(width=24, depth=1, heads=2, image_size=16, patch_size=8)
+    config = BLIPConfig(vision=vision, text=text, class_token=class_token, embed_width=8, decode_token=3, end_token=3)
+    model = BLIP(config).eval()
+    [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
+    assert row.who.startswith("red ") and row.who.endswith("%") and row.maps[0].shape == (2, 2)
+    tokens, mask = p.text(["red"])
+    with record_attention(model.encoder, only=lambda name: name.endswith("cross_attention")) as kept:
+        model.match(p.images(PICTURES[:1]), tokens[:, : mask.sum()])
+    want = torch.stack([weights[0] for [weights] in kept.values()]).mean(dim=(0, 1))[1, int(class_token) :]
+    assert torch.allclose(row.maps[1].flatten(), want / want.sum(), atol=1e-5)
+
+
 def test_of_tiles_the_whole_picture_is_drawn_and_the_class_token_left_out():
     model = llava(tiles=2, class_token=True)
     [row] = tasks.attention_maps(PICTURES[:1], model, processor(tiles=2, image_tokens=25))
@@ -138,5 +206,7 @@ def test_a_model_that_looks_at_nothing_is_one_sentence():
         tasks.attention_maps(PICTURES, language_model(), processor())
     with pytest.raises(UserError, match="takes the mean of its features"):
         tasks.attention_maps(PICTURES, clip(pool="mean"), processor())
+    with pytest.raises(UserError, match="a VisualBERT looks for answers: give a question"):
+        tasks.attention_maps(PICTURES, READERS["visualbert"](), processor())
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)
