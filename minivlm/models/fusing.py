@@ -132,6 +132,13 @@ class FusionModel(Model):
         region_mask = seen.pop("region_mask", None)
         return self.answer_logits(self.encode(*self.see(images, **seen), tokens, mask, region_mask))
 
+    def match(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
+        """Does text i tell what picture i shows?  → logits (B, 2) of no and yes. seen: as in `answer`."""
+        if self.match_head is None:
+            raise ValueError(f"this {type(self).__name__} does not match: its config names no such head")
+        region_mask = seen.pop("region_mask", None)
+        return self.match_logits(self.encode(*self.see(images, **seen), tokens, mask, region_mask))
+
     # ---- from pixels to states ---------------------------------------------------------------------------------------
 
     def look(self, images: Tensor) -> Tensor:
@@ -212,7 +219,8 @@ class FusionModel(Model):
         """What training adds up, of whatever is given.
 
         answers (B, A): how right each is. labels (B, T): the words that were hidden, −100 elsewhere. hidden (B, R):
-        True = a region that is to be told without being seen. matches (B,): does the text belong to the picture?
+        True = a region that is to be told without being seen, if the text tells of it. matches (B,): does the text belong
+        to the picture?
         """
         features, boxes = self.see(images, features, boxes)
         shown = features if hidden is None else features.masked_fill(hidden[..., None], 0.0)
@@ -223,7 +231,8 @@ class FusionModel(Model):
         if labels is not None:
             losses["words"] = masked_word_loss(self.word_logits(states), labels)
         if hidden is not None and self.region_head is not None:
-            losses["regions"] = masked_region_loss(self.region_guess(states), features, hidden)
+            told = hidden if matches is None else hidden & matches[:, None]
+            losses["regions"] = masked_region_loss(self.region_guess(states), features, told)
         if matches is not None:
             losses["matching"] = F.cross_entropy(self.match_logits(states).float(), matches.long())
             losses |= self.further_losses(states, matches)

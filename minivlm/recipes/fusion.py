@@ -195,17 +195,22 @@ class FusionWork(PrefixWork):
         return asked[rng.integers(len(asked))] if asked else Question(index, "", ())  # which adds nothing to the loss
 
     def captions(self, share: list[tuple[int, np.random.Generator]]) -> dict[str, Tensor]:
-        """tokens, mask, labels (B, T), matches (B,), hidden (B, R): true captions, partly hidden, and false ones."""
+        """tokens, mask, labels (B, T), matches (B,), hidden (B, R): true captions and false ones.
+
+        Half of them are shown whole. Of the others, true and false alike, something is hidden, so that a mask does not tell
+        whether they match; what it hides is to be told of the true ones alone.
+        """
         regions = self.model.config.vision.features_at(self.model.config.vision_layer)[0]
         rows, labels, hidden, matches = [], [], [], []
         for index, rng in share:
             false = self.false_caption(index, rng) if rng.random() < 0.5 else None
             hide = self.recipe.hide if self.recipe.hide != "either" else "words" if rng.random() < 0.5 else "regions"
+            whole = rng.random() < 0.5
             [row] = self.processor.encode([false or self.caption(index, rng)])
-            shown, label = self.hide(self.processor.cut(row), rng, words=false is None and hide != "regions")
+            shown, label = self.hide(self.processor.cut(row), rng, words=hide != "regions" and not whole)
             rows.append(shown)
-            labels.append(label)
-            hidden.append(hide_regions(regions, rng) & (false is None and hide != "words"))
+            labels.append(label if false is None else [IGNORED] * len(label))
+            hidden.append(hide_regions(regions, rng) & (hide != "words" and not whole))
             matches.append(false is None)
         tokens, mask = pad(rows, self.processor.pad_token), pad([[1] * len(row) for row in rows], 0).bool()
         batch = {"tokens": tokens, "mask": mask, "matches": torch.tensor(matches)}
@@ -284,7 +289,8 @@ FUSION_RECIPES = {
         ),
         hide="both",
         measured="10 to 17 min on one busy core: 86 % of balanced questions (3 seeds, two of them of 2,000 steps)",
-        **SMALL | {"steps": 2800, "save_every": 700},
+        # Two streams are deeper: after 1,000 steps 5e-4 answered 86 %, 1e-3 80 and 2e-3 39 % (one seed).
+        **SMALL | {"optimiser": OptimiserConfig(learning_rate=5e-4, warmup=100), "steps": 2800, "save_every": 700},
     ),
     "vqa": FusionRecipe(
         summary="the plain VQA model: an image encoder, a question encoder, fusion, a list of answers",

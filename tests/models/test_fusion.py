@@ -48,6 +48,25 @@ def test_features_stand_in_for_images(model, images):
         for name, logits in seen.logits.items():
             assert_same(other.logits[name], logits)
     assert_same(model.answer(images, TOKENS, MASK), seen.logits["answers"])
+    assert_same(model.match(images, TOKENS, MASK), seen.logits["matching"])
+
+
+def test_what_was_not_learnt_is_not_told(images):
+    model = UNITER(replace(CONFIGS[1], heads=(), answers=()))
+    with pytest.raises(ValueError, match="this UNITER does not match: its config names no such head"):
+        model.match(images, TOKENS, MASK)
+    with pytest.raises(ValueError, match="this UNITER has no answers to choose from"):
+        model.answer(images, TOKENS, MASK)
+
+
+def test_a_hidden_region_is_told_only_where_the_text_tells_of_the_picture(images):
+    model, hidden = UNITER(CONFIGS[1]).eval(), torch.tensor([[True, False, False, True]] * 2)
+    both = model.losses(TOKENS, MASK, images, hidden=hidden)["regions"]
+    of = lambda *matches: model.losses(TOKENS, MASK, images, hidden=hidden, matches=torch.tensor(matches))["regions"]
+    assert of(True, False) != of(False, True)
+    assert_same((of(True, False) + of(False, True)) / 2, both)
+    assert_same(of(True, True), both)
+    assert of(False, False) == 0
 
 
 def test_padding_of_words_and_of_regions_is_not_seen(model, images):
