@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minivlm.command_line import Parser, check_picture_name, whole
+from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
@@ -18,6 +19,7 @@ from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 from minivlm.tasks.choose import chooses
 from minivlm.tasks.features import can_compare
+from minivlm.tasks.match import can_match
 
 __all__ = [
     "ask",
@@ -45,10 +47,11 @@ __all__ = [
 def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a model of any kind on the held-out part of a dataset."""
     if chooses(model):
-        return speech(model, processor, directory) | (
-            contrast(model, processor, directory) if can_compare(model) else {}
-        )
-    if hasattr(model, "match") and can_compare(model):
+        scores = speech(model, processor, directory)
+        if can_match(model) and is_world(directory):
+            scores |= matching(model, processor, directory)
+        return scores | (contrast(model, processor, directory) if can_compare(model) else {})
+    if can_match(model):
         scores = matching(model, processor, directory)
         return scores | (speech(model, processor, directory) if getattr(model.config, "answers", False) else {})
     if can_compare(model):

@@ -1,5 +1,5 @@
-"""A model that matches is judged twice: does it hear the one word that makes a caption false, and does a search get better
-when the best few that comparing found are put in order by matching?
+"""A model that matches is judged by whether it hears the one word that makes a caption false; and if it compares as well,
+by whether a search gets better when the best few that comparing found are put in order by matching.
 
 matching, colour   of true captions and of those false by one attribute (datasets/shapes_negatives.py), how many are told
                    apart at probability 1/2; both count alike, so that always saying yes is worth 50 %
@@ -22,7 +22,7 @@ from minivlm.datasets.shapes_negatives import one_attribute_negatives
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
-from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.features import can_compare, inference, to_tokens
 from minivlm.tasks.match import RERANK, look_at_all, match_all, match_pairs
 
 SPLITS = {"test": "", "unseen": "never-seen pairs, "}
@@ -37,7 +37,8 @@ def matching(model, processor, directory: str | Path) -> dict[str, Score]:
         pairs = open_pairs(directory, split, image_size=processor.image_size)
         features = look_at_split(model, processor, pairs)
         found = hard_negatives(model, processor, pairs, features) if isinstance(pairs, ShapesWorld) else {}
-        found |= reranking(model, processor, pairs, features)
+        if can_compare(model):
+            found |= reranking(model, processor, pairs, features)
         scores |= {f"{name}{key}": score for key, score in found.items()}
     return scores
 

@@ -113,7 +113,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         self.places = nn.Parameter(torch.empty(c.places, c.feature_width)) if c.places else None
         if self.places is not None:
             normal(self.places.data, 0.5, generator)
-        self.logit_scale = None
+        self.logit_scale = self.match_head = None
         if c.compares:
             self.vision_projection = nn.Linear(c.feature_width, c.embed_width)
             self.text_projection = nn.Linear(D, c.embed_width)

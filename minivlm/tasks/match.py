@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tasks.features import can_compare, inference, to_tokens
+from minivlm.tasks.features import inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched
 
@@ -82,10 +82,15 @@ def match_pairs(
     return odds
 
 
+def can_match(model) -> bool:
+    """Does it tell whether a text belongs to a picture? Of BLIP and the fusion encoders, some do not."""
+    return hasattr(model, "match") and getattr(model, "match_head", True) is not None
+
+
 def check_matcher(model, processor) -> None:
-    if not hasattr(model, "match") or not can_compare(model):
+    if not can_match(model):
         raise UserError(
-            f"{type(model).__name__} does not match texts with pictures; that needs a model trained to, as BLIP-2's stage 1."
+            f"this {type(model).__name__} does not match texts with pictures; that needs a model trained to, as BLIP."
         )
     if processor is None:
         raise UserError(f"there is no processor beside this {type(model).__name__}, so it can be shown nothing.")

@@ -202,6 +202,8 @@ def check_speaker(model, processor) -> None:
     """UserError unless the model speaks, and the tokeniser beside it is the one that it was trained with."""
     name = type(model).__name__
     if not hasattr(model, "generate") or not getattr(model.config, "speaks", True):
+        if chooses(model):
+            raise UserError(f"this {name} chooses answers from a list and does not speak: use answer.")
         raise UserError(f"{name} does not speak; captions and answers need a model with a language model, as LLaVA.")
     if processor is None:
         raise UserError(f"there is no processor beside this {name}, so it can neither be shown nor told anything.")
@@ -225,6 +227,10 @@ def check_answerer(model, processor, images: int = 0) -> None:
     """UserError unless it reads words, and pictures as well if there are some."""
     check_speaker(model, processor)
     name = type(model).__name__
+    if chooses(model):
+        raise UserError(
+            f"this {name} says captions and chooses answers, but goes on with no text: use caption or answer."
+        )
     if not can_answer(model, processor):
         raise UserError(f"{name} describes pictures, but reads no words and so answers no questions: use caption.")
     if images and not can_see(model):

@@ -93,7 +93,7 @@ def test_a_text_is_as_close_as_the_closest_query():
 
 
 def test_mistakes_are_one_sentence(world, oracle):
-    with pytest.raises(UserError, match=r"^ColourModel does not match texts with pictures; .*stage 1\.$"):
+    with pytest.raises(UserError, match=r"^this ColourModel does not match texts with pictures; .*BLIP\.$"):
         tasks.match_all([world.pixels[0]], ["a red circle"], ColourModel(), ColourProcessor())
     with pytest.raises(UserError, match="no processor beside this Oracle"):
         tasks.match_all([world.pixels[0]], ["a red circle"], oracle, None)
