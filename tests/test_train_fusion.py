@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes, training
+from minivlm import recipes, tasks, training
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
@@ -59,18 +59,35 @@ def start(built, name, **more):
 @pytest.mark.parametrize("name", FUSION_RECIPES | MULTITASK_RECIPES)
 def test_a_run_leaves_a_model_that_answers(built, name, capsys):
     train.main(arguments(name, **options(built, name, out=built / name)))
-    assert "answers to choose from; 0 of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "answers to choose from; 0 of" in printed
+    assert ("python sample.py match" in printed) == (name in HEADS)
     metrics = json.loads((built / name / "metrics.json").read_text())
     assert {"accuracy", "accuracy, count", "accuracy, blind", "never-seen pairs, accuracy"} <= metrics.keys()
     more = {"captions, exact scene match", "text→image R@1"}
     assert (more & metrics.keys()) == (more if name == "multitask" else set())
+    told_apart = {"matching", "matching, colour", "never-seen pairs, matching, place"}
+    assert (told_apart & metrics.keys()) == (told_apart if name in HEADS else set())
     assert (built / name / "picture.png").stat().st_size > 5000
     model, processor = minivlm.load(built / name)
     said = minivlm.answer(built / "world/test/000.png", "is there a red circle?", model, processor)
     assert said in model.config.answers
+    check_what_else_it_can(name, built / "world/test/000.png", model, processor)
     eyes, clip = "encoder.vision." if name == "multitask" else "vision.", load_file(built / "clip/model.safetensors")
     kept = {n: t for n, t in load_file(built / name / "model.safetensors").items() if n.startswith(eyes)}
     assert kept and all(torch.equal(t, clip[n.removeprefix("encoder.")]) for n, t in kept.items())
+
+
+def check_what_else_it_can(name, picture, model, processor):
+    """Match or not, and hold no conversation; what it cannot is said as it is."""
+    if name in HEADS:
+        assert 0 < tasks.match_all([picture], ["a red circle"], model, processor) < 1
+    else:
+        with pytest.raises(UserError, match="does not match texts with pictures"):
+            tasks.match_all([picture], ["a red circle"], model, processor)
+    cannot = "says captions and chooses answers" if name == "multitask" else "chooses answers from a list"
+    with pytest.raises(UserError, match=cannot):
+        minivlm.chat(model, processor, picture)
 
 
 def test_a_run_resumes_to_the_bit(built, tmp_path):

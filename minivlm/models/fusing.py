@@ -114,8 +114,7 @@ class FusionModel(Model):
         boxes: Tensor | None = None,
         region_mask: Tensor | None = None,
     ) -> FusionOutput:
-        features, boxes = self.see(images, features, boxes)
-        states = self.encode(features, boxes, tokens, mask, region_mask)
+        states = self.read(images, tokens, mask, features=features, boxes=boxes, region_mask=region_mask)
         heads = {
             "answers": (self.answer_head, self.answer_logits),
             "words": (self.word_head, self.word_logits),
@@ -129,15 +128,13 @@ class FusionModel(Model):
         """Logits of all answers, (B, A). seen: features, boxes, region_mask, as `forward` takes them."""
         if self.answer_head is None:
             raise ValueError(f"this {type(self).__name__} has no answers to choose from: its config names none")
-        region_mask = seen.pop("region_mask", None)
-        return self.answer_logits(self.encode(*self.see(images, **seen), tokens, mask, region_mask))
+        return self.answer_logits(self.read(images, tokens, mask, **seen))
 
     def match(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
         """Does text i tell what picture i shows?  → logits (B, 2) of no and yes. seen: as in `answer`."""
         if self.match_head is None:
             raise ValueError(f"this {type(self).__name__} does not match: its config names no such head")
-        region_mask = seen.pop("region_mask", None)
-        return self.match_logits(self.encode(*self.see(images, **seen), tokens, mask, region_mask))
+        return self.match_logits(self.read(images, tokens, mask, **seen))
 
     # ---- from pixels to states ---------------------------------------------------------------------------------------
 
@@ -165,6 +162,18 @@ class FusionModel(Model):
         given = features is not None or images.dim() == 3
         return (grid if given else pool_regions(grid, boxes)), boxes
 
+    def read(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        region_mask: Tensor | None = None,
+        **seen,
+    ) -> FusedStates:
+        """What words and regions make of each other. seen: features and boxes, as `see` takes them."""
+        return self.encode(*self.see(images, **seen), tokens, mask, region_mask)
+
     def encode(
         self,
         features: Tensor,
@@ -173,7 +182,7 @@ class FusionModel(Model):
         mask: Tensor | None = None,
         region_mask: Tensor | None = None,
     ) -> FusedStates:
-        """What words and regions make of each other."""
+        """The same of features (B, R, C) from boxes (B, R, 4)."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if region_mask is None:
             region_mask = mask.new_ones(features.shape[:2])

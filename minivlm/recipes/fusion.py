@@ -41,6 +41,7 @@ from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import load_eyes
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
+from minivlm.tasks.match import can_match
 from minivlm.training import OptimiserConfig
 
 MASK = "<mask>"  # stands where a word is hidden
@@ -248,7 +249,10 @@ class FusionWork(PrefixWork):
         test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
         asked = test.questions()[0]
         picture = quote(str(Path(self.recipe.data.directory) / test.key(asked.index)))
-        return [f"python sample.py answer {out} {picture} {quote(asked.text)}"]
+        commands = [f"python sample.py answer {out} {picture} {quote(asked.text)}"]
+        if can_match(self.model) and (told := test.captions(asked.index)):
+            commands.append(f"python sample.py match {out} {picture} {quote(told[0])}")
+        return commands
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
