@@ -157,7 +157,7 @@ def match(options: argparse.Namespace) -> None:
 
 def attend_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more")
-    parser.add_argument("--prompt", help="what a model that answers is asked, or a text for BLIP to match")
+    parser.add_argument("--prompt", help="what a model that answers is asked, or a text for BLIP to read")
     parser.add_argument("--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s)")
 
 

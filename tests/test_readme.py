@@ -39,6 +39,7 @@ SMALL = {  # the options that make a recipe tiny
     | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()}
     | {"vision_from": "out/clip"},
     "blip": RUN | {f"text.{k}": v for k, v in LANGUAGE.items()} | {"embed_width": 8, "vocab_size": 300},
+    "uniter": RUN | {f"model.text.{k}": v for k, v in LANGUAGE.items()} | {"vision_from": "out/clip"},
     "captioner": RUN
     | VOCABULARY
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}

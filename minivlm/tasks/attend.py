@@ -3,8 +3,8 @@
     BLIP-2                   a row a query of the Q-Former (those that differ most), a column a picture
     CLIP, SigLIP             one row: what the token looks at that becomes the picture's vector
     LLaVA, captioner         a row a picture, a column a word that is said about it
-    BLIP, fusion encoders,   a row a picture, a column a word of the question, or of the text that BLIP matches; the first
-    VQA, multitask           is the start token, at which the answer is read
+    BLIP, fusion encoders,   a row a picture, a column a word of the question, or of the text that BLIP reads; the first is
+    VQA, multitask           the start token, at which the answer is read
 
 The weights come from `record_attention`; no model knows of it. They say where information was taken from, not that it
 decided anything (Jain and Wallace 2019, "Attention is not Explanation").
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
+from minivlm.layers.position import place
 from minivlm.layers.resnet import ResNet
 from minivlm.models.blip import BLIP
+from minivlm.models.blip_text import begin_with
 from minivlm.models.captioner import ImageCaptioningModel
 from minivlm.models.clip import CLIP
 from minivlm.models.fusion import OneStream, ViLBERT
@@ -32,9 +34,9 @@ from minivlm.models.querying import QueryingModel
 from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
-from minivlm.tasks.choose import check_chooser, chooses
+from minivlm.tasks.choose import check_chooser
 from minivlm.tasks.features import inference, to_tokens
-from minivlm.tasks.match import check_matcher
+from minivlm.tasks.match import can_match
 from minivlm.tasks.speak import can_answer, can_see, caption, check_speaker, model_inputs, question_tokens, say
 
 if TYPE_CHECKING:
@@ -70,11 +72,11 @@ def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str | No
 
 
 def attention_maps(images: Sequence[Any], model, processor, *, prompt: str | None = None) -> list[Looks]:
-    """Who looks where, by the table below. prompt: what a model that answers is asked, or what BLIP matches; None: LLaVA is
+    """Who looks where, by the table below. prompt: what a model that answers is asked, or what BLIP reads; None: LLaVA is
     asked for a caption, and BLIP reads its own.
 
-    UserError: a model that is not in the table, one in which nobody looks, a picture that cannot be read, no question for a
-    model that only answers.
+    UserError: a model that is not in the table, one in which nobody looks, a picture that cannot be read, no text for a
+    model that says none.
     """
     look = next((look for kind, look in LOOKERS.items() if isinstance(model, kind)), None)
     if look is None and can_see(model):
@@ -156,14 +158,13 @@ def maps_of_words(image: Any, asked: list[int], said: list[int], model, processo
 
 def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """What each word of a text is read in view of: averaged over all heads, and all layers in which words see the picture."""
-    if matches := isinstance(model, BLIP):
-        check_matcher(model, processor)
-    else:
+    blip = isinstance(model, BLIP)
+    if not blip:
         check_chooser(model, processor, {})
-        if not chooses(model) or not (prompt or "").strip():
-            raise UserError(f"a {type(model).__name__} looks for answers: give a question to one that has answers.")
+    if not (prompt or "").strip() and not (blip and model.config.caption_token):
+        raise UserError(f"this {type(model).__name__} reads what it is asked, and not captions: give it a text.")
     where = next(where for kind, where in WHERE_WORDS_LOOK.items() if isinstance(model, kind))
-    leading = getattr(model.vision, "leading", 0) if matches and model.config.class_token else 0
+    leading = getattr(model.vision, "leading", 0) if blip and model.config.class_token else 0
     rows = []
     for i, image in enumerate(images):
         text = prompt or caption(image, model, processor)
@@ -172,18 +173,33 @@ def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
         with inference(model):
             features = model.look(pixels)  # (1, N, C): in a single stream they stand before the words
             with record_attention(model, only=lambda name: fnmatch(name, where)) as kept:
-                [logits] = (model.match if matches else model.answer)(None, tokens, features=features)
-        (T, N), layers = (tokens.shape[1], features.shape[1]), [weights[0] for [weights] in kept.values()]
+                made_of_it = read(model, tokens, features)
+        T, N = tokens.shape[1], features.shape[1]
         shown = [j for j, token in enumerate(tokens[0].tolist()) if token != processor.end_token][:WORDS]
-        maps = torch.stack([w[:, -T:, leading:N] for w in layers]).mean(dim=(0, 1))[shown]
-        said = f"{logits.float().softmax(dim=0)[1]:.0%}" if matches else model.config.answers[logits.argmax()]
+        maps = torch.stack([weights[0, :, -T:, leading:N] for some in kept.values() for weights in some])
+        maps = to_maps(maps.mean(dim=(0, 1))[shown], pixels)
         notes = [word.strip() for word in processor.spell([[token] for token in tokens[0, shown[1:]].tolist()])]
-        rows.append(Looks(f"{text} {said}", [i] * len(shown), list(to_maps(maps, pixels)), ["[start]", *notes]))
+        rows.append(Looks(f"{text} {made_of_it}".strip(), [i] * len(shown), list(maps), ["[start]", *notes]))
     return rows
 
 
+def read(model, tokens: Tensor, features: Tensor) -> str:
+    """A text (1, T) is read in front of a picture (1, N, C) → the answer that is chosen, or how well BLIP finds that they
+    match; a BLIP that was published for captions or for answers alone only reads."""
+    if not isinstance(model, BLIP):
+        return model.config.answers[model.answer(None, tokens, features=features).argmax()]
+    if can_match(model):
+        _, yes = model.match(None, tokens, features=features)[0].float().softmax(dim=0).tolist()
+        return f"{yes:.0%}"
+    if model.config.roles == "caption":
+        model.tell(begin_with(model.config.decode_token, tokens), None, place(features, model.places))
+    else:
+        model.fuse(features, tokens)
+    return ""
+
+
 WHERE_WORDS_LOOK = {
-    BLIP: "encoder.*.cross_attention",
+    BLIP: "*.cross_attention",  # of the encoder, unless it is one that only says captions
     VQAModel: "fusion.*.cross_attention",
     ViLBERT: "connections.*.words.attention",
     OneStream: "bert.transformer.*.attention",

@@ -90,7 +90,7 @@ def can_match(model) -> bool:
 def check_matcher(model, processor) -> None:
     if not can_match(model):
         raise UserError(
-            f"this {type(model).__name__} does not match texts with pictures; that needs a model trained to, as BLIP."
+            f"this {type(model).__name__} does not match texts with pictures; that needs a model that was trained to."
         )
     if processor is None:
         raise UserError(f"there is no processor beside this {type(model).__name__}, so it can be shown nothing.")

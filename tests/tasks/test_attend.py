@@ -156,15 +156,16 @@ def test_the_words_of_a_question_that_is_answered_from_a_list(name):
     assert torch.allclose(rows[0].maps[2].flatten(), want / want.sum(), atol=1e-5)
 
 
+def blip(**changes):
+    sizes = dict(vocab_size=processor().vocab_size, context=16, token_types=0, cross_attention_every=1)
+    text = BERTConfig(width=24, depth=2, heads=2, **sizes)
+    vision = VisionConfig(width=24, depth=1, heads=2, image_size=16, patch_size=8)
+    return BLIP(BLIPConfig(vision=vision, text=text, embed_width=8, decode_token=3, end_token=3, **changes)).eval()
+
+
 @pytest.mark.parametrize("class_token", [False, True])
 def test_the_words_of_a_text_that_blip_matches(class_token):
-    p = processor(image_tokens=0)
-    text = BERTConfig(
-        width=24, depth=2, heads=2, vocab_size=p.vocab_size, context=16, token_types=0, cross_attention_every=1
-    )
-    vision = VisionConfig(width=24, depth=1, heads=2, image_size=16, patch_size=8)
-    config = BLIPConfig(vision=vision, text=text, class_token=class_token, embed_width=8, decode_token=3, end_token=3)
-    model = BLIP(config).eval()
+    model, p = blip(class_token=class_token), processor(image_tokens=0)
     [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
     assert row.who.startswith("red ") and row.who.endswith("%") and row.maps[0].shape == (2, 2)
     tokens, mask = p.text(["red"])
@@ -172,6 +173,28 @@ def test_the_words_of_a_text_that_blip_matches(class_token):
         model.match(p.images(PICTURES[:1]), tokens[:, : mask.sum()])
     want = torch.stack([weights[0] for [weights] in kept.values()]).mean(dim=(0, 1))[1, int(class_token) :]
     assert torch.allclose(row.maps[1].flatten(), want / want.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("roles", "part"), [("caption", "decoder"), ("answer", "encoder")])
+def test_the_words_of_a_text_that_blip_only_reads(roles, part):
+    model, p = blip(roles=roles), processor(image_tokens=0)
+    [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
+    assert row.who == "red"
+    tokens, mask = p.text(["red"])
+    tokens, features = tokens[:, : mask.sum()], model.look(p.images(PICTURES[:1]))
+    with record_attention(getattr(model, part), only=lambda name: name.endswith("cross_attention")) as kept:
+        if roles == "answer":
+            model.fuse(features, tokens)
+        else:
+            tokens[:, 0] = model.config.decode_token  # as every caption begins
+            model(None, tokens, features=features)
+    want = torch.stack([weights[0][0] for weights in kept.values()]).mean(dim=(0, 1))[1, 1:]
+    assert torch.allclose(row.maps[1].flatten(), want / want.sum(), atol=1e-5)
+    if roles == "caption":
+        assert tasks.attention_maps(PICTURES[:1], model, p)[0].who == tasks.caption(PICTURES[0], model, p)
+    else:
+        with pytest.raises(UserError, match="reads what it is asked, and not captions"):
+            tasks.attention_maps(PICTURES[:1], model, p)
 
 
 def test_of_tiles_the_whole_picture_is_drawn_and_the_class_token_left_out():
@@ -206,7 +229,7 @@ def test_a_model_that_looks_at_nothing_is_one_sentence():
         tasks.attention_maps(PICTURES, language_model(), processor())
     with pytest.raises(UserError, match="takes the mean of its features"):
         tasks.attention_maps(PICTURES, clip(pool="mean"), processor())
-    with pytest.raises(UserError, match="a VisualBERT looks for answers: give a question"):
+    with pytest.raises(UserError, match="this VisualBERT reads what it is asked, and not captions"):
         tasks.attention_maps(PICTURES, READERS["visualbert"](), processor())
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)

@@ -93,7 +93,7 @@ def test_a_text_is_as_close_as_the_closest_query():
 
 
 def test_mistakes_are_one_sentence(world, oracle):
-    with pytest.raises(UserError, match=r"^this ColourModel does not match texts with pictures; .*BLIP\.$"):
+    with pytest.raises(UserError, match=r"^this ColourModel does not match texts with pictures; .*trained to\.$"):
         tasks.match_all([world.pixels[0]], ["a red circle"], ColourModel(), ColourProcessor())
     with pytest.raises(UserError, match="no processor beside this Oracle"):
         tasks.match_all([world.pixels[0]], ["a red circle"], oracle, None)
