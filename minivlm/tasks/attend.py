@@ -168,7 +168,7 @@ def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
     rows = []
     for i, image in enumerate(images):
         text = prompt or caption(image, model, processor)
-        tokens = to_tokens([text], processor)[0].to(model.device)  # (1, T)
+        tokens = to_tokens([text], processor, cut=prompt is None)[0].to(model.device)  # (1, T)
         pixels = processor.images([image]).to(model.device, model.dtype)
         with inference(model):
             features = model.look(pixels)  # (1, N, C): in a single stream they stand before the words

@@ -17,7 +17,7 @@ from minivlm.pictures import heat
 from minivlm.recording import record_attention
 from minivlm.tasks.attend import WORDS, different, to_maps
 from minivlm.tasks.speak import question_tokens
-from tests.speakers import captioner, colour_llava, language_model, llava, plain, processor
+from tests.speakers import CONTEXT, captioner, colour_llava, language_model, llava, plain, processor
 
 PICTURES = [plain("red"), plain("blue"), np.arange(768, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8)]
 
@@ -157,7 +157,7 @@ def test_the_words_of_a_question_that_is_answered_from_a_list(name):
 
 
 def blip(**changes):
-    sizes = dict(vocab_size=processor().vocab_size, context=16, token_types=0, cross_attention_every=1)
+    sizes = dict(vocab_size=processor().vocab_size, context=CONTEXT, token_types=0, cross_attention_every=1)
     text = BERTConfig(width=24, depth=2, heads=2, **sizes)
     vision = VisionConfig(width=24, depth=1, heads=2, image_size=16, patch_size=8)
     return BLIP(BLIPConfig(vision=vision, text=text, embed_width=8, decode_token=3, end_token=3, **changes)).eval()
