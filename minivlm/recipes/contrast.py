@@ -167,7 +167,7 @@ CONTRAST_RECIPES = {
     "clip-resnet": replace(
         CLIP_SHAPES,
         summary="the same with a small ResNet as the vision tower",
-        measured="4 min on 2 cores: 100 %, 100 %, 99 % (1 seed)",
+        measured="6 min on one busy core: zero-shot 100 %, never-seen pairs 93 % (84 to 100), Recall@1 99.5 % (3 seeds)",
         model=CLIPConfig(
             vision=ResNetConfig(blocks=(1, 1, 1, 1), width=16, output_width=128, heads=8, image_size=64),
             text=SMALL_TEXT,
