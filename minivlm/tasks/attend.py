@@ -34,7 +34,7 @@ from minivlm.models.querying import QueryingModel
 from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
-from minivlm.tasks.choose import check_chooser
+from minivlm.tasks.choose import check_chooser, chooses
 from minivlm.tasks.features import inference, to_tokens
 from minivlm.tasks.match import can_match
 from minivlm.tasks.speak import can_answer, can_see, caption, check_speaker, model_inputs, question_tokens, say
@@ -158,11 +158,13 @@ def maps_of_words(image: Any, asked: list[int], said: list[int], model, processo
 
 def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """What each word of a text is read in view of: averaged over all heads, and all layers in which words see the picture."""
-    blip = isinstance(model, BLIP)
+    blip, name, prompt = isinstance(model, BLIP), type(model).__name__, (prompt or "").strip() or None
     if not blip:
         check_chooser(model, processor, {})
-    if not (prompt or "").strip() and not (blip and model.config.caption_token):
-        raise UserError(f"this {type(model).__name__} reads what it is asked, and not captions: give it a text.")
+        if not chooses(model):
+            raise UserError(f"this {name} has no answers, and it is drawn with what it looks at to answer.")
+    if prompt is None and not (blip and model.config.caption_token):
+        raise UserError(f"this {name} reads what it is asked, and not captions: give it a text.")
     where = next(where for kind, where in WHERE_WORDS_LOOK.items() if isinstance(model, kind))
     leading = getattr(model.vision, "leading", 0) if blip and model.config.class_token else 0
     rows = []

@@ -231,5 +231,10 @@ def test_a_model_that_looks_at_nothing_is_one_sentence():
         tasks.attention_maps(PICTURES, clip(pool="mean"), processor())
     with pytest.raises(UserError, match="this VisualBERT reads what it is asked, and not captions"):
         tasks.attention_maps(PICTURES, READERS["visualbert"](), processor())
+    unasked = VisualBERT(VisualBERTConfig(**{**FUSING, "answers": ()}))
+    with pytest.raises(
+        UserError, match="this VisualBERT has no answers, and it is drawn with what it looks at to answer"
+    ):
+        tasks.attention_maps(PICTURES, unasked, processor(), prompt="which colour?")
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)
