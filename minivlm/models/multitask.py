@@ -39,6 +39,7 @@ class MultitaskConfig:
     encoder: VisualBERTConfig | UNITERConfig  # with a vision tower and answers, without other heads
     tasks: tuple[Task, ...] = TASKS  # that it learns
     embed_width: int = 128  # of the vectors that are compared
+    caption_weight: float = 1.0  # of its loss beside the others': most of a sentence's words are easy, an answer is not
     end_token: int
     pad_token: int = 0
 
@@ -176,7 +177,8 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
     ) -> dict[str, Tensor]:
         """What training adds up. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
 
-        Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1.
+        Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1; the caption's then
+        counts `caption_weight` times.
         """
         features = self.look(images) if features is None else features
         losses, tasks, vectors = {}, self.config.tasks, None
@@ -191,7 +193,10 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
             vectors = self.encode_image(features=features) if vectors is None else vectors
             losses["search"] = self.loss(vectors, self.encode_text(tokens, mask))
         chance = self.chance_losses(len(features))
-        return {name: loss / chance[name] for name, loss in losses.items()}
+        return {name: self.weight(name) / chance[name] * loss for name, loss in losses.items()}
+
+    def weight(self, task: Task) -> float:
+        return self.config.caption_weight if task == "caption" else 1.0
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """Of a model that knows nothing, before they are balanced (a batch of one finds its only caption anyway)."""

@@ -74,7 +74,8 @@ class MultitaskWork(FusionWork):
 
     def progress(self, line: dict[str, float]) -> str:
         """Each task's loss as a share of what knowing nothing costs."""
-        return ", ".join(f"{task} {line[task]:.2f}" for task in self.model.config.tasks) + " (1: knows nothing)"
+        shares = (f"{task} {line[task] / self.model.weight(task):.2f}" for task in self.model.config.tasks)
+        return ", ".join(shares) + " (1: knows nothing)"
 
     def next_commands(self, out: Path) -> list[str]:
         folder = Path(self.recipe.data.directory) / "test"

@@ -103,6 +103,16 @@ def test_each_loss_is_a_share_of_what_knowing_nothing_costs(model, images):
     assert_same(losses["search"], search / math.log(2))
 
 
+def test_a_caption_counts_as_often_as_it_is_told(model, images):
+    even = model.losses(**batch(images))
+    heavy = MultitaskVLM(replace(model.config, caption_weight=4.0)).eval()
+    heavy.load_state_dict(model.state_dict())
+    losses = heavy.losses(**batch(images))
+    assert_same(losses.pop("caption"), 4 * even.pop("caption"))
+    for name, loss in losses.items():
+        assert_same(loss, even[name])
+
+
 def test_all_tasks_can_be_learnt_at_once(model, images):
     model.freeze("encoder.vision")
     assert_can_overfit(
