@@ -271,14 +271,14 @@ FUSION_RECIPES = {
     "visualbert": FusionRecipe(
         summary="VisualBERT: regions are words of another type, in one BERT with the question",
         model=VisualBERTConfig(**COMMON, region_positions=True, heads=("words", "matching")),
-        measured="9 min on one busy core: 93 % of balanced questions, 86 % about never-seen pairs (2 seeds)",
+        measured="9 min on one busy core: 93 % of balanced questions, 85 % about never-seen pairs (3 seeds)",
         **SMALL,
     ),
     "uniter": FusionRecipe(
         summary="UNITER: words and regions in one encoder, which also learns to align them",
         model=UNITERConfig(**COMMON, heads=("words", "regions", "matching")),
         hide="either",
-        measured="8 to 10 min on one busy core: 93 % of balanced questions, 86 % about never-seen pairs (3 seeds)",
+        measured="10 min on one busy core: 93 % of balanced questions, 85 % about never-seen pairs (3 seeds)",
         **SMALL,
     ),
     "vilbert": FusionRecipe(
