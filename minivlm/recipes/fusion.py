@@ -293,7 +293,7 @@ FUSION_RECIPES = {
         ),
         hide="both",
         measured="15 min on one busy core: 94 % of balanced questions, 85 % about never-seen pairs (3 seeds)",
-        # Two streams are deeper: after 1,000 steps 5e-4 answered 86 %, 1e-3 80 and 2e-3 39 % (one seed).
+        # After 1,000 steps 5e-4 answered 86 %, 1e-3 80 and 2e-3 39 % (one seed; chance 28.5).
         **SMALL | {"optimiser": OptimiserConfig(learning_rate=5e-4, warmup=100), "steps": 2800, "save_every": 700},
     ),
     "vqa": FusionRecipe(

@@ -80,8 +80,10 @@ def attention_maps(images: Sequence[Any], model, processor, *, prompt: str | Non
     """
     look = next((look for kind, look in LOOKERS.items() if isinstance(model, kind)), None)
     if look is None and can_see(model):
-        drawn = ", ".join(kind.__name__ for kind in LOOKERS)
-        raise UserError(f"what a {type(model).__name__} looks at is not drawn yet; it is of: {drawn}.")
+        raise UserError(
+            f"what a {type(model).__name__} looks at is not drawn; what BLIP, BLIP-2, CLIP, LLaVA, a captioner, and "
+            "models that choose answers look at is."
+        )
     if look is None:
         raise UserError(f"a {type(model).__name__} looks at no pictures, so there is no attention to draw.")
     if processor is None:
@@ -158,14 +160,14 @@ def maps_of_words(image: Any, asked: list[int], said: list[int], model, processo
 
 def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """What each word of a text is read in view of: averaged over all heads, and all layers in which words see the picture."""
-    blip, name, prompt = isinstance(model, BLIP), type(model).__name__, (prompt or "").strip() or None
+    blip, kind, prompt = isinstance(model, BLIP), type(model).__name__, (prompt or "").strip() or None
     if not blip:
         check_chooser(model, processor, {})
         if not chooses(model):
-            raise UserError(f"this {name} has no answers, and it is drawn with what it looks at to answer.")
+            raise UserError(f"this {kind} has no answers to choose from; what it looks at is drawn while it answers.")
     if prompt is None and not (blip and model.config.caption_token):
-        raise UserError(f"this {name} reads what it is asked, and not captions: give it a text.")
-    where = next(where for kind, where in WHERE_WORDS_LOOK.items() if isinstance(model, kind))
+        raise UserError(f"this {kind} reads what it is asked, and not captions: give it a prompt.")
+    where = next(where for of, where in WHERE_WORDS_LOOK.items() if isinstance(model, of))
     leading = getattr(model.vision, "leading", 0) if blip and model.config.class_token else 0
     rows = []
     for i, image in enumerate(images):

@@ -1,5 +1,7 @@
 """Who looks where: the maps are the model's own weights, and the picture shows them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -233,8 +235,10 @@ def test_a_model_that_looks_at_nothing_is_one_sentence():
         tasks.attention_maps(PICTURES, READERS["visualbert"](), processor())
     unasked = VisualBERT(VisualBERTConfig(**{**FUSING, "answers": ()}))
     with pytest.raises(
-        UserError, match="this VisualBERT has no answers, and it is drawn with what it looks at to answer"
+        UserError, match="this VisualBERT has no answers to choose from; what it looks at is drawn while"
     ):
         tasks.attention_maps(PICTURES, unasked, processor(), prompt="which colour?")
+    with pytest.raises(UserError, match=r"what a SimpleNamespace looks at is not drawn; what BLIP, .* look at is"):
+        tasks.attention_maps(PICTURES, SimpleNamespace(vision=None), processor())
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)
