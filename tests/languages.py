@@ -21,3 +21,5 @@ LLAMA = replace(
     mlp_bias=False,
 )
 QWEN2 = replace(LLAMA, qkv_bias=True)
+NEOX = replace(GPT2, positions="none", rope_theta=100.0, rotary_fraction=0.5, parallel_residual=True, tie_head=False)
+REDPAJAMA = replace(NEOX, rotary_fraction=1.0, parallel_residual=False)

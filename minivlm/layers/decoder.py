@@ -151,6 +151,8 @@ class PackedBlock:
     ) -> Tensor:
         """past, page: which of the cache's columns, and of what is read, each row may look at."""
         b = self.block
+        if b.parallel:
+            return x + self.attention(b.attention_norm(x), rope, cache, past) + self.mlp(b.mlp_norm(x))
         if b.pre_norm:
             x = x + self.attention(b.attention_norm(x), rope, cache, past)
             x = x if read is None else x + self.cross_attention(b.cross_attention_norm(x), read, page)

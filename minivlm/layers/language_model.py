@@ -1,4 +1,4 @@
-"""The decoder-only language model: GPT-2, OPT, LLaMA, Qwen2 and our own small ones are configurations of it.
+"""The decoder-only language model: GPT-2, GPT-NeoX, OPT, LLaMA, Qwen2 and our own small ones are configurations of it.
 
     tokens (B, T) ─ embedding ─→ (B, T, D) ─ + positions ─→ blocks ─→ norm ─→ head ─→ logits (B, T, V)
                                      ▲

@@ -38,7 +38,8 @@ class Rotary:
     """Rotary position embedding: each pair of a head's channels turns by an angle proportional to its position.
 
     `Rotary.at(positions (B, T) or (T,), head_width, theta)` is a function on q or k (B, H, T, K) → the same shape.
-    Channel i is paired with i + K/2, as LLaMA's published weights expect.  Su et al. 2021, §3.2.2.
+    Channel i is paired with i + K/2, as LLaMA's published weights expect.  Su et al. 2021, §3.2.2. A q or k with wider heads
+    has only its first channels turned.
     """
 
     cos: Tensor  # (B or 1, 1, T, K)
@@ -65,6 +66,8 @@ class Rotary:
         return self if self.cos.shape[2] == T else Rotary(self.cos[:, :, -T:], self.sin[:, :, -T:])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if (K := self.cos.shape[-1]) < x.shape[-1]:
+            return torch.cat([self(x[..., :K]), x[..., K:]], dim=-1)
         swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (first, second) → (second, first)
         return torch.addcmul(x * self.cos.to(x.dtype), swapped, self.sin.to(x.dtype))
 

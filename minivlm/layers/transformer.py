@@ -1,6 +1,7 @@
 """One block and one stack for ViT, CLIP's text tower, BERT, GPT-2, OPT, LLaMA: they differ in fields, not in code.
 
-    pre-norm   x + f(norm(x))      GPT-2, CLIP, LLaMA          post-norm   norm(x + f(x))      BERT
+    pre-norm   x + f(norm(x))                   GPT-2, CLIP, LLaMA          post-norm   norm(x + f(x))      BERT
+    parallel   x + f(norm(x)) + g(norm'(x))     GPT-NeoX
 
 The sub-layers f are self-attention, optionally cross-attention, and an MLP.
 Vaswani et al. 2017, §3.1; pre-norm: Xiong et al. 2020; RMSNorm: Zhang & Sennrich 2019.
@@ -46,6 +47,10 @@ class TransformerConfig:
     mlp_bias: bool = True
     rope_theta: float | None = None  # rotary positions inside attention; None: none
     rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = (
+        1.0  # of each head's channels turn, the first ones; the rest does not know its place (GPT-NeoX)
+    )
+    parallel_residual: bool = False  # attention and MLP read the same x (GPT-J, GPT-NeoX); pre-norm only
     qk_norm: QKNorm | None = None  # of queries and keys, see `Attention`
     attention_scale: float | None = None  # of the scores; None: 1/√head_width. T5: 1, its weights were trained so
     relative_buckets: int = 0  # distances between tokens told apart, for T5's learnt bias on the scores; 0: no bias
@@ -59,6 +64,11 @@ class TransformerConfig:
     def hidden_width(self) -> int:
         """Of the MLPs. Derived when asked for, so that a config whose width is replaced takes its MLPs along."""
         return self.mlp_width or 4 * self.width
+
+    @property
+    def rotary_width(self) -> int:
+        """How many channels of a head turn."""
+        return int(self.rotary_fraction * (self.head_width or self.width // self.heads))
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -79,7 +89,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, *, cross_attention: bool = False):
         super().__init__()
         c = config
-        self.pre_norm = c.norm_place == "pre"
+        self.pre_norm, self.parallel = c.norm_place == "pre", c.parallel_residual
+        if self.parallel and (cross_attention or not self.pre_norm):
+            raise ValueError("parallel_residual is for pre-norm blocks without cross-attention")
         self.attention_norm = make_norm(c)
         self.attention = Attention(
             c.width,
@@ -123,6 +135,9 @@ class Block(nn.Module):
         **options,
     ) -> Tensor:
         """last: → (B, last, D), the states of the last tokens; the others are only seen by these. options: see `Attention`."""
+        if self.parallel:
+            heard = self.dropout(self.attention(self.attention_norm(x), last=last, **options))
+            return self.residual(x if last is None else x[:, -last:], self.mlp_norm, self.mlp) + heard
         x = self.residual(x, self.attention_norm, lambda h: self.attention(h, last=last, **options), last)
         if self.cross_attention is not None and context is not None:
             if last is not None and context_mask is not None and context_mask.dim() == 3:
@@ -260,7 +275,7 @@ class Transformer(nn.Module):
         c = self.config
         if c.rope_theta is None:
             return None
-        return Rotary.at(positions, c.head_width or c.width // c.heads, c.rope_theta, c.rope_scaling)
+        return Rotary.at(positions, c.rotary_width, c.rope_theta, c.rope_scaling)
 
     def read(self, x: Tensor, at: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The last state of one token a row: x (B, T, D), positions at (B,) → (B, D), equal to forward(x)[row, at[row]].
@@ -269,7 +284,8 @@ class Transformer(nn.Module):
         five sixths of that block's work are saved (7 % of a 12-layer tower, 14 % of a 6-layer one).
         """
         c = self.config
-        if c.norm_place != "pre" or c.rope_theta is not None or c.cross_attention_every or self.relative:
+        plain = c.norm_place == "pre" and not c.parallel_residual
+        if not plain or c.rope_theta is not None or c.cross_attention_every or self.relative:
             return take(self(x, mask=mask), at)[:, 0]
         x = self(x, mask=mask, layer=-2)
         seen = mask

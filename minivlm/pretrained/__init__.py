@@ -32,6 +32,7 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "align": "align",
     "open_clip": "open_clip",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
     "opt": "opt",
     "t5": "t5",
     "bert": "bert",

@@ -58,6 +58,8 @@ def kind_of(config: LanguageModelConfig) -> str:
         return "mpt"
     if config.rope_theta is None:
         return "opt" if config.position_offset else "gpt2"
+    if config.norm == "layernorm":
+        return "gpt_neox"
     return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
 
 

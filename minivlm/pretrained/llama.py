@@ -89,6 +89,7 @@ def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     kind = values["model_type"]
     v = {**DEFAULTS[kind], **values}
     refuse_window(v)
+    language.refuse_unless({**v, **rope_values(v)}, partial_rotary_factor=1.0)
     biases = {"qkv_bias": v["attention_bias"], "out_bias": v["attention_bias"], "mlp_bias": v["mlp_bias"]}
     if kind != "llama":  # they have no such fields
         biases = {"qkv_bias": kind == "qwen2", "out_bias": False, "mlp_bias": False}
@@ -128,11 +129,15 @@ def refuse_window(values: dict[str, Any]) -> None:
         )
 
 
-def read_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling of transformers 4, or rope_parameters of transformers 5 → our fields."""
+def rope_values(values: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling of transformers 4, or rope_parameters of transformers 5."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)  # one for each type of layer, of which we have only this
-    language.refuse_unless({**values, **rope}, partial_rotary_factor=1.0)
+    return rope.get("full_attention", rope)  # one for each type of layer, of which we have only this
+
+
+def read_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and `rope_values` → our fields."""
+    rope = rope_values(values)
     theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -4,6 +4,7 @@
     encoder.layers.*.mlp.fc1          blocks.*.mlp.up_proj                         a module: its .weight, .bias …
     visual.proj                       image_projection.weight          transpose   stored as (in, out); not its bias
     attn.in_proj_weight               attention.{q,k,v}_proj.weight                three of ours, stacked
+    attention.query_key_value         attention.{q,k,v}_proj                       … or, with `heads`, woven head by head
     logit_scale                       loss.logit_scale                 one         stored with an axis of 1 in front
     class_embedding                   class_embedding                  two         … with two of them
     temperature                       loss.logit_scale                 temperature ours is −ln of it
@@ -28,6 +29,7 @@ from minivlm.errors import UserError
 # Masks, indices and counters that some writers stored beside the weights. Nothing is computed from them.
 IGNORED = re.compile(
     r"(.*\.)?(position_ids|rotary_emb\.inv_freq|h\.\d+\.attn\.bias|attn\.masked_bias|attn_mask|num_batches_tracked)"
+    r"|(.*\.)?layers\.\d+\.attention\.(bias|masked_bias)"  # GPT-NeoX's masks
     r"|input_resolution|context_length|vocab_size"
     r"|(.*\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # the first T5's
 )
@@ -42,6 +44,7 @@ class Row:
     how: str = ""
     part: int = 0  # ours is this part …
     parts: int = 1  # … of so many equal ones, along our first axis
+    heads: int = 1  # the parts are stacked once for each of so many heads
 
     @cached_property
     def pattern(self) -> re.Pattern:
@@ -67,10 +70,14 @@ class Row:
         if self.how == "temperature":
             return -tensor.log()
         tensor = self.turn(tensor)
-        return tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
+        if self.parts == 1:
+            return tensor
+        return tensor.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1)
 
     def to_theirs(self, parts: list[Tensor]) -> Tensor:
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = parts[0]
+        if len(parts) > 1:
+            tensor = torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 2)
         if self.how in AXES:
             return tensor.reshape(self.their_shape(tensor.shape))
         if self.how == "temperature":

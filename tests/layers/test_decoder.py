@@ -13,7 +13,7 @@ from minivlm.layers import T5, Attention, Block, Cache, LanguageModel, RopeScali
 from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from minivlm.recording import record_attention
 from minivlm.testing import assert_same
-from tests.languages import GPT2, LLAMA, OPT, OPT_350M, QWEN2
+from tests.languages import GPT2, LLAMA, NEOX, OPT, OPT_350M, QWEN2, REDPAJAMA
 
 CONFIGS = {
     "gpt2": GPT2,
@@ -22,6 +22,8 @@ CONFIGS = {
     "llama": LLAMA,
     "llama3": replace(LLAMA, rope_scaling=RopeScaling("llama3", 8.0, original_context=20), tie_head=False),
     "qwen2": QWEN2,
+    "gpt_neox": NEOX,
+    "redpajama": REDPAJAMA,
     "wide heads": replace(LLAMA, head_width=6, kv_heads=1, heads=3),
     "gated with biases": replace(LLAMA, mlp_bias=True, out_bias=True),
 }

@@ -18,9 +18,9 @@ from minivlm.testing import (
 from tests import languages
 
 B, T, V, D = 3, 8, 30, 16
-GPT2, OPT, OPT_350M, LLAMA, QWEN2 = (
+GPT2, OPT, OPT_350M, LLAMA, QWEN2, NEOX = (
     replace(config, context=20)
-    for config in (languages.GPT2, languages.OPT, languages.OPT_350M, languages.LLAMA, languages.QWEN2)
+    for config in (languages.GPT2, languages.OPT, languages.OPT_350M, languages.LLAMA, languages.QWEN2, languages.NEOX)
 )
 CONFIGS = {
     "gpt2": GPT2,
@@ -29,6 +29,7 @@ CONFIGS = {
     "llama": LLAMA,
     "llama with a head of its own": replace(LLAMA, tie_head=False),
     "qwen2": QWEN2,
+    "gpt_neox": NEOX,
 }
 LENGTHS = torch.tensor([[T], [3], [5]])
 MASK = torch.arange(T) < LENGTHS
@@ -155,7 +156,7 @@ class TestLoss:
         assert_same(model.losses(tokens, labels)["next token"], expected)
 
     @pytest.mark.parametrize("first", [0, 1, 4, T - 1])
-    @pytest.mark.parametrize("config", ["gpt2", "opt-350m", "llama"])
+    @pytest.mark.parametrize("config", ["gpt2", "opt-350m", "llama", "gpt_neox"])
     def test_what_stands_before_the_first_label_saves_the_last_block_work_and_changes_nothing(self, config, first):
         model = model_of(CONFIGS[config])
         labels = texts()

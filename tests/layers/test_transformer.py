@@ -33,6 +33,16 @@ def x():
 
 
 class TestBlock:
+    def test_parallel(self):
+        """Attention and MLP read the same, also where the last tokens alone are wanted."""
+        config = replace(CAUSAL, parallel_residual=True)
+        block, h = Block(config), x()
+        y = h + block.attention(block.attention_norm(h), mask=MASK) + block.mlp(block.mlp_norm(h))
+        assert_same(block(h, mask=MASK), y)
+        assert_same(block(h, mask=MASK, last=2), y[:, -2:])
+        with pytest.raises(ValueError, match="parallel_residual is for pre-norm"):
+            Block(replace(config, norm_place="post"))
+
     def test_pre_norm(self):
         block, h = Block(SMALL), x()
         y = h + block.attention(block.attention_norm(h), mask=MASK)
@@ -133,7 +143,11 @@ class TestTransformer:
             with pytest.raises(ValueError, match=f"layer {layer} does not exist: a stack of 3 blocks"):
                 model(h, layer=layer)
 
-    @pytest.mark.parametrize("config", [SMALL, CAUSAL, BERT, LLAMA], ids=["small", "gpt", "bert", "llama"])
+    @pytest.mark.parametrize(
+        "config",
+        [SMALL, CAUSAL, BERT, LLAMA, replace(CAUSAL, parallel_residual=True)],
+        ids=["small", "gpt", "bert", "llama", "neox"],
+    )
     @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
     def test_the_last_states_alone_in_value_and_gradient(self, config, mask):
         model = Transformer(config).double()

@@ -1,4 +1,4 @@
-"""GPT-2, OPT, LLaMA, Mistral and Qwen2 against transformers, in both directions."""
+"""GPT-2, GPT-NeoX, OPT, LLaMA, Mistral and Qwen2 against transformers, in both directions."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import minivlm
 from minivlm.checkpoint import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel
-from minivlm.pretrained import comparable, gpt2, llama, names, opt
+from minivlm.pretrained import comparable, gpt2, gpt_neox, llama, names, opt
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
 
@@ -36,6 +36,7 @@ LLAMA = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
 )
+NEOX = {**LLAMA, "num_attention_heads": 2}  # of 12 channels, of which a quarter is no pairs
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,6 +66,10 @@ VARIANTS = {
     "mistral, a window beyond the context": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 64}),
     "qwen2": ("Qwen2", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True, "eos_token_id": ENDS}),
     "qwen2, theta": ("Qwen2", {**LLAMA, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "pythia": ("GPTNeoX", {**NEOX, "rotary_pct": 0.5}),
+    "RedPajama-INCITE": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "use_parallel_residual": False}),
+    "gpt_neox, all changed": ("GPTNeoX", {**NEOX, "rotary_pct": 0.34, "attention_bias": False, "hidden_act": "gelu_new", "tie_word_embeddings": True, "rotary_emb_base": 300, "layer_norm_eps": 1e-3}),
+    "gpt_neox, linear": ("GPTNeoX", {**NEOX, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 
@@ -203,11 +208,19 @@ def test_files_of_the_model_without_its_head(kind, tmp_path, close):
 BIG = {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
 TINY = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+PYTHIA = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 50304,
+}
 SIZES = {  # with the number of parameters that each is known for
     "gpt2": (gpt2, "GPT2", {}, 124_439_808),
     "opt-125m": (opt, "OPT", {}, 125_239_296),
     "opt-2.7b": (opt, "OPT", BIG, 2_651_596_800),
     "TinyLlama-1.1B": (llama, "Llama", TINY, 1_100_048_384),
+    "pythia-70m": (gpt_neox, "GPTNeoX", PYTHIA, 70_426_624),
     "Qwen2-0.5B": (llama, "Qwen2", {**QWEN, "num_key_value_heads": 2, "tie_word_embeddings": True}, 494_032_768),
 }
 
@@ -218,10 +231,13 @@ def test_published_sizes_name_by_name(module, kind, options, parameters):
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     ours = empty_model(LanguageModel, module.read_config(config.to_dict()))
+    rows = module.rows(ours.config)
     stored = {k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight" or not config.tie_word_embeddings}
+    if module is gpt_neox:  # as files call it, and as transformers 5 does in memory
+        stored["embed_out.weight"] = stored.pop("lm_head.weight")
     state = ours.state_dict(keep_vars=True)
-    names.to_ours(stored, state, module.ROWS, kind)  # raises unless every name and shape agrees
-    written = names.to_theirs({k[0]: state[k[0]] for k in names.tied(state)}, module.ROWS)
+    names.to_ours(stored, state, rows, kind)  # raises unless every name and shape agrees
+    written = names.to_theirs({k[0]: state[k[0]] for k in names.tied(state)}, rows)
     assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in stored.items()}
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == parameters
 

@@ -14,6 +14,7 @@ from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.pretrained import mpt, names, open_clip, openflamingo
 from minivlm.processor import ProcessorConfig
+from tests.languages import REDPAJAMA
 from tests.sentencepiece import llama_tokenizer
 
 SEES = VisionConfig(width=16, depth=2, heads=2, image_size=16, patch_size=8, activation="quick_gelu")
@@ -26,8 +27,16 @@ LLAMA = LanguageModelConfig(
 )
 OPT = replace(MPT, positions="learned", position_offset=2, alibi=False, norm_bias=True, activation="relu",
               qkv_bias=True, out_bias=True, mlp_bias=True)  # fmt: skip
-BLOCKS = {"mpt": "transformer.blocks", "llama": "model.layers", "opt": "model.decoder.layers"}
-SPEAKERS = {"mpt": MPT, "llama": LLAMA, "opt": OPT}
+NEOX = replace(
+    REDPAJAMA, **{k: PLAIN[k] for k in ("width", "depth", "heads", "context")}, mlp_width=None, vocab_size=WORDS
+)
+BLOCKS = {
+    "gpt_neox": "gpt_neox.layers",
+    "mpt": "transformer.blocks",
+    "llama": "model.layers",
+    "opt": "model.decoder.layers",
+}
+SPEAKERS = {"mpt": MPT, "llama": LLAMA, "opt": OPT, "gpt_neox": NEOX}
 
 
 def sentence(error):
@@ -81,10 +90,12 @@ def build(directory, speaker="mpt", places=(1, 3)):
     lang = LanguageModel(SPEAKERS[speaker], seed=1)
     save(directory / "lang", lang, Processor(llama_tokenizer(), ProcessorConfig(context=64)), layout="hf")
     words = torch.cat([lang.token_embedding.weight.detach(), torch.randn(3, 24)])
-    table = {"mpt": "transformer.wte", "llama": "model.embed_tokens", "opt": "model.decoder.embed_tokens"}[speaker]
+    table = {"mpt": "transformer.wte", "llama": "model.embed_tokens", "opt": "model.decoder.embed_tokens"}
     shapes = {**resampler(), **gated(BLOCKS[speaker], places)}
     trained = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    trained[f"lang_encoder.{table}.weight"] = words
+    trained[f"lang_encoder.{table.get(speaker, 'gpt_neox.embed_in')}.weight"] = words
+    if speaker == "gpt_neox":  # the only one whose head is no embedding; "embed" is in its name all the same
+        trained["lang_encoder.embed_out.weight"] = torch.randn(len(words), 24)
     torch.save(trained, directory / "checkpoint.pt")
     return trained, vision, lang, words
 
@@ -104,6 +115,8 @@ def test_the_three_parts_are_one_model(speaker, tmp_path):
     )
     assert (c.latents, c.resampler.depth, c.language.vocab_size) == (64, 1, WORDS + 3)
     assert torch.equal(model.language_model.token_embedding.weight, words)
+    if speaker == "gpt_neox":
+        assert torch.equal(model.language_model.head.weight, trained["lang_encoder.embed_out.weight"])
     rest = {n: t for n, t in lang.state_dict().items() if n not in ("token_embedding.weight", "head.weight")}
     state = model.language_model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in rest.items()) and len(state) == len(rest) + 2
