@@ -176,9 +176,9 @@ def load(
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
-    source: a directory of ours, a published one (transformers' CLIP, SigLIP, ALIGN, GPT-2, GPT-NeoX, OPT, LLaMA, Mistral, Qwen2,
-    MPT, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or the id of such a one
-    on the Hugging Face hub, which is downloaded behind a progress bar.
+    source: a directory of ours, a published one (transformers' CLIP, SigLIP, ALIGN, GPT-2, GPT-NeoX, OPT, LLaMA, Mistral,
+    Qwen2, MPT, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or
+    the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
