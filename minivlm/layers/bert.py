@@ -20,6 +20,7 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import ACTIVATIONS
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.layers.vocabulary import TokenEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class BERT(Model):
     def __init__(self, config: BERTConfig, *, seed: int = 0):
         super().__init__(config)
         c = config
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width)
         self.position_embedding = nn.Embedding(c.context, c.width)
         self.type_embedding = nn.Embedding(c.token_types, c.width) if c.token_types else None
         self.norm = make_norm(c)

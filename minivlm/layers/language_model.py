@@ -21,6 +21,7 @@ from minivlm.layers.decoder import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
+from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
 
 
@@ -64,7 +65,7 @@ class LanguageModel(PackingModel, Speaks, Model):
         super().__init__(config)
         c = config
         E = c.embedding_width or c.width
-        self.token_embedding = nn.Embedding(c.vocab_size, E)
+        self.token_embedding = TokenEmbedding(c.vocab_size, E)
         learned = c.positions == "learned"
         self.position_embedding = nn.Embedding(c.position_offset + c.context, c.width) if learned else None
         self.project_in = nn.Linear(E, c.width, bias=False) if c.width != E else None

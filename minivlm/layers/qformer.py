@@ -23,6 +23,7 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import place
 from minivlm.layers.transformer import TransformerConfig, make_norm
+from minivlm.layers.vocabulary import TokenEmbedding
 
 See = Literal["bidirectional", "unimodal", "causal"]
 
@@ -132,7 +133,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(c.queries, c.width))
         self.places = nn.Parameter(torch.empty(c.places, c.context_width or c.width)) if c.places else None
         reads = c.vocab_size is not None
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width) if reads else None
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width) if reads else None
         self.position_embedding = nn.Embedding(c.context, c.width) if reads else None
         self.norm = make_norm(c)
         self.dropout = nn.Dropout(c.dropout)

@@ -25,6 +25,7 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
 
 
@@ -91,7 +92,7 @@ class T5(PackingModel, Speaks, Model):
     def __init__(self, config: T5Config, *, seed: int = 0):
         super().__init__(config)
         c = config
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)  # of both sides
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width)  # of both sides
         self.dropout = nn.Dropout(c.dropout)
         self.encoder = Transformer(c.encoder)
         self.encoder_norm = make_norm(c.encoder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.layers.vocabulary import TokenEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class TextTransformer(nn.Module):
         if c.pool == "end" and c.end_token is None:
             raise ValueError("pool 'end' reads the state at the end token, so end_token must say which id that is")
         self.output_width = c.width
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width)
         self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context, c.width), std=0.02))
         self.transformer = Transformer(c)
         self.norm = make_norm(c)

@@ -1,11 +1,28 @@
-"""A language model learns to know one more token."""
+"""The table of the tokens that a model knows, and how it learns to know one more."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from minivlm.errors import UserError
+
+
+class TokenEmbedding(nn.Embedding):
+    """ids of any shape → (…, D). UserError for a token beyond the table (on a CPU; a GPU would have to be waited for): a
+    tokeniser may know marks that no text need have, as BLIP-2's for retrieval has `<image>`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        try:
+            return super().forward(tokens)
+        except IndexError:
+            rows, low, high = self.num_embeddings, int(tokens.min()), int(tokens.max())
+            raise UserError(
+                f"the text has token {low if low < 0 else high}, but the model knows tokens 0 to {rows - 1}: it is another "
+                "model's tokeniser, or a mark that the tokeniser alone knows, which has to be left out."
+            ) from None
 
 
 def with_vocabulary(model: nn.Module, size: int) -> nn.Module:

@@ -187,8 +187,8 @@ def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config)
     """With an image token, `<image>` in a text becomes a place for every query; without one it is a word like others."""
     source = preprocessing.read_tokenizer(directory)
     vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.language)
     spelt = {id: token for token, id in vocab.items()}
+    language.check_vocabulary(vocab, config.language, spelt.get(config.image_token))
     return Processor(
         source,
         ProcessorConfig(

@@ -213,7 +213,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
     """IdeficsImageProcessor's pictures: squashed into a square, CLIP's colours. A picture is one mark in the text."""
     source = preprocessing.read_tokenizer(directory)
     vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.language)
+    language.check_vocabulary(vocab, config.language, MARK)
     if vocab and vocab.get(MARK) != config.image_token:
         its = f"gives {MARK!r} the id {vocab[MARK]}" if MARK in vocab else f"has no token {MARK!r}"
         raise UserError(f"the tokeniser in {directory} {its}, but by its config.json it is {config.image_token}.")

@@ -73,24 +73,40 @@ def read_processor(directory: Path, config: LanguageModelConfig, source: Tokeniz
     return Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
 
 
-def vocabulary(source: Tokenizer | bytes | None, directory: Path) -> dict[str, int]:
-    """Token → id, read from the JSON alone: to build the tokeniser takes several times as long. No tokeniser: {}."""
+class Vocabulary(dict[str, int]):
+    """Token → id. added: those that stand beside the words, such as marks and padding."""
+
+    added: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, words: Mapping[str, int], added: Mapping[str, int]) -> Vocabulary:
+        vocab = cls({**words, **added})
+        vocab.added = frozenset(added)
+        return vocab
+
+
+def vocabulary(source: Tokenizer | bytes | None, directory: Path) -> Vocabulary:
+    """Read from the JSON alone: to build the tokeniser takes several times as long. No tokeniser: {}."""
+    if source is None:
+        return Vocabulary()
     if not isinstance(source, bytes):
-        return {} if source is None else source.get_vocab()
+        added = source.get_added_tokens_decoder()
+        return Vocabulary.of(source.get_vocab(), {token.content: id for id, token in added.items()})
     try:
         values = json.loads(source)
         vocab = values["model"]["vocab"]
         if isinstance(vocab, list):  # a unigram model: [token, score] in the order of the ids
             vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        return {**vocab, **{token["content"]: token["id"] for token in values["added_tokens"]}}
+        return Vocabulary.of(vocab, {token["content"]: token["id"] for token in values["added_tokens"]})
     except (KeyError, TypeError, ValueError) as error:
         path = directory / "tokenizer.json"
         raise UserError(f"{path} cannot be read as a tokeniser ({type(error).__name__}: {error}).") from error
 
 
-def check_vocabulary(vocab: dict[str, int], config: LanguageModelConfig) -> None:
-    """UserError for a tokeniser with ids that the model has no embedding for."""
-    largest = max(vocab, key=vocab.get, default=None)
+def check_vocabulary(vocab: Vocabulary, config: LanguageModelConfig, mark: str | None = None) -> None:
+    """UserError for a tokeniser with words that the model has no embedding for. An added token, of which no text need make
+    use, is refused by `TokenEmbedding` where one does (BLIP-2's retrieval: `<image>`); but the mark needs its row."""
+    largest = max((token for token in vocab if token == mark or token not in vocab.added), key=vocab.get, default=None)
     if largest is not None and vocab[largest] >= config.vocab_size:
         raise UserError(
             f"the tokeniser is not the model's: {largest!r} is token {vocab[largest]}, but vocab_size in config.json "

@@ -167,7 +167,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
     source = preprocessing.read_tokenizer(directory)
     mark = read_mark(directory)
     vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.language)
+    language.check_vocabulary(vocab, config.language, mark)
     if vocab and vocab.get(mark) != config.image_token:
         its = f"gives {mark!r} the id {vocab[mark]}" if mark in vocab else f"has no token {mark!r}"
         asked = f"image_token_index in config.json is {config.image_token}"

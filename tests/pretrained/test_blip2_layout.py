@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
+from minivlm import BLIP2Stage1, BLIP2Stage1Config, Processor
+from minivlm.checkpoint import load, save
 from minivlm.errors import UserError
+from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.pretrained import bert, blip2, blip2_itm, recognise
 from minivlm.pretrained.names import is_unread, table, to_ours, to_theirs, under
 
@@ -27,6 +30,24 @@ def test_the_last_word_of_stage_1_asks_for_a_text():
     config = blip2_itm.read_config({"qformer_config": {"vocab_size": 30523}})
     assert (config.decode_token, config.start_token, config.end_token) == (30522, 101, 102)
     assert not config.text_head and config.temperature is None
+
+
+def test_a_placeholder_without_a_row_is_no_obstacle(tmp_path):
+    """As blip2-itm-vit-g has it: `<image>` is the first token beyond the table, and no text needs it."""
+    words = Processor.train(["a red disc"], vocab_size=300, image_size=16, context=12)
+    V = words.vocab_size
+    qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, vocab_size=V, context=12, context_width=16)
+    vision = VisionConfig(width=16, depth=1, heads=2, image_size=16, patch_size=8, norm_eps=1e-6, patch_bias=True,
+                          embedding_norm=False)  # fmt: skip
+    config = BLIP2Stage1Config(vision=vision, qformer=qformer, embed_width=8, temperature=None, text_head=False,
+                               start_token=101, end_token=102, decode_token=V - 1)  # fmt: skip
+    words.tokenizer.add_special_tokens(["<picture>"])
+    save(tmp_path, BLIP2Stage1(config), words, layout="hf")
+    model, processor = load(tmp_path)
+    images = torch.randn(1, 3, 16, 16)
+    assert model.match(images, *processor.text(["a red disc"])).isfinite().all()
+    with pytest.raises(UserError, match=f"has token {V}, but the model knows tokens 0 to {V - 1}"):
+        model.match(images, *processor.text(["a <picture> disc"]))
 
 
 @pytest.mark.parametrize(

@@ -262,11 +262,22 @@ def test_tokeniser_there_and_back(tmp_path):
     assert back.decode([back.ids("the cat")[1:]]) == ["cat"]  # what follows a prompt begins without a space
 
 
-def test_a_tokeniser_larger_than_the_embedding(tmp_path):
+def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tmp_path):
     tokenizer = llama_tokenizer("<extra>")
     processor, size = Processor(tokenizer, ProcessorConfig(pad_token=2)), tokenizer.get_vocab_size()
     save(tmp_path, LanguageModel(replace(CONFIG, vocab_size=size - 1)), processor, layout="hf")
-    with pytest.raises(
-        UserError, match=rf"'<extra>' is token {size - 1}, but vocab_size in config\.json is {size - 1}"
-    ):
+    model, words = load(tmp_path)
+    model(*words.text(["the cat"]))
+    with pytest.raises(UserError, match=rf"has token {size - 1}, but the model knows tokens 0 to {size - 2}: "):
+        model(*words.text(["the <extra> cat"]))
+    with pytest.raises(UserError, match=r"has token -1, but"):
+        model(torch.tensor([[1, -1]]))
+
+
+def test_a_word_beyond_the_embedding_is_another_models(tmp_path):
+    tokenizer = llama_tokenizer()
+    save(tmp_path, LanguageModel(CONFIG), Processor(tokenizer, ProcessorConfig(pad_token=2)), layout="hf")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 300}))
+    with pytest.raises(UserError, match=r"but vocab_size in config\.json is 300"):
         load(tmp_path)

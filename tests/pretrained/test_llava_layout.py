@@ -287,7 +287,11 @@ def test_what_does_not_fit_together(tmp_path):
     rewrite(tmp_path, "preprocessor_config.json", crop_size={"height": 24, "width": 24})
     with pytest.raises(UserError, match=r"pictures of 24 pixels, but the vision tower in config\.json reads 16"):
         load(tmp_path)
-    large = Processor(llama_tokenizer("<image>", *(f"<{i}>" for i in range(40))), processor(pad_token=0).config)
-    save(tmp_path, LLaVA(CONFIG), large, layout="hf")
-    with pytest.raises(UserError, match=rf"'<39>' is token {MARK + 40}, but vocab_size in config\.json is 328"):
+
+
+def test_the_mark_needs_a_row(tmp_path):
+    late = Processor(llama_tokenizer(*(f"<{i}>" for i in range(40)), "<image>"), processor(pad_token=0).config)
+    save(tmp_path, LLaVA(CONFIG), late, layout="hf")
+    rewrite(tmp_path, image_token_index=MARK + 40)
+    with pytest.raises(UserError, match=rf"'<image>' is token {MARK + 40}, but vocab_size in config\.json is 328"):
         load(tmp_path)
