@@ -45,7 +45,8 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
 
 
 def complete(cls: type, values: Any) -> Any:
-    """What an older version of `to_dict` wrote, with the fields that did not exist then at their defaults."""
+    """What an older version of `to_dict` wrote, with the fields that did not exist then: at their defaults or, where these are
+    not what was done before there was a choice, at the "before" of the field's metadata."""
     if not isinstance(values, dict):
         return values
     new = dict(values)
@@ -57,7 +58,7 @@ def complete(cls: type, values: Any) -> Any:
                 if isinstance(inner, dict) and inner.get("type") == kind.__name__:
                     new[field.name] = complete(kind, inner)
         elif field.default is not dataclasses.MISSING:
-            new[field.name] = to_dict(field.default)
+            new[field.name] = to_dict(field.metadata.get("before", field.default))
     return new
 
 

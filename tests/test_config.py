@@ -133,3 +133,21 @@ def test_what_an_older_version_wrote_is_completed_with_defaults_and_nothing_else
     del older["shape"]["side"]  # without a default: still missing
     with pytest.raises(UserError, match=r"config\.shape lacks side"):
         from_dict(Scene, complete(Scene, older))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newer:
+    bend: str = field(default="relu", metadata={"before": "gelu"})
+    wide: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    inner: Newer
+
+
+def test_what_an_older_version_did_before_there_was_a_choice_it_does_still():
+    assert complete(Newer, {"type": "Newer"}) == {"type": "Newer", "bend": "gelu", "wide": True}
+    assert complete(Newer, {"type": "Newer", "bend": "silu"})["bend"] == "silu"
+    assert complete(Holder, {"inner": {"type": "Newer"}})["inner"]["bend"] == "gelu"
+    assert Newer().bend == "relu"
