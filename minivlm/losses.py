@@ -80,6 +80,11 @@ class CLIPLoss(nn.Module):
         return logits if self.logit_bias is None else logits + self.logit_bias
 
 
+def check_smoothing(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"label smoothing is {share}, but must be at least 0 and below 1")
+
+
 def full_precision(device: torch.device) -> AbstractContextManager:
     """No autocast: bf16 near a logit of 100 has steps of half a unit."""
     known = torch.amp.is_autocast_available(device.type)  # the meta device has no autocast to switch off
@@ -271,6 +276,7 @@ def next_token_loss(
     *,
     where: Tensor | None = None,
     chunk: int | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Mean cross-entropy of the labelled tokens, from logits that are computed only where there is a label.
 
@@ -278,6 +284,8 @@ def next_token_loss(
     weight (V, D) and bias (V,) of the head. where: `labelled(labels)`, if the caller has it (finding it on a GPU waits for
     the GPU).
     chunk: rows of logits held at a time, for the same loss and gradients; None: all at once unless they exceed 2²⁶.
+    smoothing: of the labels (Szegedy et al. 2016, §7): this share of each is spread over all V. For training alone; the
+    surprise of a text is measured without.
     """
     where = labelled(labels) if where is None else where
     x = hidden.flatten(0, 1)[where]  # (M, D)
@@ -286,10 +294,10 @@ def next_token_loss(
     targets = labels.flatten()[where + 1]
     M, V = len(where), len(weight)
     if chunk is None and M * V <= 2**26:
-        return F.cross_entropy((x @ weight.T).float(), targets)
+        return F.cross_entropy((x @ weight.T).float(), targets, label_smoothing=smoothing)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return ChunkedCrossEntropy.apply(x, weight, targets, chunk or max(1, 2**26 // V))
+    return ChunkedCrossEntropy.apply(x, weight, targets, chunk or max(1, 2**26 // V), smoothing)
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -299,13 +307,15 @@ def labelled(labels: Tensor) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """mean of logsumexp(x Wᵀ) − (x Wᵀ)[target], `chunk` rows at a time; the gradients are made on the way forward.
+    """mean of logsumexp(z) − (1 − ε) z[target] − ε mean(z), where z = x Wᵀ, `chunk` rows at a time; the gradients are made on
+    the way forward.
 
-    x (M, D), weight (V, D), targets (M,). softmax − onehot is the gradient of the logits, so no chunk is needed twice.
+    x (M, D), weight (V, D), targets (M,); ε: smoothing. softmax − (1 − ε) onehot − ε/V is the gradient of the logits, so no
+    chunk is needed twice.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, smoothing: float) -> Tensor:
         w = weight.to(x.dtype)
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x)
@@ -313,8 +323,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for part in torch.arange(len(x), device=x.device).split(chunk):
             logits = (x[part] @ w.T).float()  # (≤ chunk, V)
             gold = targets[part, None]
-            total += (logits.logsumexp(dim=1) - logits.gather(1, gold)[:, 0]).sum()
-            slope = logits.softmax(dim=1).scatter_add_(1, gold, -torch.ones_like(gold, dtype=torch.float32))
+            truth = (1 - smoothing) * logits.gather(1, gold)[:, 0] + smoothing * logits.mean(dim=1)
+            total += (logits.logsumexp(dim=1) - truth).sum()
+            slope = logits.softmax(dim=1)
+            slope.scatter_add_(1, gold, torch.full_like(gold, smoothing - 1, dtype=torch.float32))
+            if smoothing:
+                slope -= smoothing / logits.shape[1]
             slope = (slope / len(x)).to(x.dtype)
             grad_x[part] = slope @ w
             if grad_weight is not None:
@@ -328,4 +342,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = grad_weight * grad
-        return grad_x * grad.to(grad_x.dtype), grad_weight, None, None
+        return grad_x * grad.to(grad_x.dtype), grad_weight, None, None, None

@@ -100,7 +100,7 @@ def test_chunks_hold_no_more_logits_than_they_are_told_to():
 
 
 def test_many_logits_are_chunked_unasked(monkeypatch):
-    told = SimpleNamespace(apply=lambda x, weight, targets, chunk: chunk)
+    told = SimpleNamespace(apply=lambda x, weight, targets, chunk, smoothing: chunk)
     monkeypatch.setattr(losses, "ChunkedCrossEntropy", told)
     hidden, labels = torch.randn(1, 9, 1), torch.arange(9)[None]
     assert next_token_loss(hidden, labels, torch.empty(2**24, 1)) == 4  # 8 rows of them are twice 2²⁶
@@ -127,3 +127,16 @@ def test_a_head_may_have_a_bias():
     expected = F.cross_entropy((hidden @ weight.T + bias)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     for chunk in (None, 2):
         assert_same(next_token_loss(hidden, labels, weight, bias, chunk=chunk), expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_smoothed_labels_are_those_of_cross_entropy(chunk, biased):
+    def plain(hidden, weight, bias=0.0):
+        logits = (hidden @ weight.T + bias)[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, LABELS[:, 1:].flatten(), label_smoothing=0.3)
+
+    def smooth(hidden, weight, bias=None):
+        return loss(hidden, weight, bias=bias, chunk=chunk, smoothing=0.3)
+
+    assert_same_gradients(plain, smooth, (*inputs(torch.float32), *[torch.randn(V)] * biased))

@@ -13,7 +13,7 @@ Li et al. 2022, "BLIP: Bootstrapping Language-Image Pre-training for Unified Vis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import to_the_left
 from minivlm.layers.position import place
-from minivlm.losses import next_token_loss
+from minivlm.losses import check_smoothing, next_token_loss
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
 from minivlm.models.matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
@@ -48,9 +48,11 @@ class BLIPConfig(SeeingConfig):
     pad_token: int = 0
     reads_padding: bool = False  # of questions, while it answers, as the published one does
     momentum: MomentumConfig | None = None  # soft labels and a queue for the contrast
+    label_smoothing: float = field(default=0.1, metadata={"before": 0.0})  # of every token that is said (released code)
 
     def __post_init__(self):
         super().__post_init__()
+        check_smoothing(self.label_smoothing)
         if self.text.causal or self.text.cross_attention_every < 1:
             raise ValueError("text is the encoder's: it is not causal, and its cross_attention_every is at least 1")
         self.check_reader(self.text.context_width or self.text.width, "text model", "text.context_width")
@@ -247,9 +249,10 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         return self.momentum.contrast(*vectors, *slow, self.scale())
 
     def saying(self, tokens: Tensor, mask: Tensor, read: Tensor, read_mask: Tensor | None = None) -> Tensor:
-        """How well a text (B, T) is foretold token by token, the first of them given."""
+        """How well a text (B, T) is foretold token by token, the first of them given; its labels are smoothed."""
         hidden = self.tell(begin_with(self.config.decode_token, tokens), mask, read, read_mask)
-        return next_token_loss(hidden, tokens.masked_fill(~mask, -100), self.head.weight, self.head.bias)
+        labels, smoothing = tokens.masked_fill(~mask, -100), self.config.label_smoothing
+        return next_token_loss(hidden, labels, self.head.weight, self.head.bias, smoothing=smoothing)
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and how many words there are."""

@@ -11,7 +11,7 @@ Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen I
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormerConfig, QFormerOutput
-from minivlm.losses import next_token_loss
+from minivlm.losses import check_smoothing, next_token_loss
 from minivlm.models.matching import Matching
 from minivlm.models.querying import QueryingConfig, QueryingModel
 from minivlm.models.speaking import KeepingDecoding, SpeaksItself
@@ -36,6 +36,8 @@ class BLIP2Stage1Config(QueryingConfig):
     decode_token: int  # … and in its place where the text is to be said
     end_token: int
     pad_token: int = 0
+    # Of the contrast and of every token that is said (released code).
+    label_smoothing: float = field(default=0.1, metadata={"before": 0.0})
 
     answers: ClassVar[bool] = False
     image_tokens: ClassVar[int] = 0  # places that a picture takes in a text
@@ -51,6 +53,7 @@ class BLIP2Stage1Config(QueryingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_smoothing(self.label_smoothing)
         if self.qformer.vocab_size is None:
             raise ValueError("stage 1 compares pictures with texts: the Q-Former needs a vocab_size")
 
@@ -130,14 +133,17 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         features = self.look(images) if features is None else features
         seen = self.query(None, features)
         image_vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
-        contrast, to_texts, to_images = self.contrast(image_vectors, self.encode_text(tokens, mask))
+        contrast, to_texts, to_images = self.contrast(
+            image_vectors, self.encode_text(tokens, mask), smoothing=self.config.label_smoothing
+        )
         nearly = None if false is None else (false, false_mask)
         matching = self.matching(features, tokens, mask, to_texts, to_images, nearly)
         losses = {"contrast": contrast, "matching": matching}
         if self.text_head is not None:
             labels = tokens.masked_fill(~mask, -100)
             hidden = self.text_head(self.qformer.tell(self.to_be_said(tokens), mask, after=seen).text)
-            losses["generation"] = next_token_loss(hidden, labels, self.qformer.token_embedding.weight)
+            weight, smoothing = self.qformer.token_embedding.weight, self.config.label_smoothing
+            losses["generation"] = next_token_loss(hidden, labels, weight, smoothing=smoothing)
         return losses
 
     def to_be_said(self, tokens: Tensor) -> Tensor:

@@ -33,12 +33,17 @@ class Matching:
         """1 / temperature, at most 100 as in CLIP."""
         return 1.0 if self.logit_scale is None else self.logit_scale.exp().clamp(max=100.0)
 
-    def contrast(self, image_vectors: Tensor, text_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every picture finds its text among all, and the reverse (ITC) → loss, and both sets of logits (B, W·B)."""
+    def contrast(
+        self, image_vectors: Tensor, text_vectors: Tensor, *, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Every picture finds its text among all, and the reverse (ITC) → loss, and both sets of logits (B, W·B).
+
+        smoothing: of the labels; this share of each is spread over all W·B.
+        """
         to_texts = self.scale() * self.similarity(image_vectors, gather(text_vectors))
         to_images = self.scale() * self.similarity(gather(image_vectors), text_vectors).T
         own = first_row(len(to_texts)) + torch.arange(len(to_texts), device=to_texts.device)
-        loss = (F.cross_entropy(to_texts, own) + F.cross_entropy(to_images, own)) / 2
+        loss = sum(F.cross_entropy(logits, own, label_smoothing=smoothing) for logits in (to_texts, to_images)) / 2
         return loss, to_texts.detach(), to_images.detach()
 
     def matching(

@@ -65,6 +65,7 @@ class BLIP2Stage1Recipe(Recipe):
     qformer: QFormerConfig = QUERIES  # its vocab_size and context_width follow from the tokeniser and the tower
     bert_from: str | None = None  # published BERT weights to start the Q-Former from; its tokeniser comes along
     embed_width: int = 128
+    label_smoothing: float = 0.1  # of the contrast and of every token that is said
     false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where the data have some
     directory: str = "data/shapes"
 
@@ -102,6 +103,7 @@ class BLIP2Stage1Recipe(Recipe):
         config = BLIP2Stage1Config(
             **querying(clip, self.qformer, self.vision_layers, **text),
             embed_width=self.embed_width,
+            label_smoothing=self.label_smoothing,
             start_token=processor.start_token,
             decode_token=processor.tokenizer.token_to_id(DECODE),
             end_token=processor.end_token,

@@ -134,9 +134,13 @@ class TestLosses:
         model, images = blip(), pictures()
         labels = TOKENS.masked_fill(~MASK, -100)
         logits = model(images, begun(TOKENS), MASK).logits
-        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        assert_same(model.losses(TOKENS, MASK, images)["generation"], expected)
-        assert_same(model(images, begun(TOKENS), MASK, labels).loss, expected)
+        judged = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        smooth = F.cross_entropy(*judged, label_smoothing=0.1)  # for training alone: a text's surprise is plain
+        assert_same(model.losses(TOKENS, MASK, images)["generation"], smooth)
+        assert_same(model(images, begun(TOKENS), MASK, labels).loss, F.cross_entropy(*judged))
+        plain = blip(label_smoothing=0.0)
+        plain.load_state_dict(model.state_dict())
+        assert_same(plain.losses(TOKENS, MASK, images)["generation"], F.cross_entropy(*judged))
 
     def test_answers_are_read_from_the_question_alone(self):
         model, images = blip(), pictures()
@@ -148,7 +152,8 @@ class TestLosses:
         question = model.encoder(tokens, mask, read=model.look(images)).hidden
         hidden = model.decoder(begun(SAID), read=question, read_mask=mask).hidden
         logits = model.head(model.text_head(hidden))
-        assert_same(losses["answering"], F.cross_entropy(logits[:, :-1].flatten(0, 1), SAID[:, 1:].flatten()))
+        expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), SAID[:, 1:].flatten(), label_smoothing=0.1)
+        assert_same(losses["answering"], expected)
         assert set(losses) == {"contrast", "matching", "generation", "answering"}
 
     def test_every_part_learns(self):
