@@ -12,7 +12,7 @@ and §3.3; the queue: He et al. 2020, "Momentum Contrast", §3.2.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,17 @@ class MomentumConfig:
 
     queue: int = 4096  # pictures and texts that are remembered, a multiple of the batch
     rate: float = 0.995  # of the copy stays as it is in every step
-    soft: float = 0.4  # share of the copy's opinion in the labels
+    soft: float = 0.4  # share of the copy's opinion in the labels …
+    # … to which it grows from 0 over so many pictures. None: two epochs, where a recipe knows how many that is.
+    ramp: int | None = field(default=None, metadata={"before": 0})
+
+    def __post_init__(self):
+        if not (0 <= self.soft <= 1 and 0 <= self.rate <= 1 and (self.ramp or 0) >= 0):
+            raise ValueError(f"soft {self.soft} and rate {self.rate} must be from 0 to 1, ramp {self.ramp} at least 0")
+
+    def over(self, pictures: int) -> MomentumConfig:
+        """The same for so many training pictures: unless it is given, the ramp is two epochs, as BLIP's."""
+        return replace(self, ramp=2 * pictures) if self.ramp is None else self
 
     def check_batch(self, batch_size: int) -> None:
         """ValueError unless whole batches (of all processes together) fill the queue."""
@@ -64,7 +74,7 @@ class Momentum(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (B, E) of the model and of its copy → loss, and the logits among the batches of all processes (B, W·B).
 
-        A label is soft · what the copy thinks + (1 − soft) · the truth (ALBEF, equation 6).
+        A label is soft · what the copy thinks + (1 − soft) · the truth (ALBEF, equation 6; soft grows, see `softness`).
         """
         all_images, all_texts = gather(slow_images), gather(slow_texts)
         to_texts, loss_texts = self.one_way(images, slow_images, torch.cat([all_texts, self.texts]), scale)
@@ -82,8 +92,13 @@ class Momentum(nn.Module):
         logits, opinion = (x.masked_fill(shut, torch.finfo(x.dtype).min) for x in (logits, opinion))
         own = first_row(len(fast)) + torch.arange(len(fast), device=fast.device)
         truth = F.one_hot(own, len(others))
-        labels = torch.lerp(truth.float(), opinion.softmax(dim=1), self.config.soft).detach()
+        labels = torch.lerp(truth.float(), opinion.softmax(dim=1), self.softness()).detach()
         return logits, F.cross_entropy(logits, labels)
+
+    def softness(self) -> Tensor:
+        """The share of the copy's opinion in the labels; at first it knows nothing (ALBEF, BLIP: released code)."""
+        c = self.config
+        return c.soft * (self.seen / c.ramp if c.ramp else torch.ones_like(self.seen)).clamp(max=1.0)
 
     @torch.no_grad()
     def remember(self, images: Tensor, texts: Tensor) -> None:

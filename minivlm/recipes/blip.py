@@ -65,6 +65,7 @@ class BLIPRecipe(Recipe):
     vocab_size: int = 512  # of the byte-level BPE that is trained on captions and questions
     embed_width: int = 128
     momentum: MomentumConfig | None = None
+    label_smoothing: float = 0.1  # of every token that is said
     questions: bool = True  # are asked and answered as well, where the data have some about every picture
     false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where there is one
     wrong: float = 0.0  # share of the captions that are another picture's, as on the web
@@ -108,8 +109,8 @@ class BLIPRecipe(Recipe):
     def compose(self, eyes: torch.nn.Module | None, seen: Processor | None) -> tuple[BLIP, Processor]:
         """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
         size, context = self.vision.image_size, self.text.context
-        texts = open_talk(self.directory, "train", image_size=None).texts()
-        words = Processor.train(texts, vocab_size=self.vocab_size, image_size=size, context=context)
+        talk = open_talk(self.directory, "train", image_size=None)
+        words = Processor.train(talk.texts(), vocab_size=self.vocab_size, image_size=size, context=context)
         words.tokenizer.add_special_tokens([DECODE, ENCODE])
         sees = seen.config if seen else words.config
         read = dict(context=context, pad_token=0, pad_to_context=False, chat="encoder")
@@ -130,7 +131,8 @@ class BLIPRecipe(Recipe):
             encode_token=processor.tokenizer.token_to_id(ENCODE),
             end_token=processor.end_token,
             pad_token=processor.pad_token,
-            momentum=self.momentum,
+            momentum=self.momentum and self.momentum.over(len(talk)),
+            label_smoothing=self.label_smoothing,
         )
         model = build(BLIP, config, seed=self.seed)
         if eyes:

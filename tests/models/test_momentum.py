@@ -1,5 +1,7 @@
 """Soft labels and the queue of ALBEF, against their definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,3 +104,32 @@ def test_comes_back_from_a_directory_and_is_left_behind(tmp_path):
     blip.eval()
     images = pictures()
     assert torch.equal(*(m.generate(images, ASKED, max_new_tokens=3) for m in (blip, back)))
+
+
+def test_the_opinion_of_a_copy_that_has_just_begun_counts_for_nothing_and_grows_with_the_pictures_seen():
+    blip, shares = blip_with_ramp(12), []
+    for _ in range(6):
+        shares.append(blip.momentum.softness().item())
+        blip.losses(TOKENS, MASK, pictures())
+    assert shares == pytest.approx([0.0, 0.075, 0.15, 0.225, 0.3, 0.3])
+
+
+def test_at_the_foot_of_the_ramp_the_labels_are_the_truth_and_beyond_it_as_without():
+    images, plain = pictures(), model().train()
+    for seen, soft in ((0, 0.0), (12, 0.3), (99, 0.3)):
+        ramped, other = blip_with_ramp(12), blip(momentum=replace(CONFIG, soft=soft)).train()
+        for one in (ramped, other):
+            one.load_state_dict(plain.state_dict())
+            one.momentum.seen.fill_(seen)
+        pair = [one.losses(TOKENS, MASK, images)["contrast"] for one in (ramped, other)]
+        assert_same(*pair)
+
+
+def test_the_ramp_is_two_epochs_unless_it_is_told():
+    assert CONFIG.over(500).ramp == 1000 and replace(CONFIG, ramp=7).over(500).ramp == 7
+    with pytest.raises(ValueError, match="ramp -1 at least 0"):
+        MomentumConfig(ramp=-1)
+
+
+def blip_with_ramp(pictures):
+    return blip(momentum=replace(CONFIG, ramp=pictures)).train()
