@@ -41,8 +41,12 @@ class CLIPConfig:
     loss: Literal["softmax", "sigmoid"] = "softmax"
     loss_chunk: int | None = None  # rows of the similarity matrix held at a time; None: all
     label_smoothing: float = 0.0  # of the softmax: this share of the truth is spread over the whole batch
+    # Where the temperature starts. None: CLIP's 0.07 (its §2.5), with the sigmoid SigLIP's 0.1 (its §3.2; its bias: −10)
+    initial_temperature: float | None = None
 
     def __post_init__(self):
+        if self.initial_temperature is not None and not 0 < self.initial_temperature < math.inf:
+            raise ValueError(f"initial_temperature is {self.initial_temperature}, but must be above 0")
         out = self.vision.output_width
         if not self.image_projection and out != self.embed_width:
             raise ValueError(f"without image_projection the tower's width {out} must be embed_width {self.embed_width}")
@@ -84,6 +88,7 @@ def align_size(name: str = "B7") -> CLIPConfig:
         image_projection=False,
         text_projection_bias=True,
         label_smoothing=0.1,
+        initial_temperature=1.0,
     )
 
 
@@ -112,8 +117,7 @@ class CLIP(Model):
         out = self.vision.output_width
         self.image_projection = nn.Linear(out, c.embed_width, bias=False) if c.image_projection else nn.Identity()
         self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
-        # SigLIP starts at temperature 1/10 and bias −10 (its §3.2), CLIP at 0.07 (its §2.5)
-        temperature = 0.1 if c.loss == "sigmoid" else 0.07
+        temperature = c.initial_temperature or (0.1 if c.loss == "sigmoid" else 0.07)
         self.loss = CLIPLoss(c.loss, temperature=temperature, chunk=c.loss_chunk, smoothing=c.label_smoothing)
         initialise(self, torch.Generator().manual_seed(seed))
 

@@ -189,7 +189,13 @@ def kind_of(config: Any) -> str:
     )
 
 
-UNCOMPARED = ("dropout", "loss_chunk", "label_smoothing")  # only training is another
+UNCOMPARED = (
+    "dropout",
+    "loss_chunk",
+    "label_smoothing",
+    "initial_temperature",
+    "answer_loss",
+)  # only training is another
 
 
 def comparable(config: Any) -> dict[str, Any]:

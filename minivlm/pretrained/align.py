@@ -78,6 +78,7 @@ def read_config(values: dict[str, Any]) -> CLIPConfig:
         image_projection=False,
         text_projection_bias=True,
         label_smoothing=0.1,
+        initial_temperature=1.0,
     )
 
 

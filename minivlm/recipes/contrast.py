@@ -194,6 +194,7 @@ CONTRAST_RECIPES = {
             image_projection=False,
             text_projection_bias=True,
             label_smoothing=0.1,
+            initial_temperature=1.0,
         ),
         data=PairsConfig(wrong_captions=0.4),
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),

@@ -145,6 +145,10 @@ class TestTraining:
 
     def test_temperature_and_bias_start_as_published(self):
         assert CLIP(VIT_CLIP).loss.scale().item() == pytest.approx(1 / 0.07, rel=1e-5)
+        align = replace(VIT_CLIP, initial_temperature=align_size("B0").initial_temperature)
+        assert CLIP(align).loss.scale() == 1
+        with pytest.raises(ValueError, match="initial_temperature is 0, but must be above 0"):
+            replace(VIT_CLIP, initial_temperature=0)
         siglip = CLIP(CONFIGS["siglip"]).loss
         assert (siglip.scale().item(), siglip.logit_bias.item()) == (pytest.approx(10, rel=1e-5), -10)
         assert (siglip.kind, siglip.chunk) == ("sigmoid", 4)
