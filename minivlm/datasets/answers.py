@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from minivlm.datasets.talk import Question
-from minivlm.metrics.vqa import normalise
+from minivlm.metrics.vqa import agreement, normalise
 
 
 def most_frequent(questions: Iterable[Question], most: int) -> tuple[str, ...]:
@@ -39,3 +39,11 @@ class AnswerList:
             if (place := self.place.get(normalise(answer))) is not None:
                 weights[place] += 1 / len(question.answers)
         return weights
+
+    def scores(self, question: Question) -> np.ndarray:
+        """(A,) float32: what each answer would score (see `agreement`): of ten people's, those of four or more are right."""
+        given = [normalise(answer) for answer in question.answers]
+        scores = np.zeros(len(self.answers), dtype=np.float32)
+        for answer in set(given) & self.place.keys():
+            scores[self.place[answer]] = agreement(answer, given)
+        return scores

@@ -22,7 +22,13 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.regions import WHOLE, grid_cells, pool_regions
 from minivlm.layers.tower import TowerConfig, look, make_tower
 from minivlm.layers.transformer import TransformerConfig
-from minivlm.models.fusion_losses import answer_loss, masked_region_loss, masked_word_loss
+from minivlm.models.fusion_losses import (
+    AnswerLoss,
+    answer_loss,
+    chance_answer_loss,
+    masked_region_loss,
+    masked_word_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class FusionConfig:
     vision: TowerConfig | None = None  # None: the features come from elsewhere, such as a detector
     vision_layer: int = -1  # of the tower, whose features are read
     answers: tuple[str, ...] = ()  # all that a question can be answered with
+    answer_loss: AnswerLoss = "softmax"  # one of them is right, or each by itself is or is not
     heads: tuple[Literal["words", "regions", "matching"], ...] = ()  # what else is told
 
     def __post_init__(self):
@@ -236,7 +243,7 @@ class FusionModel(Model):
         states = self.encode(shown, boxes, tokens, mask, region_mask)
         losses = {}
         if answers is not None:
-            losses["answers"] = answer_loss(self.answer_logits(states), answers)
+            losses["answers"] = answer_loss(self.answer_logits(states), answers, self.config.answer_loss)
         if labels is not None:
             losses["words"] = masked_word_loss(self.word_logits(states), labels)
         if hidden is not None and self.region_head is not None:
@@ -254,8 +261,9 @@ class FusionModel(Model):
     def chance_losses(self) -> dict[str, float]:
         """The losses of a model that knows nothing, where they are known."""
         c = self.config
-        known = {"answers": len(c.answers), "words": c.text.vocab_size, "matching": 2}
-        return {name: math.log(n) for name, n in known.items() if n and (name in c.heads or name == "answers")}
+        known = {"words": math.log(c.text.vocab_size), "matching": math.log(2)}
+        answers = {"answers": chance_answer_loss(len(c.answers), c.answer_loss)} if c.answers else {}
+        return answers | {name: loss for name, loss in known.items() if name in c.heads}
 
 
 def check_boxes(boxes: Tensor) -> None:

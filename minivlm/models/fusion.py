@@ -14,7 +14,7 @@ Representations for Vision-and-Language Tasks".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ from minivlm.layers.co_attention import CoAttention
 from minivlm.layers.regions import UNITERRegions, ViLBERTRegions, VisualBERTRegions
 from minivlm.layers.transformer import Transformer, TransformerConfig, take
 from minivlm.models.fusing import FusedStates, FusionConfig, FusionModel
-from minivlm.models.fusion_losses import alignment_loss, transport_distance
+from minivlm.models.fusion_losses import AnswerLoss, alignment_loss, transport_distance
 
 # ---- one stream ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,7 @@ class VisualBERT(OneStream):
 @dataclass(frozen=True, kw_only=True)
 class UNITERConfig(FusionConfig):
     alignment: float = 0.1  # weight of the word-region alignment beside the match; 0: none
+    answer_loss: AnswerLoss = field(default="sigmoid", metadata={"before": "softmax"})
 
 
 class UNITER(OneStream):
@@ -107,6 +108,7 @@ class ViLBERTConfig(FusionConfig):
     connections: int  # the two meet before each of their last so many blocks
     joint_heads: int  # of the attention from one to the other …
     joint_width: int  # … and the width of all its heads, and of the vector that the two are pooled into
+    answer_loss: AnswerLoss = field(default="sigmoid", metadata={"before": "softmax"})
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,18 +6,34 @@ Xie et al. 2018, "A Fast Proximal Point Method for Computing Exact Wasserstein D
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AnswerLoss = Literal["softmax", "sigmoid"]
 
-def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """KL(answers ‖ softmax), the mean over questions: logits (B, A), answers (B, A), how right each of them is.
 
-    Of one right answer it is the cross-entropy; ten people's answers are a distribution (Li et al. 2019, VisualBERT,
-    released code). A row of zeros, whose answer is not on the list, adds nothing.
+def answer_loss(logits: Tensor, answers: Tensor, kind: AnswerLoss = "softmax") -> Tensor:
+    """The mean over questions: logits (B, A), answers (B, A), how right each of them is.
+
+    "softmax": KL(answers ‖ softmax). Of one right answer it is the cross-entropy; ten people's answers are a distribution (Li
+    et al. 2019, VisualBERT, released code). A row of zeros, whose answer is not on the list, adds nothing.
+    "sigmoid": every answer by itself is right or not, or in part; the sum of the A binary cross-entropies (Chen et al. 2020,
+    UNITER, and Lu et al. 2019, ViLBERT, §3.3, released code).
     """
+    if kind == "sigmoid":
+        return F.binary_cross_entropy_with_logits(logits.float(), answers.float(), reduction="sum") / len(answers)
     return F.kl_div(logits.float().log_softmax(dim=-1), answers.float(), reduction="batchmean")
+
+
+def chance_answer_loss(answers: int, kind: AnswerLoss = "softmax") -> float:
+    """Of a model that knows nothing but that one of so many answers is right: −log 1/A, and for each of the others of the
+    sigmoid −log (1 − 1/A)."""
+    others = -(answers - 1) * math.log1p(-1 / answers) if kind == "sigmoid" and answers > 1 else 0.0
+    return math.log(answers) + others
 
 
 def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:

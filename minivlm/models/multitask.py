@@ -27,7 +27,7 @@ from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
 from minivlm.losses import CLIPLoss, next_token_loss
 from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
-from minivlm.models.fusion_losses import answer_loss
+from minivlm.models.fusion_losses import answer_loss, chance_answer_loss
 from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
 
 Task = Literal["caption", "answer", "search"]
@@ -188,7 +188,8 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
             losses["caption"] = next_token_loss(self.word_head(said), labels, self.encoder.bert.token_embedding.weight)
             vectors = self.image_vector(seen)  # the regions have not seen the words: no second pass
         if "answer" in tasks:
-            losses["answer"] = answer_loss(self.answer(None, question, question_mask, features=features), answers)
+            chosen = self.answer(None, question, question_mask, features=features)
+            losses["answer"] = answer_loss(chosen, answers, self.config.encoder.answer_loss)
         if "search" in tasks:
             vectors = self.encode_image(features=features) if vectors is None else vectors
             losses["search"] = self.loss(vectors, self.encode_text(tokens, mask))
@@ -200,8 +201,12 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """Of a model that knows nothing, before they are balanced (a batch of one finds its only caption anyway)."""
-        counts = {"caption": self.config.vocab_size, "answer": len(self.config.answers), "search": batch_size}
-        return {name: math.log(max(2, n)) for name, n in counts.items()}
+        c = self.config
+        return {
+            "caption": math.log(c.vocab_size),
+            "answer": chance_answer_loss(max(2, len(c.answers)), c.encoder.answer_loss),
+            "search": math.log(max(2, batch_size)),
+        }
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 

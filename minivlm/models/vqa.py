@@ -10,8 +10,8 @@ cross-attention (Yang et al. 2016, "Stacked Attention Networks for Image Questio
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from minivlm.layers.projector import LinearProjector
 from minivlm.layers.tower import TowerConfig, look, make_tower
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.models.fusing import FusionOutput
-from minivlm.models.fusion_losses import answer_loss
+from minivlm.models.fusion_losses import AnswerLoss, answer_loss, chance_answer_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class VQAConfig:
     text: BERTConfig  # the question encoder
     fusion: TransformerConfig  # its blocks read the picture
     answers: tuple[str, ...]
+
+    answer_loss: ClassVar[AnswerLoss] = "softmax"  # one of them is right
 
     def __post_init__(self):
         if not self.answers:
@@ -97,7 +99,7 @@ class VQAModel(Model):
         return {"answers": answer_loss(self.answer(images, tokens, mask, features=features), answers)}
 
     def chance_losses(self) -> dict[str, float]:
-        return {"answers": math.log(len(self.config.answers))}
+        return {"answers": chance_answer_loss(len(self.config.answers))}
 
 
 @torch.no_grad()

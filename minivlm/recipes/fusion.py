@@ -138,7 +138,9 @@ class FusionWork(PrefixWork):
         super().__init__(recipe, model, processor, train, origins=origins, answers=True)
         if not train.one_picture_each:
             raise UserError(f"{recipe.data.directory} asks about several pictures at once, or none: it has to be one.")
-        self.list = AnswerList(getattr(model.config, "encoder", model.config).answers)
+        encoder = getattr(model.config, "encoder", model.config)
+        self.list = AnswerList(encoder.answers)
+        self.right = self.list.scores if encoder.answer_loss == "sigmoid" else self.list.weights
         known = [[self.list.knows(question) for question in some] for some in asked]
         self.samples = [i for i, some in enumerate(known) if any(some)]
         self.n = len(self.samples)
@@ -188,12 +190,12 @@ class FusionWork(PrefixWork):
         """tokens, mask (B, T), answers (B, A): a question about each picture whose answer is on the list."""
         chosen = [self.question(index, rng) for index, rng in share]
         tokens, mask = self.processor.text([question.text for question in chosen], cut=True)
-        answers = torch.from_numpy(np.stack([self.list.weights(question) for question in chosen]))
+        answers = torch.from_numpy(np.stack([self.right(question) for question in chosen]))
         return {"tokens": tokens, "mask": mask, "answers": answers}
 
     def question(self, index: int, rng: np.random.Generator) -> Question:
         asked = [question for question in self.train.asked(index, rng) if self.list.knows(question)]
-        return asked[rng.integers(len(asked))] if asked else Question(index, "", ())  # which adds nothing to the loss
+        return asked[rng.integers(len(asked))] if asked else Question(index, "", ())  # to which nothing is right
 
     def captions(self, share: list[tuple[int, np.random.Generator]]) -> dict[str, Tensor]:
         """tokens, mask, labels (B, T), matches (B,), hidden (B, R): true captions and false ones.

@@ -57,3 +57,10 @@ def test_a_folder_asks_all_that_it_knows(tmp_path, index):
     said = [q.answers for q in talk.asked(index, np.random.default_rng(0))]
     assert said == [[("kite",), ("bird",)], [("dog",)]][index]
     assert talk.false_caption(index, np.random.default_rng(0)) is None
+
+
+def test_scores_are_those_that_people_give_and_need_not_sum_to_one():
+    given = ["2"] * 4 + ["two dogs"] * 2 + ["3", "3.", "three", "unknown"]
+    scores = AnswerList(["two", "Two dogs", "3", "bird"]).scores(question(*given))
+    assert scores.tolist() == pytest.approx([1.0, 0.6, 0.9, 0.0])
+    assert AnswerList(["yes", "no"]).scores(question("Yes.")).tolist() == [1, 0]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from minivlm.models.fusion_losses import (
     alignment_loss,
     answer_loss,
+    chance_answer_loss,
     evenly,
     masked_region_loss,
     masked_word_loss,
@@ -86,3 +87,19 @@ def test_gradients_reach_the_costs_as_if_the_plan_were_given():
     plan = transport_plan(cost.detach(), evenly(mask), evenly(region_mask))
     (plan * cost).sum().backward()
     assert_same(words.grad, other.grad)
+
+
+def test_each_answer_by_itself_is_the_binary_cross_entropy_of_uniter_and_vilbert():
+    """There: `loss.mean() * targets.size(1)`."""
+    logits, scores = torch.randn(4, 6), torch.rand(4, 6)
+    expected = F.binary_cross_entropy_with_logits(logits, scores) * 6
+    assert_same(answer_loss(logits, scores, "sigmoid"), expected)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("n", [1, 2, 7, 3000])
+def test_chance_is_what_is_lost_by_giving_each_answer_its_share(kind, n):
+    share = torch.full((3, n), 1 / n, dtype=torch.float64)
+    logits = share.log() if kind == "softmax" else torch.logit(share, eps=1e-12)
+    answers = F.one_hot(torch.tensor([0, 0, n - 1]), n)
+    assert chance_answer_loss(n, kind) == pytest.approx(answer_loss(logits, answers, kind).item(), rel=1e-3, abs=1e-6)
