@@ -22,15 +22,19 @@ def main(argv: list[str]) -> None:
         print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
     else:
         plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
-        if (sentence := recipes.announcement(plan)) and training.is_first_process():
+        first = training.is_first_process()
+        if first:
+            recipes.check_places(plan)
+        if (sentence := recipes.announcement(plan)) and first:
             print(sentence)
-        for part in plan:
-            if not train(*part):
-                break
+        for name, recipe, options in plan:
+            with Run(options.directory(name), keep=recipe.keep, write=first) as run:
+                if not train(name, recipe, options, run):
+                    break
         training.stop_processes()
 
 
-def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> bool:
+def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run) -> bool:
     """True if all steps are done, False if it was stopped before."""
     # build
     training.keep_freed_memory()
@@ -39,7 +43,6 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options) -> bool:
     rank, world = training.start_processes(device)
     say = print if rank == 0 else lambda line: None
     say(f"{name}: {recipe.summary}\ndevice {device}, {str(precision).removeprefix('torch.')}: {reason}")
-    run = Run(options.out or f"out/{name}", keep=recipe.keep)
     resumed = run.latest() if options.resume else None
     with training.rank_zero_first():
         work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model

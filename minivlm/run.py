@@ -6,45 +6,91 @@
                     training.json                                step, score, recipe
                     training.safetensors                         the optimiser's moments, the random states
 
-A checkpoint is written under another name and renamed, so one that is there is whole. Nothing is pickled.
+A checkpoint is written under another name and renamed, and renamed before it is deleted: one that is there is whole, and
+one that is not (a copy that broke off, a file that went) is passed over. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from minivlm import checkpoint, config
 from minivlm.errors import UserError
 from minivlm.losses import random_state, set_random_state
-from minivlm.pretrained.names import tied
+from minivlm.pretrained.files import read_json
+from minivlm.pretrained.names import refuse_misfits, tied
+from minivlm.run_directory import LOCK, set_aside, take_lock
+
+WEIGHTS = ("model.safetensors", "training.safetensors")
 
 
 class Run:
-    def __init__(self, directory: str | Path, *, keep: int = 2):
-        self.directory, self.keep = Path(directory), keep
+    """Inside `with`, no other process writes to the directory.
+
+    write: this is the process that does; the others of a run read. about: what every checkpoint records beside its step,
+    score and recipe.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, write: bool = True):
+        self.directory, self.keep, self.write = Path(directory), keep, write
         self.checkpoints = self.directory / "checkpoints"
+        self.about: dict[str, Any] = {}
+        self.locks: list[IO[str]] = []
+
+    def __enter__(self) -> Run:
+        if not self.write:
+            return self
+        self.was_there = self.directory.is_dir()
+        self.locks.append(take_lock(self.directory))
+        for path in [*self.checkpoints.glob(".step-*")]:  # of a process that was killed
+            if not foreign_files(path):
+                shutil.rmtree(path)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if not self.locks:
+            return
+        (self.directory / LOCK).unlink(missing_ok=True)
+        for file in self.locks:
+            file.close()
+        if not self.was_there and self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()  # it was refused before it began
+
+    def set_aside(self) -> Path | None:
+        """Where an earlier run that stood in the way is now."""
+        if (previous := set_aside(self.directory)) is not None:
+            (previous / LOCK).unlink(missing_ok=True)
+            self.locks.append(take_lock(self.directory))
+        return previous
 
     def save(self, step: int, model: nn.Module, processor, optimiser, recipe, score: float) -> None:
         """A checkpoint after `step` steps; older ones beyond the last `keep` and the best are removed."""
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".step-{step:06d}.{os.getpid()}"
-        record = {"step": step, "score": score, "recipe": config.to_dict(recipe)}
+        record = {"step": step, "score": score, "recipe": config.to_dict(recipe), **self.about}
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             checkpoint.save(temporary, model, processor)
             checkpoint.write_tensors(temporary / "training.safetensors", training_state(model, optimiser))
-            (temporary / "training.json").write_text(json.dumps(record, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
+            (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            for name in ("training.safetensors", "training.json"):
+                checkpoint.flush_to_disk(temporary / name)
+            self.remove(final)
             temporary.rename(final)
+            checkpoint.flush_to_disk(self.checkpoints)
         except OSError as error:
             why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise UserError(f"{final} was not written: {why}. Earlier checkpoints are untouched.") from error
@@ -54,62 +100,122 @@ class Run:
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*"))
+        return [path for path, problem in self.examined() if not problem]
+
+    def examined(self) -> list[tuple[Path, str]]:
+        """Every checkpoint, oldest first, with what is wrong with it, or nothing."""
+        steps = {path: re.fullmatch(r"step-(\d{6,})", path.name) for path in self.checkpoints.glob("step-*")}
+        found = sorted((int(match[1]), path) for path, match in steps.items() if match and path.is_dir())
+        return [(path, problem(path, step)) for step, path in found]
 
     def latest(self) -> Path:
-        if not self.all():
-            raise UserError(
-                f"there is no checkpoint in {self.checkpoints} to resume from; leave out --resume to start."
-            )
-        return self.all()[-1]
+        if found := self.all():
+            return found[-1]
+        raise UserError(
+            f"there is no {'complete ' if self.examined() else ''}checkpoint in {self.checkpoints} to resume from; leave "
+            "out --resume to start."
+        )
 
     def best(self) -> Path:
         """The checkpoint with the highest score; of equal ones the latest."""
-        return max(self.all(), key=lambda path: (read_record(path)["score"], path.name))
+        records = [(read_record(path), path) for path in self.all()]
+        if not records:
+            raise UserError(f"there is no complete checkpoint in {self.checkpoints}.")
+        rank = lambda record: (-math.inf if math.isnan(record["score"]) else record["score"], record["step"])
+        return max(records, key=lambda pair: rank(pair[0]))[1]
 
     def prune(self) -> None:
-        kept = {*self.all()[-self.keep :], self.best()}
-        for path in self.all():
+        found = self.all()
+        kept = {*found[-self.keep :], self.best()}
+        for path in found:
             if path not in kept:
-                shutil.rmtree(path)
+                self.remove(path)
 
-    def set_aside(self) -> Path | None:
-        """Rename an earlier run that stands in the way, so that no slip of the fingers costs a training."""
-        if not self.directory.exists() or not any(self.directory.iterdir()):
-            return None
-        previous = self.directory.with_name(self.directory.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        self.directory.rename(previous)
-        return previous
+    def remove(self, path: Path) -> None:
+        """Renamed first: whenever this is broken off, a checkpoint is whole or does not go by the name of one."""
+        if path.exists() and not foreign_files(path):
+            doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def foreign_files(path: Path) -> list[str]:
+    """What a user has put into a checkpoint: with that in it, it is not deleted."""
+    ours = {"config.json", "tokenizer.json", "training.json", *WEIGHTS}
+    return [one.name for one in path.iterdir() if one.name not in ours]
+
+
+def problem(path: Path, step: int) -> str:
+    """What a checkpoint lacks, or an empty string."""
+    try:
+        if read_record(path)["step"] != step:
+            return f"{path / 'training.json'} is of another step"
+        read_json(path / "config.json")
+        for name in WEIGHTS:
+            open_tensors(path / name)
+    except UserError as error:
+        return str(error).rstrip(".")
+    return ""
 
 
 def read_record(path: Path) -> dict:
-    return json.loads((path / "training.json").read_text())
+    """training.json of a checkpoint: step, score, recipe, and what `Run.about` held; UserError if it is no such record."""
+    record = read_json(path / "training.json")
+    kinds = {"step": int, "score": (int, float), "recipe": dict}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+            raise UserError(
+                f"{path / 'training.json'} has {name} = {record.get(name)!r}: it is no record of a checkpoint."
+            )
+    return record
+
+
+def open_tensors(path: Path):
+    """The safetensors file, its header read and held against its size."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}).") from None
 
 
 def restore_weights(path: Path, model: nn.Module) -> None:
-    """A file holds tied weights once, under one of their names."""
-    tensors = load_file(path / "model.safetensors")
-    for names in tied(model.state_dict(keep_vars=True)):
-        [found] = [tensors[name] for name in names if name in tensors]
-        tensors.update(dict.fromkeys(names, found))
+    """A file holds tied weights once, under one of their names. UserError, by name, for what does not fit the model."""
+    tensors, state = load_tensors(path / "model.safetensors"), model.state_dict(keep_vars=True)
+    groups = tied(state)
+    for names in groups:
+        for found in [tensors[name] for name in names if name in tensors]:
+            tensors.update(dict.fromkeys(names, found))
+    missing = [names[0] for names in groups if names[0] not in tensors]
+    misshapen = [name for name in state if name in tensors and tensors[name].shape != state[name].shape]
+    refuse_misfits(str(path / "model.safetensors"), missing, sorted(tensors.keys() - state.keys()), misshapen)
     model.load_state_dict(tensors)
 
 
 def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Weights, moments and random states of a checkpoint into model and optimiser; returns the step to go on with."""
     restore_weights(path, model)
-    tensors = load_file(path / "training.safetensors")
+    where, tensors = path / "training.safetensors", load_tensors(path / "training.safetensors")
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimiser.param_groups:
         for p in group["params"]:
             prefix = f"optimiser.{names[p]}."
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             home = {"step": p.device if group["fused"] else "cpu"}  # where AdamW keeps its counter
+            if any(k != "step" and v.shape != p.shape for k, v in state.items()) or (state and "step" not in state):
+                raise UserError(f"{where} does not fit the model: the moments of {names[p]} are of another shape.")
             optimiser.state[p] = {k: v.to(home.get(k, p.device)) for k, v in state.items()}
+    if "random.cpu" not in tensors:
+        raise UserError(f"{where} lacks the random state: remove {path} to go on from the checkpoint before it.")
     cuda = [tensors[k] for k in sorted(tensors) if k.startswith("random.cuda.")]
     set_random_state({"cpu": tensors["random.cpu"], **({"cuda": cuda} if cuda else {})})
     return read_record(path)["step"]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    open_tensors(path)  # which says in a sentence what is wrong
+    return load_file(path)
 
 
 def training_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.multitask import MULTITASK_RECIPES
 from minivlm.recipes.speak import CAPTIONER_RECIPES
 from minivlm.recipes.t5 import T5_RECIPES
+from minivlm.run_directory import check_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,9 +58,10 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
     changes = {k: v for k, v in given.items() if k not in names}
     recipe = RECIPES[name]
     if options.resume:
-        recipe = resumed_recipe(type(recipe), Path(options.out or f"out/{name}"))
+        check_out(options.directory(name), {}, resume=True)
+        recipe = resumed_recipe(type(recipe), Path(options.directory(name)))
     elif options.data:
-        recipe = override(recipe, changes).for_data(options.data, options.out or f"out/{name}")
+        recipe = override(recipe, changes).for_data(options.data, options.directory(name))
     return name, override(recipe, changes), options
 
 
@@ -86,9 +89,32 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
 def with_proposed_bases(name: str, recipe: Recipe, options: Options) -> Recipe:
     """The recipe, building on what it would if the user had named no directory."""
     if options.data:
-        return recipe.for_data(options.data, options.out or f"out/{name}")
+        return recipe.for_data(options.data, options.directory(name))
     places = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_from")]
     return dataclasses.replace(recipe, **{place: getattr(RECIPES[name], place) for place in places})
+
+
+def check_places(plan: list[tuple[str, Recipe, Options]]) -> None:
+    """UserError, before anything is done, where a part of the plan cannot go to its directory without harm."""
+    for name, recipe, options in plan:
+        check_out(options.directory(name), reads(recipe, options), resume=options.resume)
+    places = [os.path.realpath(options.directory(name)) for name, _, options in plan]
+    for i, (name, _, options) in enumerate(plan):
+        if (j := places.index(places[i])) < i:
+            where = f"{options.directory(name)} is where {plan[j][0]} goes, which {name} builds on"
+            raise UserError(f"{where}: choose another --out.")
+
+
+def reads(recipe: Recipe, options: Options) -> dict[str, str]:
+    """The folders and models that a run of the recipe reads, by the options that name them."""
+    values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    named = {f"--{name}": value for name, value in values.items() if name.endswith("_from") and isinstance(value, str)}
+    named |= {f"the {name} at": directory for name, directory in recipe.needs().items() if directory}
+    return {"--data": options.data or data_directory(recipe), **named}
+
+
+def data_directory(recipe: Recipe) -> str:
+    return recipe.data.directory if hasattr(recipe, "data") else recipe.directory
 
 
 def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -61,12 +62,17 @@ class Options:
     list: bool = False
     help: bool = False
 
+    def directory(self, name: str) -> str:
+        """Where the run of this recipe goes."""
+        return f"out/{name}" if self.out is None else self.out
+
     def resume_command(self, name: str) -> str:
-        """The command line that goes on with an interrupted run."""
-        flags = ["--out " + self.out] if self.out else []
-        flags += [f"--{key} {value}" for key in ("device", "precision") if (value := getattr(self, key)) != "auto"]
+        """The command line that goes on with an interrupted run; the recipe, with its data, is in the checkpoint."""
+        flags = [] if self.out is None else ["--out", self.out]
+        for key in ("device", "precision"):
+            flags += [f"--{key}", value] if (value := getattr(self, key)) != "auto" else []
         flags += ["--compile"] if self.compile else []
-        return " ".join(["python train.py", name, *flags, "--resume"])
+        return shlex.join(["python", "train.py", name, *flags, "--resume"])
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
