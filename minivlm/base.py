@@ -23,6 +23,9 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.frozen: tuple[str, ...] = ()
+        self.stored: torch.dtype | None = (
+            None  # while it trains: the precision it will be left in, see `minivlm.precision`
+        )
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ import gc
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ import minivlm
 from minivlm import config as configs
 from minivlm import pretrained
 from minivlm.errors import UserError, nearest
+from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dtype
 from minivlm.pretrained.files import open_weights, read_json
 from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import tied, to_ours
@@ -93,6 +94,7 @@ def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any
         "model": type(model).__name__,
         "config": configs.to_dict(model.config),
         "processor": configs.to_dict(processor.config) if processor else None,
+        **({"dtype": str(model.stored).removeprefix("torch.")} if getattr(model, "stored", None) in HALF else {}),
         **({"base": base} if base else {}),
     }
     tokenizer = {"tokenizer.json": processor.tokenizer.to_str()} if processor and processor.source is not None else {}
@@ -179,7 +181,8 @@ def load(
     source: a directory of ours, a published one (transformers' CLIP, SigLIP, ALIGN, GPT-2, GPT-NeoX, OPT, LLaMA, Mistral,
     Qwen2, MPT, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or
     the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
-    A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored.
+    A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored; where a
+    file has several precisions, the one that its config names, or that most of its numbers have.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
     """
@@ -198,6 +201,8 @@ def load(
         if (config := pretrained.settle(described, weights)) != described.config:
             model = empty_model(described.model_class, config)
         tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
+        stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=kind == "minivlm")
+        dtype = dtype or stored
         fill(model, tensors, device=device, dtype=dtype)
     return model.eval(), described.processor
 
@@ -244,7 +249,8 @@ def read_ours(directory: Path) -> pretrained.Published:
         processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
         tokenizer = directory / "tokenizer.json"
         processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
-    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor)
+    dtype = dtype_called(values.get("dtype"))
+    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, dtype=dtype)
     if "base" not in values:
         return described
     from minivlm.bases import bring_back
@@ -276,14 +282,25 @@ class Unfilled(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fill(
-    model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch.device, dtype: torch.dtype | None
-) -> None:
+def stored_dtype(tensors: Iterable[Tensor], declared: torch.dtype | None, where: str, *, binding: bool) -> torch.dtype:
+    """The one precision in which a model is used whose file may have several. binding: is what is declared meant so even
+    where the file has one? (What learns is kept in fp32 until the end.)"""
+    tensors = list(tensors)
+    found = dict.fromkeys(t.dtype for t in tensors if t.is_floating_point())
+    if odd := [str(dtype).removeprefix("torch.") for dtype in found if dtype not in FLOATS]:
+        raise UserError(f"{where} holds weights in {', '.join(odd)}, in which nothing can be computed here.")
+    told = declared if binding or (len(found) > 1 and declared in [*found, torch.float32]) else None
+    return told or main_dtype(tensors)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch.device, dtype: torch.dtype) -> None:
     """Put `tensors` where `empty_model` left nothing. Tied parameters stay one, frozen ones frozen."""
     state = model.state_dict(keep_vars=True)
+    wide = kept_in_fp32(model) if dtype == torch.float16 else ()
     for names in tied(state):
         old, new = state[names[0]], tensors[names[0]]
-        new = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
+        held = torch.float32 if id(old) in wide else dtype
+        new = new.to(device=device, dtype=held if new.is_floating_point() else None)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         state.update(dict.fromkeys(names, new))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.attention import Attention, KeysValues, attend, expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
-from minivlm.layers.transformer import Between, Block, Transformer
+from minivlm.layers.transformer import Between, Block, Transformer, bound
 
 if TYPE_CHECKING:
     from minivlm.layers.language_model import LanguageModel
@@ -144,7 +144,8 @@ class PackedBlock:
             self.ask, self.heard = Matrix.of(reader.q_proj, dtype=dtype), Matrix.of(reader.out_proj, dtype=dtype)
         ups = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
         self.up = Matrix.of(*ups, dtype=dtype)
-        self.down = Matrix.of(mlp.down_proj, dtype=dtype)
+        wide = getattr(mlp.down_proj, "base", mlp.down_proj).weight.dtype  # a T5 in fp16 has it in fp32
+        self.down = Matrix.of(mlp.down_proj, dtype=wide if dtype == torch.float16 and wide == torch.float32 else dtype)
 
     def __call__(
         self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Sight, read: KeysValues | None, page: Sight
@@ -153,10 +154,11 @@ class PackedBlock:
         b = self.block
         if b.parallel:
             return x + self.attention(b.attention_norm(x), rope, cache, past) + self.mlp(b.mlp_norm(x))
+        kept = bound if b.bounded else lambda x: x
         if b.pre_norm:
-            x = x + self.attention(b.attention_norm(x), rope, cache, past)
-            x = x if read is None else x + self.cross_attention(b.cross_attention_norm(x), read, page)
-            return x + self.mlp(b.mlp_norm(x))
+            x = kept(x + self.attention(b.attention_norm(x), rope, cache, past))
+            x = x if read is None else kept(x + self.cross_attention(b.cross_attention_norm(x), read, page))
+            return kept(x + self.mlp(b.mlp_norm(x)))
         x = b.attention_norm(x + self.attention(x, rope, cache, past))
         x = x if read is None else b.cross_attention_norm(x + self.cross_attention(x, read, page))
         return b.mlp_norm(x + self.mlp(x))

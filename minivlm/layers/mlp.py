@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.layers.autocast import cast_once
+from minivlm.layers.autocast import cast_once, meet
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -33,6 +33,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        x = cast_once(x)
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            hidden = self.activation(self.up_proj(x))
+        else:
+            x = cast_once(x)
+            hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(meet(hidden, self.down_proj))  # which a T5 in fp16 has in fp32

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minivlm.layers.attention import Attention, CrossAttention, KeysValues, QKNorm
-from minivlm.layers.autocast import matrix_dtype
+from minivlm.layers.autocast import is_on, matrix_dtype
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import Cache, RopeScaling, Rotary, relative_bucket
 
@@ -71,16 +72,33 @@ class TransformerConfig:
         return int(self.rotary_fraction * (self.head_width or self.width // self.heads))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In half precision it brings a residual stream that is wider than its weights, a T5's in fp16, back to theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype or is_on(x):
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
 def make_norm(config: TransformerConfig) -> nn.Module:
     c = config
     if c.norm == "rmsnorm":
-        return nn.RMSNorm(c.width, eps=c.norm_eps)
+        return RMSNorm(c.width, eps=c.norm_eps)
     return nn.LayerNorm(c.width, eps=c.norm_eps, bias=c.norm_bias)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
     """x (B, T, D), positions at (B,) → (B, 1, D)"""
     return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[2]))
+
+
+def bound(x: Tensor) -> Tensor:
+    """In fp16, infinities become large numbers (as transformers' T5 has it): the next norm makes them finite, not NaN."""
+    if x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(*(limit * torch.where(x.isinf().any(), largest - 1000, largest) for limit in (-1, 1)))
 
 
 class Block(nn.Module):
@@ -92,6 +110,7 @@ class Block(nn.Module):
         self.pre_norm, self.parallel = c.norm_place == "pre", c.parallel_residual
         if self.parallel and (cross_attention or not self.pre_norm):
             raise ValueError("parallel_residual is for pre-norm blocks without cross-attention")
+        self.bounded = c.relative_buckets > 0  # a T5's activations pass what fp16 can hold
         self.attention_norm = make_norm(c)
         self.attention = Attention(
             c.width,
@@ -157,6 +176,7 @@ class Block(nn.Module):
         kept = x if last is None else x[:, -last:]
         h = norm(x) if self.pre_norm else x
         y = kept + self.dropout(f(h))
+        y = bound(y) if self.bounded else y
         return y if self.pre_norm else norm(y)
 
 

@@ -24,6 +24,8 @@ class TokenEmbedding(nn.Embedding):
                 "model's tokeniser, or a mark that the tokeniser alone knows, which has to be left out."
             ) from None
 
+from minivlm.precision import cast
+
 
 def with_vocabulary(model: nn.Module, size: int) -> nn.Module:
     """A `LanguageModel` or `T5` that knows `size` tokens, or itself if it knows as many already.
@@ -33,6 +35,7 @@ def with_vocabulary(model: nn.Module, size: int) -> nn.Module:
     if size <= model.config.vocab_size:
         return model
     grown = type(model)(replace(model.config, vocab_size=size))
+    cast(grown, model.dtype)
     state = model.state_dict()
     for name in ("token_embedding.weight", "head.weight"):
         row = state[name].mean(dim=0, keepdim=True)

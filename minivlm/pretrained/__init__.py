@@ -15,10 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minivlm import config as configs
 from minivlm.errors import UserError
+from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import names
 from minivlm.pretrained.files import WEIGHTS, read_json
 
@@ -63,6 +65,7 @@ class Published:
     weights: tuple[str, ...]  # files that may hold the tensors
     processor: Any
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights
+    dtype: torch.dtype | None = None  # that the weights are said to be of
 
 
 def recognise(directory: Path) -> str:
@@ -113,7 +116,8 @@ def read(directory: Path, kind: str) -> Published:
     processor = module.read_processor(directory, values, config)
     weights = OPEN_CLIP_WEIGHTS if kind == "open_clip" else WEIGHTS
     prepare = getattr(module, "prepare", Published.prepare)
-    return Published(module.model_class, config, module.rows(config), weights, processor, prepare)
+    dtype = dtype_called(values.get("dtype") or values.get("torch_dtype"))
+    return Published(module.model_class, config, module.rows(config), weights, processor, prepare, dtype)
 
 
 def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:
@@ -147,7 +151,7 @@ def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict
     if lost:
         architecture = values["architectures"][0]
         raise UserError(f"transformers' {architecture} cannot express {lost}; save without layout='hf'.")
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = str(main_dtype(tensors.values())).removeprefix("torch.")
     files = {}
     if processor is not None:
         ends = getattr(getattr(config, "language", config), "end_tokens", ())
