@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from minivlm import recipes, training
 from minivlm.errors import UserError, run_command_line
+from minivlm.precision import as_stored, hold_for_training
 from minivlm.run import Run, restore
 
 
@@ -47,6 +48,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     with training.rank_zero_first():
         work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
     model = work.model.to(device).train()
+    hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)
     for note in work.notes():
@@ -68,7 +70,8 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
         nonlocal started
         paused = time.perf_counter()
         try:
-            score = work.validate()
+            with as_stored(model):
+                score = work.validate()
         except UserError as error:
             raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
         run.save(step, model, work.processor, optimiser, recipe, score)

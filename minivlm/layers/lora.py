@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minivlm.layers.autocast import meet
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -35,6 +37,7 @@ class LoRALinear(nn.Module):
     """base(x) + alpha/rank · B A x.  x (…, I) → (…, O).  Only A and B learn.
 
     It can stand where an nn.Linear stood: `weight` and `bias` are those of the layer that it would merge into.
+    On a base in half precision A and B are in fp32, as all that learns (see `minivlm.precision`).
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig, *, generator: torch.Generator | None = None):
@@ -43,7 +46,11 @@ class LoRALinear(nn.Module):
         self.scale = config.alpha / config.rank
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(config.dropout)
-        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        like = {
+            "bias": False,
+            "device": base.weight.device,
+            "dtype": torch.promote_types(base.weight.dtype, torch.float32),
+        }
         self.lora_a = nn.utils.skip_init(nn.Linear, base.in_features, config.rank, **like)
         self.lora_b = nn.utils.skip_init(nn.Linear, config.rank, base.out_features, **like)
         nn.init.zeros_(self.lora_b.weight)
@@ -53,12 +60,14 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_b(self.scale * self.lora_a(self.dropout(x)))
+        y = self.base(x)
+        return y + self.lora_b(self.scale * self.lora_a(meet(self.dropout(x), self.lora_a))).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:
         """(O, I): W + alpha/rank · B A, computed anew each time it is asked for."""
-        return torch.addmm(self.base.weight, self.lora_b.weight, self.lora_a.weight, alpha=self.scale)
+        wide, thin = self.base.weight, (self.lora_b.weight, self.lora_a.weight)
+        return torch.addmm(wide.to(thin[0].dtype), *thin, alpha=self.scale).to(wide.dtype)
 
     @property
     def bias(self) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.precision import cast
 
 
 class TokenEmbedding(nn.Embedding):
@@ -23,8 +24,6 @@ class TokenEmbedding(nn.Embedding):
                 f"the text has token {low if low < 0 else high}, but the model knows tokens 0 to {rows - 1}: it is another "
                 "model's tokeniser, or a mark that the tokeniser alone knows, which has to be left out."
             ) from None
-
-from minivlm.precision import cast
 
 
 def with_vocabulary(model: nn.Module, size: int) -> nn.Module:

@@ -51,6 +51,8 @@ class MomentumConfig:
 class Momentum(nn.Module):
     """Of a model with the parts COPIED, a `contrast` and a `scale()`. embed_width: E, of the vectors that are compared."""
 
+    follows = True  # it learns without gradients (see `minivlm.precision`)
+
     def __init__(self, config: MomentumConfig, model: nn.Module, embed_width: int):
         super().__init__()
         self.config = config

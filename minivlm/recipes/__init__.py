@@ -195,11 +195,13 @@ def finish(run: Run, work) -> None:
     """The best checkpoint becomes the run's model: evaluated on held-out data, tabulated, pictured."""
     from minivlm import checkpoint
     from minivlm.evaluate import table
+    from minivlm.precision import cast
     from minivlm.run import read_record, restore_weights
 
     best = run.best()
     restore_weights(best, work.model)
     work.finish(run.directory)
+    cast(work.model, work.model.stored)  # so that what is evaluated is what is left
     scores = work.evaluate()
     print(f"\nthe best checkpoint (step {read_record(best)['step']}) on held-out data:\n\n{table(scores)}\n")
     checkpoint.save(run.directory, work.model, work.processor, base=work.recipe.base())

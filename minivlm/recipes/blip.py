@@ -32,7 +32,7 @@ from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.blip2 import Stage1
-from minivlm.recipes.parts import load_eyes
+from minivlm.recipes.parts import load_eyes, take
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.training import OptimiserConfig
 
@@ -136,7 +136,7 @@ class BLIPRecipe(Recipe):
         )
         model = build(BLIP, config, seed=self.seed)
         if eyes:
-            model.vision.load_state_dict(eyes.vision.state_dict())
+            take(model.vision, eyes.vision)
         return model, processor
 
 

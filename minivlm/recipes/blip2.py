@@ -37,7 +37,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, with_image_token
+from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, take, with_image_token
 from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -110,7 +110,7 @@ class BLIP2Stage1Recipe(Recipe):
             pad_token=processor.pad_token,
         )
         model = build(BLIP2Stage1, config, seed=self.seed)
-        model.vision.load_state_dict(clip.vision.state_dict())
+        take(model.vision, clip.vision)
         if bert is not None:
             try:
                 model.qformer.load_bert(bert)
@@ -248,10 +248,10 @@ class BLIP2Recipe(Recipe):
         speaker, words = self.load_speaker()
         config = BLIP2Config(**parts, language=speaker.config, image_token=words.image_token_id)
         model = build(BLIP2, config, seed=self.seed)
-        model.vision.load_state_dict(eyes.vision.state_dict())
+        take(model.vision, eyes.vision)
         if not self.from_scratch:
             model.load_measures(eyes)
-        model.language_model.load_state_dict(speaker.state_dict())
+        take(model.language_model, speaker)
         if not self.from_scratch:
             wanted = model.qformer.state_dict()  # the text's half stays behind
             model.qformer.load_state_dict({name: eyes.qformer.state_dict()[name] for name in wanted})

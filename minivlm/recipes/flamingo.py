@@ -33,7 +33,7 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling
+from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling, take
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
@@ -128,8 +128,8 @@ class FlamingoRecipe(Recipe):
             every=self.every,
         )
         model = build(Flamingo, config, seed=self.seed)
-        model.vision.load_state_dict(clip.vision.state_dict())
-        model.language_model.load_state_dict(speaker.state_dict())
+        take(model.vision, clip.vision)
+        take(model.language_model, speaker)
         return model, eyes_and_words(eyes, words, image_tokens=config.image_tokens, context=speaker.config.context)
 
 

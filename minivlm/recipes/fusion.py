@@ -38,7 +38,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.contrast import CONTRAST_RECIPES
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import load_eyes
+from minivlm.recipes.parts import load_eyes, take
 from minivlm.recipes.shared import build
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.tasks.match import can_match
@@ -112,7 +112,7 @@ class FusionRecipe(Recipe):
         processor = Processor(words.tokenizer, replace(seen.config, **read))
         config = self.complete(clip.config.vision, answers, processor)
         model = build(self.model_class, config, seed=self.seed)
-        model.vision.load_state_dict(clip.vision.state_dict())
+        take(model.vision, clip.vision)
         return model, processor
 
     def complete(self, vision, answers: tuple[str, ...], processor: Processor) -> ModelConfig:

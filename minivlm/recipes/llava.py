@@ -29,7 +29,7 @@ from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once, measure_once
-from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling
+from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling, take
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
@@ -89,8 +89,8 @@ class LLaVARecipe(Recipe):
             tiles=self.tiles,
         )
         model = LLaVA(config, seed=self.seed)
-        model.vision.load_state_dict(clip.vision.state_dict())
-        model.language_model.load_state_dict(speaker.state_dict())
+        take(model.vision, clip.vision)
+        take(model.language_model, speaker)
         sees = dict(image_tokens=config.image_tokens, tiles=self.tiles)
         return model, eyes_and_words(eyes, words, context=speaker.config.context, **sees)
 

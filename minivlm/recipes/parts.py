@@ -15,6 +15,7 @@ from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, places_of
 from minivlm.layers.vit import VisionConfig
 from minivlm.layers.vocabulary import with_vocabulary
+from minivlm.precision import cast, main_dtype
 from minivlm.processor import Processor
 
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
@@ -34,6 +35,12 @@ def load_decoder(source: str) -> tuple[LanguageModel, Processor]:
     if not isinstance(speaker, LanguageModel):
         raise UserError(f"--language_from {source} holds a {type(speaker).__name__}, no language model.")
     return with_image_token(speaker, words)
+
+
+def take(part: nn.Module, source: nn.Module) -> None:
+    """The weights of `source`, in the precision in which it has them, become those of a part."""
+    cast(part, main_dtype(source.parameters()))
+    part.load_state_dict(source.state_dict())
 
 
 def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[LanguageModel | T5, Processor]:

@@ -137,3 +137,23 @@ def test_published_sizes_name_by_name(options, parameters):
     written = names.to_theirs({k[0]: state[k[0]] for k in names.tied(state)}, rows)
     assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in stored.items()}
     assert sum(p.numel() for p in ours.parameters()) == parameters
+
+
+@pytest.mark.parametrize("scale", [1.0, 40_000.0])
+def test_in_fp16_the_same_weights_stay_in_fp32_and_both_come_as_near(scale, tmp_path):
+    theirs = reference(FIRST)
+    with torch.no_grad():
+        for block in theirs.encoder.block:
+            block.layer[-1].DenseReluDense.wo.weight *= scale
+    theirs.save_pretrained(tmp_path / "fp32")
+    half = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "fp32", dtype=torch.float16).eval()
+    half.save_pretrained(tmp_path / "fp16")  # of two precisions, and its config says float16
+    ours, _ = minivlm.load(tmp_path / "fp16")
+    kept = lambda model: sorted(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    assert kept(ours) == kept(half)
+    tokens, labels = torch.randint(8, V, (3, 9)), torch.randint(8, V, (3, 7))
+    with torch.no_grad():
+        right, reached = (m(input_ids=tokens, labels=labels).logits.float() for m in (theirs, half))
+        got = ours(tokens, labels=labels).logits.float()
+    off = lambda logits: ((logits - right).abs().max() / right.abs().max()).item()
+    assert off(got) < max(2 * off(reached), 0.02)
