@@ -308,7 +308,7 @@ class Processor:
 
 
 def open_picture(picture: Image.Image | str | os.PathLike | np.ndarray) -> Image.Image:
-    """A path, an array or a PIL image of any mode → RGB, transparency over white."""
+    """A path, an array or a PIL image of any mode → upright RGB, transparency over white."""
     from PIL import Image
 
     from minivlm.datasets import images
@@ -320,5 +320,8 @@ def open_picture(picture: Image.Image | str | os.PathLike | np.ndarray) -> Image
             raise TypeError(f"an array must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
-        return images.to_rgb(picture)
+        try:
+            return images.to_rgb(picture)
+        except Exception as error:  # one that was opened, but never loaded, fails in as many ways as a file
+            raise UserError(f"a picture cannot be read: {images.reason(error)}.") from error
     raise TypeError(f"a picture is a PIL image, a path or an array, not {type(picture).__name__}")

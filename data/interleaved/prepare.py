@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without being installed
 
 from minivlm.datasets.folder import read_lines  # noqa: E402, RUF100
-from minivlm.datasets.images import EXTENSIONS  # noqa: E402, RUF100
+from minivlm.datasets.images import extensions  # noqa: E402, RUF100
 from minivlm.datasets.interleaved import FILE, MARK  # noqa: E402, RUF100
 from minivlm.datasets.official import command_line, place, write_lines  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
@@ -110,7 +110,7 @@ def known_pictures(folder: Path) -> dict[str, str]:
     """What a document may call a picture → its path: the file's own name, and the address noted beside it."""
     known = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in EXTENSIONS:
+        if path.suffix.lower() not in extensions():
             continue
         known.setdefault(path.name, path.relative_to(folder).as_posix())
         if (note := path.with_suffix(".json")).is_file():

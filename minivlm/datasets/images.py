@@ -8,48 +8,80 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from minivlm.errors import UserError
+from minivlm.files import is_own_file, locked, open_regular, read_bytes
 
+VERSION = 2  # of what a file's pixels are here; what was cached by another is made anew
 MAX_PIXELS = 89_478_485  # pillow's own limit (a quarter of a gigabyte in RGB), where pillow only warns and we refuse
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Formats whose readers do nothing but decode pixels. Of pillow's others EPS starts Ghostscript, WMF asks the system to
+# draw, IPTC opens what it holds as any format, and GRIB, HDF5 and BUFR call whatever handler was registered.
+COMMON = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "ICO", "PSD", "DDS")
+RARE = ("DIB", "CUR", "ICNS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "MSP", "PIXAR", "GBR", "FLI", "FTEX", "BLP")
+WITHOUT_MARK = ("TGA", "IM", "PCD")  # no bytes at the beginning tell them, so they are tried last
+TURNS = {  # EXIF orientation → what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@cache
+def formats() -> list[str]:
+    """Those of the formats above that this pillow reads."""
+    Image.init()
+    return [name for name in (*COMMON, *RARE, *WITHOUT_MARK) if name in Image.OPEN]
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Endings of the files that are taken for pictures: those of `formats`, as pillow knows them."""
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, name in known if name in formats() or name == "MPO")
 
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The image file, header read, size bearable; whatever fails here or in the body becomes one UserError."""
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image.size)
-            yield image
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except Exception as error:  # whatever a decoder throws at arbitrary bytes means the same: no picture comes out
-        raise UserError(f"{path} cannot be read as an image: {reason(error)}.") from error
+    """The image file, header read, size bearable; whatever fails here or in the body becomes one UserError.
+
+    All picture files go through here: it opens only regular files, and only in formats that are safe to read.
+    """
+    with open_regular(path) as file:
+        try:
+            with Image.open(file, formats=formats()) as image:
+                refuse_bomb(image.size)
+                yield image
+        except Exception as error:  # whatever a decoder throws at arbitrary bytes means the same: no picture comes out
+            raise UserError(f"{path} cannot be read as an image: {reason(error)}.") from error
 
 
 def read_image(path: str | os.PathLike, shorter_side: int | None = None) -> Image.Image:
     """The image file as an upright RGB image; UserError where it is missing, broken, no image or too large.
 
-    EXIF rotation is applied, transparency laid over white, 16-bit gray scaled to 8 bits, palette and CMYK converted;
-    of an animation, the first frame. With `shorter_side`, a larger image is shrunk to it (bicubic), a smaller one
-    left alone.
+    What `to_rgb` makes of it; of an animation, the first frame. With `shorter_side`, a larger image is shrunk to it
+    (bicubic), a smaller one left alone.
     """
     with opened(path) as image:
         if shorter_side:
             # A JPEG decoder can skip detail on its way down: twice the wanted size is enough to shrink from.
             image.draft(None, (2 * shorter_side, 2 * shorter_side))
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        upright = to_rgb(image)
     return shrink(upright, shorter_side) if shorter_side else upright
 
 
@@ -66,21 +98,53 @@ def refuse_bomb(size: tuple[int, int]) -> None:
 
 def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no image format that pillow knows"
+        return "it is no image format that is read here"
     return str(error).rstrip(".") or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any pillow mode → RGB, with transparency over white."""
+    """Any pillow image → upright RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8, palette and
+    CMYK converted. ValueError for pixels without a known range."""
+    image.load()  # before it is asked how it lies: a TIFF turns itself
+    turn = TURNS.get(orientation(image))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers without a known range")
-    if image.mode.startswith("I"):  # 16-bit gray; pillow's own conversion would clip it to white
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if image.mode.startswith("I"):
+        rgb = from_integers(image)
+    elif image.mode in ("La", "RGBa", "LA", "PA", "RGBA") or "transparency" in image.info:
+        # A colour that stands for "transparent" has 16 bits in a file of 16 bits, of which pillow keeps the upper 8.
+        if isinstance(key := image.info.get("transparency"), tuple) and max(key) > 255:
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF is bytes from anywhere: a damaged block says nothing of how the picture lies
+        return None
+
+
+def from_integers(image: Image.Image) -> Image.Image:
+    """A gray picture of 16 or 32 bits. pillow's own conversion would clip it to white.
+
+    A file of 16 bits is scaled by its depth, however dark it is. 32 bits do not say what white is: 255 where no
+    pixel is above, else 65535. ValueError beyond that.
+    """
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels are numbers from {low} to {high}, and what is white among them is not known")
+    sixteen = image.mode != "I" or image.format in ("PNG", "PPM") or high > 255
+    gray = (values // 257 if sixteen else values).astype(np.uint8)
+    if isinstance(key := image.info.get("transparency"), int):
+        gray[values == key] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
@@ -106,6 +170,16 @@ class Row:
     width: int = 0
     error: str | None = None
 
+    def fits(self, size: int) -> bool:
+        """Is this what a build writes about a file of `size` bytes of pixels? Indexes come with folders from anywhere."""
+        numbers = (self.bytes, self.modified, self.offset, self.height, self.width)
+        if any(type(number) is not int for number in numbers):
+            return False
+        if self.error is not None:
+            return isinstance(self.error, str) and self.error != ""
+        inside = self.offset >= 0 and self.offset + self.height * self.width * 3 <= size
+        return inside and self.height > 0 and self.width > 0
+
     def same_file(self, other: Row) -> bool:
         return (self.bytes, self.modified) == (other.bytes, other.modified)
 
@@ -123,9 +197,12 @@ class ImageCache:
         self.index = folder / f"{name}-{shorter_side}.json"
         self.rows, self.pixels = self.load()
         wanted = {key: stamp(root / key) for key in keys}
-        if wanted.keys() != self.rows.keys() or not all(row.same_file(self.rows[key]) for key, row in wanted.items()):
-            self.build(wanted)
-            self.rows, self.pixels = self.load()
+        if not self.holds(wanted):
+            with self.alone():
+                self.rows, self.pixels = self.load()  # what another process has built meanwhile
+                if not self.holds(wanted):
+                    self.build(wanted)
+                    self.rows, self.pixels = self.load()
         self.errors = {key: row.error for key, row in self.rows.items() if row.error}
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -133,47 +210,75 @@ class ImageCache:
         end = row.offset + row.height * row.width * 3
         return self.pixels[row.offset : end].reshape(row.height, row.width, 3)
 
+    def holds(self, wanted: dict[str, Row]) -> bool:
+        """Is it about these files, and none has changed since?"""
+        if wanted.keys() != self.rows.keys():
+            return False
+        return all(row.same_file(self.rows[key]) for key, row in wanted.items())
+
     def load(self) -> tuple[dict[str, Row], np.ndarray]:
-        """What is on disk; nothing at all if there is no index, or one that does not fit its pixels."""
+        """What is on disk; nothing at all if there is no index, or one that is not of our making or does not fit its
+        pixels: build() makes it anew."""
         nothing = {}, np.zeros(0, dtype=np.uint8)
         try:
-            index = json.loads(self.index.read_text())
-            pixels = self.folder / index["pixels"]
-            if pixels.stat().st_size != index["bytes"]:
+            index = json.loads(read_bytes(self.index))
+            rows = {key: Row(**row) for key, row in index["rows"].items()}
+            pixels, size = self.folder / index["pixels"], index["bytes"]
+            ours = index["version"] == VERSION and self.names(index["pixels"]) and is_own_file(pixels)
+            if not ours or pixels.stat().st_size != size or not all(row.fits(size) for row in rows.values()):
                 return nothing
-        except (FileNotFoundError, json.JSONDecodeError):
-            return nothing  # never built, or removed in part by hand: build() makes it whole
+        except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return nothing
         # Copy-on-write, since torch complains about arrays that are read-only; and a plain ndarray over the map, since
         # slicing an np.memmap costs ten times as much.
-        mapped = np.asarray(np.memmap(pixels, dtype=np.uint8, mode="c")) if index["bytes"] else nothing[1]
-        return {key: Row(**row) for key, row in index["rows"].items()}, mapped
+        return rows, np.asarray(np.memmap(pixels, dtype=np.uint8, mode="c")) if size else nothing[1]
 
-    def build(self, wanted: dict[str, Row]) -> None:
-        """Write pixels and index, under temporary names first: a build that is killed leaves the old cache."""
-        pixels, index = (self.folder / f".building-{os.getpid()}{suffix}" for suffix in (".bin", ".json"))
-        try:
+    def names(self, pixels: str) -> bool:
+        """May a file of pixels be called so?"""
+        return re.fullmatch(re.escape(self.index.stem) + r"-[0-9a-f]{8}\.bin", pixels) is not None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Two processes that want one cache build it one after the other."""
+        with self.disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with pixels.open("wb") as file:
-                for key, image in self.decoded(wanted):
-                    wanted[key].offset, (wanted[key].height, wanted[key].width) = file.tell(), image.shape[:2]
-                    file.write(image.tobytes())
-                total = file.tell()
-            rows = {key: asdict(row) for key, row in wanted.items()}
-            # The name tells the content apart, so that two processes that build at once write the same file.
-            final = f"{self.index.stem}-{zlib.crc32(json.dumps(rows).encode()):08x}.bin"
-            index.write_text(json.dumps({"pixels": final, "bytes": total, "rows": rows}))
-            os.replace(pixels, self.folder / final)
-            os.replace(index, self.index)
+            with locked(self.folder / "lock"):
+                yield
+
+    @contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"The cache of decoded images in {self.folder} could not be written ({error.strerror or error}): "
                 "free some space there, or name another folder as cache."
             ) from error
+
+    def build(self, wanted: dict[str, Row]) -> None:
+        """Write pixels and index, under temporary names first: a build that is killed leaves the old cache."""
+        pixels, index = (self.folder / f".building-{os.getpid()}{suffix}" for suffix in (".bin", ".json"))
+        for leftover in (pixels, index):
+            leftover.unlink(missing_ok=True)
+        try:
+            with pixels.open("xb") as file:
+                for key, image in self.decoded(wanted):
+                    wanted[key].offset, (wanted[key].height, wanted[key].width) = file.tell(), image.shape[:2]
+                    file.write(image.tobytes())
+                total = file.tell()
+            rows = {key: asdict(row) for key, row in wanted.items()}
+            # The name tells the content apart: who has mapped the pixels of before goes on reading them.
+            final = f"{self.index.stem}-{zlib.crc32(json.dumps(rows).encode()):08x}.bin"
+            index.write_text(
+                json.dumps({"version": VERSION, "pixels": final, "bytes": total, "rows": rows}), encoding="utf-8"
+            )
+            os.replace(pixels, self.folder / final)
+            os.replace(index, self.index)
         finally:
             pixels.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
-        for old in self.folder.glob(f"{self.index.stem}-????????.bin"):
-            if old.name != final:
+        for old in self.folder.glob(f"{self.index.stem}-*.bin"):
+            if self.names(old.name) and old.name != final:
                 old.unlink(missing_ok=True)
 
     def decoded(self, wanted: dict[str, Row]) -> Iterator[tuple[str, np.ndarray]]:
@@ -216,10 +321,12 @@ def stamp(path: Path) -> Row:
 
 
 def cache_folder(directory: Path) -> Path:
-    """Where the cache of `directory` belongs: inside it, or under the user's cache folder if it is marked read-only."""
+    """Where the cache of `directory` belongs: inside it, or under the user's cache folder if it is marked read-only, or
+    brings along a link that leads elsewhere."""
     directory = directory.resolve()
+    inside = directory / ".minivlm_cache"
     anyone_may_write = directory.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    if anyone_may_write and os.access(directory, os.W_OK):  # os.access alone says yes to root everywhere
-        return directory / ".minivlm_cache"
+    if anyone_may_write and os.access(directory, os.W_OK) and not inside.is_symlink():  # os.access alone: root may all
+        return inside
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "minivlm" / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"

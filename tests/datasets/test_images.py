@@ -7,11 +7,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from minivlm.datasets import images
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
 from minivlm.errors import UserError
+from minivlm.files import read_bytes
 
 
 def photo(height=40, width=60, seed=0):
@@ -102,7 +103,7 @@ def test_shrinking_keeps_the_shape_and_never_enlarges(tmp_path):
 def test_what_is_no_image_is_named(tmp_path, reader):
     (tmp_path / "a.jpg").write_text("not a picture")
     with pytest.raises(
-        UserError, match=r"a\.jpg cannot be read as an image: it is no image format that pillow knows\.$"
+        UserError, match=r"a\.jpg cannot be read as an image: it is no image format that is read here\.$"
     ):
         reader(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"b\.jpg is missing\.$"):
@@ -243,3 +244,161 @@ def test_the_cache_lies_in_the_folder_unless_that_is_read_only(tmp_path, monkeyp
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(data).parent == tmp_path / ".cache" / "minivlm"
+
+
+# --------------------------------------------------------------------------------------------------- files of strangers
+
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/harm) (w) file closefile\nshowpage\n"
+)
+
+
+@pytest.mark.parametrize("reader", [read_image, check_header])
+def test_no_format_is_opened_that_does_more_than_decode_pixels(tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    (tmp_path / "photo.jpg").write_bytes(POSTSCRIPT)
+    with pytest.raises(
+        UserError, match=r"photo\.jpg cannot be read as an image: it is no image format that is read here"
+    ):
+        reader(tmp_path / "photo.jpg")
+    assert not {"EPS", "WMF", "IPTC", "GRIB", "HDF5", "BUFR", "FITS", "MPEG"} & {*images.formats()}
+    assert {".jpg", ".jfif", ".jpe", ".png", ".webp", ".tif"} <= images.extensions()
+    assert not {".eps", ".ps", ".wmf", ".pdf", ".mpg", ".h5"} & images.extensions()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_only_regular_files_are_opened(tmp_path, make):
+    make(tmp_path / "x.png")
+    for reader in (read_image, check_header, read_bytes):
+        with pytest.raises(UserError, match=r"x\.png is (no regular file but a named pipe|a folder, where a file)"):
+            reader(tmp_path / "x.png")
+    with pytest.raises(UserError, match="is no name that a file can have"):
+        read_image("a\0b.png")
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of pixels
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"])
+def test_every_mode_shows_the_colour_it_means(mode):
+    """A white and a dark picture, opaque, come back as they are: in memory there is no file to ask."""
+    for shade in (255, 51 if mode != "1" else 0):  # 51 is in the palette that pillow takes
+        through = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, mode)
+        picture = Image.new("RGB", (4, 3), (shade,) * 3).convert("L" if mode == "I" else "RGB").convert(through)
+        seen = np.asarray(images.to_rgb(picture.convert(mode))).astype(int)
+        assert seen.shape == (3, 4, 3) and np.abs(seen - shade).max() <= 2
+
+
+def test_integers_are_scaled_by_the_depth_of_their_file(tmp_path):
+    dark = np.full((3, 4), 200, dtype=np.uint16)  # of 65535
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(dark).save(tmp_path / name)
+        assert read(tmp_path / name).max() == 0
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 3 65535\n" + dark.astype(">u2").tobytes())
+    assert read(tmp_path / "a.pgm").max() == 0
+    for kind, value, shade in (("<i4", 200, 200), ("<i4", 32896, 128), ("<u2", 32896, 128), (">u2", 32896, 128)):
+        array = np.full((3, 4), value, dtype=kind)
+        mode = {"<i4": "I", "<u2": "I;16", ">u2": "I;16B"}[kind]
+        picture = Image.frombytes(mode, (4, 3), array.tobytes())
+        assert np.asarray(images.to_rgb(picture)).tolist() == np.full((3, 4, 3), shade).tolist()
+    for low, high in ((-1, 5), (0, 65536)):
+        with pytest.raises(
+            ValueError, match=f"numbers from {low} to {high}, and what is white among them is not known"
+        ):
+            images.to_rgb(Image.fromarray(np.array([[low, high]], dtype=np.int32)))
+
+
+def test_a_transparent_colour_of_sixteen_bits_lies_over_white(tmp_path):
+    gray = np.array([[1000, 51400]], dtype=np.uint16)
+    image = Image.fromarray(gray)
+    image.save(tmp_path / "gray.png", transparency=1000)
+    assert read(tmp_path / "gray.png").tolist() == [[[255] * 3, [200] * 3]]
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (40, 50, 60))
+    image.info["transparency"] = tuple(value * 257 for value in (10, 20, 30))  # as pillow has it of a file of 16 bits
+    assert np.asarray(images.to_rgb(image)).tolist() == [[[255] * 3, [40, 50, 60]]]
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_is_obeyed_by_path_and_in_memory(tmp_path, turn):
+    """Pillow's own ImageOps is the reference."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(photo()).save(tmp_path / name, exif=exif)
+        want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / name)))
+        assert np.array_equal(read(tmp_path / name), want)
+        assert np.array_equal(np.asarray(images.to_rgb(Image.open(tmp_path / name))), want)
+
+
+def test_a_damaged_exif_block_does_not_cost_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo()).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index(b"Exif\0\0") + 6
+    (tmp_path / "a.jpg").write_bytes(data[:at] + b"XX\xff\xff" + data[at + 4 :])
+    assert read(tmp_path / "a.jpg").shape == (40, 60, 3)
+
+
+# ------------------------------------------------------------------------------------------------------- planted caches
+
+
+def test_a_changed_picture_of_the_same_size_is_decoded_anew(folder):
+    path = folder / "0.png"
+    Image.new("RGB", (60, 40), (10, 20, 30)).save(path, compress_level=0)
+    assert open_cache(folder)["0.png"][0, 0].tolist() == [10, 20, 30]
+    before = path.stat()
+    Image.new("RGB", (60, 40), (200, 100, 50)).save(path, compress_level=0)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert open_cache(folder)["0.png"][0, 0].tolist() == [200, 100, 50]
+
+
+def changed(index, path, value):
+    """The index with one of its values exchanged; path: keys, ... for the row of 1.png."""
+    *way, last = ("rows", "1.png", path[1]) if path[0] is ... else path
+    place = index
+    for key in way:
+        place = place[key]
+    place[last] = value
+    return index
+
+
+STRANGE = [None, -1, -(2**70), 2**70, 1.5, float("nan"), "7", [], {}, True, "", "../a", "/etc/passwd"]
+
+
+@pytest.mark.parametrize(
+    "path", [("pixels",), ("bytes",), ("rows",), ("rows", "1.png"), *[(..., k) for k in ("offset", "height", "error")]]
+)
+def test_an_index_that_no_build_wrote_is_made_anew(folder, path):
+    want = open_cache(folder)["1.png"].copy()
+    index = folder / "cache" / "train-40.json"
+    whole = index.read_text()
+    for value in STRANGE:
+        index.write_text(json.dumps(changed(json.loads(whole), path, value)))
+        cache = open_cache(folder)
+        assert np.array_equal(cache["1.png"], want) and list(cache.errors) in (["broken.png"], ["1.png", "broken.png"])
+    for text in ("[]", "1", "null", "{}", "[" * 100_000, "9" * 10_000, "\x00"):
+        index.write_text(text)
+        assert np.array_equal(open_cache(folder)["1.png"], want)
+
+
+def test_a_cache_that_points_elsewhere_is_neither_read_nor_harmed(folder, monkeypatch):
+    want = open_cache(folder)["1.png"].copy()
+    index = folder / "cache" / "train-40.json"
+    facts = json.loads(index.read_text())
+    (pixels,) = (folder / "cache").glob("*.bin")
+    elsewhere = folder / "elsewhere.bin"
+    elsewhere.write_bytes(b"\0" * facts["bytes"])
+    for name in ("../elsewhere.bin", str(elsewhere)):
+        index.write_text(json.dumps({**facts, "pixels": name}))
+        assert np.array_equal(open_cache(folder)["1.png"], want)
+    pixels.unlink()
+    pixels.symlink_to(elsewhere)
+    index.write_text(json.dumps(facts))
+    assert np.array_equal(open_cache(folder)["1.png"], want)
+    assert elsewhere.read_bytes() == b"\0" * facts["bytes"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "home"))
+    (folder / ".minivlm_cache").symlink_to(folder / "cache")
+    assert cache_folder(folder).parent == folder / "home" / "minivlm"
