@@ -20,6 +20,7 @@ from minivlm.command_line import (
     check_speaking,
     converse,
     positive,
+    report_passed_over,
     report_skipped,
     save_sheet,
     speaking_arguments,
@@ -107,11 +108,12 @@ def search_arguments(parser: Parser) -> None:
 
 def search(options: argparse.Namespace) -> None:
     from minivlm import tasks
-    from minivlm.tasks.image_index import list_images
+    from minivlm.datasets.class_folders import passed_over
+    from minivlm.tasks.image_index import look
 
     if options.save:
         check_picture_name(options.save)
-    list_images(Path(options.directory))
+    report_passed_over(passed_over([look(Path(options.directory))], irregular=False))
     query = Path(options.query) if os.path.isfile(options.query) else options.query
     if options.rerank and isinstance(query, Path):
         raise UserError("--rerank matches words with pictures, but the query is a picture: leave it out.")

@@ -80,6 +80,11 @@ def write_picture(page, path: str) -> None:
     print(f"wrote {path}")
 
 
+def report_passed_over(told: str | None) -> None:
+    if told:
+        print(f"note: {told}", file=sys.stderr)
+
+
 def report_skipped(skipped: dict[str, str], shown: int = 5) -> None:
     if skipped:
         print(f"skipped, because they cannot be read ({len(skipped)}):", file=sys.stderr)

@@ -28,15 +28,17 @@ from minivlm.errors import UserError, run_command_line
 def main(argv: list[str]) -> None:
     args = parse(argv)
     problems: list[str] = []
+    notes: list[str] = []
     if is_world(args.directory):
         items, read = read_world(args.directory)
     else:
-        items, read = read_folder(args.directory, problems), folder_reader(args.directory)
+        items, read = read_folder(args.directory, problems, notes), folder_reader(args.directory)
         items = without_broken(items, args.directory, problems)
     if items:
         processor = choose_processor(args, items)
         splits = {split: choose_split(items, split, args.directory) for split in available(items)}
         show_splits(splits)
+        print("\n".join(notes), end="\n" if notes else "")
         show_classes(items)
         show_captions(items, processor)
         samples = choose_samples(next(iter(splits.values()))[0], args.samples, args.seed)

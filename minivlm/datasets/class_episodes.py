@@ -1,7 +1,9 @@
 """Few-shot episodes from one's own pictures: a folder with a sub-folder a class, such as Omniglot's drawings.
 
-    DIR/…/character01/*.png         a class is a folder that holds pictures, however deep
+    DIR/…/character01/*.png         a class is a folder that holds pictures, however deep; what it is called is not read
     DIR/train/…   DIR/test/…        the splits, as in folder.py; otherwise they are drawn by a hash of the class's path
+
+Folders that hold something else than the pictures of a class are refused, as in class_folders.py.
 
 Pictures of some classes are shown under made-up names, and then another one of any of them, whose name is asked for.
 Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1; Lake et al. 2015 (Omniglot).
@@ -15,9 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlm.datasets.folder import SPLIT_NAMES, choose_split, subfolders
+from minivlm.datasets.class_folders import (
+    SPLIT_NAMES,
+    Listing,
+    list_folder,
+    read_names,
+    refuse_other_layouts,
+    subfolders,
+)
+from minivlm.datasets.folder import choose_split
 from minivlm.datasets.folder_talk import find_talk
-from minivlm.datasets.images import EXTENSIONS, read_image
+from minivlm.datasets.images import read_image
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_shots import Lessons, Shot, ShotEpisode
 from minivlm.errors import UserError
@@ -63,13 +73,20 @@ def read_classes(directory: Path, split: str) -> list[PictureClass]:
     """The classes of a split, in the order of their names. UserError: no folder, or none with pictures."""
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
+    listing = list_folder(directory)
     found: dict[str, PictureClass] = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory)
-        if path.suffix.lower() in EXTENSIONS and len(name.parts) > 1 and not any(p.startswith(".") for p in name.parts):
-            own = SPLIT_NAMES.get(name.parts[0].lower()) if len(name.parts) > 2 else None
-            folder = name.parent.as_posix()
-            found.setdefault(folder, PictureClass(folder, own)).pictures.append(path)
+    holds: dict[str, Listing] = {}
+    for name in listing.pictures:
+        folder, parts = os.path.dirname(name), name.split("/")
+        if len(parts) > 1:
+            own = SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 2 else None
+            found.setdefault(folder, PictureClass(folder, own)).pictures.append(directory / name)
+            holds.setdefault(folder, Listing()).pictures.append(os.path.basename(name))
+    for name in listing.others:
+        if (folder := os.path.dirname(name)) in holds:
+            holds[folder].others.append(os.path.basename(name))
+    if not read_names(directory):
+        refuse_other_layouts(directory, holds, named=False)
     if not found:
         raise UserError(f"{directory} has no sub-folders of pictures, one a class.")
     return choose_split(list(found.values()), split, directory)[0]

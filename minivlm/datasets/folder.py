@@ -2,8 +2,7 @@
 
     DIR/captions.jsonl      {"image": "a.jpg", "captions": ["…"]}   the image in DIR or DIR/images; or "caption": "…"
                             optional: "split": "train" | "val" | "test", "label": "pink primrose"
-    DIR/<class>/*.jpg       captions from TEMPLATES; "_" in a class name reads as a space
-    DIR/train/<class>/…     the same with the split given; val and test (or valid, validation) beside it
+    DIR/<class>/*.jpg       captions from TEMPLATES; see class_folders.py
     DIR/vqa.jsonl, DIR/conversations.json   what is said about an image is its captions (folder_talk.py)
 
 Splits that the files do not give are drawn by a hash of the file's name, so that adding or removing other files never
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,15 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from minivlm.datasets.images import EXTENSIONS, ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets.class_folders import SPLIT_NAMES, read_class_folders
+from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.errors import UserError
+from minivlm.files import parse_json, read_bytes, readable
 
 # Radford et al. 2021, §3.1.4, speak of "a photo of a {label}."; several wordings teach more than one phrase.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "this is a {}.", "a {}.")
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
@@ -75,8 +76,10 @@ class FolderPairs(Pairs):
 
     def __init__(self, directory: Path, split: str, *, image_size: int, cache: str | os.PathLike | None = None):
         self.directory, self.split = Path(directory), split
-        everything = read_folder(self.directory)
+        told: list[str] = []
+        everything = read_folder(self.directory, notes=told)
         items, self.notes = choose_split(everything, split, self.directory)
+        self.notes = [*told, *self.notes]
         self.skipped: dict[str, str] = {}
         self.cache = None
         if split == "train":
@@ -129,7 +132,7 @@ def skip_broken(items: list, errors: dict[str, str], notes: list[str]) -> list:
 
 def hashed_split(name: str) -> str:
     """ "test" for a tenth of all file names, "val" for another, "train" for the rest."""
-    return {0: "test", 1: "val"}.get(zlib.crc32(name.encode()) % 10, "train")
+    return {0: "test", 1: "val"}.get(zlib.crc32(name.encode("utf-8", "surrogatepass")) % 10, "train")
 
 
 def choose_split(items: list, split: str, directory: Path) -> tuple[list, list[str]]:
@@ -171,52 +174,38 @@ def choose_split(items: list, split: str, directory: Path) -> tuple[list, list[s
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_folder(directory: Path, problems: list[str] | None = None) -> list[Item]:
-    """Everything a folder holds. What is wrong with a line raises UserError, or is added to `problems` if given."""
+def read_folder(directory: Path, problems: list[str] | None = None, notes: list[str] | None = None) -> list[Item]:
+    """Everything a folder holds. What is wrong with a line raises UserError, or is added to `problems` if given.
+
+    notes: gets sentences on what is passed over without being wrong.
+    """
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
-    if (directory / "captions.jsonl").is_file():
+    if (directory / "captions.jsonl").exists():
         return read_captions(directory, problems)
     from minivlm.datasets.folder_talk import find_talk, read_items
 
     if find_talk(directory):
         return read_items(directory, problems)
-    items = read_class_folders(directory)
-    classes = {item.label for item in items}
-    if not items:
+    classes, told = read_class_folders(directory)
+    if notes is not None:
+        notes += told
+    if not classes:
         raise UserError(
             f"{directory} is no dataset that is recognised: looked for world.json (the shapes world), "
             f"conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl, and images in sub-folders, one a class "
             f"({directory.name}/cat/1.jpg or {directory.name}/train/cat/1.jpg)."
         )
-    if len(classes) == 1:
+    if len({one.name for one in classes}) == 1:
         raise UserError(
-            f"{directory} has images in one class sub-folder only, {classes.pop()!r}: at least two are needed to tell "
+            f"{directory} has images in one class sub-folder only, {classes[0].name!r}: at least two are needed to tell "
             "apart, or a captions.jsonl that says what is in each image."
         )
-    return items
-
-
-def read_class_folders(directory: Path) -> list[Item]:
-    """DIR/<class>/… or DIR/<split>/<class>/…, in the order of their names."""
-    folders = subfolders(directory)
-    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
-    if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
-        classes = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
-    else:
-        classes = [(None, folder) for folder in folders]
     items = []
-    for split, folder in classes:
-        name = folder.name.replace("_", " ")
-        captions = [template.format(name) for template in TEMPLATES]  # one list, shared by all images of the class
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-                items.append(Item(path.relative_to(directory).as_posix(), captions, name, split))
+    for one in classes:
+        captions = [template.format(one.name) for template in TEMPLATES]  # one list, shared by all images of the class
+        items += [Item(path, captions, one.name, one.split) for path in one.pictures()]
     return items
-
-
-def subfolders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def read_captions(directory: Path, problems: list[str] | None = None) -> list[Item]:
@@ -234,7 +223,7 @@ EXAMPLE = '{"image": "a.jpg", "caption": "a red kite"}'
 
 def read_lines(file: Path, add: Callable[[Any], None], example: str, problems: list[str] | None = None) -> None:
     """add(values) for each line of JSON; a ValueError from it, or from reading, names the line, as in `read_folder`."""
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -249,9 +238,7 @@ def read_lines(file: Path, add: Callable[[Any], None], example: str, problems: l
 def read_json(line: bytes, example: str) -> Any:
     """One line of JSON. ValueError says what is wrong with it."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8 text") from None
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"it is not JSON ({error.msg} at character {error.pos + 1}); a line looks like {example}"
@@ -293,10 +280,22 @@ def find_image(image: str, directory: Path) -> str:
     path = os.path.normpath(image)
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
         raise ValueError(f"the image {image!r} lies outside the folder; give its path relative to {directory}")
-    for candidate in (path, os.path.join("images", path)):
-        if (directory / candidate).is_file():
-            return Path(candidate).as_posix()
-    raise ValueError(f"there is no image {image!r}, neither in {directory} nor in its folder images")
+    for folder in ("", "images"):
+        if found := on_disk(os.path.join(folder, path), directory):
+            return found
+    raise ValueError(f"there is no image {readable(image)!r}, neither in {directory} nor in its folder images")
+
+
+def on_disk(path: str, directory: Path) -> str | None:
+    """`path` as the disk spells it, if there is such a file: an accent may be one character or two (NFC, NFD)."""
+    found = Path()
+    for part in Path(path).parts:
+        spellings = dict.fromkeys((part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part)))
+        there = next((name for name in spellings if os.path.exists(directory / found / name)), None)
+        if there is None:
+            return None
+        found /= there
+    return found.as_posix() if os.path.isfile(directory / found) else None
 
 
 def add_item(items: dict[str, Item], item: Item) -> None:

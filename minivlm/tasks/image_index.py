@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,10 @@ import torch
 from torch import Tensor
 
 from minivlm.checkpoint import write_atomically
+from minivlm.datasets.class_folders import Listing, list_folder, passed_over
+from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError
+from minivlm.files import is_own_file, locked, read_bytes
 from minivlm.tasks.features import encode_pixels, inference
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: where both are the same, so is the file
@@ -72,20 +76,51 @@ def build_image_index(
     files = list_images(directory)
     made_by = fingerprint(model, processor)
     path = cached_path(directory, made_by) if path is None else Path(path)
-    old = open_if_valid(path)
-    if old is None or old.model != made_by or old.directory != directory.resolve():
-        old = ImageIndex(path, directory.resolve(), made_by, np.empty((0, 0), np.float32), {}, {})
-    kept = {name: row for row, (name, stamp) in enumerate(old.rows.items()) if files.get(name) == stamp}
-    skipped = {name: entry for name, entry in old.skipped.items() if files.get(name) == entry[0]}
-    new = [name for name in files if name not in kept and name not in skipped]
-    if new or len(kept) < len(old.rows) or len(skipped) < len(old.skipped):
-        with IndexWriter(old, kept, skipped, files, save_every) as writer:
-            encode_files(new, writer, model, processor, batch_size=batch_size, progress=progress)
+    index = usable(path, directory, made_by)
+    if not up_to_date(index, files):
+        with disk_errors(path), alone(path):
+            index = usable(path, directory, made_by)  # what another process has done meanwhile
+            if not up_to_date(index, files):
+                update(index, files, model, processor, batch_size, save_every, progress)
     index = open_image_index(path)
     if not index.rows:
         name, (_, why) = next(iter(index.skipped.items()))
         raise UserError(f"no picture in {directory} can be read ({len(files)} tried); the first is {name}: {why}")
     return index
+
+
+def usable(path: Path, directory: Path, made_by: str) -> ImageIndex:
+    """What lies in `path`, if this model made it of this folder; otherwise an index of nothing, to begin with."""
+    found = open_if_valid(path)
+    if found is None or found.model != made_by or found.directory != directory.resolve():
+        return ImageIndex(
+            path, directory.resolve(), made_by, np.empty((0, 0), np.float32), {}, {}, found and found.file
+        )
+    return found
+
+
+def up_to_date(index: ImageIndex, files: dict[str, Stamp]) -> bool:
+    return files == index.rows | {name: stamp for name, (stamp, _) in index.skipped.items()}
+
+
+def update(
+    old: ImageIndex, files: dict[str, Stamp], model, processor, batch_size: int, save_every: float, progress: bool
+) -> None:
+    kept = {name: row for row, (name, stamp) in enumerate(old.rows.items()) if files.get(name) == stamp}
+    skipped = {name: entry for name, entry in old.skipped.items() if files.get(name) == entry[0]}
+    new = [name for name in files if name not in kept and name not in skipped]
+    with IndexWriter(old, kept, skipped, files, save_every) as writer:
+        encode_files(new, writer, model, processor, batch_size=batch_size, progress=progress)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time writes there. An index.json that is none of ours is put aside rather than written over."""
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path / "lock"):
+        if open_if_valid(path) is None and os.path.lexists(path / "index.json"):
+            os.replace(path / "index.json", path / "index.json.unreadable")
+        yield
 
 
 def encode_files(names: list[str], writer: IndexWriter, model, processor, *, batch_size: int, progress: bool) -> None:
@@ -137,7 +172,6 @@ class IndexWriter:
 
     def __enter__(self) -> IndexWriter:
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path / self.file_name, "xb", buffering=0)
         try:
             self.begin()
@@ -196,7 +230,7 @@ class IndexWriter:
             write_all(self.file, npy_header(len(self.names), self.width))
             self.file.seek(0, os.SEEK_END)
             os.fsync(self.file.fileno())
-        write_atomically(self.path / "index.json", lambda path: path.write_text(json.dumps(record)))
+        write_atomically(self.path / "index.json", lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
         self.saved = time.monotonic()
 
 
@@ -233,34 +267,72 @@ def open_image_index(path: str | Path) -> ImageIndex:
 
 
 def open_if_valid(path: Path) -> ImageIndex | None:
+    """None where there is none, or one that is cut short or not of our making: what it says is not to be relied on."""
     try:
-        record = json.loads((path / "index.json").read_text())
-        rows = {name: (size, modified) for name, size, modified in record["rows"]}
-        skipped = {name: ((size, modified), why) for name, size, modified, why in record["skipped"]}
-        shape, file = (len(rows), record["width"]), path / record["features"]
-        features = np.memmap(file, "<f4", "r", HEADER, shape) if rows else np.empty(shape, np.float32)
-    except (OSError, ValueError, KeyError, TypeError):  # missing, cut short, or not ours
+        record = json.loads(read_bytes(path / "index.json"))
+        rows = {inside(name): (whole(size), whole(modified)) for name, size, modified in record["rows"]}
+        skipped = {
+            inside(name): ((whole(size), whole(modified)), as_text(why))
+            for name, size, modified, why in record["skipped"]
+        }
+        shape, file = (len(rows), whole(record["width"])), as_text(record["features"])
+        place = path / file
+        ours = re.fullmatch(r"features-[0-9a-f]+-\d+\.npy", file) and is_own_file(place)
+        if not ours or len(rows) != len(record["rows"]) or shape[1] < bool(rows):
+            return None
+        features = np.memmap(place, "<f4", "r", HEADER, shape) if rows else np.empty(shape, np.float32)
+        directory, model = Path(as_text(record["directory"])), as_text(record["model"])
+    except (UserError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
-    return ImageIndex(path, Path(record["directory"]), record["model"], features, rows, skipped, record["features"])
+    return ImageIndex(path, directory, model, features, rows, skipped, file)
+
+
+def whole(value: object) -> int:
+    if type(value) is not int or abs(value) >= 2**63:
+        raise ValueError(f"{value!r} is no size or time")
+    return value
+
+
+def as_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def inside(name: object) -> str:
+    """The name of a picture below the folder."""
+    parts = as_text(name).split("/")
+    if not all(parts) or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} leads out of the folder")
+    return name
 
 
 def list_images(directory: Path) -> dict[str, Stamp]:
     """Every image file below `directory`, sorted by name; hidden files and folders are left out."""
-    from minivlm.datasets.images import EXTENSIONS
+    return stamps(directory, look(directory))
 
+
+def look(directory: Path) -> Listing:
+    """All that is below `directory`. UserError where there are no pictures among it."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; name the folder that holds the pictures.")
-    found = {}
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                file = Path(folder, name)
-                status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is skipped later
-                found[file.relative_to(directory).as_posix()] = (status.st_size, status.st_mtime_ns)
-    if not found:
-        raise UserError(f"{directory} holds no pictures ({', '.join(EXTENSIONS)}), nor do its sub-folders.")
-    return dict(sorted(found.items()))
+    found = list_folder(directory)
+    if not found.pictures and not found.irregular:
+        told = passed_over([found])
+        raise UserError(
+            f"{directory} holds no pictures ({', '.join(sorted(extensions()))}), nor do its sub-folders"
+            + (f": {told}" if told else ".")
+        )
+    return found
+
+
+def stamps(directory: Path, found: Listing) -> dict[str, Stamp]:
+    stamped = {}
+    for name in sorted(found.pictures + found.irregular):
+        file = directory / name
+        status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is skipped later
+        stamped[name] = (status.st_size, status.st_mtime_ns)
+    return stamped
 
 
 def fingerprint(model, processor) -> str:
@@ -268,7 +340,7 @@ def fingerprint(model, processor) -> str:
 
     The weights are rounded to bfloat16 first: one checkpoint has one fingerprint at any precision and on any device.
     """
-    digest = hashlib.sha256(f"{model.config!r} {processor.config!r}".encode())
+    digest = hashlib.sha256(f"{VERSION} {model.config!r} {processor.config!r}".encode())
     for name, tensor in model.state_dict().items():
         some = tensor.flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())

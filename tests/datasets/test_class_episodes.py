@@ -81,3 +81,21 @@ def test_what_is_missing_is_told(omniglot, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no sub-folders of pictures, one a class"):
         class_episodes(tmp_path / "empty", 1, shots=1)
+
+
+@pytest.mark.parametrize("names", [("2023", "2024"), ("00000", "00001")])
+def test_what_is_no_class_is_no_class_of_an_episode_either(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (3, 3)).save(tmp_path / name / "0.png")
+    with pytest.raises(UserError, match="so their names would be"):
+        read_classes(tmp_path, "train")
+    (tmp_path / "class_names.txt").write_text("".join(f"{name} anything\n" for name in names))
+    assert [one.image for one in read_classes(tmp_path, "train")] == list(names)
+
+
+def test_synsets_are_classes_where_no_name_is_read(tmp_path):
+    for name in ("n01440764", "n01443537"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (3, 3)).save(tmp_path / "train" / name / "0.jfif", format="JPEG")
+    assert len(read_classes(tmp_path, "train")) == 2

@@ -1,6 +1,8 @@
 """Folders of pictures: what is recognised, how splits are drawn, and one sentence for every mistake."""
 
 import json
+import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -334,3 +336,132 @@ def test_a_huge_image_is_skipped_in_training_and_an_error_in_evaluation(captions
     assert list(pairs_of(captions).skipped) == ["images/0.png"]
     with pytest.raises(UserError, match=r"2\.png .* its header declares 100 x 100 pixels, more than the limit of 9999"):
         pairs_of(captions, "val")
+
+
+# --------------------------------------------------------------------------------------------------- folders of strangers
+
+
+def whole(folder):
+    return {key for split in ("train", "val", "test") for key in keys(pairs_of(folder, split))}
+
+
+def test_every_ending_that_pillow_reads_is_a_picture_and_the_rest_is_counted(tmp_path):
+    for name in ("cat/1.jfif", "cat/2.JPE", "dog/1.Jpeg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(photo()).save(tmp_path / name, format="JPEG")
+    for name in ("dog/2.bmp", "dog/3.tga"):
+        save(tmp_path / name)
+    for name in ("cat/Thumbs.db", "cat/film.mp4", "dog/film.mp4", "dog/README", "dog/.hidden"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "dog" / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "dog" / "up").symlink_to("..")
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    assert whole(tmp_path) == {"cat/1.jfif", "cat/2.JPE", "dog/1.Jpeg", "dog/2.bmp", "dog/3.tga"}
+    note = pairs_of(tmp_path).notes[0]
+    assert note == (
+        "7 files are passed over: 2 .mp4, 2 that are no regular files, 1 .db, 1 without an ending, 1 links to folders."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "looks"),
+    [
+        (("2023", "2024"), "years or days"),
+        (("2023", "2024", "best of"), "years or days"),
+        (("2023-05-01 Oslo", "2023-06"), "years or days"),
+        (("100CANON", "101CANON"), "the folders of a camera"),
+        (("00000", "00001"), "the numbered parts of a download"),
+        (("0a", "07", "3f"), "the first digits of hashes"),
+        (("n01440764", "n01443537"), "WordNet's numbers"),
+        (("train2017", "val2017"), "the splits of a dataset without classes"),
+        (("images", "masks"), "parts of a dataset, not classes"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused_until_their_classes_are_named(tmp_path, names, looks):
+    for name in names:
+        for i in range(3):
+            save(tmp_path / name / f"{i}.png", size=(4, 4))
+    with pytest.raises(UserError, match=rf"look like {looks}.*, so their names would .*class_names\.txt \(a line: "):
+        pairs_of(tmp_path)
+    lines = [f"{name}\tclass {i}" for i, name in enumerate(names)]
+    (tmp_path / "class_names.txt").write_text("\n".join(lines[1:]), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"class_names\.txt does not name the class of the folder '{names[0]}'"):
+        pairs_of(tmp_path)
+    (tmp_path / "class_names.txt").write_text("\n".join(lines), encoding="utf-8")
+    train = pairs_of(tmp_path)
+    assert train.classes == [f"class {i}" for i in range(len(names))]
+    assert train.all_captions(0)[0].startswith("a photo of a class ")
+
+
+@pytest.mark.parametrize("names", [tuple("0123456789"), ("10", "11"), ("cat", "2023"), ("cab", "bed"), ("747", "a380")])
+def test_names_that_are_short_numbers_or_words_are_classes(tmp_path, names):
+    for name in names if names != ("cat", "2023") else ("cat", "dog", "2023"):
+        save(tmp_path / name / "1.png")
+    assert set(names) <= set(pairs_of(tmp_path).classes)
+
+
+def test_texts_beside_the_pictures_are_no_class_folder(tmp_path):
+    """As img2dataset leaves a download, or a tool for annotations its boxes."""
+    for folder in ("mine", "yours"):
+        for i in range(3):
+            save(tmp_path / folder / f"{i:09}.jpg")
+            (tmp_path / folder / f"{i:09}.txt").write_text("a caption")
+            (tmp_path / folder / f"{i:09}.json").write_text("{}")
+    with pytest.raises(UserError, match=r"mine holds texts beside its pictures \(000000000\.json\).* captions\.jsonl"):
+        pairs_of(tmp_path)
+
+
+def test_class_names_that_cannot_be_read_are_told(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    save(tmp_path / "b" / "1.png")
+    for data, message in (
+        (b"", "is empty: a line is a folder and"),
+        (b"a cat\nb", "line 2: a line is a folder and"),
+        (b"a caf\xe9", "is not UTF-8 text"),
+    ):
+        (tmp_path / "class_names.txt").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            pairs_of(tmp_path)
+
+
+def test_file_names_need_not_be_utf8_but_class_names_do(tmp_path):
+    for name in (b"cat/caf\xe9.png", b"cat/a\nb.png", b"dog/-x.png", "dog/кот 🐈.png".encode()):
+        save(tmp_path / os.fsdecode(name))
+    found = whole(tmp_path)
+    assert {os.fsencode(key) for key in found} == {
+        b"cat/caf\xe9.png",
+        b"cat/a\nb.png",
+        b"dog/-x.png",
+        "dog/кот 🐈.png".encode(),
+    }
+    save(tmp_path / os.fsdecode(b"caf\xe9") / "1.png")
+    with pytest.raises(UserError, match=r"a byte that is no UTF-8 \(\\udce9\)\. Rename its folder"):
+        pairs_of(tmp_path)
+
+
+@pytest.mark.parametrize(("disk", "told"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_is_the_same_however_it_is_spelt(captions, disk, told):
+    save(captions / unicodedata.normalize(disk, "été") / unicodedata.normalize(disk, "café.png"))
+    write_lines(captions, {**GOOD, "image": unicodedata.normalize(told, "été/café.png")})
+    assert keys(pairs_of(captions)) == [unicodedata.normalize(disk, "été/café.png")]
+
+
+@pytest.mark.parametrize("place", ["caption", "label", "split"])
+def test_half_a_surrogate_pair_is_told_by_its_line(captions, place):
+    write_lines(captions, GOOD, {**GOOD, place: "a \ud83d cat"})
+    with pytest.raises(UserError, match=r"line 2: 'a \\\\ud83d cat' is no valid text: it holds half a surrogate pair"):
+        pairs_of(captions)
+
+
+def test_a_file_list_that_is_no_file_is_told(captions):
+    (captions / "captions.jsonl").unlink()
+    os.mkfifo(captions / "captions.jsonl")
+    with pytest.raises(UserError, match=r"captions\.jsonl is no regular file but a named pipe"):
+        pairs_of(captions)
+
+
+def test_json_without_end_is_one_sentence(captions):
+    for line, message in (("[" * 100_000, "nested too deeply"), ('{"image": ' + "9" * 10_000 + "}", "line 1: ")):
+        write_lines(captions, line)
+        with pytest.raises(UserError, match=message):
+            pairs_of(captions)

@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from minivlm.datasets.class_folders import passed_over
 from minivlm.errors import UserError
 from minivlm.tasks import build_image_index, index_path, open_image_index, search_images
-from minivlm.tasks.image_index import fingerprint
+from minivlm.tasks.image_index import fingerprint, look
 from minivlm.tasks.search import best_rows
 from tests.colours import ColourModel, ColourProcessor, paint
 
@@ -65,7 +67,7 @@ def test_the_index_is_a_plain_npy_of_unit_vectors_and_a_json(pictures, tmp_path)
     want = model.encode_image(ColourProcessor().images([pictures / name for name, *_ in record["rows"]]))
     assert isinstance(index.features, np.memmap) and features.dtype == np.float32
     assert np.array_equal(features, want.detach().numpy()) and np.array_equal(features, index.features)
-    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == sorted([record["features"], "index.json"])
+    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == sorted([record["features"], "index.json", "lock"])
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 60])
@@ -282,3 +284,78 @@ def test_queries_that_make_no_sense_are_refused(pictures, tmp_path):
 def test_the_progress_bar_counts_every_picture(pictures, tmp_path, capsys):
     build(pictures, tmp_path / "index", progress=True)
     assert "6/6" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- indexes of strangers
+
+
+@pytest.mark.parametrize("name", ["../diary.npy", "{}/diary.npy", "diary.npy", "features-1-1.npy"])
+def test_an_index_that_names_another_file_does_it_no_harm(pictures, tmp_path, name):
+    """features-1-1.npy is called like one of ours, but is a link."""
+    index = build(pictures, tmp_path / "index")
+    diary = tmp_path / "diary.npy"
+    diary.write_bytes(b"dear diary" * 1000)
+    (tmp_path / "index" / "diary.npy").write_bytes(diary.read_bytes())
+    (tmp_path / "index" / "features-1-1.npy").symlink_to(diary)
+    record = json.loads((tmp_path / "index" / "index.json").read_text())
+    record["features"] = name.format(tmp_path)
+    (tmp_path / "index" / "index.json").write_text(json.dumps(record))
+    paint(pictures / "new.png", "red")  # so that there is something to do
+    again = build(pictures, tmp_path / "index")
+    assert len(again) == len(index) + 1
+    for kept in (diary, tmp_path / "index" / "diary.npy", tmp_path / "index" / "features-1-1.npy"):
+        assert kept.read_bytes() == b"dear diary" * 1000
+
+
+STRANGE = [None, -1, 2**70, 1.5, float("nan"), "7", "../../red.png", "/etc/passwd", [], {}, True, [[]], [["a", 1]]]
+
+
+@pytest.mark.parametrize("key", ["directory", "model", "features", "width", "rows", "skipped", "name", "size", "why"])
+def test_whatever_an_index_says_the_pictures_are_found(pictures, tmp_path, key):
+    (pictures / "broken.png").write_text("no picture")
+    build(pictures, tmp_path / "index")
+    whole = (tmp_path / "index" / "index.json").read_text()
+    for value in STRANGE:
+        record = json.loads(whole)
+        row, place = {"name": ("rows", 0), "size": ("rows", 1), "why": ("skipped", 3)}.get(key, (None, None))
+        if row:
+            record[row][0][place] = value
+        else:
+            record[key] = value
+        (tmp_path / "index" / "index.json").write_text(json.dumps(record))
+        index = build(pictures, tmp_path / "index")
+        assert len(index) == 6 and found("a blue thing", index, top_k=1) == ["blue.PNG"]
+    for text in ("[]", "null", "[" * 100_000, "9" * 10_000, "\0"):
+        (tmp_path / "index" / "index.json").write_text(text)
+        assert len(build(pictures, tmp_path / "index")) == 6
+
+
+def test_an_index_json_of_somebody_else_is_put_aside(pictures, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.json").write_text('{"pages": 7}')
+    assert len(build(pictures, tmp_path / "site")) == 6
+    assert (tmp_path / "site" / "index.json.unreadable").read_text() == '{"pages": 7}'
+
+
+def test_a_pipe_among_the_pictures_is_named_and_what_is_no_picture_is_counted(pictures, tmp_path):
+    os.mkfifo(pictures / "pipe.png")
+    paint(pictures / "a.jfif", "red")
+    (pictures / "film.mp4").write_text("x")
+    index = build(pictures, tmp_path / "index")
+    assert "a.jfif" in index.rows and "is no regular file but a named pipe" in index.skipped["pipe.png"][1]
+    assert passed_over([look(pictures)], irregular=False) == "2 files are passed over: 1 .mp4, 1 .txt."
+
+
+def test_names_that_are_no_utf8_are_found(pictures, tmp_path):
+    paint(pictures / os.fsdecode(b"caf\xe9.png"), "blue")
+    paint(pictures / "a\nb.png", "red")
+    for _ in range(2):
+        index = build(pictures, tmp_path / "index")
+        assert {os.fsdecode(b"caf\xe9.png"), "a\nb.png"} <= index.rows.keys()
+
+
+def test_two_builds_of_one_index_wait_for_each_other(pictures, tmp_path):
+    models = [ColourModel(), ColourModel()]
+    with ThreadPoolExecutor() as pool:
+        indexes = list(pool.map(lambda model: build(pictures, tmp_path / "index", model), models))
+    assert [len(index) for index in indexes] == [6, 6] and sorted(model.calls for model in models) == [0, 6]

@@ -1,0 +1,200 @@
+"""Folders with one sub-folder a class: which pictures they hold, and whether their names are names of classes at all.
+
+    DIR/<class>/…/*.jpg                   "_" in a class name reads as a space
+    DIR/train/<class>/…, DIR/test/…       the same with the split given; val (or valid, validation) beside them
+    DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench"
+
+Pictures also lie in folders that are no classes: a year of photographs, a shard of a download. To be taught "an image of
+a 2023" helps nobody, so those are refused unless class_names.txt says what they show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minivlm.datasets.images import extensions
+from minivlm.errors import UserError
+from minivlm.files import check_text, read_bytes, readable
+
+NAMES = "class_names.txt"
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside a picture and called like it: what is said about it
+
+# ------------------------------------------------------------------------------------------------- what a folder holds
+
+
+@dataclass
+class Listing:
+    """What lies below a folder, hidden files and folders left out; names are paths below it, with slashes."""
+
+    pictures: list[str] = field(default_factory=list)  # sorted, by their endings
+    irregular: list[str] = field(default_factory=list)  # called like pictures, but pipes, devices, links to nowhere
+    others: list[str] = field(default_factory=list)
+    linked: int = 0  # links to folders, which are not followed
+    closed: int = 0  # folders that may not be read
+
+
+def list_folder(directory: Path) -> Listing:
+    found, waiting = Listing(), [""]
+    while waiting:
+        place = waiting.pop()
+        try:
+            entries = list(os.scandir(directory / place))
+        except OSError:  # no permission, or a path that is too long: counted
+            found.closed += 1
+            continue
+        for entry in entries:
+            name = f"{place}/{entry.name}" if place else entry.name
+            if entry.name.startswith((".", "__")) and (entry.is_dir() or entry.name.startswith(".")):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(name)
+            elif entry.is_dir():
+                found.linked += 1
+            elif os.path.splitext(name)[1].lower() not in extensions():
+                found.others.append(name)
+            else:
+                (found.pictures if entry.is_file() else found.irregular).append(name)
+    for names in (found.pictures, found.irregular, found.others):
+        names.sort()
+    return found
+
+
+def passed_over(listings: Iterable[Listing], *, irregular: bool = True) -> str | None:
+    """A sentence on what is not looked at, "3 files are passed over: 2 .txt, 1 .mp4."; None if there is nothing."""
+    counts: Counter[str] = Counter()
+    for found in listings:
+        counts.update(os.path.splitext(name)[1].lower() or "without an ending" for name in found.others)
+        if irregular and found.irregular:
+            counts["that are no regular files"] += len(found.irregular)
+        counts += Counter({"links to folders": found.linked, "folders that cannot be read": found.closed})
+    if not counts:
+        return None
+    total, most = sum(counts.values()), counts.most_common(6)
+    told = [f"{count} {readable(kind)}" for kind, count in most] + (["…"] if len(counts) > len(most) else [])
+    return f"{total} {'file is' if total == 1 else 'files are'} passed over: {', '.join(told)}."
+
+
+# -------------------------------------------------------------------------------------------------------------- classes
+
+
+@dataclass
+class ClassFolder:
+    path: str  # below the directory
+    name: str
+    split: str | None
+    found: Listing
+
+    def pictures(self) -> list[str]:
+        """Their paths below the directory."""
+        return [f"{self.path}/{name}" for name in self.found.pictures]
+
+
+def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
+    """The classes that have pictures, in the order of their names, and notes on what is passed over.
+
+    UserError where the folders hold something else than the pictures of a class each.
+    """
+    folders = subfolders(directory)
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
+    if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
+        places = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
+    else:
+        places = [(None, folder) for folder in folders]
+    named = read_names(directory)
+    classes = []
+    for split, folder in places:
+        found = list_folder(folder)
+        if found.pictures:
+            path = folder.relative_to(directory).as_posix()
+            name = named.get(folder.name, "") if named else folder.name.replace("_", " ")
+            classes.append(ClassFolder(path, name, split, found))
+    if not named:
+        refuse_other_layouts(directory, {one.path: one.found for one in classes})
+    for one in classes:
+        if not one.name:
+            raise UserError(
+                f"{directory / NAMES} does not name the class of the folder {os.path.basename(one.path)!r}."
+            )
+        try:
+            check_text(one.name)
+        except ValueError as error:
+            raise UserError(f"a class in {directory} cannot be called so: {error}. Rename its folder.") from None
+    note = passed_over(one.found for one in classes)
+    return classes, [note] if note else []
+
+
+def subfolders(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def read_names(directory: Path) -> dict[str, str]:
+    """Folder → class, of class_names.txt; empty if there is none. A line is a folder, a tab or a space, and a name."""
+    if not os.path.lexists(path := directory / NAMES):
+        return {}
+    try:
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text.") from None
+    names = {}
+    for number, line in enumerate(lines, 1):
+        folder, _, name = line.partition("\t" if "\t" in line else " ")
+        if line and not name.strip():
+            raise UserError(
+                f"{path}, line {number}: a line is a folder and the name of its class, as in 'n01440764 tench'."
+            )
+        names[folder.strip()] = name.strip()
+    names.pop("", None)
+    if not names:
+        raise UserError(f"{path} is empty: a line is a folder and the name of its class, as in 'n01440764 tench'.")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------ other layouts
+
+YEAR = r"(19|20)\d\d"
+NO_CLASSES: tuple[tuple[str, str, str], ...] = (  # what folders are called, what that looks like, what could be done
+    (rf"{YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?([-_ ].*)?)?", "years or days", ""),
+    (r"\d{3}([A-Z_]{5}|_\d{4})|DCIM", "the folders of a camera", ""),
+    (
+        r"0\d{2,}|\d{5,}",
+        "the numbered parts of a download",
+        "or read what is said about the pictures from captions.jsonl, ",
+    ),
+    (r"(?=.*\d)(?=.*[a-f]|0)[0-9a-f]{2}", "the first digits of hashes", ""),
+    (r"(train|training|val|valid|validation|test)[-_]?\d+", "the splits of a dataset without classes", ""),
+    (
+        r"(?i)(jpeg|png)?images?|imgs?|annotations?|segmentation\w*",
+        "parts of a dataset, not classes",
+        "",
+    ),
+)
+SYNSETS = (r"n\d{8}", "WordNet's numbers, as ImageNet's folders are called", "")
+
+
+def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
+    """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learnt."""
+    names = sorted({os.path.basename(path) for path in folders})
+    remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME)"
+    for pattern, kind, other in (*NO_CLASSES, *([SYNSETS] if named else [])):
+        like = [name for name in names if re.fullmatch(pattern, name)]
+        if like and 2 * len(like) >= len(names):
+            shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
+            raise UserError(
+                f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learnt as "
+                f"classes: rename them, {other}or {remedy.format(like[0])}."
+            )
+    for path, found in folders.items():
+        stems = {os.path.splitext(name)[0] for name in found.pictures}
+        beside = [n for n in found.others if os.path.splitext(n)[1] in SIDECARS and os.path.splitext(n)[0] in stems]
+        if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(stems):
+            raise UserError(
+                f"{directory / path} holds texts beside its pictures ({beside[0]}), as img2dataset and annotation tools "
+                "leave them, and not the pictures of a class alone: write what they say to captions.jsonl; or, if the "
+                f"folder is a class, {remedy.format(os.path.basename(path))}."
+            )
