@@ -94,6 +94,15 @@ def check_text(text: str) -> None:
         raise ValueError(f"{readable(text[:40])!r} is no valid text: it holds {kind} (\\u{ord(half):04x})") from None
 
 
+def valid_text(text: str) -> str:
+    """The text itself. UserError if it is none, as in `check_text`."""
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    return text
+
+
 def readable(text: str) -> str:
     """The text with \\udce9 for what no terminal, file or font can show."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.files import valid_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,9 +114,20 @@ class Processor:
             short, long = min(W, H), max(W, H)
             long = int(size * long / short)
             W, H = (size, long) if W <= H else (long, size)
-        if W * H > MAX_PIXELS:
+        if W * H <= MAX_PIXELS:
+            return image.resize((W, H), Resampling[c.resample.upper()])
+        if c.crop == "none":
             raise UserError(f"a picture of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
-        return image.resize((W, H), Resampling[c.resample.upper()])
+        return self.resize_middle(image, (W, H), times, Resampling[c.resample.upper()])
+
+    def resize_middle(self, image: Image.Image, size: tuple[int, int], times: int, resample: int) -> Image.Image:
+        """What `crop` will keep of the image at this size, without the rest: a picture of 1×20,000 would fill the memory."""
+        S = self.image_size * times
+        starts = [max(0, self.first_row(side - S)) for side in size]
+        ends = [min(side, start + S) for side, start in zip(size, starts, strict=True)]
+        scale = [own / side for own, side in zip(image.size, size, strict=True)]
+        box = [place * by for place, by in zip(starts + ends, scale * 2, strict=True)]
+        return image.resize([end - start for end, start in zip(ends, starts, strict=True)], resample, box=tuple(box))
 
     def crop(self, pixels: np.ndarray, times: int = 1) -> np.ndarray:
         """(H, W, 3) → the middle (S, S, 3); black around a picture that is smaller."""
@@ -169,11 +181,11 @@ class Processor:
         token, as the published tokenisers have it; `ids` makes room for the picture."""
         if isinstance(strings, str):
             raise TypeError(f"a list of strings is wanted, not one string: [{strings!r}]")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(strings))]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast([*map(valid_text, strings)])]
 
     def ids(self, text: str, *, frame: bool = False) -> list[int]:
         """The ids of a piece of text, `<image>` marks expanded; frame: with the start and end tokens of a whole one."""
-        return self.expand(self.tokenizer.encode(text, add_special_tokens=frame).ids)
+        return self.expand(self.tokenizer.encode(valid_text(text), add_special_tokens=frame).ids)
 
     def expand(self, ids: list[int]) -> list[int]:
         """Every `<image>` becomes as many placeholders as a picture has features, fenced in if the model knows it so."""

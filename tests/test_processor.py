@@ -105,9 +105,44 @@ def test_no_pictures_are_an_empty_batch():
     assert plain(image_size=8).images([]).shape == (0, 3, 8, 8)
 
 
-def test_a_line_of_pixels_does_not_fill_the_memory():
+@pytest.mark.parametrize("crop", ["floor", "round"])
+@pytest.mark.parametrize("sides", [(1, 100_000), (61, 15_000)])
+def test_a_line_of_pixels_does_not_fill_the_memory(crop, sides):
+    """1×100,000 at 224 would be 224 × 22,400,000."""
+    line = np.zeros((*sides, 3), dtype=np.uint8)
+    line[:, sides[1] // 2 :] = 255
+    seen = plain(image_size=224, crop=crop).images([line, line.transpose(1, 0, 2)])
+    assert seen.shape == (2, 3, 224, 224) and torch.equal(seen[1], seen[0].mT)
+    left, right = seen[0, :, :, :112].mean(), seen[0, :, :, 112:].mean()
+    assert left < 128 < right
     with pytest.raises(UserError, match="1×100000 is too narrow"):
-        plain(image_size=224).images([np.zeros((100_000, 1, 3), dtype=np.uint8)])
+        plain(image_size=224, crop="none").images([np.zeros((100_000, 1, 3), dtype=np.uint8)])
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("resize_to", [32, 40, 20])
+@pytest.mark.parametrize("size", [(31, 401), (400, 30), (1, 500), (801, 3)])
+def test_the_middle_of_a_narrow_picture_is_what_the_crop_of_the_whole_would_keep(monkeypatch, size, resize_to, tiles):
+    coarse = np.random.default_rng(0).integers(40, 216, (4, 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+    processor = plain(image_size=32, resize_to=resize_to, tiles=tiles)
+    whole = processor.images([picture])
+    monkeypatch.setattr("minivlm.datasets.images.MAX_PIXELS", 900)
+    assert (processor.images([picture]) - whole).abs().max() <= 2  # rounded in another order
+
+
+def test_a_picture_in_memory_lies_as_its_exif_says_and_a_broken_one_is_one_sentence(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient(40, 50)).save(tmp_path / "a.jpg", exif=exif)
+    processor = plain(image_size=32)
+    by_path = processor.images([tmp_path / "a.jpg"])
+    assert torch.equal(processor.images([Image.open(tmp_path / "a.jpg")]), by_path)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-100])
+    with pytest.raises(UserError, match="a picture cannot be read: image file is truncated"):
+        processor.images([Image.open(tmp_path / "b.jpg")])
+    with pytest.raises(UserError, match="a picture cannot be read: its pixels are floating-point numbers"):
+        processor.images([Image.new("F", (4, 4))])
 
 
 def test_files_that_are_no_pictures_are_named(tmp_path):
@@ -237,3 +272,11 @@ def test_an_unknown_padding_token_is_named(trained):
 def test_the_config_survives_json():
     for c in (ProcessorConfig(), ProcessorConfig(pad_token="</s>", crop="round", resize_to=40, mean=(0.1, 0.2, 0.3))):
         assert config.from_dict(ProcessorConfig, config.to_dict(c)) == c
+
+
+@pytest.mark.parametrize("text", ["a \ud83d cat", "caf\udce9"])
+def test_what_is_no_text_is_refused_in_one_sentence(trained, text):
+    for ask in (lambda: trained.text(["fine", text], cut=True), lambda: trained.ids(text)):
+        with pytest.raises(UserError, match=r"is no valid text: it holds (half a surrogate|a byte that is no UTF-8)"):
+            ask()
+    assert trained.text(["a\x00b"])[1].any()

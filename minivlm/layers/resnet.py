@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.errors import UserError
 from minivlm.layers.attention import CrossAttention
 from minivlm.layers.position import resize_position_table
 
@@ -146,7 +147,10 @@ class ResNet(nn.Module):
         """(B, 3, H, W) → (B, C, h, w) after the stem and as many stages as `layer` says."""
         H, W = images.shape[-2:]
         if H % 32 or W % 32:
-            raise ValueError(f"images are {H}×{W}, but both sides must be multiples of 32")
+            raise UserError(
+                f"images are {H}×{W}, but both sides must be multiples of 32: without a centre crop (do_center_crop in "
+                "preprocessor_config.json) they keep their shape, so crop or pad them before."
+            )
         x = images.to(self.stem[0].conv.weight.dtype)  # weights may be stored in half precision
         for conv in self.stem:
             x = F.relu(conv(x))

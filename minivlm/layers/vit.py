@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from minivlm.errors import UserError
 from minivlm.layers.attention import CrossAttention
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import resize_position_table
@@ -110,7 +111,10 @@ class VisionTransformer(nn.Module):
         H, W = images.shape[-2:]
         P = self.config.patch_size
         if (H % P or W % P) and not self.config.drop_border:
-            raise ValueError(f"images are {H}×{W}, but both sides must be multiples of the patch size {P}")
+            raise UserError(
+                f"images are {H}×{W}, but both sides must be multiples of the patch size {P}: without a centre crop "
+                "(do_center_crop in preprocessor_config.json) they keep their shape, so crop or pad them before."
+            )
         images = images[..., : H // P * P, : W // P * P]
         images = images.to(self.position_embedding.dtype)  # weights may be stored in half precision
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) → (B, N, D)

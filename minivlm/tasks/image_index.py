@@ -139,10 +139,22 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
         for batch in read_ahead(pool, read, names, batch_size):
             pixels = {name: image for name, image in batch if not isinstance(image, UserError)}
             writer.skip({name: str(error) for name, error in batch if isinstance(error, UserError)})
-            if pixels:
-                features = encode_pixels(torch.cat(list(pixels.values())), model).flatten(1)  # (B, D), or (B, Q · D)
-                writer.add(pixels, features.cpu().numpy())
+            for names in by_shape(pixels):
+                try:
+                    features = encode_pixels(torch.cat([pixels[name] for name in names]), model).flatten(1)
+                except UserError as error:  # no size that the model can read
+                    writer.skip({name: f"{writer.directory / name}: {error}" for name in names})
+                else:
+                    writer.add(names, features.cpu().numpy())  # (B, D), or (B, Q · D)
             bar.update(len(batch))
+
+
+def by_shape(pixels: dict[str, Tensor]) -> list[list[str]]:
+    """The names of pictures that can be one batch: without a crop, they differ in size."""
+    groups: dict[tuple, list[str]] = {}
+    for name, image in pixels.items():
+        groups.setdefault(image.shape, []).append(name)
+    return list(groups.values())
 
 
 def read_ahead(pool: ThreadPoolExecutor, read: Callable, names: list[str], batch_size: int) -> Iterator[list[tuple]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minivlm.errors import UserError
 from minivlm.layers import RESNET_SIZES, ResNet, ResNetConfig, resize_position_table
 from minivlm.layers.resnet import Bottleneck, GridAttentionPool
 from minivlm.testing import assert_batch_independent, assert_gradient_reaches, assert_same
@@ -83,7 +84,7 @@ class TestResNet:
         assert_same(resnet(images), pool_by_hand(pool, grid, table))
 
     def test_sides_that_are_no_multiples_of_32(self, resnet):
-        with pytest.raises(ValueError, match="images are 64×48, but both sides must be multiples of 32"):
+        with pytest.raises(UserError, match="images are 64×48, but both sides must be multiples of 32"):
             resnet(torch.randn(1, 3, 64, 48))
         with pytest.raises(ValueError, match="image_size 100 is not a multiple of 32"):
             ResNetConfig(image_size=100)

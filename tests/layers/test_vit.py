@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minivlm.errors import UserError
 from minivlm.layers import VIT_SIZES, VisionConfig, VisionTransformer, resize_position_table
 from minivlm.testing import (
     assert_batch_independent,
@@ -94,7 +95,7 @@ class TestResolution:
 
     def test_a_side_that_is_no_multiple_of_the_patch(self):
         for size in [(12, 13), (10, 12)]:
-            with pytest.raises(ValueError, match=f"images are {size[0]}×{size[1]}, .* multiples of the patch size 4"):
+            with pytest.raises(UserError, match=f"images are {size[0]}×{size[1]}, .* multiples of the patch size 4"):
                 build()(images(*size))
         with pytest.raises(ValueError, match="image_size 30 is not a multiple of patch_size 4"):
             replace(SMALL, image_size=30)

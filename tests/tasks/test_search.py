@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 
 from minivlm.datasets.class_folders import passed_over
 from minivlm.errors import UserError
+from minivlm.layers import TextConfig, VisionConfig
+from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.processor import Processor
 from minivlm.tasks import build_image_index, index_path, open_image_index, search_images
 from minivlm.tasks.image_index import fingerprint, look
 from minivlm.tasks.search import best_rows
@@ -359,3 +363,17 @@ def test_two_builds_of_one_index_wait_for_each_other(pictures, tmp_path):
     with ThreadPoolExecutor() as pool:
         indexes = list(pool.map(lambda model: build(pictures, tmp_path / "index", model), models))
     assert [len(index) for index in indexes] == [6, 6] and sorted(model.calls for model in models) == [0, 6]
+
+
+def test_pictures_that_are_not_cropped_are_encoded_by_their_size_and_told_where_none_is_read(tmp_path):
+    vision = VisionConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2)
+    text = TextConfig(width=16, depth=1, heads=2, vocab_size=300, context=8, end_token=3)
+    torch.manual_seed(0)
+    model = CLIP(CLIPConfig(vision=vision, text=text, embed_width=8)).eval()
+    processor = Processor.train(["a"], vocab_size=300, image_size=16, context=8)
+    processor.config = replace(processor.config, crop="none")
+    for name, size in {"a": (32, 16), "b": (16, 16), "c": (32, 16), "d": (45, 20)}.items():
+        paint(tmp_path / "pictures" / f"{name}.png", "red", size=size)
+    index = build_image_index(tmp_path / "pictures", model, processor, path=tmp_path / "index", progress=False)
+    assert set(index.rows) == {"a.png", "b.png", "c.png"}
+    assert "multiples of the patch size 8: without a centre crop (do_center_crop" in index.skipped["d.png"][1]
