@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
 from minivlm.layers.efficientnet import EfficientNet
+from minivlm.layers.perceiver import PerceiverResampler
+from minivlm.layers.qformer import QFormer
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.transformer import Transformer
+from minivlm.models.fusion import ViLBERT
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -139,8 +142,11 @@ def compile_parts(model: nn.Module, **options) -> None:
     """torch.compile on what all models are made of, stacks of blocks and stages of convolutions, by whatever method of the
     model they are reached. In place: names of parameters and checkpoints stay as they are."""
     for module in list(model.modules()):
-        if isinstance(module, Transformer):
+        if isinstance(module, (Transformer, PerceiverResampler)):
             module.compile(**options)
+        elif isinstance(module, (QFormer, ViLBERT)):  # more than one way leads through these, or another than `forward`
+            for name in ("forward", "look", "tell") if isinstance(module, QFormer) else ("fuse",):
+                setattr(module, name, torch.compile(getattr(module, name), **options))
         elif isinstance(module, (ResNet, EfficientNet)):
             for stage in module.stages:
                 stage.compile(**options)

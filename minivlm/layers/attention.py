@@ -110,13 +110,15 @@ def attend_fused(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dro
     options = dict(dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     allowed = None if causal and mask is None and bias is None and T == S else combine(mask, causal, T, S, q.device)
     if allowed is None and bias is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1, **options)
+        if causal and T > 1:  # an `if`, as is_causal has to be a plain bool where lengths are symbols (torch.compile)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        return F.scaled_dot_product_attention(q, k, v, **options)
     shut = allowed
     if bias is not None:
         bias = bias.to(q.dtype)
         shut = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=shut, **options)
-    if mask is not None or T > S:  # kernels differ in what they give for a row that may attend to nothing
+    if mask is not None or (causal and T > S):  # kernels differ in what they give for a row that may attend to nothing
         y = y.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
     return y
 
