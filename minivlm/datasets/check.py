@@ -159,7 +159,8 @@ def show_classes(items: list[Item]) -> None:
 
 def show_captions(items: list[Item], processor) -> None:
     """Lengths in tokens, and what the captions forbid the augmentation to do."""
-    from minivlm.datasets.transforms import COLOURS, PLACES, SIDES, SIGNS, words
+    from minivlm.datasets.english import is_english
+    from minivlm.datasets.transforms import COLOURS, GUARDED, PLACES, SIDES, SIGNS, words
 
     texts = [caption for item in items for caption in item.captions]
     lengths = np.array([len(ids) for ids in processor.encode(texts)])
@@ -169,6 +170,10 @@ def show_captions(items: list[Item], processor) -> None:
         f"of {len(texts)} captions"
     )
     said = [words(text) for text in texts]
+    if unread := sum(not is_english(text, GUARDED) for text in texts):
+        print(
+            f"{unread} captions are not recognised as English: their images are neither mirrored, cropped nor recoloured"
+        )
     for named, forbidden, kind in ((SIDES | SIGNS, "mirrored", "side or sign"), (PLACES, "cropped", "place")):
         print(f"{sum(bool(s & named) for s in said)} captions name a {kind}: their images are not {forbidden}")
     print(f"{sum(bool(s & COLOURS) for s in said)} captions name a colour: saturation and hue stay as they are")

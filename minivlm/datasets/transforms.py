@@ -10,6 +10,7 @@ A crop can remove what stands "at the top left", a mirror turns left into right,
     letters, digits (SIGNS)  flip            a mirrored 3 is no 3
     a place (SIDES, PLACES)  crop            the whole picture is resized to the square: nothing at an edge is lost
     a colour (COLOURS)       saturation, hue a pale pink must not become gray, or orange
+    what cannot be read      any of these    "links" may be a side: only English is read (english.py)
 
 Brightness and contrast, by a fifth, rename no colour. Not guarded: a count ("four airplanes"), of which a crop that
 keeps 80 % may cut one.
@@ -24,6 +25,8 @@ from math import log
 import numpy as np
 import torch
 from torch import Tensor
+
+from minivlm.datasets.english import is_english
 
 
 def words(caption: str) -> set[str]:
@@ -47,6 +50,14 @@ COLOURS = words(
     "emerald reddish yellowish greenish bluish purplish pinkish brownish whitish grayish greyish "
     "color colors colored colorful colour colours coloured colourful monochrome"
 )
+
+GUARDED = SIDES | PLACES | SIGNS | COLOURS
+
+
+def read(caption: str) -> set[str]:
+    """Its words; of what is not recognised as English, all words that forbid something as well."""
+    said = words(caption)
+    return said if is_english(caption, GUARDED) else said | GUARDED
 
 
 class TrainTransform:
@@ -82,7 +93,7 @@ class TrainTransform:
     ) -> Tensor:
         if not self.augment:
             return self.normalise(self.plain(images))
-        said = [words(caption) for caption in captions]
+        said = [read(caption) for caption in captions]
         # Every image takes the same draws whatever its caption says, so one caption never changes another image.
         boxes = self.crop_boxes(images, rng)
         flips = rng.random(len(images)) < 0.5
@@ -105,6 +116,9 @@ class TrainTransform:
     def centre(self, image: np.ndarray) -> np.ndarray:
         from minivlm._torchvision import functional as F
 
+        H, W = image.shape[:2]
+        most = 16 * min(H, W)  # of a line of pixels only the middle will be seen, and the whole would fill the memory
+        image = image[max(0, (H - most) // 2) :][:most, max(0, (W - most) // 2) :][:, :most]
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         pixels = F.resize(pixels, [self.image_size], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(pixels, [self.image_size]).permute(1, 2, 0).numpy()

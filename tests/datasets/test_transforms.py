@@ -191,3 +191,63 @@ def test_each_jitter_is_what_its_name_says():
 
 def test_words_are_whole_words():
     assert words("Left-hand side, gate 12, stopped") == {"left", "hand", "side", "gate", "1", "2", "stopped"}
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("左边的猫", "猫は右にいる", "Кот слева", "القط على اليسار", "η γάτα αριστερά", "बिल्ली बाईं ओर है"),
+        *(
+            "Der Hund steht links im Bild",
+            "un chat à gauche",
+            "un chat a gauche",
+            "El gato de la izquierda",
+            "il gatto a destra",
+        ),
+        *(
+            "een man links in het water",
+            "kucing di kiri",
+            "katten til venstre",
+            "kissa vasemmalla",
+            "pies po lewej stronie",
+        ),
+        *(
+            "a photo of a gato izquierdo.",
+            "a photo of a 左手.",
+            "a picture of a linksabbieger.",
+            "a dog, 左",
+            "a man (gauche)",
+        ),
+        *("rot", "zwei Blumen", "qwertz", "", "12"),
+    ],
+)
+def test_what_cannot_be_read_is_neither_mirrored_nor_cropped_nor_recoloured(caption):
+    images = noise(16, 32, 32)
+    transform = plain_transform(colour_jitter=(0, 0, 0.5, 0.3))
+    assert torch.allclose(run(transform, images, caption), as_tensor(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("cat", "two brown dogs running through snow", "A man’s hat – “old”", "this flower has petals with spots"),
+        *(
+            "a photo of a bulbasaur.",
+            "this is a hard-leaved pocket orchid.",
+            "a tench.",
+            "there is a blue star and a ring",
+        ),
+    ],
+)
+def test_what_is_english_is_mirrored(caption):
+    images = noise(16, 32, 32)
+    transform = plain_transform(scale=(1, 1), ratio=(1, 1), colour_jitter=STILL)
+    assert not torch.equal(run(transform, images, caption), as_tensor(images))
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1), (3, 4000)])
+def test_without_chance_a_line_of_pixels_shows_its_middle(size):
+    line = np.zeros((*size, 3), dtype=np.uint8)
+    line[tuple(slice(side // 2 - 20, side // 2 + 20) if side > 40 else slice(None) for side in size)] = 255
+    batch = plain_transform(64, augment=False)([line], [""], None)
+    assert batch.shape == (1, 3, 64, 64) and batch.min() > 0.99
