@@ -14,7 +14,7 @@ from tqdm import tqdm
 from minivlm import recipes, training
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
-from minivlm.run import Run, restore
+from minivlm.run import Run, restore, restore_random
 
 
 def main(argv: list[str]) -> None:
@@ -22,16 +22,20 @@ def main(argv: list[str]) -> None:
     if options.help or options.list:
         print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
     else:
-        plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
-        first = training.is_first_process()
-        if first:
-            recipes.check_places(plan)
-        if (sentence := recipes.announcement(plan)) and first:
-            print(sentence)
-        for name, recipe, options in plan:
-            with Run(options.directory(name), keep=recipe.keep, write=first) as run:
-                if not train(name, recipe, options, run):
-                    break
+        _, world = training.start_processes(training.choose_device(options.device))
+        with training.ending_together():
+            plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
+            for _, recipe, _ in plan:
+                training.check_batch(recipe.batch_size, world)
+            first = training.is_first_process()
+            if first:
+                recipes.check_places(plan)
+            if (sentence := recipes.announcement(plan)) and first:
+                print(sentence)
+            for name, recipe, options in plan:
+                with Run(options.directory(name), keep=recipe.keep, write=first) as run:
+                    if not train(name, recipe, options, run):
+                        break
         training.stop_processes()
 
 
@@ -47,7 +51,8 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     resumed = run.latest() if options.resume else None
     with training.rank_zero_first():
         work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
-    model = work.model.to(device).train()
+    share = recipe.batch_size // world
+    model = training.whole_batch_norm(work.model.to(device).train(), device, world, share, recipe.micro_batch)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)
@@ -58,24 +63,30 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
     if resumed:
-        say(f"resumed from {resumed}")
+        say(f"resumed from {resumed}" + restore_random(resumed, device, rank, world))
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
     work.prepare(device, precision)
     if options.compile:
         training.compile_parts(model)
+    forward = training.losses_of(model)
 
     def save() -> None:
-        nonlocal started
-        paused = time.perf_counter()
-        try:
-            with as_stored(model):
-                score = work.validate()
-        except UserError as error:
-            raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
-        run.save(step, model, work.processor, optimiser, recipe, score)
-        bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
+        """The first process validates and writes, the others wait for it."""
+        nonlocal started, saved
+        paused, random = time.perf_counter(), training.random_states(device)
+        if rank == 0:
+            try:
+                with as_stored(model):
+                    score = work.validate()
+            except UserError as error:
+                raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
+            random[0] = training.random_state(device)  # validation may have drawn from it
+            run.save(step, model, work.processor, optimiser, recipe, score, random)
+            bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
+        training.wait_for_first()
+        saved = step
         started += time.perf_counter() - paused  # samples/s speaks of training alone
 
     # the loop
@@ -86,10 +97,11 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
         for batch in training.batches(lambda s: work.batch(s, rank, world), step, stop, device):
             with training.autocast(device, precision):
                 if recipe.micro_batch is None:
-                    losses = model.losses(**batch)
+                    losses = forward(batch)
                     sum(losses.values()).backward()
                 else:
                     losses = model.backward_in_parts(batch, recipe.micro_batch)
+                    training.average_gradients(model)
             rate = training.learning_rate(recipe.optimiser, step, recipe.steps)
             norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm)
             log.add(step, losses, norm, rate)
@@ -101,10 +113,9 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
                 bar.set_postfix_str(f"{work.progress(line)}, {speed:.0f} samples/s")
                 if interrupted():
                     break
-            if recipe.is_time_to_save(step) and rank == 0:
+            if recipe.is_time_to_save(step):
                 save()
-                saved = step
-        if rank == 0 and step > saved:
+        if step > saved:
             save()
         bar.close()
     if step < recipe.steps:
@@ -114,6 +125,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     # evaluate, and leave a model behind
     if rank == 0:
         recipes.finish(run, work)
+    training.wait_for_first()
     return True
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation
+from minivlm.losses import alone, backward, per_process
 
 
 class Model(nn.Module):
@@ -48,23 +49,36 @@ class Model(nn.Module):
         return self
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the batch, from `size` samples at a time (gradient accumulation)."""
-        B = len(next(iter(batch.values())))
+        """The gradients of `losses` of the whole batch, from `size` samples at a time (gradient accumulation).
+
+        Each loss is a sum over the whole batch, of all processes, by the count of the whole batch; the mean over a part
+        adds to it by the share that the part has in the count. Returns the losses, detached.
+        """
+        counts = self.counts(batch)
+        whole = dict(zip(counts, per_process(torch.stack([*counts.values()])), strict=True))
         total: dict[str, Tensor] = {}
-        for i in range(0, B, size):
-            part = {name: tensor[i : i + size] for name, tensor in batch.items()}
-            share = self.weight(part) / self.weight(batch)
-            losses = {name: loss * share for name, loss in self.losses(**part).items()}
-            sum(losses.values()).backward()
-            total = {name: total.get(name, 0) + loss.detach() for name, loss in losses.items()}
+        for part in self.cut(batch, size):
+            counts = self.counts(part)
+            with alone():
+                losses = self.losses(**part)
+            for name, loss in losses.items():
+                by = name if name in counts else "samples"
+                losses[name] = loss * (counts[by] / whole[by].clamp(min=1e-6))
+            total = {name: total.get(name, 0) + loss for name, loss in backward(losses).items()}
         return total
 
-    @staticmethod
-    def weight(batch: dict[str, Tensor]) -> float:
-        """How much a part of a batch counts in its mean loss: its labelled tokens, or its samples."""
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each of the `losses` is a mean over, by name: how many there are in the batch. "samples": of all others."""
+        first = first_of(batch)
+        counts = {"samples": torch.tensor(len(first), device=first.device)}
         if "labels" in batch:
-            return (batch["labels"][:, 1:] != -100).sum().item()
-        return len(next(iter(batch.values())))
+            counts["next token"] = (batch["labels"][:, 1:] != -100).sum()
+        return counts
+
+    def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+        """A batch in parts of `size` samples. `where` says where labels are in the whole batch, and stays behind."""
+        for i in range(0, len(first_of(batch)), size):
+            yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
@@ -85,6 +99,11 @@ class Model(nn.Module):
         from minivlm.checkpoint import save
 
         save(directory, self, processor, layout=layout, base=base)
+
+
+def first_of(batch: dict[str, Tensor]) -> Tensor:
+    """One that has a row for every sample: the tokens, or where there are none, whatever comes first."""
+    return batch["tokens"] if "tokens" in batch else next(iter(batch.values()))
 
 
 class Speaks:

@@ -5,15 +5,17 @@ token), each plain and memory-saving.
                           ├─ scale · I Tᵀ (+ bias) ─→ (B, B), the diagonal is true ─→ one number
     text_features  (B, D) ┘
 
-Under torchrun each process holds its rows; the loss sees the columns of all and gives the gradients of the whole batch.
+Under torchrun each process holds its rows of a batch, and every loss here is one whose mean over the processes is the loss
+of the whole batch, values and gradients alike: contrast sees the columns of all, and a mean is divided by the count of all.
 Radford et al. 2021 (CLIP), figure 3; Zhai et al. 2023 (SigLIP), equation 1; gradient caching: Gao et al. 2021.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -190,6 +192,33 @@ class ChunkedSoftmaxLoss(torch.autograd.Function):
         return grad_images.mul_(factor * scale), grad_texts.mul_(factor * scale), grad_scale, None
 
 
+# ---- whole batches from parts, and over processes ----------------------------------------------------------------------
+
+
+def in_parts(function: Callable, *tensors: Tensor | None, size: int | None) -> Tensor | tuple[Tensor, ...]:
+    """function(*tensors), with activations of only `size` rows at a time: those of the others are made again in backward.
+
+    Every tensor is (B, …), or None. function gives tensors of as many rows as it is given, which are put together, or sums
+    (), which are added. None, or all rows at once: it is simply called. Random layers see the same numbers both times. Gao
+    et al. 2021, §3 (gradient caching); Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+    """
+    B = len(next(t for t in tensors if t is not None))
+    if size is None or size >= B:
+        return function(*tensors)
+    found = []
+    for i in range(0, B, size):
+        part = (None if t is None else t[i : i + size] for t in tensors)
+        found.append(checkpoint(function, *part, use_reentrant=False))
+    join = lambda parts: torch.cat(parts) if parts[0].dim() else torch.stack(parts).sum()
+    return join(found) if torch.is_tensor(found[0]) else tuple(map(join, zip(*found, strict=True)))
+
+
+def backward(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the sum of losses, which are returned, detached."""
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
 def backward_with_gradient_cache(
     encoders: tuple[Callable[..., Tensor], ...],
     inputs: tuple[tuple[Tensor, ...], ...],
@@ -197,51 +226,54 @@ def backward_with_gradient_cache(
     *,
     chunk: int,
 ) -> Tensor:
-    """loss(*(encode(*x) for encode, x in zip(encoders, inputs))).backward(), with activations of only `chunk` rows at a time.
-
-    Every input tensor is (B, …). Features of the whole batch are computed without a graph, the loss gives their
-    gradients, and a second forward of each chunk carries these into the parameters: the gradients of the direct step,
-    for one more forward pass. Random layers see the same numbers both times; batch norm in training sees chunks instead
-    of the batch and so differs from the direct step. Returns the loss, detached. Gao et al. 2021, §3.
-    """
-    B = len(inputs[0][0])
-    starts = range(0, B, chunk)
-    states: list[dict] = []
-    features = []
-    with torch.no_grad():
-        for encode, x in zip(encoders, inputs, strict=True):
-            parts = []
-            for i in starts:
-                states.append(random_state())
-                parts.append(encode(*(t[i : i + chunk] for t in x)))
-            features.append(torch.cat(parts).requires_grad_())
-    value = loss(*features)
+    """loss(*(encode(*x) for encode, x in zip(encoders, inputs))).backward(), with activations of only `chunk` rows at a time,
+    for one more forward pass. Every input tensor is (B, …). Returns the loss, detached. See `in_parts`."""
+    value = loss(*(in_parts(encode, *x, size=chunk) for encode, x in zip(encoders, inputs, strict=True)))
     value.backward()
-    after = random_state()
-    replay = iter(states)
-    for encode, x, feature in zip(encoders, inputs, features, strict=True):
-        for i in starts:
-            set_random_state(next(replay))
-            encode(*(t[i : i + chunk] for t in x)).backward(feature.grad[i : i + chunk])
-    set_random_state(after)
     return value.detach()
 
 
-def random_state() -> dict:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+def mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """total / count, where the count is that of the whole batch: the mean over processes of what they get is the sum of all
+    by the count of all. 0 where nothing is counted."""
+    if is_distributed():
+        count = per_process(torch.as_tensor(count, device=total.device))
+        return total / torch.where(count > 0, count, 1.0)
+    return total / (count.clamp(min=1) if torch.is_tensor(count) else max(1, count))
 
 
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def per_process(counts: Tensor) -> Tensor:
+    """The counts of all processes together, by the number of processes; alone, as they are."""
+    counts = counts.float()
+    if is_distributed():
+        counts = counts.clone()
+        dist.all_reduce(counts)
+        counts = counts / dist.get_world_size()
+    return counts
+
+
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, a loss is of this process's rows alone: for those who count the rows of all themselves."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Is this a step of several processes? What is computed without gradients, as in validation, is of one process alone."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and torch.is_grad_enabled() and not _ALONE.get()
+
+
+def processes() -> int:
+    """How many share the batch."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def gather(x: Tensor) -> Tensor:
@@ -277,15 +309,17 @@ def next_token_loss(
     where: Tensor | None = None,
     chunk: int | None = None,
     smoothing: float = 0.0,
+    total: bool = False,
 ) -> Tensor:
-    """Mean cross-entropy of the labelled tokens, from logits that are computed only where there is a label.
+    """Mean cross-entropy of the labelled tokens, from logits that are computed only where there is a label; 0, with zero
+    gradients, where no token has one.
 
     hidden (B, T, D), labels (B, T) aligned with the tokens (position t is judged by label t + 1), −100 = not counted;
     weight (V, D) and bias (V,) of the head. where: `labelled(labels)`, if the caller has it (finding it on a GPU waits for
     the GPU).
     chunk: rows of logits held at a time, for the same loss and gradients; None: all at once unless they exceed 2²⁶.
     smoothing: of the labels (Szegedy et al. 2016, §7): this share of each is spread over all V. For training alone; the
-    surprise of a text is measured without.
+    surprise of a text is measured without. total: the sum instead of the mean.
     """
     where = labelled(labels) if where is None else where
     x = hidden.flatten(0, 1)[where]  # (M, D)
@@ -294,10 +328,12 @@ def next_token_loss(
     targets = labels.flatten()[where + 1]
     M, V = len(where), len(weight)
     if chunk is None and M * V <= 2**26:
-        return F.cross_entropy((x @ weight.T).float(), targets, label_smoothing=smoothing)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return ChunkedCrossEntropy.apply(x, weight, targets, chunk or max(1, 2**26 // V), smoothing)
+        losses = F.cross_entropy((x @ weight.T).float(), targets, reduction="sum", label_smoothing=smoothing)
+    else:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        losses = ChunkedCrossEntropy.apply(x, weight, targets, chunk or max(1, 2**26 // V), smoothing)
+    return losses if total else mean(losses, M)
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -307,7 +343,7 @@ def labelled(labels: Tensor) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """mean of logsumexp(z) − (1 − ε) z[target] − ε mean(z), where z = x Wᵀ, `chunk` rows at a time; the gradients are made on
+    """Sum of logsumexp(z) − (1 − ε) z[target] − ε mean(z), where z = x Wᵀ, `chunk` rows at a time; the gradients are made on
     the way forward.
 
     x (M, D), weight (V, D), targets (M,); ε: smoothing. softmax − (1 − ε) onehot − ε/V is the gradient of the logits, so no
@@ -329,17 +365,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             slope.scatter_add_(1, gold, torch.full_like(gold, smoothing - 1, dtype=torch.float32))
             if smoothing:
                 slope -= smoothing / logits.shape[1]
-            slope = (slope / len(x)).to(x.dtype)
+            slope = (slope / len(x)).to(x.dtype)  # so small that half precision holds what it adds up to
             grad_x[part] = slope @ w
             if grad_weight is not None:
                 grad_weight += slope.T @ x[part]
         ctx.save_for_backward(grad_x, grad_weight)
-        return total / len(x)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
+        grad = grad * len(grad_x)
         if grad_weight is not None:
             grad_weight = grad_weight * grad
         return grad_x * grad.to(grad_x.dtype), grad_weight, None, None, None

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from minivlm import checkpoint, config
 from minivlm.errors import UserError
-from minivlm.losses import random_state, set_random_state
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
 from minivlm.run_directory import LOCK, set_aside, take_lock
+from minivlm.training import set_random_state
 
 WEIGHTS = ("model.safetensors", "training.safetensors")
 
@@ -75,8 +75,11 @@ class Run:
             self.locks.append(take_lock(self.directory))
         return previous
 
-    def save(self, step: int, model: nn.Module, processor, optimiser, recipe, score: float) -> None:
-        """A checkpoint after `step` steps; older ones beyond the last `keep` and the best are removed."""
+    def save(
+        self, step: int, model: nn.Module, processor, optimiser, recipe, score: float, random: list[dict[str, Tensor]]
+    ) -> None:
+        """A checkpoint after `step` steps; older ones beyond the last `keep` and the best are removed. random: the random state
+        of every process, see `training.random_states`."""
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".step-{step:06d}.{os.getpid()}"
         record = {"step": step, "score": score, "recipe": config.to_dict(recipe), **self.about}
@@ -84,7 +87,7 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             checkpoint.save(temporary, model, processor)
-            checkpoint.write_tensors(temporary / "training.safetensors", training_state(model, optimiser))
+            checkpoint.write_tensors(temporary / "training.safetensors", training_state(model, optimiser, random))
             (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
             for name in ("training.safetensors", "training.json"):
                 checkpoint.flush_to_disk(temporary / name)
@@ -194,7 +197,7 @@ def restore_weights(path: Path, model: nn.Module) -> None:
 
 
 def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Weights, moments and random states of a checkpoint into model and optimiser; returns the step to go on with."""
+    """Weights and moments of a checkpoint into model and optimiser; returns the step to go on with."""
     restore_weights(path, model)
     where, tensors = path / "training.safetensors", load_tensors(path / "training.safetensors")
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -206,11 +209,32 @@ def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> i
             if any(k != "step" and v.shape != p.shape for k, v in state.items()) or (state and "step" not in state):
                 raise UserError(f"{where} does not fit the model: the moments of {names[p]} are of another shape.")
             optimiser.state[p] = {k: v.to(home.get(k, p.device)) for k, v in state.items()}
-    if "random.cpu" not in tensors:
-        raise UserError(f"{where} lacks the random state: remove {path} to go on from the checkpoint before it.")
-    cuda = [tensors[k] for k in sorted(tensors) if k.startswith("random.cuda.")]
-    set_random_state({"cpu": tensors["random.cpu"], **({"cuda": cuda} if cuda else {})})
     return read_record(path)["step"]
+
+
+def restore_random(path: Path, device: torch.device, rank: int, world: int) -> str:
+    """Each of `world` processes goes on with the random state that it had. Where they were another number, or on another kind
+    of device, all begin anew, from the step; that is returned, to be told."""
+    where = path / "training.safetensors"
+    file = open_tensors(where)
+    older = {"random.cpu": "random.0.cpu", "random.cuda.0": "random.0.cuda"}  # as earlier versions wrote them
+    names = {older.get(name, name): name for name in file.keys() if name.startswith("random.")}  # noqa: SIM118
+    before = len([name for name in names if name.endswith(".cpu")])
+    if not before:
+        raise UserError(f"{where} lacks the random state: remove {path} to go on from the checkpoint before it.")
+    if before != world or ("random.0.cuda" in names) != (device.type == "cuda"):
+        torch.manual_seed(read_record(path)["step"] * world + rank)
+        told = f"{before} process{'es' if before > 1 else ''}" + (
+            " with a GPU each" if "random.0.cuda" in names else ""
+        )
+        return f", which was saved by {told}: dropout draws other numbers than it would have"
+    mine = {
+        kind: file.get_tensor(names[f"random.{rank}.{kind}"])
+        for kind in ("cpu", "cuda")
+        if f"random.{rank}.{kind}" in names
+    }
+    set_random_state(mine, device)
+    return ""
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -218,13 +242,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def training_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What resuming needs besides the weights, as named tensors."""
+def training_state(
+    model: nn.Module, optimiser: torch.optim.Optimizer, random: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What resuming needs besides the weights, as named tensors. random: of every process."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for p, state in optimiser.state.items():
         tensors |= {f"optimiser.{names[p]}.{k}": v.detach().contiguous() for k, v in state.items()}
-    random = random_state()
-    tensors["random.cpu"] = random["cpu"]
-    tensors |= {f"random.cuda.{i}": state for i, state in enumerate(random.get("cuda", []))}
+    for rank, states in enumerate(random):
+        tensors |= {f"random.{rank}.{kind}": state for kind, state in states.items()}
     return tensors

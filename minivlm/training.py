@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import inspect
 import json
 import math
 import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -18,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
@@ -129,7 +134,6 @@ def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
 
 def optimise(model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float) -> Tensor:
     """One update from the gradients that are there; they are cleared. Returns their norm before clipping."""
-    average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     for group in optimiser.param_groups:
         group["lr"] = rate * group.get("share", 1.0)
@@ -176,24 +180,152 @@ def is_first_process() -> bool:
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Inside, the other processes wait until the first is done: it makes what is missing, they find it there."""
-    together = dist.is_available() and dist.is_initialized()
-    if together and dist.get_rank() > 0:
-        dist.barrier()
+    if not is_first_process():
+        wait_for_first()
     yield
-    if together and dist.get_rank() == 0:
-        dist.barrier()
+    if is_first_process():
+        wait_for_first()
+
+
+def wait_for_first() -> None:
+    """The first process goes on at once, and lets the others go on, who have been waiting here.
+
+    Not in a collective, which would time out (NCCL's after ten minutes) while the first validates a large folder.
+    """
+    if not several():
+        return
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    turn = store.add(f"turn of {rank}", 1)
+    while rank > 0 and store.add("turn of 0", 0) < turn:
+        if store.check([ENDED]):
+            sys.exit(2)
+        time.sleep(0.05)
+
+
+ENDED = "a process has ended"
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """What ends one process ends all of them, and is told by that one alone: the others fall silent."""
+    try:
+        yield
+    except Exception:
+        if several() and dist.distributed_c10d._get_default_store().add(ENDED, 1) > 1:
+            sys.exit(2)  # of the same mistake, or of the silence of the one that made it
+        raise
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of this process: of the CPU, and where there is one, of its GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def random_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Of all processes, in rank order; all of them have to ask."""
+    own = random_state(device)
+    if not several():
+        return [own]
+    sizes = [len(state) for state in own.values()]
+    flat = torch.cat([*own.values()]).to(device)
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flat)
+    return [dict(zip(own, one.cpu().split(sizes), strict=True)) for one in everyone]
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def several() -> bool:
+    """Do several processes train together?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def stop_processes() -> None:
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP and its hooks hold each other, and the group
         dist.destroy_process_group()
 
 
+def check_batch(batch_size: int, world: int) -> None:
+    """UserError for a batch that so many processes cannot share evenly."""
+    if batch_size % world:
+        fitting = max(1, batch_size // world) * world
+        raise UserError(
+            f"a batch of {batch_size} cannot be shared evenly by {world} processes; choose --batch_size {fitting}."
+        )
+
+
+def whole_batch_norm(model: nn.Module, device: torch.device, world: int, share: int, parts_of: int | None) -> nn.Module:
+    """The model, whose batch norm, where it is trained, counts the batch of all processes (PyTorch's SyncBatchNorm).
+
+    share: samples of a batch that each process has; parts_of: how many of them it has at a time, None: all.
+
+    UserError where batch norm would see less than the whole batch: in parts, and over processes that have no CUDA device.
+    """
+    norms = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    if not norms:
+        return model
+    normal = f"batch norm ({norms[0]}" + (f" and {len(norms) - 1} more)" if norms[1:] else ")")
+    if parts_of is not None and parts_of < share:
+        raise UserError(
+            f"{normal} takes its mean over the whole batch, of which --micro_batch {parts_of} shows it a part: "
+            "leave --micro_batch out, or take a model without batch norm, such as clip."
+        )
+    if world > 1 and device.type != "cuda":
+        raise UserError(
+            f"{normal} takes its mean over the whole batch, which {world} processes can share on CUDA devices alone "
+            f"(SyncBatchNorm), not on {device.type}: start one process, or take a model without batch norm, such as clip."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 else model
+
+
+class Losses(nn.Module):
+    """A model whose forward is its losses, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        # DDP looks for parameters without a gradient (pictures that only one process has, heads of another task), and warns
+        # where there are none; this one never has any.
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.model.losses(**batch)
+
+
+def losses_of(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """batch → `model.losses`. With several processes PyTorch's DistributedDataParallel calls it, which averages gradients
+    while the rest are still computed: losses are such that their mean over processes is that of the whole batch."""
+    if not several():
+        return lambda batch: model.losses(**batch)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # until torch 2.12
+    device = next(model.parameters()).device
+    return DistributedDataParallel(Losses(model).to(device), find_unused_parameters=True, **{sync_buffers: False})
+
+
 def average_gradients(model: nn.Module) -> None:
-    """The mean over processes of every gradient, sent as one flat tensor. Alone: nothing to do."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """The mean over processes of every gradient, sent as one flat tensor. Alone: nothing to do.
+
+    For batches in parts: each has a backward pass of its own, where DDP's hooks want one for each forward. A parameter that
+    has a gradient in some processes is sent as zeros by the others; one that has none anywhere keeps none.
+    """
+    if not several():
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.tensor([p.grad is not None for p in trained], dtype=torch.float32, device=trained[0].device)
+    dist.all_reduce(found)
+    for p, by in zip(trained, found.tolist(), strict=True):
+        if by and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in trained if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
@@ -212,7 +344,7 @@ def polite_interrupt() -> Iterator[Callable[[], bool]]:
         seen.append(number)
 
     def interrupted() -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not several():
             return bool(seen)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         flag = torch.tensor(float(bool(seen)), device=device)
@@ -280,9 +412,11 @@ class Log:
         if not self.waiting:
             return None
         # One transfer for all; steps may have different losses, where a recipe alternates between tasks.
-        values = iter(
-            torch.stack([x for _, losses, norm, _ in self.waiting for x in (*losses.values(), norm)]).tolist()
-        )
+        found = torch.stack([x.detach() for _, losses, norm, _ in self.waiting for x in (*losses.values(), norm)])
+        if several():  # the mean over processes is the loss of the whole batch; the norm is the same in all
+            dist.all_reduce(found)
+            found /= dist.get_world_size()
+        values = iter(found.tolist())
         lines = []
         for step, losses, _, rate in self.waiting:
             *numbers, norm = (next(values) for _ in range(len(losses) + 1))

@@ -308,4 +308,4 @@ class TestGradientCache:
 
         x = torch.randn(self.B, 4)
         backward_with_gradient_cache((encode, encode), ((x,), (x,)), CLIPLoss(), chunk=3)
-        assert seen == [3, 3, 1] * 4
+        assert sorted(seen) == sorted([3, 3, 1] * 4)  # both encoders, twice

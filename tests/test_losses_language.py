@@ -103,7 +103,7 @@ def test_many_logits_are_chunked_unasked(monkeypatch):
     told = SimpleNamespace(apply=lambda x, weight, targets, chunk, smoothing: chunk)
     monkeypatch.setattr(losses, "ChunkedCrossEntropy", told)
     hidden, labels = torch.randn(1, 9, 1), torch.arange(9)[None]
-    assert next_token_loss(hidden, labels, torch.empty(2**24, 1)) == 4  # 8 rows of them are twice 2²⁶
+    assert next_token_loss(hidden, labels, torch.empty(2**24, 1), total=True) == 4  # 8 rows of them are twice 2²⁶
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

@@ -159,6 +159,9 @@ class T5(PackingModel, Speaks, Model):
         """What training adds up."""
         return {"next token": self(tokens, mask, labels).loss}
 
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().counts(batch) | {"next token": (batch["labels"] != -100).sum()}
+
     @staticmethod
     def weight(batch: dict[str, Tensor]) -> float:
         """Here the first label counts as well."""

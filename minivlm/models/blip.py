@@ -13,7 +13,9 @@ Li et al. 2022, "BLIP: Bootstrapping Language-Image Pre-training for Unified Vis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +26,7 @@ from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import to_the_left
 from minivlm.layers.position import place
-from minivlm.losses import check_smoothing, next_token_loss
+from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
 from minivlm.models.matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
@@ -209,50 +211,55 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         question_mask: Tensor | None = None,
         answer: Tensor | None = None,
         answer_mask: Tensor | None = None,
+        *,
+        micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up. Text i belongs to picture i, and so do question i and its answer (B, ·), if there are some.
 
         false, false_mask (B, F): texts that are nearly right, to be told from the right ones; all masked: there is none.
+        micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
-        c, losses = self.config, {}
+        c, losses, split = self.config, {}, partial(in_parts, size=micro_batch)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        seen = self.look(images) if features is None else features
+        seen = split(self.look, images) if features is None else features
         if c.compares:
-            losses["contrast"], *alike = self.compare(images, seen, tokens, mask)
-            losses["matching"] = self.matching(
-                seen, tokens, mask, *alike, None if false is None else (false, false_mask)
-            )
+            losses["contrast"], *alike = self.compare(images, seen, tokens, mask, split)
+            nearly = None if false is None else (false, false_mask)
+            losses["matching"] = self.matching(seen, tokens, mask, *alike, nearly, micro_batch=micro_batch)
         if c.roles in ("all", "caption"):
-            losses["generation"] = self.saying(tokens, mask, place(seen, self.places))
+            losses["generation"] = mean(split(self.saying, seen, tokens, mask), mask[:, 1:].sum())
         if question is not None:
-            understood = self.fuse(seen, question, question_mask)
-            losses["answering"] = self.saying(answer, answer_mask, understood, question_mask)
+            total = split(self.saying, seen, answer, answer_mask, question, question_mask)
+            losses["answering"] = mean(total, answer_mask[:, 1:].sum())
         return losses
 
     def compare(
-        self, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor
+        self, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor, split: Callable
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`contrast`, or that of the slow copy and its queue (see `Momentum`)."""
-        vectors = self.encode_image(features=features), self.encode_text(tokens, mask)
+        vectors = split(lambda seen: self.encode_image(features=seen), features), split(self.encode_text, tokens, mask)
         if self.momentum is None:
             return self.contrast(*vectors)
-        copies = self.momentum.copies
         with torch.no_grad():
             if self.training:
                 self.momentum.follow(self)
-            seen = features if images is None else self.look(images, copies["vision"])
-            seen, read = self.whole(seen), copies["encoder"](tokens, mask).hidden[:, 0]
-            slow = (
-                F.normalize(copies["vision_projection"](seen), dim=-1),
-                F.normalize(copies["text_projection"](read), dim=-1),
-            )
+            slow = split(partial(self.momentum.vectors, self), images, features, tokens, mask)
         return self.momentum.contrast(*vectors, *slow, self.scale())
 
-    def saying(self, tokens: Tensor, mask: Tensor, read: Tensor, read_mask: Tensor | None = None) -> Tensor:
-        """How well a text (B, T) is foretold token by token, the first of them given; its labels are smoothed."""
-        hidden = self.tell(begin_with(self.config.decode_token, tokens), mask, read, read_mask)
-        labels, smoothing = tokens.masked_fill(~mask, -100), self.config.label_smoothing
-        return next_token_loss(hidden, labels, self.head.weight, self.head.bias, smoothing=smoothing)
+    def saying(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        question: Tensor | None = None,
+        question_mask: Tensor | None = None,
+    ) -> Tensor:
+        """How well a text (B, T), or the answer to a question, is foretold token by token, the first of them given: the sum
+        over all tokens. Labels are smoothed."""
+        read = place(features, self.places) if question is None else self.fuse(features, question, question_mask)
+        hidden = self.tell(begin_with(self.config.decode_token, tokens), mask, read, question_mask)
+        labels, how = tokens.masked_fill(~mask, -100), dict(smoothing=self.config.label_smoothing, total=True)
+        return next_token_loss(hidden, labels, self.head.weight, self.head.bias, **how)
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and how many words there are."""

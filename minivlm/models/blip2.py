@@ -93,6 +93,10 @@ class BLIP2(QueryingModel):
         hidden = self.language_model.states(x, last=tokens.shape[1])
         return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
 
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        ours = super().counts(batch)
+        return self.language_model.counts(batch) if isinstance(self.language_model, T5) else ours
+
     def embed(
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormerConfig, QFormerOutput
-from minivlm.losses import check_smoothing, next_token_loss
+from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.matching import Matching
 from minivlm.models.querying import QueryingConfig, QueryingModel
 from minivlm.models.speaking import KeepingDecoding, SpeaksItself
@@ -124,27 +125,35 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         features: Tensor | None = None,
         false: Tensor | None = None,
         false_mask: Tensor | None = None,
+        *,
+        micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up. Text i belongs to picture i. Under torchrun the others are those of all processes.
 
         false, false_mask (B, F): texts that are nearly right, to be told from the right ones; all masked: there is none.
+        micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        features = self.look(images) if features is None else features
-        seen = self.query(None, features)
-        image_vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
-        contrast, to_texts, to_images = self.contrast(
-            image_vectors, self.encode_text(tokens, mask), smoothing=self.config.label_smoothing
-        )
-        nearly = None if false is None else (false, false_mask)
-        matching = self.matching(features, tokens, mask, to_texts, to_images, nearly)
+        split, nearly = partial(in_parts, size=micro_batch), None if false is None else (false, false_mask)
+        features = split(self.look, images) if features is None else features
+        vectors, total = split(self.queried, features, tokens, mask)
+        texts = split(self.encode_text, tokens, mask)
+        contrast, *alike = self.contrast(vectors, texts, smoothing=self.config.label_smoothing)
+        matching = self.matching(features, tokens, mask, *alike, nearly, micro_batch=micro_batch)
         losses = {"contrast": contrast, "matching": matching}
         if self.text_head is not None:
-            labels = tokens.masked_fill(~mask, -100)
-            hidden = self.text_head(self.qformer.tell(self.to_be_said(tokens), mask, after=seen).text)
-            weight, smoothing = self.qformer.token_embedding.weight, self.config.label_smoothing
-            losses["generation"] = next_token_loss(hidden, labels, weight, smoothing=smoothing)
+            losses["generation"] = mean(total, mask[:, 1:].sum())
         return losses
+
+    def queried(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes of the queries: the vectors of pictures (B, Q, E), and the sum of the losses of their texts' tokens."""
+        seen = self.query(None, features)
+        vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
+        if self.text_head is None:
+            return vectors, vectors.new_zeros(())
+        hidden = self.text_head(self.qformer.tell(self.to_be_said(tokens), mask, after=seen).text)
+        labels, weight = tokens.masked_fill(~mask, -100), self.qformer.token_embedding.weight
+        return vectors, next_token_loss(hidden, labels, weight, smoothing=self.config.label_smoothing, total=True)
 
     def to_be_said(self, tokens: Tensor) -> Tensor:
         """The start token becomes the one that asks for the text."""

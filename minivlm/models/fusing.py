@@ -247,12 +247,19 @@ class FusionModel(Model):
         if labels is not None:
             losses["words"] = masked_word_loss(self.word_logits(states), labels)
         if hidden is not None and self.region_head is not None:
-            told = hidden if matches is None else hidden & matches[:, None]
-            losses["regions"] = masked_region_loss(self.region_guess(states), features, told)
+            losses["regions"] = masked_region_loss(self.region_guess(states), features, told_regions(hidden, matches))
         if matches is not None:
             losses["matching"] = F.cross_entropy(self.match_logits(states).float(), matches.long())
             losses |= self.further_losses(states, matches)
         return losses
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        counts = {"samples": super().counts(batch)["samples"]}
+        if "labels" in batch:
+            counts["words"] = (batch["labels"] != -100).sum()
+        if "hidden" in batch:
+            counts["regions"] = told_regions(batch["hidden"], batch.get("matches")).sum()
+        return counts
 
     def further_losses(self, states: FusedStates, matches: Tensor) -> dict[str, Tensor]:
         """Those that are this model's own."""
@@ -264,6 +271,11 @@ class FusionModel(Model):
         known = {"words": math.log(c.text.vocab_size), "matching": math.log(2)}
         answers = {"answers": chance_answer_loss(len(c.answers), c.answer_loss)} if c.answers else {}
         return answers | {name: loss for name, loss in known.items() if name in c.heads}
+
+
+def told_regions(hidden: Tensor, matches: Tensor | None) -> Tensor:
+    """Of the hidden regions (B, R) those that a text tells of: all, or those of true pairs, matches (B,)."""
+    return hidden if matches is None else hidden & matches[:, None]
 
 
 def check_boxes(boxes: Tensor) -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivlm.losses import mean
+
 AnswerLoss = Literal["softmax", "sigmoid"]
 
 
@@ -39,13 +41,13 @@ def chance_answer_loss(answers: int, kind: AnswerLoss = "softmax") -> float:
 def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of hidden words: logits (B, T, V), labels (B, T), −100 where none was hidden."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return losses / (labels != -100).sum().clamp(min=1)
+    return mean(losses, (labels != -100).sum())
 
 
 def masked_region_loss(guess: Tensor, features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared error of hidden regions: guess, features (B, R, C), hidden (B, R) bool; 0 if none is hidden."""
     error = (guess.float() - features.float()).square().mean(dim=-1)  # (B, R)
-    return (error * hidden).sum() / hidden.sum().clamp(min=1)
+    return mean((error * hidden).sum(), hidden.sum())
 
 
 def alignment_loss(distance: Tensor, matches: Tensor) -> Tensor:

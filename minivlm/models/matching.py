@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm.losses import full_precision, gather, is_distributed
+from minivlm.losses import backward, full_precision, gather, in_parts, is_distributed, mean
 
 
 class Matching:
@@ -30,8 +30,17 @@ class Matching:
         return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
 
     def scale(self) -> Tensor | float:
-        """1 / temperature, at most 100 as in CLIP."""
-        return 1.0 if self.logit_scale is None else self.logit_scale.exp().clamp(max=100.0)
+        """1 / temperature. In training its parameter is clamped, as CLIP's was, so that it is 100 at most."""
+        if self.logit_scale is None:
+            return 1.0
+        if self.training:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=math.log(100.0))
+        return self.logit_scale.exp()
+
+    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """See `Model.backward_in_parts`. Pictures and texts are compared in the whole batch, so `losses` cuts it itself."""
+        return backward(self.losses(**batch, micro_batch=size))
 
     def contrast(
         self, image_vectors: Tensor, text_vectors: Tensor, *, smoothing: float = 0.0
@@ -54,12 +63,14 @@ class Matching:
         to_texts: Tensor,
         to_images: Tensor,
         false: tuple[Tensor, Tensor] | None = None,
+        *,
+        micro_batch: int | None = None,
     ) -> Tensor:
         """Yes to every pair; no to every picture with a wrong text, and every text with a wrong picture, that look alike.
 
         ITM, with the hard negatives of Li et al. 2021 (ALBEF), §3.2. A row without any other text counts less.
         false: tokens and mask (B, F) of wrong texts that take the place of those found in the batch, where there are some
-        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word).
+        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word). micro_batch: pairs at a time.
         """
         B, all_features = len(tokens), gather(features)
         all_tokens, all_mask = gather_texts(tokens, mask)
@@ -75,10 +86,11 @@ class Matching:
 
         pictures = torch.cat([features, features, all_features[other_image]])
         texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
-        logits = self.match(None, texts, masks, features=pictures)  # (3B, 2)
+        match = lambda pictures, texts, masks: self.match(None, texts, masks, features=pictures)
+        logits = in_parts(match, pictures, texts, masks, size=micro_batch)  # (3B, 2)
         truth = (torch.arange(3 * B, device=logits.device) < B).long()
         counts = torch.cat([torch.ones_like(found), found, found_image]).float()
-        return (F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum() / counts.sum()
+        return mean((F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum(), counts.sum())
 
     @staticmethod
     def chance_losses(batch_size: int) -> dict[str, float]:

@@ -49,7 +49,8 @@ class MomentumConfig:
 
 
 class Momentum(nn.Module):
-    """Of a model with the parts COPIED, a `contrast` and a `scale()`. embed_width: E, of the vectors that are compared."""
+    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `look` and `whole`. embed_width: E, of the vectors that are
+    compared."""
 
     follows = True  # it learns without gradients (see `minivlm.precision`)
 
@@ -70,6 +71,15 @@ class Momentum(nn.Module):
                 slow.lerp_(fast, 1 - self.config.rate)
             for slow, fast in zip(copy.buffers(), part.buffers(), strict=True):
                 slow.copy_(fast)
+
+    def vectors(
+        self, model: nn.Module, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the copy makes of pictures, or of what the model's tower saw of them, and of texts: (B, E) each, unit length."""
+        seen = model.whole(features if images is None else model.look(images, self.copies["vision"]))
+        images = self.copies["vision_projection"](seen)
+        texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
+        return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
     def contrast(
         self, images: Tensor, texts: Tensor, slow_images: Tensor, slow_texts: Tensor, scale: Tensor

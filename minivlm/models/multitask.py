@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from minivlm.errors import UserError, nearest
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
-from minivlm.losses import CLIPLoss, next_token_loss
+from minivlm.losses import CLIPLoss, backward, in_parts, mean, next_token_loss, processes
 from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
 from minivlm.models.fusion_losses import answer_loss, chance_answer_loss
 from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
@@ -174,29 +175,44 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         question: Tensor | None = None,
         question_mask: Tensor | None = None,
         answers: Tensor | None = None,
+        micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
 
         Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1; the caption's then
-        counts `caption_weight` times.
+        counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
-        features = self.look(images) if features is None else features
+        split = partial(in_parts, size=micro_batch)
+        features = split(self.look, images) if features is None else features
         losses, tasks, vectors = {}, self.config.tasks, None
         if "caption" in tasks:
-            seen, said = self.tell(None, tokens, mask, features=features)
-            labels = tokens.masked_fill(~mask, -100)
-            losses["caption"] = next_token_loss(self.word_head(said), labels, self.encoder.bert.token_embedding.weight)
-            vectors = self.image_vector(seen)  # the regions have not seen the words: no second pass
+            total, vectors = split(self.caption_total, features, tokens, mask)
+            losses["caption"] = mean(total, mask[:, 1:].sum())
         if "answer" in tasks:
-            chosen = self.answer(None, question, question_mask, features=features)
-            losses["answer"] = answer_loss(chosen, answers, self.config.encoder.answer_loss)
+            losses["answer"] = split(self.answer_total, features, question, question_mask, answers) / len(answers)
         if "search" in tasks:
-            vectors = self.encode_image(features=features) if vectors is None else vectors
-            losses["search"] = self.loss(vectors, self.encode_text(tokens, mask))
-        chance = self.chance_losses(len(features))
-        return {name: self.weight(name) / chance[name] * loss for name, loss in losses.items()}
+            if vectors is None:
+                vectors = split(lambda seen: self.encode_image(features=seen), features)
+            losses["search"] = self.loss(vectors, split(self.encode_text, tokens, mask))
+        chance = self.chance_losses(processes() * len(features))
+        return {name: self.task_weight(name) / chance[name] * loss for name, loss in losses.items()}
 
-    def weight(self, task: Task) -> float:
+    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        return backward(self.losses(**batch, micro_batch=size))  # search compares the whole batch
+
+    def caption_total(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the captions' losses, and the pictures' vectors (B, E): the regions have not seen the words, so that there
+        is no second pass for these."""
+        seen, said = self.tell(None, tokens, mask, features=features)
+        labels, weight = tokens.masked_fill(~mask, -100), self.encoder.bert.token_embedding.weight
+        return next_token_loss(self.word_head(said), labels, weight, total=True), self.image_vector(seen)
+
+    def answer_total(self, features: Tensor, question: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+        """The sum of the answers' losses."""
+        logits = self.answer(None, question, mask, features=features)
+        return answer_loss(logits, answers, self.config.encoder.answer_loss) * len(answers)
+
+    def task_weight(self, task: Task) -> float:
         return self.config.caption_weight if task == "caption" else 1.0
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:

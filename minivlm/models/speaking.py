@@ -26,9 +26,28 @@ class SpeakingModel(Speaks, Model):
         """`generate`, token by token: each (B,)."""
         return self.speak(generation.stream, images, tokens, mask, **options)
 
+    def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+        """See `Model.cut`. Pictures in reading order, or their features, go with the row in which their placeholders are."""
+        tokens = batch["tokens"]
+        listed = {name: batch[name] for name, dims in (("images", 4), ("features", 3)) if has(batch, name, dims)}
+        counts = torch.ones_like(tokens[:, 0])
+        if (mark := getattr(self.config, "image_token", None)) is not None:
+            counts = (tokens == mark).sum(dim=1)
+        ends = [0, *counts.cumsum(dim=0).tolist()]
+        for first, part in zip(range(0, len(tokens), size), super().cut(batch, size), strict=True):
+            rows = ends[first], ends[min(first + size, len(tokens))]
+            for name, pictures in listed.items():
+                begin, end = (len(pictures) * row // max(1, ends[-1]) for row in rows)
+                part[name] = pictures[begin:end]
+            yield {name: tensor for name, tensor in part.items() if len(tensor)}
+
     def options(self, **given) -> generation.Options:
         """What is not given is as the language model's config says."""
         return self.language_model.options(**given)
+
+
+def has(batch: dict[str, Tensor], name: str, dims: int) -> bool:
+    return name in batch and batch[name].dim() == dims
 
 
 class SpeaksItself:

@@ -74,7 +74,7 @@ class MultitaskWork(FusionWork):
 
     def progress(self, line: dict[str, float]) -> str:
         """Each task's loss as a share of what knowing nothing costs."""
-        shares = (f"{task} {line[task] / self.model.weight(task):.2f}" for task in self.model.config.tasks)
+        shares = (f"{task} {line[task] / self.model.task_weight(task):.2f}" for task in self.model.config.tasks)
         return ", ".join(shares) + " (1: knows nothing)"
 
     def next_commands(self, out: Path) -> list[str]:
