@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,23 +21,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minivlm import config as configs
 from minivlm import pretrained
-from minivlm.checkpoint import write_all, write_tensors
+from minivlm.checkpoint import lora_is_told, write_all, write_tensors
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, LoRALinear, lora_layers, lora_parameters, shared_weights
-from minivlm.pretrained.files import open_weights, read_json
+from minivlm.peft_config import PeftConfig, read_config
+from minivlm.pretrained.files import open_weights
 from minivlm.pretrained.names import Row, find, listed, to_theirs
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-
-# What peft can do besides, and would change the numbers: none of it may be switched on.
-UNSUPPORTED = (
-    *("alora_invocation_tokens", "alpha_pattern", "layer_replication", "lora_bias", "rank_pattern"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora"),
-)
+TASK_TYPES = {
+    "LanguageModel": "CAUSAL_LM",
+    "LLaVA": "CAUSAL_LM",
+    "T5": "SEQ_2_SEQ_LM",
+}  # else none: peft's plain wrapper
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -47,20 +46,25 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
 
     Raises ValueError if the model has no LoRA, or one of another rank or alpha than `config`.
     """
-    layers = lora_layers(model)
+    layers, learns = lora_layers(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    if any(".base." in name for name in learns):
+        raise ValueError(
+            "biases of layers with LoRA are trained as well, which is not written: merge_lora, and save the whole"
+        )
     if not layers or any(layer.lora_a.out_features != config.rank for layer in layers.values()):
         raise ValueError(f"the model has no LoRA layers of rank {config.rank} to save")
     if any(layer.scale != config.alpha / config.rank for layer in layers.values()):
         raise ValueError(f"the model's LoRA was not made with alpha {config.alpha}")
     rows = published_rows(model)
-    if any(find(rows, name)[1].parts > 1 for name in layers):
+    if any(not module_paths(name, rows) or row_of(name, rows).parts > 1 for name in layers):
         rows = None
-    paths = {name: module_path(name, rows) for name in layers}
+    path_of = lambda name: next(iter(module_paths(name, rows)), name)
+    paths = {name: path_of(name) for name in layers}
     trained = trained_parameters(model, rows)
-    others = {module_path(name, rows) for name in linears(model) if name not in layers}
+    others = {path_of(name) for name in linears(model) if name not in layers}
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASK_TYPES.get(type(model).__name__),
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
@@ -68,7 +72,7 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
         "target_modules": shortest(set(paths.values()), others),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in trained}) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(row_of(name, rows).how == "transpose" for name in layers),
         "inference_mode": True,
     }
     tensors = {PREFIX + name: parameter.detach() for name, parameter in trained.items()}
@@ -106,19 +110,33 @@ def shortest(paths: set[str], others: set[str]) -> list[str]:
 
 
 def published_rows(model: nn.Module) -> list[Row] | None:
-    """The names that transformers has for such a model, if it has one that computes the same."""
-    config = model.config
-    for kind in pretrained.MODULES:
-        module = pretrained.module_of(kind)
-        if module.model_class is not type(model) or not hasattr(module, "write_config"):
-            continue
-        try:
-            back = module.read_config(module.write_config(config))
-        except (UserError, ValueError):  # it says what it cannot express, and another may
-            continue
-        if pretrained.comparable(back) == pretrained.comparable(config):
-            return modern(module.rows(config)) if kind == "llava" else module.rows(config)
-    return None
+    """The names that transformers has for such a model, if it has one that computes the same (but for LoRA)."""
+    config = replace(model.config, lora=None) if hasattr(model.config, "lora") else model.config
+    try:
+        module = pretrained.module_of(pretrained.kind_of(config))
+        back = module.read_config(module.write_config(config))
+    except (UserError, ValueError):  # it says what it cannot express
+        return None
+    same = pretrained.comparable(back) == pretrained.comparable(config)
+    return rows_of(pretrained.kind_of(config), config) if same else None
+
+
+def tables_to_read(model: nn.Module) -> list[list[Row] | None]:
+    """Our names, and those of every publisher of such models, also where a field of the config is beyond his."""
+    kinds = ["open_clip"] if type(model.config).__name__ == "CLIPConfig" else []
+    try:
+        nearest = published_rows(model) or rows_of(pretrained.kind_of(model.config), model.config)
+    except UserError:  # no publisher has such a model
+        nearest = None
+    return [None, *(rows for rows in (nearest, *(rows_of(kind, model.config) for kind in kinds)) if rows is not None)]
+
+
+def rows_of(kind: str, config: Any) -> list[Row] | None:
+    try:
+        rows = pretrained.module_of(kind).rows(config)
+    except (AttributeError, KeyError, ValueError):  # a table for other configs of this class
+        return None
+    return modern(rows) if kind == "llava" else rows
 
 
 def modern(rows: list[Row]) -> list[Row]:
@@ -128,15 +146,19 @@ def modern(rows: list[Row]) -> list[Row]:
     return [replace(row, theirs=tuple(dict.fromkeys([*map(rename, row.theirs), *row.theirs]))) for row in rows]
 
 
-def module_path(name: str, rows: list[Row] | None) -> str:
-    """Where transformers' model has what ours has under `name`."""
-    return find(rows, name)[0][0]
+def module_paths(name: str, rows: list[Row] | None) -> list[str]:
+    """What transformers calls the module that has the weight of ours, if the weight is a module's own there."""
+    if rows is None:
+        return [name]
+    try:
+        theirs, _ = find(rows, f"{name}.weight")
+    except KeyError:
+        return []
+    return [path.removesuffix(".weight") for path in theirs if path.endswith(".weight")]
 
 
-def spellings(name: str, rows: list[Row] | None) -> dict[str, Row]:
-    """Every path under which an adapter may know what is `name` here, and how it is stored under it."""
-    theirs, row = find(rows, name)
-    return {name: Row((name,), name), **dict.fromkeys(theirs, row)}
+def row_of(name: str, rows: list[Row] | None) -> Row:
+    return find(rows, f"{name}.weight")[1]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -149,55 +171,36 @@ def load_adapter(directory: str | Path, model: nn.Module, *, base: str | None = 
     bear the name that the adapter recorded. Raises UserError, and leaves the model as it is, if anything does not fit.
     """
     directory = Path(directory)
-    values = read_config(directory / CONFIG)
-    recorded = values.get("base_model_name_or_path")
+    config = read_config(directory / CONFIG)
+    recorded = config.values.get("base_model_name_or_path")
     if base is not None and recorded and Path(recorded).name != Path(base).name:
         raise UserError(
             f"{directory} is an adapter for {recorded}, not for {base}: load it on the base it was made for."
         )
-    config = configs.from_dict(LoRAConfig, fields(values), str(directory / CONFIG))
     path, weights = open_weights(directory, WEIGHTS)
-    found = fit(weights, model, config.rank, values, str(path))
-    adapted = sorted({name for name, kind in found if kind})
-    config = replace(config, targets=tuple(sorted({name.rpartition(".")[2] for name in adapted})))
+    found, layers = fit(weights, model, config, str(path))
+    adapted = sorted(layers)
+    targets = tuple(sorted({name.rpartition(".")[2] for name in adapted}))
 
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base)
     model.requires_grad_(False)
     with torch.no_grad():
+        others = [(model.get_parameter(name), tensor) for (name, kind), tensor in found.items() if not kind]
         for name in adapted:
-            layer = LoRALinear(model.get_submodule(name), config, generator=torch.Generator())
+            layer = LoRALinear(model.get_submodule(name), layers[name], generator=torch.Generator())
             layer.lora_a.weight.copy_(found[name, "A"])
             layer.lora_b.weight.copy_(found[name, "B"])
             model.set_submodule(name, layer)
-        for parameter, tensor in [(model.get_parameter(name), t) for (name, kind), t in found.items() if not kind]:
+        for parameter, tensor in others:
             parameter.copy_(tensor)
             parameter.requires_grad_(True)
-    if hasattr(model.config, "lora"):  # so that the whole can be saved as it is now
-        model.config = replace(model.config, lora=config)
-    return config
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json; UserError for a kind of adapter that is more than A and B beside a weight."""
-    values = read_json(path)
-    if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(f"{path} describes an adapter of type {kind!r}; only LORA is supported.")
-    asked = [name for name in UNSUPPORTED if values.get(name)]
-    if values.get("bias", "none") != "none":
-        asked.append("bias")
-    if str(values.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        asked.append("init_lora_weights")  # these change the base as well
-    if asked:
-        what = ", ".join(f"{name} = {values[name]!r}" for name in asked)
-        raise UserError(f"{path} asks for {what}, which is not supported.")
-    return values
-
-
-def fields(values: dict[str, Any]) -> dict[str, Any]:
-    """peft's names → those of LoRAConfig; which layers, the tensors say."""
-    theirs = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-    return {**{ours: values[name] for ours, name in theirs.items() if name in values}, "targets": ()}
+    lora = replace(next(iter(layers.values())), targets=targets)
+    if hasattr(model.config, "lora"):  # so that the whole can be saved as it is now, if its config can tell
+        model.config = replace(model.config, lora=lora)
+        if not lora_is_told(model):
+            model.config = replace(model.config, lora=None)
+    return lora
 
 
 class Slot(NamedTuple):
@@ -212,59 +215,82 @@ class Slot(NamedTuple):
         if not self.kind:
             return self.row.to_ours(tensor)
         # The parts of a fused layer share its A, and each has its own rows of B.
-        return tensor.chunk(self.row.parts)[self.row.part] if self.kind == "B" else tensor
+        return self.row.own_rows(tensor) if self.kind == "B" else tensor
 
 
-def slots(model: nn.Module, rank: int) -> dict[str, list[Slot]]:
-    """For every name that a tensor of an adapter for `model` may have, where it belongs (a fused one: in several places)."""
-    rows, places = published_rows(model), defaultdict(list)
+def slots(
+    model: nn.Module, rows: list[Row] | None, config: PeftConfig
+) -> tuple[dict[str, list[Slot]], dict[str, LoRAConfig]]:
+    """For every name that a tensor of an adapter for `model` may have, where it belongs (a fused one: in several places);
+    and for every layer what the config says of it."""
+    places, layers = defaultdict(list), {}
     for name, layer in linears(model).items():
-        for path, row in spellings(name, rows).items():
+        paths = module_paths(name, rows)
+        layers[name] = config.layer(paths)
+        for path in paths:
+            row, rank = row_of(name, rows), layers[name].rank
             places[f"{path}.lora_A.weight"].append(Slot(name, "A", row, (rank, layer.in_features)))
             places[f"{path}.lora_B.weight"].append(Slot(name, "B", row, (layer.out_features * row.parts, rank)))
-    adapted = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
+    adapted = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_a.weight, layer.lora_b.weight)}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapted:
             continue
-        for path, row in spellings(name, rows).items():
+        name = name.replace(".base.", ".")  # of a layer with LoRA
+        for path, row in parameter_paths(name, rows).items():
             places[path].append(Slot(name, "", row, row.their_shape(parameter.shape)))
-    return places
+    return places, layers
+
+
+def parameter_paths(name: str, rows: list[Row] | None) -> dict[str, Row]:
+    try:
+        theirs, row = find(rows, name)
+    except KeyError:
+        return {}
+    return dict.fromkeys(theirs, row)
 
 
 def fit(
-    weights: Mapping[str, Tensor], model: nn.Module, rank: int, values: dict[str, Any], where: str
-) -> dict[tuple[str, str], Tensor]:
-    """Every tensor of the file by (our name, A or B or nothing). UserError that names all that does not fit."""
-    places, found, unknown, misshapen = slots(model, rank), {}, [], []
+    weights: Mapping[str, Tensor], model: nn.Module, config: PeftConfig, where: str
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, LoRAConfig]]:
+    """Every tensor of the file by (our name, A or B or nothing), and for every layer that gets LoRA its config. UserError
+    that names all that does not fit."""
+    weights = {name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
+    spelt = [slots(model, rows, config) for rows in tables_to_read(model)]
+    places, layers = max(spelt, key=lambda read: sum(name in read[0] for name in weights))
+    found, unknown, misshapen = {}, [], []
     for name, tensor in weights.items():
-        name = name.removeprefix(PREFIX)
         if name not in places:
             unknown.append(name)
         for slot in places.get(name, ()):
             if tensor.shape != slot.shape:
                 misshapen.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(slot.shape)}")
             found[slot.name, slot.kind] = slot.read(tensor) if tensor.shape == slot.shape else tensor
-    wanted = {(slot.name, slot.kind): name for name in places if is_target(name, values) for slot in places[name]}
     adapted = dict.fromkeys(name for name, kind in found if kind)
-    wanted |= {(name, kind): f"{name}.lora_{kind}" for name in adapted for kind in "AB"}
+    wanted = {(name, kind): f"{name}.lora_{kind}" for name in adapted for kind in "AB"}
+    wanted |= promised(places, config)
+    if config.values.get("bias", "none") != "none":
+        wanted |= {(f"{n}.bias", ""): f"{n}.bias" for n in adapted if linears(model)[n].bias is not None}
     problems = {
         "unknown here": unknown,
         "of another shape": list(dict.fromkeys(misshapen)),
         "missing": [name for place, name in wanted.items() if place not in found],
-        "for a weight that other modules share": shared_weights(model, adapted),
+        "for a weight that other modules share": [*shared_weights(model, adapted), *shared_parameters(model, found)],
     }
     parts = [f"{len(names)} {what} ({listed(names)})" for what, names in problems.items() if names]
     if parts or not adapted:
         raise UserError(f"{where} does not fit this model: of its tensors, {'; '.join(parts) or 'none is of LoRA'}.")
-    return found
+    return found, {name: layers[name] for name in adapted}
 
 
-def is_target(name: str, values: dict[str, Any]) -> bool:
-    """Whether adapter_config.json promises this tensor. Where it speaks of layers by number, it is not held to it."""
-    targets = values.get("target_modules") or ()
-    path = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-    if path == name or values.get("layers_to_transform") or values.get("exclude_modules"):
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+def promised(places: Mapping[str, list[Slot]], config: PeftConfig) -> dict[tuple[str, str], str]:
+    """What adapter_config.json says must be in the file: (our name, A or B) → its name there."""
+    of_lora = re.compile(r"(.*)\.lora_[AB]\.weight")
+    paths = {name: match[1] for name in places if (match := of_lora.fullmatch(name))}
+    return {(slot.name, slot.kind): n for n, path in paths.items() if config.promises(path) for slot in places[n]}
+
+
+def shared_parameters(model: nn.Module, found: Mapping[tuple[str, str], Tensor]) -> list[str]:
+    """Those that are trained as a whole, and stand in several places: peft trains a copy, for the one place alone."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    named = {name.replace(".base.", "."): id(p) for name, p in model.named_parameters()}
+    return [name for name, kind in found if not kind and uses[named[name]] > 1]

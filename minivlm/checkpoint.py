@@ -27,6 +27,7 @@ import minivlm
 from minivlm import config as configs
 from minivlm import pretrained
 from minivlm.errors import UserError, nearest
+from minivlm.layers.lora import lora_layers
 from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dtype
 from minivlm.pretrained.files import open_weights, read_json
 from minivlm.pretrained.hub import locate
@@ -69,6 +70,8 @@ def save(
     base: frozen parts that are not stored, and where they come from: {"language_model": "out/lm"} (see `minivlm.bases`).
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
+    if not lora_is_told(model):
+        raise UserError("the model has adapters that its config cannot tell: call save_adapter, or merge_lora before.")
     tensors, about = plain_tensors(model), None
     if base:
         from minivlm.bases import leave_out
@@ -268,6 +271,12 @@ def empty_model(cls: type[nn.Module], config: Any) -> nn.Module:
     """cls(config) on the meta device: all names and shapes, and no memory."""
     with torch.device("meta"), Unfilled():
         return cls(config)
+
+
+def lora_is_told(model: nn.Module) -> bool:
+    """Would the config alone bring back all layers of LoRA, and no others?"""
+    shape = lambda model: {n: (layer.lora_a.out_features, layer.scale) for n, layer in lora_layers(model).items()}
+    return not (has := shape(model)) or shape(empty_model(type(model), model.config)) == has
 
 
 class Unfilled(torch.overrides.TorchFunctionMode):

@@ -275,9 +275,21 @@ def test_a_head_that_is_the_embedding(saved):
     ("values", "match"),
     [
         ({"peft_type": "IA3"}, "an adapter of type 'IA3'; only LORA is supported"),
-        ({"use_rslora": True}, "asks for use_rslora = True, which is not supported"),
-        ({"alpha_pattern": {"q_proj": 4}}, "asks for alpha_pattern = {'q_proj': 4}"),
-        ({"bias": "all"}, "asks for bias = 'all'"),
+        ({"use_dora": True}, "asks for use_dora = 'True', which is not supported"),
+        ({"lora_bias": True}, "asks for lora_bias = 'True'"),
+        ({"target_parameters": ["a.b"]}, "asks for target_parameters"),
+        ({"of_next_year": {"on": 1}}, "asks for of_next_year = .*on.*, which is not supported"),
+        ({"bias": "all"}, "4 missing .*q_proj.bias"),
+        ({"bias": "some"}, "bias is 'some', but must be one of none, all, lora_only"),
+        ({"target_modules": "(q_proj"}, "target_modules is .* which is no pattern"),
+        ({"target_modules": 7}, "target_modules is 7"),
+        ({"alpha_pattern": {"((.*)*)*x": 4}}, "alpha_pattern has the pattern .* could take for ever"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern.q_proj is '4', but must be float"),
+        ({"rank_pattern": [4]}, r"rank_pattern is \[4\], but must be an object"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            r"4 of another shape .*q_proj.lora_A.weight is \(3, 16\) instead of \(2, 16\)",
+        ),
         ({"init_lora_weights": "pissa_niter_4"}, "asks for init_lora_weights = 'pissa_niter_4'"),
         ({"r": "8"}, "adapter_config.json.rank is '8', but must be int"),
         ({"r": 0}, "the rank of LoRA is 0"),
@@ -319,3 +331,32 @@ def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="not made with alpha 5"):
         save_adapter(tmp_path, adapted(), base="out/lm", config=replace(LORA, alpha=5.0))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_that_would_take_for_ever_is_not_tried(saved):
+    edit(saved, target_modules="((.*)*)*x")
+    model = LanguageModel(LANGUAGE)
+    load_adapter(saved, model)  # which layers, its tensors say
+    assert len(lora_layers(model)) == 4
+
+
+def test_what_trains_beside_lora_and_stands_in_two_places(tmp_path):
+    tied = replace(LANGUAGE, tie_head=True)
+    save_adapter(tmp_path, adapted(language=tied), base="out/lm", config=LORA)
+    rewrite(tmp_path, lambda tensors: {**tensors, "base_model.model.token_embedding.weight": torch.ones(30, 16)})
+    refused(tmp_path, r"1 for a weight that other modules share \(token_embedding.weight\)", model=LanguageModel(tied))
+
+
+def test_a_model_whose_adapters_the_config_cannot_tell_is_not_saved_whole(tmp_path):
+    with pytest.raises(UserError, match="call save_adapter, or merge_lora before"):
+        save(tmp_path, adapted())
+    assert not list(tmp_path.iterdir())
+    model = LLaVA(LLaVAConfig(vision=VISION, language=LANGUAGE, image_token=29)).eval()
+    save_adapter(tmp_path / "all", adapted(), base="x", config=LORA)
+    add_lora(model, LORA)  # of the vision tower too
+    save_adapter(tmp_path / "all", model, base="x", config=LORA)
+    back = LLaVA(LLaVAConfig(vision=VISION, language=LANGUAGE, image_token=29)).eval()
+    load_adapter(tmp_path / "all", back)
+    assert back.config.lora is None
+    with pytest.raises(UserError, match="merge_lora before"):
+        save(tmp_path / "whole", back)

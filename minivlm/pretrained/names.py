@@ -69,7 +69,10 @@ class Row:
             return tensor.reshape(tensor.shape[AXES[self.how] :])
         if self.how == "temperature":
             return -tensor.log()
-        tensor = self.turn(tensor)
+        return self.own_rows(self.turn(tensor))
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """Of several of ours, stacked along the first axis, this one."""
         if self.parts == 1:
             return tensor
         return tensor.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1)
