@@ -50,7 +50,7 @@ class PeftConfig:
     def patterned(self, field: str, paths: Iterable[str]) -> Any:
         """The value that a pattern gives to a layer: the first that fits, as peft has it."""
         for pattern, value in (self.values.get(field) or {}).items():
-            if any(ends_with(path, pattern, f"{self.where}.{field}") for path in paths):
+            if any(ends_with(path, pattern, f"{self.where}: {field}") for path in paths):
                 return value
         return None
 
@@ -94,9 +94,9 @@ def read_config(path: Path) -> PeftConfig:
         raise UserError(f"{path} asks for {what}, which is not supported.")
     check_types(values, where)
     config = PeftConfig(make_lora(values, where), values, where)
-    for pattern in values.get("alpha_pattern") or {}, values.get("rank_pattern") or {}:
-        for key in pattern:
-            ends_with("a.name", key, where)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in values.get(field) or {}:
+            ends_with("a.name", pattern, f"{where}: {field}")
     return config
 
 
