@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ class TestAttend:
                 partial(attend, mask=mask, causal=causal, backend=backend) for backend in ("reference", "fused")
             )
             assert_same_gradients(reference, fused, inputs)
+
+    @pytest.mark.parametrize("biased", ["no bias", "one of all rows", "one of every row"])
+    @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+    @pytest.mark.parametrize(("queries", "keys"), [(T, T), (3, S), (1, S), (S, 3), (S, 1), (1, 1)])
+    def test_fused_is_the_reference_whatever_is_given(self, biased, kv_heads, queries, keys):
+        """Every mask, bias, scale, causal or not, more queries than keys or fewer, heads that share keys or not."""
+        inputs = tensors(kv_heads=kv_heads, queries=queries, keys=keys)
+        rows = {"no bias": (), "one of all rows": (1,), "one of every row": (B,)}[biased]
+        inputs += [torch.randn(*rows, 4, queries, keys, dtype=torch.float64)] if rows else []
+        for mask, causal, scale in product(masks(keys, queries).values(), (False, True), (None, 0.3)):
+
+            def run(q, k, v, bias=None, *, backend, mask=mask, causal=causal, scale=scale):
+                return attend(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale, backend=backend)
+
+            assert_same_gradients(partial(run, backend="reference"), partial(run, backend="fused"), inputs)
 
     @pytest.mark.parametrize("backend", ["reference", "fused"])
     @pytest.mark.parametrize("mask", ["one query shut", "one row shut"])
