@@ -62,8 +62,10 @@ def layers_step(layers: nn.Module, forward: Callable[[], Tensor], precision: str
 
 def layers_minivlm(precision: str) -> Callable[[], float]:
     features, x, marks = layer_inputs()
-    resampler = PerceiverResampler(PerceiverConfig(width=D, depth=DEPTH, heads=HEADS, latents=LATENTS))
-    block = GatedCrossAttention(D, D, GatedConfig(heads=HEADS))
+    resampler = PerceiverResampler(
+        PerceiverConfig(width=D, depth=DEPTH, heads=HEADS, latents=LATENTS, activation="gelu")
+    )
+    block = GatedCrossAttention(D, D, GatedConfig(heads=HEADS, activation="gelu"))
     visible = image_mask(marks.long(), 1, IMAGES, latents=LATENTS)
     read = lambda: resampler(features.flatten(0, 1)).view(B, IMAGES * LATENTS, D)
     return layers_step(nn.ModuleList([resampler, block]), lambda: block(x, read(), visible), precision)

@@ -10,14 +10,14 @@ Alayrac et al. 2022, "Flamingo", §3.1.2 and figure 4; who sees which image: §3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.layers.attention import CrossAttention, KeysValues, QKNorm
-from minivlm.layers.mlp import MLP
+from minivlm.layers.mlp import MLP, Activation
 
 See = Literal["last", "all"]
 
@@ -31,7 +31,7 @@ class GatedConfig:
     mlp_width: int | None = None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
-    activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    activation: Activation = field(default="squared_relu", metadata={"before": "gelu"})
     gated_mlp: bool = False
     qk_norm: QKNorm | None = None
     gate: Literal["scalar", "channel"] = "scalar"  # one number for a whole sub-layer, or one for each of its channels

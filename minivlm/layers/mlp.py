@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "silu": F.silu}
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)² (So et al. 2021, "Primer", §4), as Flamingo's feed-forward layers use it."""
+    return F.relu(x).square()
+
+
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "squared_relu", "silu"]
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+    "silu": F.silu,
+}
 
 
 class MLP(nn.Module):

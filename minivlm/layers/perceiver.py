@@ -11,8 +11,7 @@ figure 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from minivlm.layers.attention import CrossAttention, QKNorm
 from minivlm.layers.autocast import cast_once
 from minivlm.layers.initialise import initialise_linears, normal
-from minivlm.layers.mlp import MLP
+from minivlm.layers.mlp import MLP, Activation
 from minivlm.layers.position import place
 
 
@@ -35,7 +34,7 @@ class PerceiverConfig:
     latents: int = 64  # tokens that come out
     context_width: int | None = None  # of the features, if it is another; they are projected to ours first
     mlp_width: int | None = None  # None: four times the width
-    activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    activation: Activation = field(default="squared_relu", metadata={"before": "gelu"})
     qk_norm: QKNorm | None = None
     norm_eps: float = 1e-5
     places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come

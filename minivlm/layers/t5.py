@@ -12,7 +12,6 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from minivlm.layers.attention import Attention, KeysValues
 from minivlm.layers.decoder import PackedT5, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
+from minivlm.layers.mlp import Activation
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
@@ -41,7 +41,7 @@ class T5Config:
     decoder_depth: int | None = None  # None: as deep as the encoder
     head_width: int | None = None  # None: width / heads
     mlp_width: int | None = None  # None: four times the width
-    activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "relu"
+    activation: Activation = "relu"
     gated_mlp: bool = False
     norm_eps: float = 1e-6
     relative_buckets: int = 32  # distances told apart

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlm.layers.attention import Attention, CrossAttention, KeysValues, QKNorm
 from minivlm.layers.autocast import is_on, matrix_dtype
-from minivlm.layers.mlp import MLP
+from minivlm.layers.mlp import MLP, Activation
 from minivlm.layers.position import Cache, RopeScaling, Rotary, relative_bucket
 
 Between = Callable[[int, Tensor], Tensor]
@@ -41,7 +41,7 @@ class TransformerConfig:
     norm_place: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
     norm_bias: bool = True  # of a LayerNorm
-    activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    activation: Activation = "gelu"
     gated_mlp: bool = False
     qkv_bias: bool = True
     out_bias: bool = True

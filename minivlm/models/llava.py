@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
+from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
 from minivlm.layers.tower import TowerConfig, check_reader, features_of, look, make_tower
@@ -30,7 +31,7 @@ class LLaVAConfig:
     image_token: int  # the placeholder's id; a picture takes as many of them as it has features, or latents
     projector: Literal["linear", "mlp", "resampler"] = "mlp"
     resampler: PerceiverConfig | None = None  # of projector="resampler"
-    projector_activation: Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    projector_activation: Activation = "gelu"
     projector_bias: bool = True  # of the MLP
     vision_layers: tuple[int, ...] = (-2,)  # whose features are read (several: side by side); −2: the last but one
     class_token: bool = False  # True: the class token is read as well

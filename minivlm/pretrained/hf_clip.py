@@ -88,6 +88,7 @@ ACTIVATIONS = {  # their word → ours; of several words, the first is the one t
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "squared_relu",
     "silu": "silu",
     "swish": "silu",
     "gelu_new": "gelu_tanh",

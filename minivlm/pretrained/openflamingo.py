@@ -169,14 +169,14 @@ def gated_places(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[i
 
 
 def read_gated(language: LanguageModelConfig, places: list[int], path: Path) -> dict[str, Any]:
-    """Before block n − 1, 2n − 1 …; 8 heads of 64 channels whatever the width."""
+    """Before block n − 1, 2n − 1 …; 8 heads of 64 channels whatever the width, and GELU, where the paper has squared ReLU."""
     every = places[0] + 1
     if places != list(range(every - 1, language.depth, every)):
         raise UserError(
             f"{path} does not belong to the language model beside it, which has {language.depth} blocks: its gated layers "
             f"stand before blocks {', '.join(map(str, places))}."
         )
-    gated = GatedConfig(heads=8, head_width=64, mlp_width=4 * language.width)
+    gated = GatedConfig(heads=8, head_width=64, mlp_width=4 * language.width, activation="gelu")
     return {"language": language, "every": every, "offset": every - 1, "gated": gated}
 
 
@@ -194,6 +194,7 @@ def read_seeing(weights: Mapping[str, Tensor], vision: VisionConfig, path: Path)
         heads=8,
         head_width=64,
         latents=latents,
+        activation="gelu",
         max_images=0 if times is None else len(times),
     )
     return {"vision": vision, "class_token": False, "vision_norm": False, "resampler": resampler}

@@ -152,7 +152,7 @@ def resumed_recipe(cls: type[Recipe], directory: Path) -> Recipe:
     from minivlm.run import Run, read_record
 
     record = read_record(Run(directory).latest())
-    return config.from_dict(cls, record["recipe"], "recipe")
+    return config.from_dict(cls, config.complete(cls, record["recipe"]), "recipe")  # it may be an older version's
 
 
 def list_text() -> str:

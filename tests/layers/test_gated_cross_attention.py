@@ -14,8 +14,14 @@ from minivlm.testing import (
 
 B, T, D, C, L = 2, 7, 16, 12, 3
 IDEFICS = GatedConfig(norm="rmsnorm", activation="silu", gated_mlp=True, qk_norm="rmsnorm", gate="channel")
-OPENFLAMINGO = GatedConfig(heads=4, head_width=6, mlp_width=20)
-every_config = pytest.mark.parametrize("config", [IDEFICS, OPENFLAMINGO], ids=["idefics", "openflamingo"])
+OPENFLAMINGO = GatedConfig(heads=4, head_width=6, mlp_width=20, activation="gelu")
+CONFIGS = {"idefics": IDEFICS, "openflamingo": OPENFLAMINGO, "flamingo": GatedConfig()}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+BEND = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "squared_relu": lambda x: F.relu(x) ** 2,
+}  # the last: Alayrac et al. 2022, §A.1.2
 
 MARK, PAD = 9, 0
 TOKENS = torch.tensor([[1, MARK, 2, MARK, 3, MARK, 4], [1, 2, 3, MARK, 4, PAD, PAD]])
@@ -48,7 +54,8 @@ class TestLayer:
         y = x + block.attention_gate.tanh() * a.out_proj(heard.transpose(1, 2).flatten(2))
         h = block.mlp_norm(y)
         gate = block.mlp.gate_proj
-        hidden = F.gelu(block.mlp.up_proj(h)) if gate is None else F.silu(gate(h)) * block.mlp.up_proj(h)
+        bend, up = BEND[config.activation], block.mlp.up_proj(h)
+        hidden = bend(up) if gate is None else bend(gate(h)) * up
         assert_same(block(x, images, mask), y + block.mlp_gate.tanh() * block.mlp.down_proj(hidden))
 
     def test_gates_are_closed_at_the_start(self, config):

@@ -1,9 +1,11 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minivlm.layers import MLP
-from minivlm.layers.mlp import ACTIVATIONS, gelu_tanh, quick_gelu
+from minivlm.layers.mlp import ACTIVATIONS, Activation, gelu_tanh, quick_gelu, squared_relu
 from minivlm.testing import assert_gradient_reaches, assert_permutation_equivariant, assert_same, assert_same_gradients
 
 
@@ -16,6 +18,12 @@ def test_gelu_tanh_is_its_definition():
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
     c = (2 / torch.pi) ** 0.5
     assert_same_gradients(gelu_tanh, lambda x: 0.5 * x * (1 + torch.tanh(c * (x + 0.044715 * x**3))), [x])
+
+
+def test_squared_relu_is_its_definition():
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    assert_same_gradients(squared_relu, lambda x: torch.where(x > 0, x * x, 0.0), [x])
+    assert set(get_args(Activation)) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -284,3 +285,21 @@ class TestTraining:
         loss = model.losses(TOKENS, TOKENS, images)["next token"]
         model.language_model.transformer.recompute = True
         assert_same(model.losses(TOKENS, TOKENS, images)["next token"], loss)
+
+
+def test_a_directory_of_an_older_version_keeps_the_activation_it_was_trained_with(tmp_path):
+    """GELU, named or not yet named in its config; today's default is the paper's squared ReLU."""
+    model = Flamingo(CONFIGS["flamingo"]).eval()
+    assert (model.config.gated.activation, model.config.resampler.activation) == ("squared_relu", "squared_relu")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for named in (True, False):
+        for part in ("gated", "resampler"):
+            if named:
+                values["config"][part]["activation"] = "gelu"
+            else:
+                del values["config"][part]["activation"]
+        path.write_text(json.dumps(values | {"minivlm": "0.5.0"}), encoding="utf-8")
+        old = Flamingo.from_pretrained(tmp_path).config
+        assert (old.gated.activation, old.resampler.activation) == ("gelu", "gelu")
