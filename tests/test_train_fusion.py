@@ -180,7 +180,11 @@ def test_answers_outside_the_list_are_counted_and_told(built, folder):
     ("name", "more", "message"),
     [
         ("vqa", {"most_answers": 2, "batch_size": 9}, "the 8 training samples with an answer on the list"),
-        ("multitask", {"batch_size": 4}, "has no captions .* which two of three tasks need"),
+        (
+            "multitask",
+            {"batch_size": 4},
+            "holds questions about images .10. .* learns from captions and questions about the same",
+        ),
         ("visualbert", {"model.vision_layer": 99, "batch_size": 4}, "layer 99|cannot be built"),
     ],
 )
@@ -200,5 +204,5 @@ def test_a_folder_of_captions_has_nothing_to_ask(built, tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
     lines = [json.dumps({"image": f"{i}.png", "caption": "dark", "split": "train"}) for i in range(8)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"has no questions \(vqa.jsonl\), which"):
+    with pytest.raises(UserError, match=r"holds images with captions .* learns from questions .* add vqa\.jsonl"):
         start(built, "vqa", data=tmp_path, batch_size=4)

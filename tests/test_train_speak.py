@@ -235,7 +235,7 @@ def test_its_picture_goes_on_where_a_conversation_is_answered_and_tells_what_is_
     assert drawn[1].detail == f"goes on: zebra (the text: {right[1]})"
     assert all(row.text.removeprefix("… ") in words(text) for row, text in zip(drawn, work.held_out, strict=False))
     assert any(row.text.startswith("… ") for row in drawn)
-    assert re.fullmatch(r"python sample.py complete out/lm \".*\?\"", work.next_commands("out/lm")[0])
+    assert re.fullmatch(r"python sample.py complete out/lm '.*\?'", work.next_commands("out/lm")[0])
 
 
 def test_the_captioner_learns_to_caption(world, tmp_path):

@@ -144,8 +144,13 @@ def test_the_command_evaluates_it(trained, world, capsys):
 def test_texts_of_your_own(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
+    lines = [{"image": f"{i}.png", "caption": f"photo {i}"} for i in range(40)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for i in range(40):
+        (folder / f"{i}.png").touch()
     _, recipe, _ = recipes.command_line(["t5", "--data", str(folder)])
-    assert recipe.summary == f"a small T5 on the texts of {folder}" and recipe.data.vocab_size == 4096
+    assert recipe.summary.startswith(f"a small T5 on the texts of {folder}; 35 samples a batch")
+    assert recipe.data.vocab_size == 4096
 
 
 def test_it_cannot_be_packed():

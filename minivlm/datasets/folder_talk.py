@@ -7,6 +7,9 @@ DIR/vqa.jsonl           {"image": "a.jpg", "question": "what is it?", "answer": 
                         optional: "answers": [all that are right], "split", and "kind", "answer_type" or
                         "question_type", for each of which the accuracy is told
 DIR/captions.jsonl      as in folder.py, which also says how splits are drawn and images are found, cached and read
+DIR/<class>/*.jpg       likewise: what is said about an image is the name of its class
+
+Where a folder has several of these files all are read; captions of an image that is asked about belong to its questions.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
@@ -30,6 +33,7 @@ from minivlm.datasets.folder import (
     find_image,
     image_of,
     read_captions,
+    read_folder,
     read_lines,
     skip_broken,
     split_of,
@@ -50,6 +54,8 @@ class Entry:
     images: list[str]
     split: str | None
     key: str  # the first image, or the name of an entry without any
+    _: KW_ONLY
+    captions: Sequence[str] = ()
 
     @property
     def image(self) -> str:
@@ -59,8 +65,6 @@ class Entry:
 
 @dataclass
 class Captioned(Entry):
-    captions: Sequence[str]
-
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
         return ask_for_caption(self.captions, rng)
 
@@ -87,8 +91,12 @@ class Quiz(Entry):
     asked: list[Asked] = field(default_factory=list)
 
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
-        """Some of the questions, in any order, the picture in front of the first."""
-        chosen = [self.asked[i] for i in rng.permutation(len(self.asked))[:MOST]]
+        """Some of the questions, in any order, the picture in front of the first. A caption, if there is one, is asked for as
+        well."""
+        asked = self.asked
+        if self.captions:
+            asked = [*asked, Asked(DESCRIBE, self.captions[int(rng.random() * len(self.captions))], ())]
+        chosen = [asked[i] for i in rng.permutation(len(asked))[:MOST]]
         turns = [turn for q in chosen for turn in (Turn("user", q.text), Turn("assistant", q.answer))]
         return [Turn("user", with_images(turns[0].text)), *turns[1:]]
 
@@ -96,7 +104,7 @@ class Quiz(Entry):
         return self.asked
 
     def texts(self) -> list[str]:
-        return [f"{q.text} {q.answer}" for q in self.asked]
+        return [*(f"{q.text} {q.answer}" for q in self.asked), *self.captions]
 
     about = texts
 
@@ -118,7 +126,8 @@ class Conversation(Entry):
     def texts(self) -> list[str]:
         """What the user says and the answer to it are one text."""
         spoken = [turn.text for turn in self.turns if turn.role != "system"]
-        return [without_marks(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
+        told = [without_marks(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
+        return [*told, *self.captions]
 
     def about(self) -> list[str]:
         return [turn.text.strip() for turn in self.turns if turn.role == "assistant"]
@@ -179,12 +188,13 @@ class FolderTalk(FolderEntries, Talk):
 
     def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
         super().__init__(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
+        self.free_answers = any(isinstance(entry, Conversation) for entry in self.entries)
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         return self.entries[index].conversation(rng)
 
     def texts(self) -> Iterator[str]:
-        request = [DESCRIBE] if any(isinstance(entry, Captioned) for entry in self.entries) else []
+        request = [DESCRIBE] if any(entry.captions for entry in self.entries) else []
         yield from dict.fromkeys([*request, *(text for entry in self.entries for text in entry.texts())])
 
     def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
@@ -200,35 +210,55 @@ class FolderTalk(FolderEntries, Talk):
         ]
 
     def captions(self, index: int) -> list[str]:
-        entry = self.entries[index]
-        return list(entry.captions) if isinstance(entry, Captioned) else []
+        return list(self.entries[index].captions)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+TALK_FILES = ("conversations.json", "vqa.jsonl", "questions.jsonl")
+
+
 def find_talk(directory: Path) -> Path | None:
-    """The file with questions or conversations, if there is one."""
-    names = ("conversations.json", "vqa.jsonl", "questions.jsonl")
-    return next((directory / name for name in names if (directory / name).is_file()), None)
+    """The first file with questions or conversations, if there is one."""
+    return next((directory / name for name in TALK_FILES if (directory / name).is_file()), None)
 
 
 def read_entries(directory: Path, problems: list[str] | None = None) -> list[Captioned | Quiz | Conversation]:
     """Everything a folder holds. What is wrong with an entry raises UserError, or is added to `problems` if given."""
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
-    file = find_talk(directory)
-    if file is None and not (directory / "captions.jsonl").is_file():
-        raise UserError(
-            f"{directory} holds nothing to talk about: looked for world.json (the shapes world), conversations.json, "
-            "vqa.jsonl, questions.jsonl and captions.jsonl."
-        )
-    if file is None:
-        items = read_captions(directory, problems)
-        return [Captioned(item.images, item.split, item.image, item.captions) for item in items]
+    if not find_talk(directory):  # captions, or classes
+        return [captioned(item) for item in read_folder(directory, problems)]
     find = cache(partial(find_image, directory=directory))  # many entries may be about one image
-    read = read_conversations if file.suffix == ".json" else read_questions
-    return read(file, find, problems)
+    entries = []
+    for file in (directory / name for name in TALK_FILES if (directory / name).is_file()):
+        read = read_conversations if file.suffix == ".json" else read_questions
+        entries += read(file, find, problems)
+    if (directory / "captions.jsonl").is_file():
+        entries += add_captions(entries, read_captions(directory, problems))
+    return entries
+
+
+def captioned(item: Item) -> Captioned:
+    return Captioned(item.images, item.split, item.image, captions=item.captions)
+
+
+def add_captions(entries: list[Entry], items: list[Item]) -> list[Captioned]:
+    """Captions go to the entries about the same image alone, and of the same split; returned are the other captions."""
+    about: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if len(entry.images) == 1:
+            about.setdefault(entry.key, []).append(entry)
+    left = []
+    for item in items:
+        for entry in (same := about.get(item.image, [])):
+            entry.split = entry.split or item.split
+            if item.split in (None, entry.split):
+                entry.captions = item.captions
+        if not any(entry.captions is item.captions for entry in same):
+            left.append(captioned(item))
+    return left
 
 
 def read_items(directory: Path, problems: list[str] | None = None) -> list[Item]:

@@ -33,11 +33,13 @@ class Talk:
     split  "train", "val" or "test"
     notes  sentences that the user should see: what was skipped, which split stands in for a missing one
     one_picture_each  False where some samples have several pictures, or none
+    free_answers  True where the questions are those of conversations, whose answers are sentences
     """
 
     split: str
     notes: Sequence[str] = ()
     one_picture_each: bool = True
+    free_answers: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -82,8 +84,8 @@ class Talk:
 
 
 def open_talk(directory: str | os.PathLike, split: str, *, image_size: int | None) -> Talk:
-    """One split of a folder that holds the shapes world, conversations.json, vqa.jsonl (or questions.jsonl) or
-    captions.jsonl, whichever is there first.
+    """One split of a folder that holds the shapes world; or conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl,
+    of which all that are there are read; or pictures in class folders.
 
     image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no picture will be
                 looked at, so none is decoded
@@ -96,3 +98,19 @@ def open_talk(directory: str | os.PathLike, split: str, *, image_size: int | Non
 
         return ShapesTalk(directory, split)
     return FolderTalk(directory, split, image_size=image_size)
+
+
+def is_talk(directory: str | os.PathLike) -> bool:
+    """Does it hold conversations, questions or captions?"""
+    files = ("world.json", "conversations.json", "vqa.jsonl", "questions.jsonl", "captions.jsonl")
+    return any((Path(directory) / name).is_file() for name in files)
+
+
+def open_texts(directory: str | os.PathLike, split: str) -> list[str]:
+    """All texts of one split of a folder, each once, those of interleaved.jsonl included."""
+    from minivlm.datasets.interleaved import Interleaved, is_interleaved
+
+    sources: list = [Interleaved(directory, split, image_size=None)] if is_interleaved(directory) else []
+    if is_talk(directory) or not sources:
+        sources.append(open_talk(directory, split, image_size=None))
+    return list(dict.fromkeys(text for source in sources for text in source.texts()))

@@ -14,7 +14,7 @@ from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_s
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
 from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
-from minivlm.evaluate.speak import ask, captions, speech, speech_picture
+from minivlm.evaluate.speak import FREE_ANSWERS, ask, captions, speech, speech_picture, words_right
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 from minivlm.tasks.choose import chooses
@@ -22,6 +22,7 @@ from minivlm.tasks.features import can_compare
 from minivlm.tasks.match import can_match
 
 __all__ = [
+    "FREE_ANSWERS",
     "ask",
     "captions",
     "contrast",
@@ -40,6 +41,7 @@ __all__ = [
     "speech",
     "speech_picture",
     "table",
+    "words_right",
     "zero_shot",
 ]
 

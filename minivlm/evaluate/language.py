@@ -22,7 +22,7 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, few_shot, held_out_scenes
 from minivlm.datasets.shapes_questions import judge
 from minivlm.datasets.shapes_text import canonical
-from minivlm.datasets.talk import Question, open_talk
+from minivlm.datasets.talk import Question, open_texts
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
 from minivlm.tasks.speak import beginning, has_encoder, model_inputs
@@ -46,7 +46,7 @@ def language(model, processor, directory: str | Path) -> dict[str, Score]:
 def held_out_texts(directory: str | Path) -> list[Document]:
     if is_world(directory):
         return [document(0, "held out", i) for i in range(HELD_OUT)]
-    return list(open_talk(directory, "test", image_size=None).texts())
+    return open_texts(directory, "test")
 
 
 def sample(document: Document, processor) -> Sample:

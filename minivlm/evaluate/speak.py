@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Question, Talk, open_talk
+from minivlm.errors import UserError
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
@@ -18,7 +19,9 @@ from minivlm.tasks.choose import chooses
 from minivlm.tasks.speak import answer_all, can_answer, caption_all
 
 TILE = 176  # pixels of a picture on the sheet
-CAPTIONS = 500  # at most, to be described
+CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
+SHORT, LONG = 16, 64  # tokens of an answer, and of a caption or a sentence
+FREE_ANSWERS = "answers, words in common"
 AT_A_TIME = 64  # samples whose pictures are in memory
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
@@ -32,9 +35,14 @@ def speech(model, processor, directory: str | Path, *, ask_questions: bool = Tru
         talk = open_talk(directory, split, image_size=processor.image_size)
         if ask_questions and (questions := talk.questions()):
             scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
-        if describes and talk.captions(0):
+        if describes and captioned(talk):
             scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
     return scores
+
+
+def captioned(talk: Talk) -> list[int]:
+    """The samples that have captions."""
+    return [i for i in range(len(talk)) if talk.captions(i)]
 
 
 def answers_questions(model, processor) -> bool:
@@ -43,22 +51,30 @@ def answers_questions(model, processor) -> bool:
 
 
 def answers(model, processor, talk: Talk, questions: Sequence[Question]) -> dict[str, Score]:
-    """Accuracy in all, by kind of question, and blind."""
+    """Accuracy in all, by kind of question, and blind; of conversations, also how many words are right."""
+    if talk.free_answers:
+        questions = questions[:CAPTIONS]
     said = ask(model, processor, talk, questions)
     blind = ask(model, processor, talk, questions, shift=len(questions) // 2)
-    scores = vqa_accuracy(questions, said)
+    words = {FREE_ANSWERS: words_right(questions, said)} if talk.free_answers else {}
     alone = vqa_accuracy(questions, blind)["accuracy"]
-    return {**scores, "accuracy, blind": alone}
+    return {**words, **vqa_accuracy(questions, said), "accuracy, blind": alone}
+
+
+def words_right(questions: Sequence[Question], said: Sequence[str]) -> Score:
+    """Of questions whose answers are sentences: the words that the model's answers have in common with them."""
+    return word_overlap(said, [question.answers for question in questions])
 
 
 def ask(model, processor, talk: Talk, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
     """The model's answers. shift: each question is asked about the picture of the one so many places further."""
     n, said = len(questions), []
+    longest = LONG if talk.free_answers and not chooses(model) else SHORT
     for start in range(0, n, AT_A_TIME):
         part = range(start, min(start + AT_A_TIME, n))
         pictures = talk.images([questions[(i + shift) % n].index for i in part])
         samples = [(some, questions[i].text) for some, i in zip(pictures, part, strict=True)]
-        said += answer_all(samples, model, processor, max_new_tokens=16)
+        said += answer_all(samples, model, processor, max_new_tokens=longest)
     return said
 
 
@@ -66,13 +82,13 @@ def describe_all(model, processor, talk: Talk, indices: Sequence[int]) -> list[s
     """The model's captions of these samples."""
     said = []
     for start in range(0, len(indices), AT_A_TIME):
-        said += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=64)
+        said += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG)
     return said
 
 
 def captions(model, processor, talk: Talk, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
     """Of the shapes world: is everything said that is there? Of photographs: how many words are right."""
-    indices = range(min(len(talk), most))
+    indices = captioned(talk)[:most]
     said = describe_all(model, processor, talk, indices)
     if is_world(directory):
         scores = scene_match(said, [talk.captions(i)[0] for i in indices])
@@ -89,6 +105,8 @@ def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
         return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
 
     n = len(said)
+    if not n:
+        raise UserError("there are no captions or answers to measure with.")
     right = sum(f1(text, known[i]) for i, text in enumerate(said)) / n
     return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(said)) / n)
 
@@ -120,7 +138,8 @@ def question_rows(model, processor, talk: Talk, questions: Sequence[Question], *
 
 
 def caption_rows(model, processor, talk: Talk, *, columns: int = 4, n: int = 12) -> list[Row]:
-    indices = range(0, len(talk), max(1, len(talk) // n))[:n]
+    known = captioned(talk) or range(len(talk))
+    indices = known[:: max(1, len(known) // n)][:n]
     said = describe_all(model, processor, talk, indices)
     right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(said, indices, strict=True)]
     pictures = [talk.images([i])[0][0] for i in indices]

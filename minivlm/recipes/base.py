@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from minivlm import config
 from minivlm.errors import UserError, nearest
@@ -15,8 +15,17 @@ from minivlm.training import OptimiserConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every recipe has; the recipes of a pattern add model and data, and `start`, which opens both."""
+    """What every recipe has; the recipes of a pattern add model and data, and `start`, which opens both.
 
+    what         it trains, in words
+    learns_from  what a folder has to hold, one of them, and what it is judged by if not the same (datasets/contents.py)
+    taken_by     the option by which other recipes take a model of this kind, if they do
+    """
+
+    what: ClassVar[str]
+    learns_from: ClassVar[tuple[str, ...]]
+    judged_by: ClassVar[tuple[str, ...]] = ()
+    taken_by: ClassVar[str] = ""
     summary: str
     measured: str = ""  # how long it took and what it reached, for --list
     steps: int

@@ -33,7 +33,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.blip2 import Stage1
 from minivlm.recipes.parts import load_eyes, take
-from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
+from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, suited
 from minivlm.training import OptimiserConfig
 
 DECODE, ENCODE = "<decode>", "<encode>"  # what texts begin with that are said, or read together with a picture
@@ -42,6 +42,8 @@ CAPTIONS = 200  # validation pictures that a checkpoint describes
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPRecipe(Recipe):
+    what = "a BLIP"
+    learns_from = ("pairs",)
     vision_from: str | None = "out/clip"  # a CLIP of ours, a published one, or a hub id; None: `vision`, from scratch
     vision: VisionConfig = field(
         default_factory=lambda: VisionConfig(
@@ -79,7 +81,8 @@ class BLIPRecipe(Recipe):
         eyes = None if self.vision_from is None else f"{Path(out).parent / Path(directory).resolve().name}-clip"
         vocab_size = self.vocab_size if is_world(directory) else 4096
         summary = f"{self.summary}, on {directory}"
-        return replace(self, summary=summary, directory=directory, vision_from=eyes, vocab_size=vocab_size)
+        changed = dict(summary=summary, directory=directory, vision_from=eyes, vocab_size=vocab_size)
+        return suited(self, directory, **changed)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> BLIPWork:
         self.check_queue()
@@ -92,6 +95,7 @@ class BLIPRecipe(Recipe):
         eyes, seen = (None, None) if self.vision_from is None or checkpoint else load_eyes(self.vision_from)
         size = seen.image_size if seen else self.vision.image_size
         make_world_if_missing(self.directory, size, quiet=quiet)
+        check_suits(self, self.directory)
         model, processor = load(checkpoint) if checkpoint is not None else self.compose(eyes, seen)
         if self.freeze_vision:
             model.freeze("vision")
@@ -151,6 +155,10 @@ class BLIPWork(Stage1):
         super().__init__(recipe, model, processor, train, origins)
         asks = recipe.questions and not recipe.wrong and model.config.answers and is_world(recipe.directory)
         self.talk = open_talk(recipe.directory, "train", image_size=None) if asks else None
+        self.val = open_talk(recipe.directory, "val", image_size=processor.image_size)
+        self.describes = any(map(self.val.captions, range(len(self.val))))
+        if not self.describes:
+            self.score_name = "text→image Recall@1 re-ranked"
         if self.talk is None:
             self.chance.pop("answering")
 
@@ -181,12 +189,14 @@ class BLIPWork(Stage1):
         return caption, changed(caption, rng) if rng.random() < self.recipe.false_captions else None
 
     def validate(self) -> float:
-        """Both count alike: are true and nearly true captions told apart, and are scenes described?"""
+        """Both count alike: are true and nearly true captions told apart, and are scenes described? Where there are no
+        captions, the first alone."""
         where = self.recipe.directory
-        val = open_talk(where, "val", image_size=self.processor.image_size)
-        captions = evaluate.captions(self.model, self.processor, val, where, most=CAPTIONS)
-        said = next(iter(captions.values())).value
-        return (evaluate.matching_accuracy(self.model, self.processor, where) + said) / 2
+        matching = evaluate.matching_accuracy(self.model, self.processor, where)
+        if not self.describes:
+            return matching
+        captions = evaluate.captions(self.model, self.processor, self.val, where, most=CAPTIONS)
+        return (matching + next(iter(captions.values())).value) / 2
 
     def evaluate(self) -> dict[str, Score]:
         where = self.recipe.directory
@@ -196,12 +206,13 @@ class BLIPWork(Stage1):
     def next_commands(self, out: Path) -> list[str]:
         where = Path(self.recipe.directory)
         test = open_pairs(where, "test", image_size=self.processor.image_size)
-        picture, text = quote(str(where / test.key(0))), quote(test.all_captions(0)[0])
+        folder, picture = (quote(str(path)) for path in ((where / test.key(0)).parent, where / test.key(0)))
+        text = quote(test.all_captions(0)[0])
         asked = [f'python sample.py answer {out} {picture} "how many red shapes are there?"'] if self.talk else []
         return [
             f"python sample.py caption {out} {picture}",
             f"python sample.py match {out} {picture} {text}",
-            f"python sample.py search {out} {where / 'test'} {text} --rerank 16 --save sheet.png",
+            f"python sample.py search {out} {folder} {text} --rerank 16 --save sheet.png",
             *asked,
         ]
 

@@ -38,7 +38,7 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, take, with_image_token
-from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
+from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, next_training, suited
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
@@ -60,6 +60,9 @@ def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> d
 
 @dataclass(frozen=True, kw_only=True)
 class BLIP2Stage1Recipe(Recipe):
+    what = "stage 1 of a BLIP-2"
+    learns_from = ("pairs",)
+    taken_by = "--starts_from"
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     vision_layers: tuple[int, ...] = (-2,)
     qformer: QFormerConfig = QUERIES  # its vocab_size and context_width follow from the tokeniser and the tower
@@ -76,12 +79,13 @@ class BLIP2Stage1Recipe(Recipe):
         """The same on another folder's captions; the tower is trained on that folder as well, beside `out`."""
         beside = Path(out).parent / Path(directory).resolve().name
         summary = f"{self.summary}, on {directory}"
-        return replace(self, summary=summary, directory=directory, vision_from=f"{beside}-clip")
+        return suited(self, directory, summary=summary, directory=directory, vision_from=f"{beside}-clip")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Stage1:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
         model.freeze("vision")
         make_world_if_missing(self.directory, processor.image_size, quiet=quiet)
+        check_suits(self, self.directory)
         train = open_pairs(self.directory, "train", image_size=processor.image_size)
         check_fills_a_batch(len(train), self.batch_size, "training images", self.directory)
         origins = {"vision": self.vision_from, "qformer": self.bert_from or "new"}
@@ -179,13 +183,13 @@ class Stage1(Work):
 
     def next_commands(self, out: Path) -> list[str]:
         test = open_pairs(self.recipe.directory, "test", image_size=self.processor.image_size)
-        picture = quote(str(Path(self.recipe.directory) / test.key(0)))
-        text = quote(test.all_captions(0)[0])
+        picture = Path(self.recipe.directory) / test.key(0)
+        folder, picture, text = quote(str(picture.parent)), quote(str(picture)), quote(test.all_captions(0)[0])
         return [
             f"python sample.py match {out} {picture} {text}",
-            f"python sample.py search {out} {Path(self.recipe.directory) / 'test'} {text} --rerank 16 --save sheet.png",
+            f"python sample.py search {out} {folder} {text} --rerank 16 --save sheet.png",
             f"python sample.py attend {out} {picture} --save maps.png",
-            "python train.py blip2",
+            *next_training("blip2", self.recipe.directory, starts_from=out),
         ]
 
 
@@ -194,6 +198,9 @@ class Stage1(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class BLIP2Recipe(Recipe):
+    what = "a BLIP-2"
+    learns_from = ("conversations",)
+    judged_by = ("questions", "captions")
     lm: Literal["lm", "t5"] = "lm"  # a decoder, or an encoder and a decoder
     starts_from: str = "out/blip2-stage1"
     language_from: str | None = None  # None: out/lm or out/t5
@@ -215,8 +222,9 @@ class BLIP2Recipe(Recipe):
     def for_data(self, directory: str, out: str) -> BLIP2Recipe:
         """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
         beside = f"{Path(out).parent / Path(directory).resolve().name}"
-        return replace(
+        return suited(
             self,
+            directory,
             summary=f"{self.summary}, on {directory}",
             data=replace(self.data, directory=directory),
             starts_from=f"{beside}-blip2-stage1",
@@ -227,7 +235,7 @@ class BLIP2Recipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> BLIP2Work:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
         model.freeze("vision", "language_model")
-        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        train = open_train(self, processor.image_size, quiet=quiet)
         return BLIP2Work(self, model, processor, train)
 
     def compose(self) -> tuple[BLIP2, Processor]:

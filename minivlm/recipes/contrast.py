@@ -26,7 +26,7 @@ from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing
+from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, suited
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
@@ -41,22 +41,28 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastRecipe(Recipe):
+    what = "a CLIP"
+    learns_from = ("pairs",)
+    taken_by = "--vision_from"
     model: CLIPConfig  # its vocab_size and end_token follow from the tokeniser
     data: PairsConfig = PairsConfig()
 
     def for_data(self, directory: str, out: str) -> ContrastRecipe:
         """The same on another folder. Photographs need more than shapes do: their own size, augmentation and vocabulary."""
         if is_world(directory):
-            return replace(self, data=replace(self.data, directory=directory))
+            return suited(self, directory, data=replace(self.data, directory=directory))
         data = PairsConfig(directory=directory, augment=True, vocab_size=4096)
         if isinstance(self.model.vision, EfficientNetConfig):
-            return replace(PHOTOGRAPHS, summary=f"{self.summary}, on {directory}", data=data, model=self.model)
-        return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", data=data)
+            return suited(
+                PHOTOGRAPHS, directory, summary=f"{self.summary}, on {directory}", data=data, model=self.model
+            )
+        return suited(PHOTOGRAPHS, directory, summary=f"a small CLIP on {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Contrast:
         """Open the data (the shapes world is made if it is missing), take a checkpoint's tokeniser or train one, build."""
         directory, size = self.data.directory, self.model.vision.image_size
         make_world_if_missing(directory, size, quiet=quiet)
+        check_suits(self, directory)
         train = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(train), self.batch_size, "training images", directory)
         if self.data.wrong_captions:
@@ -127,10 +133,9 @@ class Contrast(Work):
         captions = sorted(first, key=len)[:3]
         picture = Path(self.recipe.data.directory) / test.key(first[captions[0]])
         labels = " ".join(map(quote, captions))
-        return [
-            f"python sample.py zero-shot {out} {picture} --labels {labels}",
-            f"python sample.py search {out} {picture.parent} {quote(captions[0])} --top 8 --save sheet.png",
-        ]
+        folder, picture = quote(str(picture.parent)), quote(str(picture))
+        some = [f"python sample.py zero-shot {out} {picture} --labels {labels}"] if len(captions) > 1 else []
+        return [*some, f"python sample.py search {out} {folder} {quote(captions[0])} --top 8 --save sheet.png"]
 
 
 SMALL_TEXT = TextConfig(width=128, depth=2, heads=4, vocab_size=512, context=64, end_token=0)

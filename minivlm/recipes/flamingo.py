@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling, take
-from minivlm.recipes.shared import build
+from minivlm.recipes.shared import SHAPES, build, suited
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
@@ -45,6 +46,9 @@ VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besi
 
 @dataclass(frozen=True, kw_only=True)
 class FlamingoRecipe(Recipe):
+    what = "a Flamingo"
+    learns_from = ("documents", "classes", "conversations")
+    judged_by = ("documents", "classes", "questions", "captions")
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
     starts_from: str | None = None  # a Flamingo that goes on learning, in place of both and of what is new
@@ -65,8 +69,9 @@ class FlamingoRecipe(Recipe):
     def for_data(self, directory: str, out: str) -> FlamingoRecipe:
         """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
         beside = f"{Path(out).parent / Path(directory).resolve().name}"
-        return replace(
+        return suited(
             self,
+            directory,
             summary=f"{self.summary}, on {directory}",
             data=replace(self.data, directory=directory),
             vision_from=f"{beside}-clip",
@@ -82,7 +87,7 @@ class FlamingoRecipe(Recipe):
             work = (InterleavedWork if is_interleaved(directory) else LessonsWork)(self, model, processor)
             work.origins = self.origins()
             return work
-        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        train = open_train(self, processor.image_size, quiet=quiet)
         return FlamingoWork(self, model, processor, train)
 
     def check_whole_batches(self) -> None:
@@ -186,7 +191,10 @@ class FlamingoWork(PrefixWork):
             evaluate.few_shot_picture(self.shots, path.with_name("few-shot.png"))
 
     def next_commands(self, out: Path) -> list[str]:
-        return [*super().next_commands(out), f"python -m minivlm.evaluate {out} --shots 0 1 2 4 8"]
+        where = self.recipe.data.directory
+        data = "" if Path(where) == SHAPES else f" --data {quote(str(where))}"
+        shots = [f"python -m minivlm.evaluate {out}{data} --shots 0 1 2 4 8"] if is_world(where) else []
+        return [*super().next_commands(out), *shots]
 
 
 FLAMINGO_RECIPES = {

@@ -26,7 +26,7 @@ from minivlm.datasets.answers import AnswerList, most_frequent
 from minivlm.datasets.continuation import pad
 from minivlm.datasets.masking import hide_regions, hide_words
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.talk import Question, Talk, open_talk
+from minivlm.datasets.talk import Question, Talk
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.transformer import TransformerConfig
@@ -39,7 +39,7 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.contrast import CONTRAST_RECIPES
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import load_eyes, take
-from minivlm.recipes.shared import build
+from minivlm.recipes.shared import build, suited
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.tasks.match import can_match
 from minivlm.training import OptimiserConfig
@@ -56,6 +56,8 @@ CLASSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class FusionRecipe(Recipe):
+    what = "a model that chooses answers"
+    learns_from = ("questions about one image each",)
     model: ModelConfig  # tower, vocabulary and answers follow from vision_from and the data
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     data: TalkConfig = field(default_factory=TalkConfig)
@@ -81,14 +83,13 @@ class FusionRecipe(Recipe):
         beside = Path(out).parent / Path(directory).resolve().name
         vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
-        return replace(self, summary=f"{self.summary}, on {directory}", data=data, vision_from=f"{beside}-clip")
+        summary = f"{self.summary}, on {directory}"
+        return suited(self, directory, summary=summary, data=data, vision_from=f"{beside}-clip")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> FusionWork:
         processor = load(checkpoint)[1] if checkpoint is not None else load_eyes(self.vision_from)[1]
-        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        train = open_train(self, processor.image_size, quiet=quiet)
         asked = [train.asked(i, np.random.default_rng(i)) for i in range(len(train))]
-        if not any(asked):
-            raise UserError(f"{self.data.directory} has no questions (vqa.jsonl), which {self.summary} learns from.")
         if checkpoint is not None:
             model, processor = load(checkpoint)
         else:
@@ -136,8 +137,6 @@ class FusionWork(PrefixWork):
     def __init__(self, recipe: FusionRecipe, model, processor: Processor, train: Talk, asked: list[list[Question]]):
         origins = {"vision": recipe.vision_from, "encoder": f"new, tower {recipe.vision_from}"}
         super().__init__(recipe, model, processor, train, origins=origins, answers=True)
-        if not train.one_picture_each:
-            raise UserError(f"{recipe.data.directory} asks about several pictures at once, or none: it has to be one.")
         encoder = getattr(model.config, "encoder", model.config)
         self.list = AnswerList(encoder.answers)
         self.right = self.list.scores if encoder.answer_loss == "sigmoid" else self.list.weights
@@ -248,9 +247,9 @@ class FusionWork(PrefixWork):
         return evaluate.evaluate(self.model, self.processor, self.recipe.data.directory)
 
     def next_commands(self, out: Path) -> list[str]:
-        test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
+        test = self.test
         asked = test.questions()[0]
-        picture = quote(str(Path(self.recipe.data.directory) / test.key(asked.index)))
+        picture = self.path(test, asked.index)
         commands = [f"python sample.py answer {out} {picture} {quote(asked.text)}"]
         if can_match(self.model) and (told := test.captions(asked.index)):
             commands.append(f"python sample.py match {out} {picture} {quote(told[0])}")

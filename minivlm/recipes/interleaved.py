@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class InterleavedWork(Work):
 
     def next_commands(self, out: Path) -> list[str]:
         documents = self.open("test", self.processor)
-        return [f"python sample.py caption {out} {Path(self.directory) / documents.key(0)}"]
+        return [f"python sample.py caption {out} {quote(str(Path(self.directory) / documents.key(0)))}"]
 
 
 def gates_text(model: Flamingo) -> str:

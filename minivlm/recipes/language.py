@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from shlex import quote
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from minivlm.datasets.continuation import split
 from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_episodes import document, documents, words
-from minivlm.datasets.talk import open_talk
+from minivlm.datasets.talk import open_texts
 from minivlm.errors import UserError
 from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
@@ -29,7 +29,15 @@ from minivlm.metrics import Score
 from minivlm.pictures import Row, sheet
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing, speaking
+from minivlm.recipes.shared import (
+    build,
+    check_fills_a_batch,
+    check_suits,
+    make_world_if_missing,
+    next_training,
+    speaking,
+    suited,
+)
 from minivlm.recipes.work import Work
 from minivlm.tasks.speak import beginning
 from minivlm.training import OptimiserConfig
@@ -56,7 +64,8 @@ class PackableTextsConfig(TextsConfig):
 class TextsRecipe(Recipe):
     """What all recipes on texts alone have in common. One defines `model`, a config, and `work`."""
 
-    kind: ClassVar[str]  # of model, in words
+    learns_from = ("texts",)
+    taken_by = "--language_from"
     data: TextsConfig = TextsConfig()
     induction_heads: bool = False  # given at the start, see layers/induction.py
 
@@ -64,12 +73,13 @@ class TextsRecipe(Recipe):
         """The same on another folder's captions, questions and conversations."""
         vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
-        return replace(self, summary=f"{self.kind} on the texts of {directory}", data=data)
+        return suited(self, directory, summary=f"{self.what} on the texts of {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Language:
         directory = self.data.directory
         make_world_if_missing(directory, image_size=48, quiet=quiet)
-        texts = None if is_world(directory) else list(open_talk(directory, "train", image_size=None).texts())
+        check_suits(self, directory)
+        texts = None if is_world(directory) else open_texts(directory, "train")
         if texts is not None:
             check_fills_a_batch(len(texts), self.batch_size, "texts", directory)
         if checkpoint is not None:
@@ -87,7 +97,7 @@ class TextsRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageRecipe(TextsRecipe):
-    kind = "a small language model"
+    what = "a small language model"
     model: LanguageModelConfig  # its vocab_size and end_tokens follow from the tokeniser
     data: PackableTextsConfig = PackableTextsConfig()
 
@@ -108,7 +118,7 @@ def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
 
 class Language(Work):
     score_name = "1 / perplexity"
-    leads_to = "python train.py llava"  # what the user does next
+    leads_to, option = "llava", ""  # the recipe that the user trains next, and with which option
 
     def __init__(self, recipe: TextsRecipe, model: Model, processor: Processor, texts: list[str] | None):
         super().__init__(recipe, model, processor, SHAPES_DOCUMENTS if texts is None else len(texts))
@@ -174,7 +184,8 @@ class Language(Work):
     def next_commands(self, out: Path) -> list[str]:
         texts = [words(text) for text in self.held_out]
         question, mark, _ = next((text for text in texts if "?" in text), texts[0]).partition("?")
-        return [f'python sample.py complete {out} "{question}{mark}"', self.leads_to]
+        more = next_training(self.leads_to, self.recipe.data.directory)
+        return [f"python sample.py complete {out} {quote(question + mark)}", *(f"{one}{self.option}" for one in more)]
 
 
 LANGUAGE_RECIPES = {

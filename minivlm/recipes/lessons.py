@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class LessonsWork(Work):
         evaluate.few_shot_picture(self.scores or self.evaluate(), path)
 
     def next_commands(self, out: Path) -> list[str]:
-        return [f"python -m minivlm.evaluate {out} --data {self.directory} --ways {WAYS} --shots 0 {WAYS}"]
+        return [f"python -m minivlm.evaluate {out} --data {quote(str(self.directory))} --ways {WAYS} --shots 0 {WAYS}"]
 
 
 def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:

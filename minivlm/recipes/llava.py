@@ -30,6 +30,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling, take
+from minivlm.recipes.shared import next_training, suited
 from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
@@ -38,6 +39,9 @@ LOOKED_AT = 500  # samples, before the first step, to tell how many are cut
 
 @dataclass(frozen=True, kw_only=True)
 class LLaVARecipe(Recipe):
+    what = "LLaVA"
+    learns_from = ("conversations",)
+    judged_by = ("questions", "captions")
     stage: Literal["align", "instruct"]
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
@@ -59,8 +63,8 @@ class LLaVARecipe(Recipe):
         beside = f"{Path(out).parent / Path(directory).resolve().name}"
         changed = {"data": replace(self.data, directory=directory), "summary": f"{self.summary}, on {directory}"}
         if self.stage == "instruct":
-            return replace(self, **changed, starts_from=f"{beside}-llava-stage1")
-        return replace(self, **changed, vision_from=f"{beside}-clip", language_from=f"{beside}-lm")
+            return suited(self, directory, **changed, starts_from=f"{beside}-llava-stage1")
+        return suited(self, directory, **changed, vision_from=f"{beside}-clip", language_from=f"{beside}-lm")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> LLaVAWork:
         if checkpoint is not None:
@@ -70,7 +74,7 @@ class LLaVARecipe(Recipe):
         model.freeze("vision")
         if self.stage == "align":
             model.freeze("language_model")
-        train = open_train(self.data.directory, processor.image_size, self.batch_size, quiet=quiet)
+        train = open_train(self, processor.image_size, quiet=quiet)
         return LLaVAWork(self, model, processor, train)
 
     def align(self) -> tuple[LLaVA, Processor]:
@@ -107,15 +111,15 @@ class LLaVARecipe(Recipe):
 class PrefixWork(Speaking):
     """A model at work whose pictures stand in the text, seen by a frozen tower.
 
-    origins: see `Work`. answers: it is judged by its answers, if the data have questions; else by its captions.
+    origins: see `Work`. answers: it is judged by its answers, if the data have questions; else by its captions. Where the
+    data have no captions, by its answers all the same.
     """
 
     def __init__(self, recipe, model, processor: Processor, train: Talk, *, origins: dict[str, str], answers: bool):
         super().__init__(recipe, model, processor, train)
         self.origins = origins
-        self.answers = answers and bool(self.val.questions())
-        if self.answers:
-            self.score_name = "accuracy of answers"
+        if self.val_questions and (answers or not any(map(self.val.captions, range(len(self.val))))):
+            self.judge_by_answers()
         if recipe.micro_batch is not None and not train.one_picture_each:
             raise UserError("--micro_batch needs one picture in every sample, but here some have several, or none.")
         self.features: Tensor | None = None
@@ -169,10 +173,10 @@ class PrefixWork(Speaking):
         return self.answers_score() if self.answers else self.captions_score()
 
     def next_commands(self, out: Path) -> list[str]:
-        picture = self.held_out_picture()
+        asked = self.held_out_question()
         return [
-            f"python sample.py caption {out} {picture}",
-            f'python sample.py answer {out} {picture} "how many red shapes are there?"',
+            f"python sample.py caption {out} {self.held_out_picture()}",
+            *([f"python sample.py answer {out} {asked}"] if asked else []),
         ]
 
 
@@ -193,10 +197,10 @@ class LLaVAWork(PrefixWork):
         return self.train.conversation(index, rng)
 
     def next_commands(self, out: Path) -> list[str]:
-        caption, answer = super().next_commands(out)
+        commands = super().next_commands(out)
         if self.recipe.stage == "align":
-            return [caption, "python train.py llava"]
-        return [caption, answer, f"python sample.py chat {out} {self.held_out_picture()}"]
+            return [commands[0], *next_training("llava", self.recipe.data.directory, starts_from=out)]
+        return [*commands, f"python sample.py chat {out} {self.held_out_picture()}"]
 
     def finish(self, out: Path) -> None:
         """Adapters are left twice: alone, for the base that they belong to, and as part of the weights."""

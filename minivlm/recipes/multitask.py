@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.datasets.folder import open_pairs
-from minivlm.errors import UserError
 from minivlm.models.fusion import VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.processor import Processor
@@ -19,6 +19,8 @@ from minivlm.recipes.fusion import COMMON, SMALL, WORDS, FusionRecipe, FusionWor
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskRecipe(FusionRecipe):
+    what = "the multitask model"
+    learns_from = ("captions and questions",)
     model: MultitaskConfig
     eyes = "encoder.vision"
     model_class = MultitaskVLM
@@ -40,9 +42,6 @@ class MultitaskWork(FusionWork):
 
     def __init__(self, recipe: MultitaskRecipe, *parts):
         super().__init__(recipe, *parts)
-        if not self.has_captions:
-            raise UserError(f"{recipe.data.directory} has no captions (captions.jsonl), which two of three tasks need.")
-
         tasks = self.model.config.tasks  # the first of these is judged while it trains
         names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
         self.judged = next(task for task in names if task in tasks)
@@ -78,13 +77,14 @@ class MultitaskWork(FusionWork):
         return ", ".join(shares) + " (1: knows nothing)"
 
     def next_commands(self, out: Path) -> list[str]:
-        folder = Path(self.recipe.data.directory) / "test"
-        more = (
-            [f'python sample.py search {out} {folder} "a red circle" --top 8 --save sheet.png']
-            if folder.is_dir()
-            else []
-        )
-        return [*super().next_commands(out), f"python sample.py caption {out} {self.held_out_picture()}", *more]
+        pairs = open_pairs(self.recipe.data.directory, "test", image_size=self.processor.image_size)
+        folder = quote(str((Path(self.recipe.data.directory) / pairs.key(0)).parent))
+        wanted = quote(pairs.all_captions(0)[0])
+        return [
+            *super().next_commands(out),
+            f"python sample.py caption {out} {self.held_out_picture()}",
+            f"python sample.py search {out} {folder} {wanted} --top 8 --save sheet.png",
+        ]
 
 
 MULTITASK_RECIPES = {

@@ -1,19 +1,95 @@
-"""What the recipes' `start` methods have in common: the data are there, they fill a batch, and the model can be built."""
+"""What recipes have in common: the data suit them, are there and fill a batch, and the model can be built."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import nn
 
+from minivlm.datasets.contents import FILES, KINDS, contents, told
+from minivlm.datasets.folder import SPLITS
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.processor import Processor
+from minivlm.recipes.base import Recipe
 
 SHAPES = Path("data/shapes")
+ENDLESS = 10**6
+
+
+def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
+    """The recipe with its changes for another folder, in batches that the folder can fill. UserError unless the folder has
+    what the recipe learns from, and what it is judged by, in the splits for that."""
+    recipe = replace(recipe, **changes)
+    n = check_suits(recipe, where) if Path(where).is_dir() else ENDLESS  # what is not there is told by `start`
+    if n >= recipe.batch_size:
+        return recipe
+    return replace(
+        recipe, batch_size=n, summary=f"{recipe.summary}; {n} samples a batch, since there are no more to train on"
+    )
+
+
+def check_suits(recipe: Recipe, directory: str | Path) -> int:
+    """How many samples the recipe can learn from. UserError: see `suited`."""
+    if Path(directory) == SHAPES and not is_world(directory):
+        return ENDLESS  # it is made when training starts
+    found = contents(directory)
+    kind = next((kind for kind in recipe.learns_from if found["train"][kind]), None)
+    if kind is None:
+        raise UserError(
+            f"{directory} holds {told(found['train'])} to train on, but {recipe.what} learns from "
+            f"{' or '.join(KINDS[kind] for kind in recipe.learns_from)}{advice(recipe, directory)}."
+        )
+    wanted = recipe.judged_by or recipe.learns_from
+    for split in SPLITS[1:]:
+        if not any(found[split][kind] for kind in wanted):
+            raise UserError(
+                f"the {split} split of {directory} holds {told(found[split])}, but {recipe.what} is judged by "
+                f"{' or '.join(KINDS[kind] for kind in wanted)}: give some of them the split {split!r} in their files."
+            )
+    return ENDLESS if kind == "classes" else found["train"][kind]  # of lessons about classes there is no end
+
+
+def advice(recipe: Recipe, directory: str | Path) -> str:
+    """What to do instead: which recipes suit the folder, and what would make it suit this one."""
+    from minivlm.recipes import RECIPES
+
+    found = contents(directory)["train"]
+    others = [name for name, one in RECIPES.items() if any(found[kind] for kind in one.learns_from)]
+    files = [FILES[kind] for kind in recipe.learns_from if kind in FILES]
+    told = [f"train {', '.join(others)} on it"] if others else []
+    told += [f"add {files[0]}"] if files else []
+    told += [f"name a trained model by {recipe.taken_by}"] if recipe.taken_by else []
+    return ": " + ", or ".join(told)
+
+
+def next_training(name: str, directory: str | Path, **taken: str | Path) -> list[str]:
+    """The command that trains recipe `name` on the same folder next, or nothing where that, or what it builds on, is not to
+    be had from it. taken: option → what is trained already, as starts_from="out/llava-stage1"."""
+    if Path(directory) == SHAPES:
+        return [f"python train.py {name}"]
+    try:
+        check_all_suit(name, directory, taken)
+    except UserError:
+        return []
+    given = {"data": directory} | taken
+    return [" ".join([f"python train.py {name}", *(f"--{key} {quote(str(value))}" for key, value in given.items())])]
+
+
+def check_all_suit(name: str, directory: str | Path, taken: Iterable[str]) -> None:
+    """UserError unless the folder suits the recipe and all that would be trained for it."""
+    from minivlm.recipes import RECIPES
+
+    check_suits(RECIPES[name], directory)
+    at_hand = {getattr(RECIPES[name], option) for option in taken}
+    for part, where in RECIPES[name].needs().items():
+        if where not in at_hand:
+            check_all_suit(part, directory, ())
 
 
 def make_world_if_missing(directory: str | Path, image_size: int, *, quiet: bool) -> None:

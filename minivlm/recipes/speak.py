@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 
@@ -14,16 +15,17 @@ from minivlm.checkpoint import load
 from minivlm.conversation import Sample, collate
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Talk, open_talk
-from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.shared import build, check_fills_a_batch, make_world_if_missing, speaking
+from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, speaking, suited
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
+
+VALIDATED = 200  # captions, or answers in whole sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,14 @@ class TalkConfig:
     vocab_size: int = 512  # of a tokeniser that is trained on it; not used where a language model brings its own
 
 
-def open_train(directory: str, image_size: int, batch_size: int, *, quiet: bool) -> Talk:
-    """The training split; the shapes world is made if it is missing. UserError where it does not fill a batch."""
+def open_train(recipe: Recipe, image_size: int, *, quiet: bool) -> Talk:
+    """The training split of recipe.data; the shapes world is made if it is missing. UserError where it does not suit the
+    recipe or fill a batch."""
+    directory = recipe.data.directory
     make_world_if_missing(directory, image_size, quiet=quiet)
+    check_suits(recipe, directory)
     talk = open_talk(directory, "train", image_size=image_size)
-    check_fills_a_batch(len(talk), batch_size, "training samples", directory)
+    check_fills_a_batch(len(talk), recipe.batch_size, "training samples", directory)
     return talk
 
 
@@ -52,6 +57,7 @@ class Speaking(Work):
         self.val = open_talk(recipe.data.directory, "val", image_size=processor.image_size)
         shapes = is_world(recipe.data.directory)
         self.captions_name = "captions, object recall" if shapes else "captions, words in common"
+        self.val_questions = self.val.questions()
         self.score_name = self.captions_name
 
     def notes(self) -> list[str]:
@@ -75,17 +81,36 @@ class Speaking(Work):
 
     def captions_score(self) -> float:
         """Of 200 validation pictures."""
-        scores = evaluate.captions(self.model, self.processor, self.val, self.recipe.data.directory, most=200)
+        scores = evaluate.captions(self.model, self.processor, self.val, self.recipe.data.directory, most=VALIDATED)
         return scores[self.captions_name].value
 
+    def judge_by_answers(self) -> None:
+        self.answers = True
+        self.score_name = evaluate.FREE_ANSWERS if self.val.free_answers else "accuracy of answers"
+
     def answers_score(self) -> float:
-        """Of the validation questions."""
-        questions = self.val.questions()
-        return vqa_accuracy(questions, evaluate.ask(self.model, self.processor, self.val, questions))["accuracy"].value
+        """Of the validation questions; of those in conversations, 200."""
+        free = self.val.free_answers
+        questions = self.val_questions[: VALIDATED if free else None]
+        said = evaluate.ask(self.model, self.processor, self.val, questions)
+        return (evaluate.words_right(questions, said) if free else vqa_accuracy(questions, said)["accuracy"]).value
 
     def held_out_picture(self) -> str:
-        test = open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
-        return quote(str(Path(self.recipe.data.directory) / test.key(0)))
+        return self.path(self.test, next(i for i in range(len(self.test)) if self.test.images([i])[0]))
+
+    def held_out_question(self) -> str:
+        """A picture and a question, as words of a command; nothing where there are no questions."""
+        if is_world(self.recipe.data.directory):
+            return f'{self.held_out_picture()} "how many red shapes are there?"'
+        asked = next((q for q in self.test.questions() if len(self.test.images([q.index])[0]) == 1), None)
+        return f"{self.path(self.test, asked.index)} {quote(asked.text)}" if asked else ""
+
+    @cached_property
+    def test(self) -> Talk:
+        return open_talk(self.recipe.data.directory, "test", image_size=self.processor.image_size)
+
+    def path(self, talk: Talk, index: int) -> str:
+        return quote(str(Path(self.recipe.data.directory) / talk.key(index)))
 
 
 # ---- the captioner ---------------------------------------------------------------------------------------------------
@@ -93,6 +118,8 @@ class Speaking(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerRecipe(Recipe):
+    what = "a captioner"
+    learns_from = ("captions",)
     model: ImageCaptioningConfig  # vocab_size and end_tokens follow from the tokeniser
     data: TalkConfig = TalkConfig()
 
@@ -100,13 +127,11 @@ class CaptionerRecipe(Recipe):
         """The same on another folder's captions."""
         vocab_size = self.data.vocab_size if is_world(directory) else 4096
         data = replace(self.data, directory=directory, vocab_size=vocab_size)
-        return replace(self, summary=f"a captioner of {directory}", data=data)
+        return suited(self, directory, summary=f"a captioner of {directory}", data=data)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Captioner:
         size, context = self.model.vision.image_size, self.model.language.context
-        train = open_train(self.data.directory, size, self.batch_size, quiet=quiet)
-        if not train.captions(0):
-            raise UserError(f"{self.data.directory} has no captions (captions.jsonl), which a captioner learns from.")
+        train = open_train(self, size, quiet=quiet)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:

@@ -19,7 +19,7 @@ from minivlm.training import OptimiserConfig
 
 @dataclass(frozen=True, kw_only=True)
 class T5Recipe(TextsRecipe):
-    kind = "a small T5"
+    what = "a small T5"
     model: T5Config  # its vocab_size and end_tokens follow from the tokeniser
     holes: float = 0.75  # share of the texts that are read with holes; the others are cut in two, as when it is used
 
@@ -33,7 +33,7 @@ class T5Recipe(TextsRecipe):
 
 class Continuation(Language):
     recipe: T5Recipe
-    leads_to = "python train.py blip2 --lm t5"
+    leads_to, option = "blip2", " --lm t5"
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and mask (B/W, S), labels (B/W, T) of process `rank` of W; every step cuts anew."""

@@ -228,14 +228,15 @@ def test_splits_are_drawn_by_the_name_of_the_image(folder):
     write_lines(folder, *({"image": n, "question": q, "answer": "a"} for q in ("q", "r") for n in names))
     for split, keys in drawn.items():
         talk = talk_of(folder, split)
-        assert [talk.key(i) for i in range(len(talk))] == keys
+        assert [talk.key(i) for i in range(len(talk))] == keys  # captions and questions of an image are one sample
+        assert talk.captions(0) == [keys[0].removeprefix("images/")] and len(talk.asked(0, rng())) == 2
         assert talk.notes == [
             "No val and test split are given: a tenth of the images each, by a hash of the file name."
         ]
     write_conversations(folder, *(entry("<image> q", "a", image=name) for name in names + names))
     for split, keys in drawn.items():
         talk = talk_of(folder, split)
-        assert [talk.key(i) for i in range(len(talk))] == keys + keys
+        assert [talk.key(i) for i in range(len(talk))] == keys + keys + keys  # and the questions
     with pytest.raises(UserError, match="no split 'dev'"):
         talk_of(folder, "dev")
 

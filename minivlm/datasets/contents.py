@@ -1,0 +1,113 @@
+"""What a folder holds, told in one place, so that a recipe which does not suit it is refused before anything is trained.
+
+train.py llava --data DIR ──→ contents(DIR) ──→ {"captions": 73, "texts": 146}   does llava learn from any of these?
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+from minivlm.datasets.class_episodes import is_class_folder, read_classes
+from minivlm.datasets.folder import SPLITS, choose_split
+from minivlm.datasets.folder_talk import Conversation, Quiz, read_entries
+from minivlm.datasets.interleaved import Interleaved, is_interleaved
+from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes_talk import ShapesTalk
+from minivlm.datasets.talk import is_talk
+from minivlm.errors import UserError
+
+# What can be learnt from, and how it is called in a sentence. Several may be true of one folder.
+KINDS = {
+    "pairs": "images with captions, answers or classes",
+    "captions": "images with captions or classes",
+    "questions": "questions about images",
+    "questions about one image each": "questions about one image each",
+    "captions and questions": "captions and questions about the same images",
+    "conversations": "images that something is said about",
+    "texts": "texts",
+    "documents": "documents of images and texts",
+    "classes": "images in class folders",
+}
+FILES = {
+    "captions": "captions.jsonl",
+    "questions": "vqa.jsonl or conversations.json",
+    "questions about one image each": "vqa.jsonl",
+    "captions and questions": "captions.jsonl beside vqa.jsonl",
+    "texts": "captions.jsonl, vqa.jsonl, conversations.json or interleaved.jsonl",
+    "pairs": "captions.jsonl, vqa.jsonl, conversations.json or class folders",
+    "conversations": "captions.jsonl, vqa.jsonl or conversations.json",
+}
+Contents = dict[str, Counter[str]]  # split → kind → number of samples
+
+
+def contents(directory: str | os.PathLike) -> Contents:
+    """How many samples of each kind each split has. UserError: no folder, none that is recognised, or broken files."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}.")
+    return read_contents(directory.resolve(), stamps(directory))
+
+
+def stamps(directory: Path) -> tuple:
+    """What changes when a folder does: a command asks several times about one folder."""
+    entries = [e for e in os.scandir(directory) if e.is_dir() or e.name.endswith((".json", ".jsonl"))]
+    times = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if not e.name.startswith(".")]
+    return tuple(sorted(times))
+
+
+@lru_cache(maxsize=4)
+def read_contents(directory: Path, _: tuple) -> Contents:
+    if is_world(directory):
+        return world_contents(directory)
+    found: Contents = {split: Counter() for split in SPLITS}
+    if is_interleaved(directory):
+        for split in SPLITS:
+            documents = Interleaved(directory, split, image_size=None)
+            found[split] += Counter({"documents": len(documents), "texts": len(list(documents.texts()))})
+    if is_talk(directory) or not is_interleaved(directory):
+        entries = read_entries(directory)
+        for split in SPLITS:
+            found[split] += count(choose_split(entries, split, directory)[0], directory, split)
+    return found
+
+
+def count(entries: list, directory: Path, split: str) -> Counter[str]:
+    """Of one split of what `read_entries` gives."""
+    captions = {entry.key for entry in entries if entry.captions}
+    single = {entry.key for entry in entries if len(entry.images) == 1}
+    asked = [entry for entry in entries if isinstance(entry, (Quiz, Conversation)) and entry.questions()]
+    numbers = {
+        "pairs": len(captions) if (directory / "captions.jsonl").is_file() else len(single),
+        "captions": len(captions),
+        "questions": len(asked),
+        "questions about one image each": len(asked) if all(len(e.images) == 1 for e in entries) else 0,
+        "captions and questions": len({entry.key for entry in asked} & captions),
+        "conversations": len(entries) if any(entry.images for entry in entries) else 0,
+    }
+    if is_class_folder(directory):
+        numbers["classes"] = len(read_classes(directory, split))
+    else:
+        numbers["texts"] = len(set(chain.from_iterable(entry.texts() for entry in entries)))
+    return +Counter(numbers)
+
+
+def world_contents(directory: Path) -> Contents:
+    """All but documents and class folders; its texts and lessons have no end."""
+    n = len(ShapesTalk(directory, "train"))
+    kinds = [kind for kind in KINDS if kind not in ("documents", "classes")]
+    return {split: Counter(dict.fromkeys(kinds, n)) | Counter(texts=10**6) for split in SPLITS}
+
+
+def told(found: Counter[str]) -> str:
+    """ "90 questions about images, 180 texts" """
+    specific = [kind for kind in ("captions", "questions", "documents", "classes") if found[kind]]
+    if found["classes"]:
+        specific.remove("captions")
+    elif not specific:
+        specific = [kind for kind in ("conversations", "texts") if found[kind]][:1]
+    named = [f"{KINDS[kind]} ({found[kind]})" for kind in specific]
+    return " and ".join(named) or "nothing that is learnt from"
