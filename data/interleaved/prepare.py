@@ -7,7 +7,6 @@ address on the web; IMAGES is the folder to which you have downloaded them, unde
 notes the address in a .json beside each. Documents that have no picture are left out and counted.
 """
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from minivlm.datasets.images import extensions  # noqa: E402, RUF100
 from minivlm.datasets.interleaved import FILE, MARK  # noqa: E402, RUF100
 from minivlm.datasets.official import command_line, place, write_lines  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
+from minivlm.files import parse_json, read_bytes  # noqa: E402, RUF100
 
 EXAMPLE = '{"text_list": […], "image_info": […]} (MMC4) or {"texts": […], "images": […]} (OBELICS)'
 
@@ -114,7 +114,10 @@ def known_pictures(folder: Path) -> dict[str, str]:
             continue
         known.setdefault(path.name, path.relative_to(folder).as_posix())
         if (note := path.with_suffix(".json")).is_file():
-            known[json.loads(note.read_text(encoding="utf-8"))["url"]] = path.relative_to(folder).as_posix()
+            try:
+                known[parse_json(read_bytes(note))["url"]] = path.relative_to(folder).as_posix()
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{note} notes no address of its picture, as img2dataset does.") from None
     return known
 
 

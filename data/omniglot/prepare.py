@@ -5,6 +5,7 @@ python data/omniglot/prepare.py ARCHIVE … [--out data/omniglot] [--val ALPHABE
 ARCHIVE is images_background.zip, images_evaluation.zip, or one of the small ones. Whole alphabets are held out: without
 --val and --test the last two by name. The others are learnt from, their drawings also turned by a quarter, a half and
 three quarters, each a character of its own (Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1).
+All is written into a hidden folder first, so a script that is killed leaves nothing that could be taken for the data.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without being installed
 
+from minivlm.datasets.official import written_whole  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
 
 TURNS = (0, 90, 180, 270)  # degrees
@@ -34,12 +36,13 @@ def main(argv: list[str]) -> None:
     drawings = read(options.archives)
     held_out = choose(sorted(drawings), options.val, options.test)
     counts = defaultdict(int)
-    for alphabet, characters in drawings.items():
-        split = next((name for name, some in held_out.items() if alphabet in some), "train")
-        for character, pictures in characters.items():
-            for turn in TURNS if split == "train" else (0,):
-                write(options.out / split / (f"{alphabet}_{character}" + (f"_{turn}" if turn else "")), pictures, turn)
-                counts[split] += 1
+    with written_whole(options.out, ("val", "test", "train")) as out:
+        for alphabet, characters in drawings.items():
+            split = next((name for name, some in held_out.items() if alphabet in some), "train")
+            for character, pictures in characters.items():
+                for turn in TURNS if split == "train" else (0,):
+                    write(out / split / (f"{alphabet}_{character}" + (f"_{turn}" if turn else "")), pictures, turn)
+                    counts[split] += 1
     told = ", ".join(f"{counts[split]} in {split}/" for split in ("train", "val", "test"))
     print(f"{options.out}: characters: {told}. Next: python train.py clip-resnet --data {options.out}")
 
@@ -82,7 +85,7 @@ def write(folder: Path, pictures: dict[str, bytes], turn: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         if turn:
-            Image.open(io.BytesIO(png)).rotate(turn).save(folder / name)
+            Image.open(io.BytesIO(png), formats=["PNG"]).rotate(turn).save(folder / name)
         else:
             (folder / name).write_bytes(png)
 

@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minivlm.errors import UserError
+from minivlm.files import locked, parse_json, read_bytes
 
 
 def command_line(doc: str, out: Path) -> argparse.ArgumentParser:
@@ -24,9 +26,7 @@ def command_line(doc: str, out: Path) -> argparse.ArgumentParser:
 def read_official(path: Path, *lists: str) -> Any:
     """A JSON file that holds a list; or an object with these lists of objects, of which it gives the lists."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+        values = parse_json(read_bytes(path))
     except ValueError as error:  # no text, or no JSON
         raise UserError(f"{path} is not JSON ({error}): was it downloaded completely?") from None
     if not lists:
@@ -49,7 +49,7 @@ def place(source: Path, target: Path, *, copy: bool = False) -> None:
         if target.is_symlink():
             target.unlink()
         if copy:
-            shutil.copytree(source, target, dirs_exist_ok=True)
+            shutil.copytree(source, target, copy_function=copy_whole, dirs_exist_ok=True)
         elif not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source.resolve(), target_is_directory=True)
@@ -60,6 +60,13 @@ def place(source: Path, target: Path, *, copy: bool = False) -> None:
         raise UserError(f"{target} could not be made from {source} ({error.strerror or error}){hint}.") from error
 
 
+def copy_whole(source: str, target: str) -> None:
+    """A copy that is there is there as a whole, whenever the script is killed."""
+    partial = f"{target}.partial"
+    shutil.copy2(source, partial)
+    os.replace(partial, target)
+
+
 def require_images(names: Iterable[str], folder: Path) -> None:
     """UserError if the folder, or one of these images in it, is missing."""
     if not folder.is_dir():
@@ -68,6 +75,30 @@ def require_images(names: Iterable[str], folder: Path) -> None:
     missing = names.difference(os.listdir(folder))
     if missing:
         raise UserError(f"{len(missing)} of {len(names)} images are missing in {folder}; the first is {min(missing)}.")
+
+
+@contextmanager
+def written_whole(out: Path, folders: tuple[str, ...]) -> Iterator[Path]:
+    """A folder beside them to write `folders` of `out` into; they get their places when all is written.
+
+    UserError where one of them is there already: another choice of files would be mixed with it.
+    """
+    for name in folders:
+        if (out / name).exists():
+            raise UserError(f"{out / name} is there already: remove it, or choose another folder with --out.")
+    partial = out / ".partial"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / ".making"):
+            shutil.rmtree(partial, ignore_errors=True)  # of a script that was killed
+            try:
+                yield partial
+                for name in folders:
+                    os.rename(partial / name, out / name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error}).") from error
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -25,8 +25,10 @@ from minivlm.datasets.shapes_render import render
 from minivlm.datasets.shapes_scenes import CLASSES, MOST, SEEN, UNSEEN, Scenes, distinct, draw_scenes
 from minivlm.datasets.shapes_text import canonical, describe
 from minivlm.errors import UserError, nearest
+from minivlm.files import locked, parse_json, read_bytes
 
 VERSION = 1  # of what a seed means; a change to scenes or pixels raises it
+LOCK = ".making"  # who makes a world holds it
 CHUNK = 512  # images rendered and written at a time
 
 
@@ -132,7 +134,8 @@ def make_shapes(
     """Make a shapes world in a directory, with a progress bar; the same world is left as it is, another is replaced.
 
     A run that is killed leaves no world.json, so nothing that could be taken for a world; the next call starts afresh.
-    Raises UserError for numbers out of range and where the directory cannot be written.
+    Two processes that want one world make it once: the other waits. Raises UserError for numbers out of range, and where
+    the directory cannot be written or holds files of somebody else under these names.
     """
     for name, value, least, most in (
         ("seed", seed, 0, 2**63),
@@ -144,18 +147,41 @@ def make_shapes(
     directory, world = Path(directory), World(VERSION, seed, train, image_size)
     if is_made(directory, world):
         return
+    refuse_strangers(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(directory, error) from error
     try:
-        (directory / "world.json").unlink(missing_ok=True)
-        write_train(directory / "train.npy", world, progress)
-        write_test(directory / "test", world)
-        write_whole(directory / "world.json", json.dumps(asdict(world)) + "\n")
+        with locked(directory / LOCK):
+            if is_made(directory, world):  # by the process that was waited for
+                return
+            (directory / "world.json").unlink(missing_ok=True)
+            write_train(directory / "train.npy", world, progress)
+            write_test(directory / "test", world)
+            write_whole(directory / "world.json", json.dumps(asdict(world)) + "\n")
     except OSError as error:
         (directory / "train.npy.partial").unlink(missing_ok=True)  # it may be what filled the disk
         raise cannot_write(directory, error) from error
+
+
+def refuse_strangers(directory: Path) -> None:
+    """UserError where files that no world left there would be written over."""
+    if is_world(directory):
+        try:
+            facts = parse_json(read_bytes(directory / "world.json"))
+        except ValueError:  # a damaged one
+            return
+        names = [] if not isinstance(facts, dict) or "seed" in facts else ["world.json"]
+    elif (directory / LOCK).exists():  # a world that was begun
+        return
+    else:
+        names = [name for name in ("train.npy", "test") if (directory / name).exists()]
+    if names:
+        raise UserError(
+            f"{directory} holds a {names[0]} that belongs to no shapes world, and would be written over: choose another "
+            "directory with --out, or move it away."
+        )
 
 
 def cannot_write(directory: Path, error: OSError) -> UserError:
@@ -221,7 +247,7 @@ def read_world(directory: Path) -> World:
     if not path.is_file():
         raise UserError(f"there is no complete shapes world in {directory} (no world.json): {remedy}")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(read_bytes(path))
         version = facts.get("version", VERSION)
         if version == VERSION:
             return World(**facts)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from minivlm.conversation import Turn
-from minivlm.datasets import Question, open_pairs, open_talk
+from minivlm.datasets import Question, official, open_pairs, open_talk
 from minivlm.datasets.class_episodes import read_classes
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.errors import UserError
@@ -121,7 +121,7 @@ def test_wrong_files_of_coco_are_named(coco, tmp_path):
         with pytest.raises(UserError, match=message):
             prepare("coco", coco, "--out", out)
     file.unlink()
-    with pytest.raises(UserError, match=r"captions_train2017\.json cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"captions_train2017\.json is missing"):
         prepare("coco", coco, "--out", out)
     file.write_text(whole)
     (coco / "train2017" / "000000000025.jpg").unlink()
@@ -186,7 +186,7 @@ def test_wrong_files_of_vqa2_are_named(vqa, tmp_path):
     with pytest.raises(UserError, match=r"annotations\.json does not fit its questions, or is .*: no 9000"):
         prepare(*arguments)
     file.unlink()
-    with pytest.raises(UserError, match=r"questions\.json cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"questions\.json is missing"):
         prepare(*arguments)
     with pytest.raises(UserError, match=r"neither train2014/ nor val2014/"):
         prepare("vqa2", vqa, "--images", tmp_path, "--out", tmp_path / "out")
@@ -438,3 +438,49 @@ def test_wrong_files_of_omniglot_are_named(archives, tmp_path):
         file.writestr("readme.txt", "words")
     with pytest.raises(UserError, match=r"no images_…/ALPHABET/CHARACTER/\*.png, as in Omniglot"):
         prepare("omniglot", tmp_path / "other.zip")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_script_that_is_killed_leaves_nothing_that_passes_as_omniglot(archives, tmp_path, monkeypatch):
+    rotate, turned = Image.Image.rotate, []
+
+    def rotate_some(*arguments):
+        turned.append(1)
+        if len(turned) > 20:
+            raise Killed
+        return rotate(*arguments)
+
+    monkeypatch.setattr(Image.Image, "rotate", rotate_some)
+    with pytest.raises(Killed):
+        prepare("omniglot", *archives, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".making"]
+    save(tmp_path / "out" / ".partial" / "train" / "Greek_character01" / "9.png")  # as a kill -9 leaves it
+    with pytest.raises(UserError, match="has no sub-folders of pictures"):
+        read_classes(tmp_path / "out", "test")
+    monkeypatch.setattr(Image.Image, "rotate", rotate)
+    prepare("omniglot", *archives, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("9.png")) and len(read_classes(tmp_path / "out", "test")) == 2
+    with pytest.raises(UserError, match=r"val is there already: remove it, or choose another folder with --out"):
+        prepare("omniglot", *archives, "--out", tmp_path / "out", "--test", "Greek")
+
+
+def test_a_copy_that_is_killed_leaves_whole_pictures_alone(tmp_path, monkeypatch):
+    save(tmp_path / "source" / "1.png", tmp_path / "source" / "2.png")
+
+    def stop_in_the_middle(source, target):
+        Path(target).write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(official.shutil, "copy2", stop_in_the_middle)
+    with pytest.raises(Killed):
+        official.place(tmp_path / "source", tmp_path / "target", copy=True)
+    assert not list((tmp_path / "target").glob("*.png"))
+
+
+def test_a_note_beside_a_picture_that_is_none_is_named(pages, tmp_path):
+    write(tmp_path / "web" / "b.json", "[1]")
+    with pytest.raises(UserError, match=r"\.json notes no address of its picture"):
+        prepare(*pages)

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +162,30 @@ def test_a_full_disk_is_one_sentence_and_gives_its_space_back(tmp_path, monkeypa
     interrupt_after(1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), monkeypatch)
     with pytest.raises(UserError, match=r"could not be written to .*: No space left on device"):
         make_shapes(tmp_path, **SMALL)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".making"]
+
+
+def test_two_processes_that_want_one_world_make_it_once(tmp_path, monkeypatch):
+    made, write = [], module.write_train
+
+    def write_slowly(*arguments):
+        made.append(1)
+        time.sleep(0.2)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write_train", write_slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: make_shapes(tmp_path, seed=4, **SMALL), range(3)))
+    assert made == [1] and len(ShapesWorld(tmp_path, "train")) == 600
+
+
+@pytest.mark.parametrize("mine", ["train.npy", "test/000.png", "world.json"])
+def test_files_of_somebody_else_are_not_written_over(tmp_path, mine):
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text('{"planets": 8}')
+    with pytest.raises(UserError, match=rf"holds a {mine.split('/')[0]} that belongs to no shapes world"):
+        make_shapes(tmp_path, **SMALL)
+    assert (tmp_path / mine).read_text() == '{"planets": 8}'
 
 
 def test_a_directory_that_is_a_file(tmp_path):
