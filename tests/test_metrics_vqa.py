@@ -7,7 +7,7 @@ import pytest
 
 from minivlm.errors import UserError
 from minivlm.metrics import Score, vqa_accuracy
-from minivlm.metrics.vqa import agreement, normalise
+from minivlm.metrics.vqa import MISSPELT, agreement, normalise
 
 
 class Question(NamedTuple):
@@ -31,7 +31,14 @@ class Question(NamedTuple):
         ("yes/no", "yes no"),
         ("1,000", "1000"),
         ("3.5", "3.5"),
-        ("don't", "dont"),
+        ("dont", "don't"),
+        ("Don't!", "don't"),
+        ("that's couldn'tve, Twas yall'll", "that's couldn't've 'twas y'all'll"),
+        ("it's im ive", "it's im ive"),  # not in the official table, or only with capitals, which are gone by then
+        ("don\N{RIGHT SINGLE QUOTATION MARK}t", "don\N{RIGHT SINGLE QUOTATION MARK}t"),
+        ("$5: 50%", "$5: 50%"),
+        ("u.s.a.", "usa"),
+        (".5 x.5 5. p.m.", ".5 x.5 5 pm"),
         ("at\nthe\ttop", "at top"),
         ("another", "another"),
         ("", ""),
@@ -40,6 +47,32 @@ class Question(NamedTuple):
 )
 def test_normalise(answer, normal):
     assert normalise(answer) == normal == normalise(normal)
+
+
+@pytest.mark.parametrize(
+    "answer, normal",
+    [
+        ("top-left - right", "topleft right"),  # a mark at any edge of the answer as it was given: all of its kind go
+        ("a/b c-d", "b c d"),  # inside words they become spaces, one kind at a time; "a" is then an article
+        ("c-d /-e", "c d e"),  # the slash stands at an edge, the dash only when the slash is gone
+        ("x/-y - z", "x y z"),
+        ("1,000 yes/no", "1000 yesno"),  # a number with a comma: every mark goes
+        ("1, 2", "1 2"),
+        ("one, two", "1 2"),
+        ("?yes", "yes"),
+        ("- none", "0"),
+    ],
+)
+def test_edges_are_those_of_the_answer_as_it_was_given(answer, normal):
+    assert normalise(answer) == normal
+
+
+def test_the_table_of_contractions_is_the_official_one():
+    assert len(MISSPELT) == 114  # without those that change nothing, and those with capitals
+    known = {"ow's'at": "'ow's'at", "'ow'sat": "'ow's'at", "y'alld've": "y'all'd've", "somebody'd": "somebodyd"}
+    known |= {"hes": "he's", "notve": "not've", "oclock": "o'clock", "therere": "there're", "we'dve": "we'd've"}
+    assert known.items() <= MISSPELT.items()
+    assert not {"its", "wed", "shed", "ill", "were", "let's", "couldntve"} & MISSPELT.keys()
 
 
 @pytest.mark.parametrize("matches", range(11))

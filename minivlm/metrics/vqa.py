@@ -1,7 +1,7 @@
 """Is the answer right?  Exact match, or agreement with people where ten of them were asked (Antol et al. 2015, "VQA").
 
-Answers are compared as the official evaluation of VQA v2 does it: without case, punctuation and articles, and with
-numbers as digits. Apostrophes are dropped: there, a table of 120 contractions turns "dont" into "don't".
+Answers are compared as the official evaluation of VQA v2 does it: without case, punctuation and articles, with numbers as
+digits and apostrophes where they belong.
 """
 
 from __future__ import annotations
@@ -22,19 +22,37 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(i) for i, word in enumerate(COUNTED)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
+# What "dont" and "couldn'tve" are turned into: each of these is also known with any one of its apostrophes missing.
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+    how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
+    oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+"""
+MISSPELT = {
+    word[:at] + word[at + 1 :]: word for word in CONTRACTIONS.split() for at, mark in enumerate(word) if mark == "'"
+} | {"somebody'd": "somebodyd"}  # as it stands in the official table
 PEOPLE = 10  # annotators of a question in VQA v2; so many agree by 3 of them
 OFTEN = 20  # a text that is asked so often has a usual answer of its own
 
 
 def normalise(answer: str) -> str:
-    """ "At the top-left." → "at top left", "Two" → "2" """
-    text = " ".join(answer.split())
-    number = re.search(r"\d,\d", text)  # "1,000"
+    """ "At the top-left." → "at top left", "Two" → "2", "dont" → "don't".
+
+    As the official script does it, whatever that makes of a word: a mark is dropped from the whole answer if it stands at the
+    edge of a word anywhere in it, or if a number has a comma; else it becomes a space.
+    """
+    given = answer.replace("\n", " ").replace("\t", " ").strip()
+    number, text = re.search(r"\d,\d", given), given  # "1,000"
     for mark in PUNCTUATION:
-        at_an_edge = f"{mark} " in text or f" {mark}" in text
+        at_an_edge = f"{mark} " in given or f" {mark}" in given
         text = text.replace(mark, "" if at_an_edge or number else " ")
-    text = re.sub(r"\.(?!\d)|'|’", "", text)
-    return " ".join(NUMBERS.get(word, word) for word in text.lower().split() if word not in ARTICLES)
+    text = re.sub(r"\.(?!\d)", "", text, count=32)  # there, a flag stands where the count belongs
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(MISSPELT.get(word, word) for word in words if word not in ARTICLES)
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
