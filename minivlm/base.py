@@ -3,9 +3,10 @@ read and write it; and what all have in common that speak."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -107,23 +108,29 @@ def first_of(batch: dict[str, Tensor]) -> Tensor:
 
 
 class Speaks:
-    """Has a `begin(tokens, mask, room=…)` that gives a `generation.Decoding`; its config says what ends an answer."""
+    """Has a `begin(tokens, mask, room=…)` that gives a `generation.Decoding`; its config says what ends an answer.
 
-    goes_on = True  # from its prompt, whose words count as said; False: it answers, and what it has read does not count
+    defaults: fields of `generation.Options` that hold where the caller says nothing, as a generation_config.json gives them.
+    """
+
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    goes_on = (
+        True  # from its prompt, whose words count as said; False: it answers, and what it has read does not count …
+    )
+    first_token: int  # … but what it begins every answer with, unseen
 
     def generate(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
         """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
         return self.speak(generation.generate, tokens, mask, **options)
 
     def stream(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
-        """`generate`, token by token: each (B,)."""
-        return self.speak(generation.stream, tokens, mask, **options)
+        """`generate`, token by token: each (B,). Without beams, which know their answer at the end only."""
+        return self.speak(generation.stream, tokens, mask, **{"num_beams": 1, **options})
 
     def speak(
         self,
         engine: Callable,
         *asked: Tensor | None,
-        max_new_tokens: int = 64,
         decode: generation.Decode | None = None,
         **options,
     ) -> Any:
@@ -131,13 +138,19 @@ class Speaks:
 
         decode: for stop strings; options: see `generation.Options`.
         """
-        options = self.options(max_new_tokens=max_new_tokens, **options)
-        decoding = self.begin(*asked, room=max_new_tokens)
+        options = self.options(**options)
         *_, tokens, mask = asked
-        said = {"prompt": tokens, "prompt_mask": mask} if self.goes_on else {}
-        return engine(decoding, options, decode=decode, **said)
+        if not self.goes_on:
+            tokens, mask = tokens.new_full((len(tokens), 1), self.first_token), None
+        options = replace(options, max_new_tokens=options.room(tokens.shape[1]))
+        decoding = self.begin(*asked, room=options.max_new_tokens)
+        return engine(decoding, options, decode=decode, prompt=tokens, prompt_mask=mask)
 
     def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=self.config.end_tokens, pad_token=self.config.pad_token)
-        return replace(known, **given)
+        """What is not given is as `defaults` say, or the config."""
+        return generation.Options(**{**self.endings, **generation.with_defaults(given, self.defaults)})
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        """Which tokens end an answer, and what stands behind it."""
+        return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}

@@ -29,6 +29,7 @@ from minivlm import pretrained
 from minivlm.errors import UserError, nearest
 from minivlm.layers.lora import lora_layers
 from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dtype
+from minivlm.pretrained import generation_config
 from minivlm.pretrained.files import open_weights, read_json
 from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import tied, to_ours
@@ -80,7 +81,7 @@ def save(
             raise UserError(f"layout={layout!r} stores a model whole: leave out its base.")
         tensors, about = leave_out(tensors, model, base)
     if layout == "hf":
-        texts, tensors = pretrained.write(model.config, tensors, processor)
+        texts, tensors = pretrained.write(model.config, tensors, processor, getattr(model, "defaults", {}))
     elif layout == "minivlm":
         texts = our_files(model, processor, about)
     else:
@@ -99,6 +100,11 @@ def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any
         "processor": configs.to_dict(processor.config) if processor else None,
         **({"dtype": str(model.stored).removeprefix("torch.")} if getattr(model, "stored", None) in HALF else {}),
         **({"base": base} if base else {}),
+        **(
+            {"generation": generation_config.write({}, defaults)}
+            if (defaults := getattr(model, "defaults", {}))
+            else {}
+        ),
     }
     tokenizer = {"tokenizer.json": processor.tokenizer.to_str()} if processor and processor.source is not None else {}
     return {**tokenizer, "config.json": json.dumps(values, indent=2, ensure_ascii=False)}
@@ -207,6 +213,8 @@ def load(
         stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=kind == "minivlm")
         dtype = dtype or stored
         fill(model, tensors, device=device, dtype=dtype)
+    if described.defaults:
+        model.defaults = described.defaults
     return model.eval(), described.processor
 
 
@@ -252,8 +260,10 @@ def read_ours(directory: Path) -> pretrained.Published:
         processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
         tokenizer = directory / "tokenizer.json"
         processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
-    dtype = dtype_called(values.get("dtype"))
-    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, dtype=dtype)
+    if not isinstance(how := values.get("generation", {}), dict):
+        raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")
+    told = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
+    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **told)
     if "base" not in values:
         return described
     from minivlm.bases import bring_back

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minivlm.generation import Options, draw, generate, occurring, penalise, sample
+from minivlm.generation import Options, Rules, draw, generate, penalise, sample
 from tests.talkers import MASK, PROMPT, Recurrent, Script, V, answer
 
 
@@ -97,11 +97,14 @@ class TestRepetitionPenalty:
         assert penalise(scores, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0]]
 
     def test_the_prompt_counts_and_its_padding_does_not(self):
-        seen = occurring(torch.zeros(4, V), PROMPT, MASK)
-        assert [row.nonzero().flatten().tolist() for row in seen] == [[3, 4, 5], [1, 2], [6], [7, 8]]
-        unmasked = occurring(torch.zeros(4, V), PROMPT, None)
-        assert unmasked[1].nonzero().flatten().tolist() == [0, 1, 2]
-        assert not occurring(torch.zeros(4, V), None, None).any()
+        def seen(*prompt):
+            scores = torch.ones(4, V)
+            marks = Rules(Options(repetition_penalty=2.0), *prompt, scores)(scores, 0) < 1
+            return [row.nonzero().flatten().tolist() for row in marks]
+
+        assert seen(PROMPT, MASK) == [[3, 4, 5], [1, 2], [6], [7, 8]]
+        assert seen(PROMPT, None)[1] == [0, 1, 2]
+        assert seen(None, None) == [[]] * 4
 
     def test_a_large_one_forbids_to_repeat(self):
         """log p is negative, so that beam search says each word once before any twice, those of the prompt last."""

@@ -184,6 +184,10 @@ class T5(PackingModel, Speaks, Model):
         return T5Decoding(self, self.decoder.remember(read), mask, batch=len(read), room=room)
 
     @property
+    def first_token(self) -> int:
+        return self.config.start_token
+
+    @property
     def speaker(self) -> Transformer:
         return self.decoder
 

@@ -349,5 +349,9 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         return self.config.roles != "answer"
 
     @property
+    def first_token(self) -> int:
+        return self.config.decode_token
+
+    @property
     def language_config(self) -> BERTConfig:
         return self.config.text

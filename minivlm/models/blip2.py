@@ -59,6 +59,10 @@ class BLIP2(QueryingModel):
     def goes_on(self) -> bool:
         return self.language_model.goes_on
 
+    @property
+    def first_token(self) -> int:
+        return self.language_model.first_token
+
     def forward(
         self,
         images: Tensor | None,

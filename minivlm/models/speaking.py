@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ class SpeakingModel(Speaks, Model):
 
     def stream(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
         """`generate`, token by token: each (B,)."""
-        return self.speak(generation.stream, images, tokens, mask, **options)
+        return self.speak(generation.stream, images, tokens, mask, **{"num_beams": 1, **options})
 
     def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
         """See `Model.cut`. Pictures in reading order, or their features, go with the row in which their placeholders are."""
@@ -41,9 +40,10 @@ class SpeakingModel(Speaks, Model):
                 part[name] = pictures[begin:end]
             yield {name: tensor for name, tensor in part.items() if len(tensor)}
 
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the language model's config says."""
-        return self.language_model.options(**given)
+    @property
+    def endings(self) -> dict[str, Any]:
+        """As the language model's config says."""
+        return self.language_model.endings
 
 
 def has(batch: dict[str, Tensor], name: str, dims: int) -> bool:
@@ -53,10 +53,9 @@ def has(batch: dict[str, Tensor], name: str, dims: int) -> bool:
 class SpeaksItself:
     """For a `SpeakingModel` whose text side is its own: its config says end_token and pad_token."""
 
-    def options(self, **given) -> generation.Options:
-        """What is not given is as the config says."""
-        known = generation.Options(end_tokens=(self.config.end_token,), pad_token=self.config.pad_token)
-        return replace(known, **given)
+    @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": (self.config.end_token,), "pad_token": self.config.pad_token}
 
     @staticmethod
     def beginnings(tokens: Tensor, mask: Tensor | None, *, room: int, context: int) -> tuple[Tensor, Tensor]:

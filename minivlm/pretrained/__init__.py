@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from minivlm import config as configs
 from minivlm.errors import UserError
 from minivlm.precision import dtype_called, main_dtype
-from minivlm.pretrained import names
+from minivlm.pretrained import generation_config, names
 from minivlm.pretrained.files import WEIGHTS, read_json
 
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
@@ -66,6 +67,7 @@ class Published:
     processor: Any
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights
     dtype: torch.dtype | None = None  # that the weights are said to be of
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of `generate`
 
 
 def recognise(directory: Path) -> str:
@@ -101,13 +103,13 @@ def module_of(kind: str) -> ModuleType:
 
 def read(directory: Path, kind: str) -> Published:
     """Everything but the tensors. Raises UserError for a config that cannot be followed exactly."""
-    from minivlm.pretrained.language import generation_settings
-
     module = module_of(kind)
     if kind == "openflamingo":  # it has no config
         return module.read(directory)
     path = directory / ("open_clip_config.json" if kind == "open_clip" else "config.json")
-    values = {**read_json(path), **generation_settings(directory)}
+    values = read_json(path)
+    said, how = generation_config.read_values(directory, values)
+    values |= generation_config.tokens(how)
     try:
         config = module.read_config(values)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -116,8 +118,12 @@ def read(directory: Path, kind: str) -> Published:
     processor = module.read_processor(directory, values, config)
     weights = OPEN_CLIP_WEIGHTS if kind == "open_clip" else WEIGHTS
     prepare = getattr(module, "prepare", Published.prepare)
-    dtype = dtype_called(values.get("dtype") or values.get("torch_dtype"))
-    return Published(module.model_class, config, module.rows(config), weights, processor, prepare, dtype)
+    dtype, defaults = dtype_called(values.get("dtype") or values.get("torch_dtype")), {}
+    if kind in generation_config.READERS:
+        defaults = generation_config.read(said, how)
+        if untold := generation_config.untold(how):
+            warnings.warn(f"{said} asks for {', '.join(untold)}, which is not followed.", UserWarning, stacklevel=3)
+    return Published(module.model_class, config, module.rows(config), weights, processor, prepare, dtype, defaults)
 
 
 def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:
@@ -134,7 +140,9 @@ def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:
     return free if language is config else replace(config, language=free)
 
 
-def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
+def write(
+    config: Any, tensors: dict[str, Tensor], processor: Any, defaults: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """A model in transformers' form: texts by file name, config.json last, and tensors by their names.
 
     Raises UserError that names what transformers' class cannot express.
@@ -158,6 +166,8 @@ def write(config: Any, tensors: dict[str, Tensor], processor: Any) -> tuple[dict
         files |= tokenizer_files(processor, ends[0] if ends else None)
         about = module.write_processor(processor, config) if hasattr(module, "write_processor") else {}
         files |= {name: json.dumps(what, indent=2) for name, what in about.items()}
+    if kind_of(config) in generation_config.READERS:
+        files[generation_config.NAME] = json.dumps(generation_config.write(values, defaults), indent=2)
     files["config.json"] = json.dumps({**values, "torch_dtype": dtype}, indent=2)
     return files, names.to_theirs(tensors, module.rows(config))
 

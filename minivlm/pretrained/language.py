@@ -13,7 +13,6 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.pretrained import preprocessing
-from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import Row, find
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -21,13 +20,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-
-def generation_settings(directory: Path) -> dict[str, Any]:
-    """What generation_config.json says about the tokens that end and fill an answer; it goes before config.json."""
-    path = directory / "generation_config.json"
-    values = read_json(path) if path.exists() else {}
-    return {k: values[k] for k in ("eos_token_id", "pad_token_id") if values.get(k) is not None}
 
 
 def read_special_tokens(values: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def read(directory: Path) -> pretrained.Published:
         return ChainMap(strip(weights), Prefixed(frozen[0], "lang_encoder."), tower)
 
     table = rows(config, layers, speaker.rows, clip.rows)
-    return pretrained.Published(Flamingo, config, table, (CHECKPOINT,), processor, prepare)
+    return pretrained.Published(Flamingo, config, table, (CHECKPOINT,), processor, prepare, defaults=speaker.defaults)
 
 
 def read_part(directory: Path, part: str) -> pretrained.Published:

@@ -153,7 +153,8 @@ def model_inputs(prompts: Sequence[list[int]], pixels: Tensor | None, model, pro
 def fitting(model, length: int, images: int, processor, given: dict[str, Any]) -> Options:
     """Options for a prompt of `length` tokens. If max_new_tokens is not given, it is what the context has room for. The
     marks of pictures are not said."""
-    given = {"suppress_tokens": processor.image_marks, **given}
+    never = (*processor.image_marks, *model.options().suppress_tokens)
+    given = {"suppress_tokens": never, **given}
     wanted = model.options(**given).max_new_tokens if "max_new_tokens" in given else None
     taken = length + (images * model.config.image_tokens if can_see(model) and places(model) is None else 0)
     context = language_config(model).context
@@ -164,7 +165,8 @@ def fitting(model, length: int, images: int, processor, given: dict[str, Any]) -
             f"the prompt of {taken} tokens{new} not fit the context of {context}: ask in fewer words"
             f"{', show fewer pictures' if images > 1 else ''}{' or lower max_new_tokens' if wanted else ''}."
         )
-    return model.options(**{**given, "max_new_tokens": wanted or min(MAX_NEW_TOKENS, room)})
+    longest = wanted or min(model.options(**given).room(taken), room)
+    return model.options(**{**given, "max_new_tokens": longest})
 
 
 def until_end(row: list[int], end_tokens: Sequence[int]) -> list[int]:

@@ -47,7 +47,9 @@ def llama(seed):
 def both(seed, *, rows=3, length=5, end_tokens=(), max_new_tokens=12, **options):
     """The same prompts and options → our answers and theirs."""
     model, prompt = llama(seed), torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(seed))
-    settings = Options(max_new_tokens=max_new_tokens, end_tokens=end_tokens, pad_token=V - 1, **options)
+    forced = options.get("forced_eos_token_id", ())
+    forced = {"forced_eos_token_id": [forced] if isinstance(forced, int) else forced}
+    settings = Options(max_new_tokens=max_new_tokens, end_tokens=end_tokens, pad_token=V - 1, **{**options, **forced})
     ours = generate(Theirs(model, prompt, max_new_tokens), settings, prompt=prompt)
     if options.get("num_beams", 1) == 1:
         options.pop("length_penalty", None)
@@ -58,8 +60,7 @@ def both(seed, *, rows=3, length=5, end_tokens=(), max_new_tokens=12, **options)
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_tokens) or None,
         pad_token_id=V - 1,
-        **({"early_stopping": False} if "num_beams" in options else {}),
-        **options,
+        **{**({"early_stopping": False} if "num_beams" in options else {}), **options},
     )
     return ours.tolist(), theirs[:, length:].tolist()
 
@@ -89,6 +90,40 @@ def test_beam_search(seed, length_penalty, end_tokens):
         assert ours == theirs
 
 
+RULES = {
+    "no word twice": {"no_repeat_ngram_size": 1},
+    "no pair twice": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.5},
+    "bad words": {"bad_words_ids": [[4], [3], [9, 8], [11, 2, 5], [7, 7], *([i, i] for i in range(V))]},
+    "suppressed": {"suppress_tokens": [1, 2, 3, 20], "begin_suppress_tokens": [4, 5, 6, 7]},
+    "not too short": {"min_new_tokens": 6},
+    "not too short with the prompt": {"min_length": 9, "repetition_penalty": 1.2},
+    "forced": {"forced_eos_token_id": 3, "forced_bos_token_id": 5, "begin_suppress_tokens": [5]},
+    "two forced ends": {"forced_eos_token_id": [3, 4], "suppress_tokens": [4]},
+}
+
+
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_rules(rules, num_beams, length):
+    ours, theirs = zip(
+        *(both(seed, length=length, end_tokens=(3, 7, 11, 15), num_beams=num_beams, **rules) for seed in range(4)),
+        strict=True,
+    )
+    assert ours == theirs
+    free = [both(seed, length=length, end_tokens=(3, 7, 11, 15), num_beams=num_beams)[0] for seed in range(4)]
+    assert list(ours) != free  # else nothing was tested
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 3.0])
+def test_when_beam_search_stops(early_stopping, length_penalty):
+    options = dict(end_tokens=(3, 7, 9), num_beams=3, max_new_tokens=16, length_penalty=length_penalty)
+    for seed in range(6):
+        ours, theirs = both(seed, early_stopping=early_stopping, **options)
+        assert ours == theirs
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_search_with_a_repetition_penalty(seed):
     ours, theirs = both(seed, end_tokens=(3, 7), num_beams=3, repetition_penalty=1.4)
@@ -101,7 +136,18 @@ def test_the_answers_compared_have_different_lengths():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 6, "top_p": 0.8}, {"top_p": 0.05}], ids=str
+    "options",
+    [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"top_k": 6, "top_p": 0.8},
+        {"top_p": 0.05},
+        {"min_p": 0.2},
+        {"top_p": 0.9, "min_p": 0.1},
+        {"top_k": 9, "min_p": 0.3},
+    ],
+    ids=str,
 )
 def test_sampling_leaves_the_same_probabilities(options):
     """A grid of uniform numbers shows ours; theirs are the softmax of what their filters leave."""
@@ -111,6 +157,8 @@ def test_sampling_leaves_the_same_probabilities(options):
         warpers.append(transformers.TopKLogitsWarper(options["top_k"]))
     if "top_p" in options:
         warpers.append(transformers.TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        warpers.append(transformers.generation.MinPLogitsWarper(options["min_p"]))
     expected = logits
     for warp in warpers:
         expected = warp(None, expected)

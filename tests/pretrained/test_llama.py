@@ -238,6 +238,7 @@ def test_the_tokens_that_end_and_fill_an_answer(generation, config, ends, pad, t
     values = json.loads((tmp_path / "config.json").read_text())
     values = {k: v for k, v in values.items() if k not in ("eos_token_id", "pad_token_id")}
     (tmp_path / "config.json").write_text(json.dumps({**values, **config}))
+    (tmp_path / "generation_config.json").unlink()
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     config = load(tmp_path)[0].config

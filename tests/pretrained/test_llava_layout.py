@@ -187,6 +187,7 @@ def test_a_head_is_tied_by_either_config(tmp_path):
 
 def test_the_end_of_an_answer(tmp_path):
     save(tmp_path, LLaVA(CONFIG), layout="hf")
+    (tmp_path / "generation_config.json").unlink()
     rewrite(tmp_path, eos_token_id=[5, 6])
     assert load(tmp_path)[0].config.language.end_tokens == (5, 6)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "pad_token_id": 4}))
