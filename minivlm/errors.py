@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -21,7 +22,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_command_line(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130."""
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130.
+
+    A sign that the terminal, or the file that the output goes to, has no room for is written as \\u2192.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -78,13 +78,15 @@ def memory(field: str) -> float:
     """Bytes of this process in memory, VmRSS now, VmHWM at most, as Linux tells it; NaN where there is no /proc."""
     if not STATUS.exists():
         return math.nan
-    return 1024.0 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return 1024.0 * next(
+        int(line.split()[1]) for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
 
 
 def forget_peak() -> None:
     """VmHWM begins anew: what imports and building took does not count."""
     if STATUS.exists():
-        STATUS.with_name("clear_refs").write_text("5")
+        STATUS.with_name("clear_refs").write_text("5", encoding="utf-8")
 
 
 def matrix_ceiling(precision: str) -> float:

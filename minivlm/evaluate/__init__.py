@@ -90,4 +90,4 @@ def main(argv: list[str]) -> None:
     print(table(scores))
     if options.save:
         named = {name: asdict(score) for name, score in scores.items()}
-        Path(options.save).write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n")
+        Path(options.save).write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
