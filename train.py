@@ -14,6 +14,7 @@ from tqdm import tqdm
 from minivlm import recipes, training
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
+from minivlm.recipes import resuming
 from minivlm.run import Run, restore, restore_random
 
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
             for name, recipe, options in plan:
                 with Run(options.directory(name), keep=recipe.keep, write=first) as run:
                     if not train(name, recipe, options, run):
+                        if first:
+                            print(f"Go on with: {recipes.go_on(plan, options, argv)}")
                         break
         training.stop_processes()
 
@@ -49,6 +52,9 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     say = print if rank == 0 else lambda line: None
     say(f"{name}: {recipe.summary}\ndevice {device}, {str(precision).removeprefix('torch.')}: {reason}")
     resumed = run.latest() if options.resume else None
+    if resumed and resuming.is_finished(run, recipe):
+        say(f"the run in {run.directory} is finished: all {recipe.steps} steps are done. For more, give --steps.")
+        return True
     with training.rank_zero_first():
         work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
     share = recipe.batch_size // world
@@ -62,8 +68,11 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
 
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
+    if rank == 0:
+        run.about = resuming.facts(recipe, device, precision)
     if resumed:
-        say(f"resumed from {resumed}" + restore_random(resumed, device, rank, world))
+        told = resuming.told(run, recipe) if rank == 0 else []
+        say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *told]))
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
@@ -119,7 +128,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
             save()
         bar.close()
     if step < recipe.steps:
-        say(f"stopped after step {step} of {recipe.steps}. Go on with: {options.resume_command(name)}")
+        say(f"stopped after step {step} of {recipe.steps}.")
         return False
 
     # evaluate, and leave a model behind

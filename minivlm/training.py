@@ -43,7 +43,17 @@ class OptimiserConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     warmup: int = 100  # steps of linear warm-up, then a cosine to zero
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # infinity: not clipped
+
+    def __post_init__(self):
+        for name in ("learning_rate", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number from 0 upwards")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}, but must be above 0")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -402,7 +412,9 @@ class Log:
         if write:
             kept = [line for line in read_log(path) if line["step"] < first_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(whole, path)
 
     def add(self, step: int, losses: dict[str, Tensor], norm: Tensor, rate: float) -> None:
         self.waiting.append((step, losses, norm, rate))
@@ -433,17 +445,24 @@ class Log:
             lines.append(line)
         self.waiting.clear()
         if self.write:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            except OSError as error:
+                why = f"{self.path} cannot be written: {error.strerror}"
+                raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
         return lines[-1]
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log; the last one, where a killed run left it half-written, is dropped."""
+    """The lines of a log up to the first that is none: the last one, where a killed run left it half-written."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines

@@ -56,7 +56,7 @@ def test_a_list_is_given_with_commas_or_as_json():
         (["clip", "--stesp", "3"], "unknown option --stesp.*steps"),
         (["clip", "--steps", "many"], "--steps is 'many', but must be int"),
         (["clip", "--steps"], "--steps is True, but must be int"),
-        (["clip", "--model.vision.patch_size", "7"], "does not go together: .*not a multiple of patch_size 7"),
+        (["clip", "--model.vision.patch_size", "7"], "--model.vision.patch_size 7: .*not a multiple of patch_size 7"),
         (["clip", "--model.loss", "triplet"], "--model.loss is 'triplet', but must be one of softmax, sigmoid"),
         (["clip", "siglip"], "one recipe at a time"),
         (["clip", "--batch_size", "0"], "batch_size"),

@@ -33,6 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: it is no text at all.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{path} is not JSON of any use: thousands of brackets or of digits in a row.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
     return values

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm import config
 from minivlm.errors import UserError, nearest
-from minivlm.recipes.base import Options, Recipe, dotted_names, override, split_arguments
+from minivlm.recipes.base import Options, Recipe, dotted_names, launcher, override, split_arguments
 from minivlm.recipes.blip import BLIP_RECIPES
 from minivlm.recipes.blip2 import BLIP2_RECIPES
 from minivlm.recipes.capfilt import CAPFILT_RECIPES
@@ -20,6 +21,7 @@ from minivlm.recipes.fusion import FUSION_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.multitask import MULTITASK_RECIPES
+from minivlm.recipes.resuming import data_directory, refuse_changes, with_directory
 from minivlm.recipes.speak import CAPTIONER_RECIPES
 from minivlm.recipes.t5 import T5_RECIPES
 from minivlm.run_directory import check_out
@@ -59,8 +61,8 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
     recipe = RECIPES[name]
     if options.resume:
         check_out(options.directory(name), {}, resume=True)
-        recipe = resumed_recipe(type(recipe), Path(options.directory(name)))
-    elif options.data:
+        return name, resumed_recipe(type(recipe), options.directory(name), changes, options), options
+    if options.data:
         recipe = override(recipe, changes).for_data(options.data, options.directory(name))
     return name, override(recipe, changes), options
 
@@ -79,7 +81,7 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
         begun = bool(Run(directory).all())
         part = dataclasses.replace(options, out=directory, resume=begun, stop_at=None)
         if begun:
-            inner = resumed_recipe(type(RECIPES[needed]), Path(directory))
+            inner = resumed_recipe(type(RECIPES[needed]), directory, {}, part)
         else:
             inner = RECIPES[needed].for_data(options.data, directory) if options.data else RECIPES[needed]
         todo += [one for one in chain(needed, inner, part) if one not in todo]
@@ -113,8 +115,10 @@ def reads(recipe: Recipe, options: Options) -> dict[str, str]:
     return {"--data": options.data or data_directory(recipe), **named}
 
 
-def data_directory(recipe: Recipe) -> str:
-    return recipe.data.directory if hasattr(recipe, "data") else recipe.directory
+def go_on(plan: list[tuple[str, Recipe, Options]], stopped: Options, argv: list[str]) -> str:
+    """The command that goes on where a part of the plan was stopped; a chain finds by itself what it had begun."""
+    name, _, options = plan[-1]
+    return options.resume_command(name) if stopped is options else shlex.join([*launcher(), *argv])
 
 
 def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:
@@ -147,12 +151,19 @@ def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def resumed_recipe(cls: type[Recipe], directory: Path) -> Recipe:
-    """The recipe that an interrupted run was started with."""
+def resumed_recipe(cls: type[Recipe], directory: str, changes: dict[str, str | bool], options: Options) -> Recipe:
+    """The recipe that an interrupted run was started with, and those changes that may be made while it is under way."""
     from minivlm.run import Run, read_record
 
-    record = read_record(Run(directory).latest())
-    return config.from_dict(cls, config.complete(cls, record["recipe"]), "recipe")  # it may be an older version's
+    record = read_record(latest := Run(directory).latest())
+    recorded = config.from_dict(cls, config.complete(cls, record["recipe"]), f"{latest / 'training.json'}: recipe")
+    recipe = override(recorded, changes)
+    if options.data:
+        recipe = with_directory(recipe, options.data)
+    refuse_changes(record, recorded, recipe)
+    if options.stop_at is not None and options.stop_at <= record["step"] < recipe.steps:
+        raise UserError(f"--stop_at {options.stop_at}: the run has done {record['step']} steps already.")
+    return recipe
 
 
 def list_text() -> str:
@@ -192,22 +203,31 @@ def value_at(value, dotted: str):
 
 
 def finish(run: Run, work) -> None:
-    """The best checkpoint becomes the run's model: evaluated on held-out data, tabulated, pictured."""
+    """The best checkpoint becomes the run's model, which is saved before it is evaluated on held-out data and pictured."""
     from minivlm import checkpoint
     from minivlm.evaluate import table
     from minivlm.precision import cast
     from minivlm.run import read_record, restore_weights
 
-    best = run.best()
+    best, metrics, picture = run.best(), run.directory / "metrics.json", run.directory / "picture.png"
+    step = read_record(best)["step"]
     restore_weights(best, work.model)
+    for path in (metrics, picture):  # of what the run had come to before it was resumed
+        path.unlink(missing_ok=True)
     work.finish(run.directory)
     cast(work.model, work.model.stored)  # so that what is evaluated is what is left
-    scores = work.evaluate()
-    print(f"\nthe best checkpoint (step {read_record(best)['step']}) on held-out data:\n\n{table(scores)}\n")
     checkpoint.save(run.directory, work.model, work.processor, base=work.recipe.base())
-    metrics = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    (run.directory / "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    work.picture(run.directory / "picture.png")
+    try:
+        scores = work.evaluate()
+        print(f"\nthe best checkpoint (step {step}) on held-out data:\n\n{table(scores)}\n")
+        values = {name: dataclasses.asdict(score) for name, score in scores.items()}
+        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        work.picture(picture)
+        checkpoint.write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
+    except UserError as error:
+        raise UserError(
+            f"{error} The model, of step {step}, is in {run.directory} all the same: only its evaluation ended here."
+        ) from error
     print(f"{run.directory}/ holds the model, metrics.json and picture.png. Try next:")
     for command in work.next_commands(run.directory):
         print(f"  {command}")

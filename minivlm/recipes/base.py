@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -43,6 +44,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but must be from 0 to {2**63 - 1}")
 
     def needs(self) -> dict[str, str]:
         """What it builds on: recipe → the directory where that recipe's model is looked for."""
@@ -71,6 +74,10 @@ class Options:
     list: bool = False
     help: bool = False
 
+    def __post_init__(self):
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ValueError(f"stop_at is {self.stop_at}, but must be at least 1")
+
     def directory(self, name: str) -> str:
         """Where the run of this recipe goes."""
         return f"out/{name}" if self.out is None else self.out
@@ -81,7 +88,14 @@ class Options:
         for key in ("device", "precision"):
             flags += [f"--{key}", value] if (value := getattr(self, key)) != "auto" else []
         flags += ["--compile"] if self.compile else []
-        return shlex.join(["python", "train.py", name, *flags, "--resume"])
+        return shlex.join([*launcher(), name, *flags, "--resume"])
+
+
+def launcher() -> list[str]:
+    """How this program was started, by python or by torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ["python", "train.py"]
+    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", "train.py"]
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
@@ -140,7 +154,8 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
         return replace(value, **new)
     except ValueError as error:
         given = " ".join(f"--{prefix}{'.'.join(path)} {text}" for path, text in changes.items())
-        raise UserError(f"{given} does not go together: {error}.") from None
+        what = given if len(changes) == 1 else f"{given} does not go together"
+        raise UserError(f"{what}: {error}.") from None
 
 
 def as_typed(text: str | bool, hint: Any) -> Any:

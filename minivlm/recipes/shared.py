@@ -100,6 +100,8 @@ def make_world_if_missing(directory: str | Path, image_size: int, *, quiet: bool
 
 def check_fills_a_batch(n: int, batch_size: int, what: str, directory: str | Path) -> None:
     """UserError unless there are as many samples as a batch needs."""
+    if n == 0:
+        raise UserError(f"there are no {what} in {directory}.")
     if n < batch_size:
         raise UserError(
             f"a batch of {batch_size} cannot be filled from the {n} {what} in {directory}; "

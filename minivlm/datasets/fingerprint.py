@@ -1,0 +1,59 @@
+"""What a folder of data holds, in a few numbers: whether a run that is resumed still finds what it began with."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from pathlib import Path
+
+TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+ENDS = 4096  # bytes at either end of any other file
+
+
+def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
+    """{"cat/*.png": [files, bytes, checksum], "*.jsonl": [1, 7310, …]}, by sub-folder and ending.
+
+    Texts count whole, of other files the name, the size and both ends. Hidden files are no data, nor is a README.md.
+    """
+    root, groups = Path(directory), {}
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.suffix != ".md" and (content := ends_of(path)) is not None:
+                inside = path.relative_to(root)
+                kind = f"{inside.parts[0]}/*{path.suffix}" if len(inside.parts) > 1 else f"*{path.suffix}"
+                size, content = content
+                count, total, crc = groups.get(kind, (0, 0, 0))
+                crc = zlib.crc32(content, zlib.crc32(os.fsencode(inside), zlib.crc32(str(size).encode(), crc)))
+                groups[kind] = [count + 1, total + size, crc]
+    return groups
+
+
+def ends_of(path: Path) -> tuple[int, bytes] | None:
+    """Size, and what of the content counts. None: it is gone, or no file that can be read (whoever reads it will say so)."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            return None
+        with path.open("rb") as file:
+            if path.suffix in TEXT or about.st_size <= 2 * ENDS:
+                return about.st_size, file.read()
+            start = file.read(ENDS)
+            file.seek(-ENDS, os.SEEK_END)
+            return about.st_size, start + file.read()
+    except OSError:
+        return None
+
+
+def changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> list[str]:
+    """What differs, in words: ["dog/*.png: 30 files then, none now", …]"""
+    told, number = [], lambda entry: entry[0] if entry else 0
+    for kind in sorted(before.keys() | now.keys()):
+        then, there = before.get(kind), now.get(kind)
+        if number(then) != number(there):
+            told.append(f"{kind}: {number(then) or 'no'} files then, {number(there) or 'none'} now")
+        elif then != there:
+            told.append(f"{kind}: the names or the contents of its {number(then)} files")
+    return told

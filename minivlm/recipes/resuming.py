@@ -1,0 +1,104 @@
+"""What a run may be resumed with: the trajectory it began stays, and what may change is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from minivlm import config
+from minivlm.datasets.fingerprint import changes, fingerprint
+from minivlm.errors import UserError
+from minivlm.pretrained.names import listed
+from minivlm.recipes.base import Recipe
+from minivlm.run import Run, read_record
+
+MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.")  # and are told
+DATA = ("directory", "data.directory")  # judged by what is in them
+WORDS = ("summary", "measured")
+
+
+def data_directory(recipe: Recipe) -> str:
+    return recipe.data.directory if hasattr(recipe, "data") else recipe.directory
+
+
+def with_directory(recipe: Recipe, directory: str) -> Recipe:
+    """The recipe on the same data in another place."""
+    if hasattr(recipe, "data"):
+        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, directory=directory))
+    return dataclasses.replace(recipe, directory=directory)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{"optimiser.learning_rate": (0.003, 1e-05)}, for all fields, of the parts as well."""
+    found = {}
+    for field in dataclasses.fields(old):
+        name, a, b = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            found |= differences(a, b, f"{name}.")
+        elif a != b:
+            found[name] = (a, b)
+    return found
+
+
+def refuse_changes(record: dict, old: Recipe, new: Recipe) -> None:
+    """UserError for what would make another run of it."""
+    for name, (before, now) in differences(old, new).items():
+        if not name.startswith(MAY_CHANGE) and name not in (*DATA, *WORDS):
+            raise UserError(
+                f"--{name} is {shown(before)} in the run that is resumed, and {shown(now)} is asked for: leave it out, or "
+                "start anew, without --resume."
+            )
+    if new.steps < record["step"]:
+        raise UserError(f"--steps {new.steps}: the run has done {record['step']} steps already.")
+
+
+def shown(value: Any) -> str:
+    return "a part with fields of its own" if dataclasses.is_dataclass(value) else f"{value}"
+
+
+def facts(recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a checkpoint records, so that resuming can tell what is different."""
+    on = {"device": device.type, "precision": str(precision).removeprefix("torch.")}
+    on |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"data": fingerprint(data_directory(recipe)), "on": on}
+
+
+def is_finished(run: Run, recipe: Recipe) -> bool:
+    """Whether all steps are done and the model, its scores and its picture are there."""
+    left = all((run.directory / name).exists() for name in ("config.json", "model.safetensors", "metrics.json"))
+    return left and read_record(run.latest())["step"] >= recipe.steps
+
+
+def told(run: Run, recipe: Recipe) -> list[str]:
+    """What the user should know about a run that goes on, a line each. UserError for other data."""
+    latest = run.latest()
+    passed_over = [f"{path} is passed over: {problem}" for path, problem in run.examined() if problem]
+    return [*passed_over, *compare(read_record(latest), recipe, run.about)]
+
+
+def compare(record: dict, recipe: Recipe, about: dict[str, Any]) -> list[str]:
+    """What the resumed run does otherwise than the one that wrote `record`, a line each. UserError for other data."""
+    old = config.from_dict(type(recipe), config.complete(type(recipe), record["recipe"]), "recipe")
+    directory, lines = data_directory(recipe), []
+    if not isinstance(record.get("data"), dict) or not isinstance(record.get("on"), dict):
+        lines.append("the checkpoint is of an earlier version, which did not record its data: they cannot be compared")
+    elif told := changes(record["data"], about["data"]):
+        raise UserError(
+            f"the data in {directory} are not those that the run began with, in {data_directory(old)} ({listed(told, 3)}): put "
+            "them back, or start anew, without --resume (the earlier run is kept)."
+        )
+    else:
+        differ = [
+            f"{name} {was} → {about['on'][name]}" for name, was in record["on"].items() if was != about["on"].get(name)
+        ]
+        if differ:
+            lines.append(f"not to the bit what it would have been: {', '.join(differ)}")
+    if os.path.realpath(directory) != os.path.realpath(data_directory(old)):
+        lines.append(f"the data are read from {directory} in place of {data_directory(old)}")
+    for name, (before, now) in differences(old, recipe).items():
+        if name.startswith(MAY_CHANGE):
+            lines.append(f"{name}: {before} → {now}, as asked for")
+    return lines
