@@ -9,101 +9,56 @@ Labels are built while the list of tokens is built, so there is nothing to be se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minivlm.errors import UserError
+from minivlm.chat_templates import CHOICES, DESCRIBE, TEMPLATES, ChatTemplate, Turn
+from minivlm.errors import UserError, nearest
+from minivlm.special_tokens import MARK, Markup, as_text, without_marks
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
 
+__all__ = ["DESCRIBE", "MARK", "TEMPLATES", "ChatTemplate", "Turn", "as_text"]  # from here as well
+
 ROLES = ("system", "user", "assistant")
-MARK = "<image>"  # where a picture stands in a user's text
-DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
 IGNORED = -100  # the label of a token that is not learnt
 
 
-class Turn(NamedTuple):
-    role: str  # "system" (at most once, first), "user", "assistant"
-    text: str  # a user's text has one <image> for each picture
-
-
 def with_images(text: str, images: int = 1) -> str:
-    """The text with its pictures in front, each on a line of its own, as LLaVA was trained."""
-    return f"{MARK}\n" * images + text
+    """The text, all of it words, with its pictures in front, each on a line of its own, as LLaVA was trained."""
+    return f"{MARK}\n" * images + as_text(text)
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How the turns are written. `user` goes up to the assistant's first word; where it says {pictures}, the marks that a
-    text begins with stand there."""
+def with_chat(processor: Processor, chat: str | None = None, system: str | None = None) -> Processor:
+    """The processor with another chat template, or another text for the system to say ("" for none).
 
-    system: str
-    user: str
-    answer: str
-    seam: str = ":"  # what stands before an answer, or the like of it
-    end: str | None = None  # the token after an answer; None, or none in the vocabulary: the tokeniser's own end token
-    after: str = ""  # what stands between an end token and the next user
-    framed: bool = False  # pictures first, then all that was said so far as one text, start and end tokens included
-    describe: str = DESCRIBE  # how a caption is asked for
-    caption: str | None = None  # `user` for this request; None: as for any other
-    stop: tuple[str, ...] = ()  # texts that end an answer as well
-
-    def ask(self, text: str) -> str:
-        """A user's turn, as it is written."""
-        asked = text.lstrip()
-        while asked.startswith(MARK):
-            asked = asked.removeprefix(MARK).lstrip()
-        form = self.caption if self.caption and asked == self.describe else self.user
-        if "{pictures}" not in form:
-            return form.format(text)
-        return form.format(asked, pictures=MARK * (text.count(MARK) - asked.count(MARK)))
+    UserError: no such template, and a system's text where the template has no place for it.
+    """
+    if chat is not None and chat not in CHOICES:
+        raise UserError(f"there is no chat template {chat!r}.{nearest(chat, CHOICES)}")
+    if chat is None and system is None:
+        return processor
+    config = processor.config if chat is None else replace(processor.config, chat=chat, chat_format=None, system=None)
+    changed = type(processor)(processor.source, config if system is None else replace(config, system=system))
+    if system and (template_of(changed).system is None or template_of(changed).framed):
+        raise UserError(f"the chat template {changed.config.chat} has no place for a system's text: leave it out.")
+    return changed
 
 
-# In the words of its documentation. It was not taught to end its turn, and goes on with the user's.
-IDEFICS = ChatTemplate(
-    system="{}\n",
-    user="User:{pictures}{}\nAssistant:",
-    answer=" {}",
-    end="</s>",
-    after="\n",
-    describe="Describe this image.",
-    stop=("\nUser:",),
-)
-TEMPLATES = {
-    "plain": ChatTemplate(system="{} ", user="{}", answer=" {}"),
-    # FastChat's "vicuna_v1.1", with which LLaVA-1.5 was trained.
-    "vicuna": ChatTemplate(system="{} ", user="USER: {} ASSISTANT:", answer=" {}", end="</s>"),
-    # OpenAI's format, of Qwen2 among others.
-    "chatml": ChatTemplate(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        answer="{}",
-        seam="\n",
-        end="<|im_end|>",
-        after="\n",
-    ),
-    # What an encoder reads: a whole text. It hears earlier answers, but only the last one is learnt.
-    "encoder": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True),
-    # The published BLIP-2: a caption is what it says to a picture without any words.
-    "blip2": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True, describe=""),
-    "idefics": IDEFICS,
-    # The instructed one, whose turns have an end.
-    "idefics-instruct": replace(
-        IDEFICS, user="User:{pictures}{}<end_of_utterance>\nAssistant:", end="<end_of_utterance>", stop=()
-    ),
-    # OpenFlamingo, in the words of its evaluation.
-    "openflamingo": ChatTemplate(
-        system="{} ",
-        user="{pictures}Question:{} Short answer:",
-        answer="{}",
-        end="<|endofchunk|>",
-        caption="{pictures}Output:",
-    ),
-}
+def template_of(processor: Processor) -> ChatTemplate:
+    """How conversations are written for this model. UserError: its own way is none that can be followed."""
+    config = processor.config
+    if config.chat == "unknown":
+        raise UserError(
+            "the model's chat template is none that is known here: choose the one that it was trained with by --chat; "
+            f"there are {', '.join(CHOICES)}."
+        )
+    template = config.chat_format if config.chat == "own" else TEMPLATES[config.chat]
+    return template if config.system is None else replace(template, default_system=config.system or None)
 
 
 class Sample(NamedTuple):
@@ -130,29 +85,44 @@ def encode_conversation(
     Raises UserError for what `check_conversation` refuses, and where a prompt or the answers do not fit the context.
     """
     check_conversation(turns, images, prompt=prompt)
-    template = TEMPLATES[processor.config.chat]
+    template = template_of(processor)
+    if template.default_system is not None and turns[0].role != "system":
+        turns = [Turn("system", template.default_system), *turns]
+    if turns[0].role == "system" and template.system is None:
+        raise UserError(
+            f"the chat template {processor.config.chat} has no place for a system's text: leave it out, or say it to the "
+            "user's first turn."
+        )
     sample = Sample([], [], [])
     (write_framed if template.framed else write_turns)(turns, template, processor, sample)
     return sample if context is None else fit(sample, processor, context, prompt=prompt)
 
 
 def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Processor, sample: Sample) -> None:
-    """Turn after turn, as a decoder reads them."""
-    if processor.start_token is not None:
+    """Turn after turn, as a decoder reads them. What is written is one string for the tokeniser, cut before and after each
+    answer, so that a prompt has the tokens with which the whole conversation begins."""
+    start = []  # of that string
+    if template.start is not None:
+        start = [Markup(template.start)]
+    elif processor.start_token is not None:
         append(sample, [processor.start_token], turns[0].role)
-    first = len(sample.tokens)
-    before = ""  # a system's text is one string with the user's, so that the seam is tokenised as it is in any text
-    for turn in turns:
-        if turn.role == "system":
-            before = template.system.format(turn.text)
-        elif turn.role == "user":
-            append(sample, processor.ids(before + template.ask(turn.text)), "user")
+    first, behind = len(sample.tokens), None  # an end token, or what stands for it
+    for turn, pieces in template.segments(turns):
+        if turn.role == "user":
+            ids = processor.ids([*start, *pieces]) if behind is None else ids_behind(behind, pieces, processor)
+            append(sample, ids, "user")
+            start = []
         else:
-            answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
-            append(sample, answer, "assistant", learnt=True)
-            before = template.after
-    if turns[0].role == "system":
-        n = shared(processor.ids(template.system.format(turns[0].text)), sample.tokens[first:])
+            ids = answer_ids(turn.text, template, processor)
+            last = turn is turns[-1]
+            if template.end_is_read or last:
+                ids = [*ids, end_token(template, processor)]
+            append(sample, ids, "assistant", learnt=True)
+            closed = processor.tokenizer.id_to_token(ids[-1]) if template.end_is_read else None
+            behind = ":" if closed is None else closed
+    if turns[0].role == "system" and not template.in_user:
+        told = [Markup(template.start or ""), *template.tell(turns[0].text)]
+        n = shared(processor.ids(told), sample.tokens[first:])
         sample.roles[: first + n] = ["system"] * (first + n)
 
 
@@ -160,9 +130,9 @@ def write_framed(turns: Sequence[Turn], template: ChatTemplate, processor: Proce
     """Pictures, then all up to the user's last word as one text, then the answer to that."""
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
     pictures = sum(turn.text.count(MARK) for turn in turns)
-    text = " ".join(turn.text.replace(MARK, "").strip() for turn in turns[: last + 1])
+    text = " ".join(without_marks(turn.text) for turn in turns[: last + 1])
     places = [processor.image_token_id] * processor.config.image_tokens * pictures  # none: the model puts them in front
-    append(sample, places + processor.ids(text, frame=True), "user")
+    append(sample, places + processor.ids([text], frame=True), "user")
     for turn in turns[last + 1 :]:
         answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
         append(sample, answer, "assistant", learnt=True)
@@ -176,7 +146,7 @@ def append(sample: Sample, tokens: list[int], role: str, *, learnt: bool = False
 
 def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prompt: bool = False) -> None:
     """UserError, one sentence, unless user and assistant take turns, the user first; every answer says something; and
-    the marks `<image>` are in the user's texts and as many as the `images`."""
+    the marks `<image>` are in the user's texts and as many as the `images`. (Where it is a word, see `as_text`.)"""
     roles = [turn.role for turn in turns]
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
@@ -185,10 +155,10 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
             raise UserError(f"turn {number} is the system's, which can only stand at the beginning.")
         if number > 1 and turn.role == roles[number - 2]:
             raise UserError(f"turns {number - 1} and {number} are both the {turn.role}'s: join them into one.")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise UserError(f"turn {number}, the assistant's, is empty: an answer has at least one word.")
         if turn.role != "user" and MARK in turn.text:
             raise UserError(f"turn {number} has an {MARK} mark, but only what the user says comes with pictures.")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise UserError(f"turn {number}, the assistant's, is empty: an answer has at least one word.")
     spoken = [role for role in roles if role != "system"]
     if spoken[:1] == ["assistant"]:
         raise UserError("the conversation starts with the assistant: the user has the first word.")
@@ -204,10 +174,14 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
 
 
 def answer_ids(text: str, template: ChatTemplate, processor: Processor) -> list[int]:
-    """An answer as it is tokenised behind the prompt. Many tokenisers write the first word of a text in another way
-    than the words that follow, so it is given something to follow."""
-    behind = processor.ids(template.seam + template.answer.format(text.strip()))
-    return behind[len(processor.ids(template.seam)) :]
+    """An answer as it is tokenised behind the prompt."""
+    return ids_behind(template.seam, template.reply(text), processor)
+
+
+def ids_behind(seam: str, pieces: Sequence[str], processor: Processor) -> list[int]:
+    """Many tokenisers write the first word of a text in another way than the words that follow, so the pieces are given
+    something to follow."""
+    return processor.ids([Markup(seam), *pieces])[len(processor.ids([Markup(seam)])) :]
 
 
 def end_token(template: ChatTemplate, processor: Processor) -> int:
@@ -215,13 +189,15 @@ def end_token(template: ChatTemplate, processor: Processor) -> int:
         return own
     if processor.end_token is None:
         named = f" ({template.end})" if template.end else ""
-        raise UserError(f"the tokeniser has no token for the end of an answer{named}: choose another chat template.")
+        raise UserError(
+            f"the tokeniser has no token for the end of an answer{named}: choose another chat template by --chat."
+        )
     return processor.end_token
 
 
 def endings(processor: Processor, end_tokens: Sequence[int]) -> dict[str, Sequence]:
     """Options of `generate`: besides the model's `end_tokens`, what ends an answer in the processor's chat template."""
-    template = TEMPLATES[processor.config.chat]
+    template = template_of(processor)
     own = processor.tokenizer.token_to_id(template.end) if template.end else None
     more = () if own is None or own in end_tokens else (own,)
     return {"end_tokens": (*end_tokens, *more), "stop": template.stop}

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivlm.chat_templates import TEMPLATES, ChatTemplate
 from minivlm.errors import UserError
-from minivlm.files import valid_text
+from minivlm.special_tokens import MARK, WORD, Markup, SpecialTokens, Text, split_marks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,9 +46,25 @@ class ProcessorConfig:
     image_token: str = "<image>"  # marks in a text where a picture stands
     image_tokens: int = 0  # placeholders that such a mark becomes, one for each feature of a picture; 0: it stays one
     image_fence: str | None = None  # a token that stands around a picture's place, once between two (IDEFICS)
-    chat: Literal[  # see `minivlm.conversation`
-        "plain", "vicuna", "chatml", "encoder", "blip2", "idefics", "idefics-instruct", "openflamingo"
+    chat: Literal[  # see `minivlm.chat_templates`; "unknown": the model's own is none that can be followed
+        "plain",
+        "vicuna",
+        "chatml",
+        "llama-2",
+        "llama-3",
+        "zephyr",
+        "mistral",
+        "gemma",
+        "encoder",
+        "blip2",
+        "idefics",
+        "idefics-instruct",
+        "openflamingo",
+        "own",
+        "unknown",
     ] = "plain"
+    chat_format: ChatTemplate | None = None  # chat="own": what the model was published with
+    system: str | None = None  # what is said before a conversation without a system's turn; None: as the template says
     tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
 
     def __post_init__(self):
@@ -176,16 +193,40 @@ class Processor:
             mask[i, : len(row)] = True
         return tokens, mask
 
-    def encode(self, strings: Sequence[str]) -> list[list[int]]:
-        """The ids of each string, start and end tokens included, neither cut nor padded. An `<image>` mark is one
+    def encode(self, texts: Sequence[Text], *, frame: bool = True) -> list[list[int]]:
+        """The ids of each text, start and end tokens included (frame), neither cut nor padded. An `<image>` mark is one
         token, as the published tokenisers have it; `ids` makes room for the picture."""
-        if isinstance(strings, str):
-            raise TypeError(f"a list of strings is wanted, not one string: [{strings!r}]")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast([*map(valid_text, strings)])]
+        if isinstance(texts, str):
+            raise TypeError(f"a list of strings is wanted, not one string: [{texts!r}]")
+        return self.special_tokens.encode([self.pieces(text) for text in texts], frame=frame)
 
-    def ids(self, text: str, *, frame: bool = False) -> list[int]:
+    def ids(self, text: Text, *, frame: bool = False) -> list[int]:
         """The ids of a piece of text, `<image>` marks expanded; frame: with the start and end tokens of a whole one."""
-        return self.expand(self.tokenizer.encode(valid_text(text), add_special_tokens=frame).ids)
+        return self.expand(self.encode([text], frame=frame)[0])
+
+    def pieces(self, text: Text) -> list[str]:
+        """Markup and text (see `minivlm.special_tokens`). In a string `<image>` is Markup, if a picture takes a place among
+        the words of this model."""
+        mark = self.config.image_token
+        if not isinstance(text, str):
+            return [Markup(mark) if isinstance(piece, Markup) and piece == MARK else piece for piece in text]
+        if isinstance(text, Markup):
+            return [text]
+        if self.config.image_tokens:
+            return split_marks(text, *filter(None, (mark, self.config.image_fence)))
+        return [text.replace(WORD, "")]
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """What no text may spell. It is found anew when the tokeniser has been given more tokens."""
+        known = self.__dict__.get("_special_tokens")
+        if known is None or known.size != self.tokenizer.get_vocab_size():
+            c = self.config
+            template = c.chat_format if c.chat == "own" else TEMPLATES.get(c.chat)
+            markup = template.markup if template else ""
+            known = SpecialTokens(self.tokenizer, {c.image_token, c.image_fence, c.pad_token}, markup)
+            self.__dict__["_special_tokens"] = known
+        return known
 
     def expand(self, ids: list[int]) -> list[int]:
         """Every `<image>` becomes as many placeholders as a picture has features, fenced in if the model knows it so."""

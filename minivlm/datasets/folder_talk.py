@@ -41,6 +41,7 @@ from minivlm.datasets.folder import (
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
 from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
+from minivlm.special_tokens import as_text
 
 MOST = 4  # questions of one conversation
 
@@ -97,7 +98,7 @@ class Quiz(Entry):
         if self.captions:
             asked = [*asked, Asked(DESCRIBE, self.captions[int(rng.random() * len(self.captions))], ())]
         chosen = [asked[i] for i in rng.permutation(len(asked))[:MOST]]
-        turns = [turn for q in chosen for turn in (Turn("user", q.text), Turn("assistant", q.answer))]
+        turns = [turn for q in chosen for turn in (Turn("user", q.text), Turn("assistant", as_text(q.answer)))]
         return [Turn("user", with_images(turns[0].text)), *turns[1:]]
 
     def questions(self) -> list[Asked]:
@@ -308,7 +309,7 @@ def read_question(values: dict) -> Asked:
     answer = Counter(a for a in given if a).most_common(1)[0][0]
     right = tuple(answers) if answer in answers else (answer, *answers)
     kinds = [values[name] for name in ("kind", "answer_type", "question_type") if values.get(name)]
-    return Asked(text.strip(), answer, right, str(kinds[0]) if kinds else "all")
+    return Asked(as_text(text.strip()), answer, right, str(kinds[0]) if kinds else "all")
 
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}

@@ -45,7 +45,7 @@ def with_holes(pieces: list[str], processor: Processor, *, context: int | None =
     context: no more tokens of either; None: the processor's. What comes after the last of the HOLES, or does not fit the
     context, is left out; of a first piece too long its beginning.
     """
-    ids = [encoding.ids for encoding in processor.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+    ids = processor.encode(pieces, frame=False)
     marks = [processor.tokenizer.token_to_id(hole) for hole in HOLES]
     start, end = processor.frame
     starts, ends = [token for token in (start,) if token is not None], [token for token in (end,) if token is not None]

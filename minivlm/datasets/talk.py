@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivlm.conversation import DESCRIBE, Turn, with_images
+from minivlm.conversation import DESCRIBE, Turn, as_text, with_images
 from minivlm.datasets.shapes import is_world
 
 
 def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
     """A request, and one of the captions of the picture."""
-    return [Turn("user", with_images(DESCRIBE)), Turn("assistant", captions[int(rng.random() * len(captions))])]
+    caption = as_text(captions[int(rng.random() * len(captions))])
+    return [Turn("user", with_images(DESCRIBE)), Turn("assistant", caption)]
 
 
 class Question(NamedTuple):

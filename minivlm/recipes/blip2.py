@@ -41,6 +41,7 @@ from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, take, with
 from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, next_training, suited
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
+from minivlm.special_tokens import Markup, as_text, without_marks
 from minivlm.training import OptimiserConfig
 
 DECODE = "<decode>"  # stands where a text begins that is to be said; elsewhere texts begin with <start>
@@ -308,8 +309,9 @@ class BLIP2Work(PrefixWork):
     def all_answers(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """A conversation with a hole for every answer, and the answers (datasets/holes.py)."""
         turns = self.train.conversation(index, rng)
-        places = self.processor.ids(MARK) * sum(turn.text.count(MARK) for turn in turns)
-        pieces = [turn.text.replace(MARK, "").strip() for turn in turns]
+        marks = sum(turn.text.count(MARK) for turn in turns)
+        places = self.processor.ids([Markup(MARK)]) * marks
+        pieces = [as_text(without_marks(turn.text)) for turn in turns]
         read, said = with_holes(pieces, self.processor, context=self.processor.context - len(places))
         return places + read, said
 
@@ -325,7 +327,7 @@ class BLIP2Work(PrefixWork):
         at = 2 * int(rng.integers(len(turns) // 2))
         question, answer = turns[at : at + 2]
         marks = sum(turn.text.count(MARK) for turn in turns)
-        asked = Turn("user", with_images(question.text.replace(MARK, "").strip(), marks))
+        asked = Turn("user", with_images(without_marks(question.text), marks))
         return encode_conversation([asked, answer], self.processor, context=self.processor.context)
 
     def next_commands(self, out: Path) -> list[str]:

@@ -23,6 +23,7 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import CACHE_LIMIT, look_once, measure_once
 from minivlm.recipes.interleaved import gates_text
 from minivlm.recipes.work import Work
+from minivlm.special_tokens import as_text
 from minivlm.tasks.few_shot import END, LEAD
 
 VALIDATED = 200  # episodes
@@ -109,7 +110,7 @@ def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
     labels, heard = [IGNORED] * len(tokens), set()
     given = processor.ids(f"{MARK}{LEAD}")
     for _, word in lesson:
-        whole = processor.ids(f"{MARK}{LEAD} {word}{END}")
+        whole = processor.ids(f"{MARK}{LEAD} {as_text(word)}{END}")
         said = whole[len(given) :]
         tokens += whole
         labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))

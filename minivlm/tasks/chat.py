@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, Turn, encode_conversation, endings, with_images
+from minivlm.conversation import MARK, Turn, as_text, encode_conversation, endings, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.tasks.speak import (
     MAX_NEW_TOKENS,
     Picture,
+    can_see,
     check_answerer,
     fitting,
     language_config,
@@ -78,7 +79,7 @@ class Chat:
         """
         if not text.strip():
             raise UserError("the question is empty; say something.")
-        if MARK in text:
+        if MARK in text and can_see(self.model):
             raise UserError(f"{MARK} marks are put in front of the question by themselves: show the picture, then ask.")
         exchanges, question, tokens = self.remember(Exchange(self.waiting, text))
         pixels = [p for e in (*exchanges, question) for p in e.pixels]
@@ -117,7 +118,7 @@ class Chat:
                 yield piece
         finally:
             if said.strip():
-                self.exchanges = [*self.exchanges, replace(question, answer=said.strip())]
+                self.exchanges = [*self.exchanges, replace(question, answer=as_text(said.strip()))]
                 self.waiting = ()
 
     def tokens(self, prompt: list[int], pixels: Tensor | None, options: Options) -> Iterator[int]:

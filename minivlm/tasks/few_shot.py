@@ -11,6 +11,7 @@ closed ones compared by their log-likelihood.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from minivlm.conversation import MARK, shared
 from minivlm.errors import UserError
+from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.features import inference
 from minivlm.tasks.speak import (
     Picture,
@@ -44,7 +46,7 @@ class Example(NamedTuple):
 
 class Prompt(NamedTuple):
     images: Sequence[Picture]
-    text: str  # with an <image> mark for each
+    text: Text  # with an <image> mark for each
 
 
 def few_shot(
@@ -78,18 +80,19 @@ def few_shot(
 
 def few_shot_prompt(examples: Sequence[Example], query: Example, processor) -> Prompt:
     known = processor.tokenizer.token_to_id(CHUNK) is not None
-    text = write_prompt([text for _, text in examples], query.text, END + CHUNK * known)
+    text = write_prompt([text for _, text in examples], query.text, CHUNK if known else "")
     return Prompt([image for image, _ in [*examples, query]], text)
 
 
-def write_prompt(texts: Sequence[str], query: str, end: str = END) -> str:
-    """Each text behind its picture's mark; those of the examples are ended."""
-    return "".join(f"{MARK}{text.strip().removesuffix(END)}{end}" for text in texts) + f"{MARK}{query.strip()}"
+def write_prompt(texts: Sequence[str], query: str, end: str = "") -> list[str]:
+    """Each text behind its picture's mark; those of the examples are ended, with the token `end` as well."""
+    examples = [[Markup(MARK), f"{text.strip().removesuffix(END)}{END}", Markup(end)] for text in texts]
+    return [*chain.from_iterable(examples), Markup(MARK), query.strip()]
 
 
 def shot_prompt(labels: Sequence[str], lead: str = LEAD) -> str:
     """["dax", "wug"] → "<image>this is a dax.<image>this is a wug.<image>this is a\""""
-    return write_prompt([f"{lead} {label}" for label in labels], lead)
+    return "".join(write_prompt([f"{lead} {label}" for label in labels], lead))
 
 
 # ---- how likely is a candidate? --------------------------------------------------------------------------------------
@@ -140,7 +143,8 @@ def log_likelihoods(output, tokens: Tensor, starts: Sequence[int], ends: Sequenc
 def candidate_tokens(prompt: Prompt, candidates: Sequence[str], model, processor) -> list[tuple[list[int], list[int]]]:
     """For each candidate, the tokens that it is preceded by, the same for all, and its own with those of its end."""
     alone = beginning(prompt.text, model, processor)
-    whole = [beginning(f"{prompt.text} {text.strip()}{END}", model, processor) for text in candidates]
+    begun = processor.pieces(prompt.text)
+    whole = [beginning([*begun, f" {text.strip()}{END}"], model, processor) for text in candidates]
     seam = min(shared(alone, row) for row in whole)  # some tokenisers join the prompt's last word with what follows
     return [(row[:seam], row[seam:]) for row in whole]
 
@@ -197,7 +201,7 @@ def check_room(examples: Sequence[Example], query: Example, answer: int | Sequen
 
     answer: its number of tokens, or the candidates.
     """
-    room = answer if isinstance(answer, int) else max(len(processor.ids(f" {text}{END}")) for text in answer)
+    room = answer if isinstance(answer, int) else max(len(processor.ids([f" {text}{END}"])) for text in answer)
     context = language_config(model).context
     length = lambda n: len(beginning(few_shot_prompt(examples[:n], query, processor).text, model, processor))
     if length(len(examples)) + room <= context:

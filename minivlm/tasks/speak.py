@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, endings, with_images
+from minivlm.conversation import MARK, TEMPLATES, Turn, encode_conversation, endings, template_of, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
+from minivlm.special_tokens import Text, as_text
 from minivlm.tasks.choose import choose_all, chooses
 from minivlm.tasks.features import inference
 
@@ -54,7 +55,7 @@ def caption_all(
     """`caption` for many: one string for each sample, which is a list of pictures."""
     start = getattr(getattr(model, "config", None), "caption_token", None)  # BLIP: what begins with it, goes on
     if start is None and can_answer(model, processor):
-        asked = TEMPLATES[processor.config.chat].describe if prompt is None else prompt
+        asked = template_of(processor).describe if prompt is None else prompt
         return answer_all([(some, asked) for some in pictures], model, processor, batch_size=batch_size, **options)
     check_speaker(model, processor)
     if prompt is not None and start is None:
@@ -91,7 +92,7 @@ def answer_all(
 def complete(text: str, model, processor, **options) -> str:
     """The text and how it goes on, for a language model, or for one that can do without a picture."""
     check_answerer(model, processor)
-    prompt = beginning(text, model, processor)
+    prompt = beginning(as_text(text), model, processor)
     if not prompt:
         raise UserError("there is no text to go on from; give at least one word.")
     [said] = say([prompt], [[]], model, processor, options)
@@ -102,7 +103,7 @@ def complete(text: str, model, processor, **options) -> str:
     return begin + until_stop(whole[len(begin) :], options.get("stop", ()))
 
 
-def beginning(text: str, model, processor) -> list[int]:
+def beginning(text: Text, model, processor) -> list[int]:
     """What a model reads to go on from: the words behind a start token. An encoder reads them as a whole text, with its
     end token, and what is said is a text of its own."""
     if has_encoder(model):
@@ -113,10 +114,21 @@ def beginning(text: str, model, processor) -> list[int]:
 
 def question_tokens(question: str, images: int, processor) -> list[int]:
     """The prompt of one question; `images` marks are put in front of a question that has none."""
-    if not question.strip() and question != TEMPLATES[processor.config.chat].describe:
+    if not question.strip() and question != template_of(processor).describe:
         raise UserError("the question is empty; say what you would like to know.")
+    if images == 1 and question.count(MARK) == 1 and all(map(str.strip, line_around(MARK, question))):
+        raise UserError(
+            f"the {MARK} in the midst of a sentence may be a word or the picture's place: leave it out, and the picture stands "
+            "in front of the question; or put it at the beginning or the end of a line."
+        )
     text = question if MARK in question else with_images(question, images)
     return encode_conversation([Turn("user", text)], processor, images=images, prompt=True).tokens
+
+
+def line_around(mark: str, text: str) -> tuple[str, str]:
+    """What stands in the same line before and behind a mark."""
+    before, _, behind = next(line for line in text.split("\n") if mark in line).partition(mark)
+    return before, behind
 
 
 # ---- from tokens to text ---------------------------------------------------------------------------------------------
@@ -196,8 +208,8 @@ def can_answer(model, processor) -> bool:
         return False
     if not getattr(model.config, "answers", True):
         return False
-    in_front = TEMPLATES[processor.config.chat].framed  # pictures need no places: they come first
-    return processor.config.image_tokens > 0 or in_front or not can_see(model)
+    template = TEMPLATES.get(processor.config.chat)  # in a framed one pictures need no places: they come first
+    return processor.config.image_tokens > 0 or (template is not None and template.framed) or not can_see(model)
 
 
 def check_speaker(model, processor) -> None:

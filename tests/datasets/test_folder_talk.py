@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.conversation import Turn
+from minivlm.conversation import Turn, encode_conversation
 from minivlm.datasets import Question, check, open_pairs, open_talk
 from minivlm.errors import UserError
+from tests.speakers import processor
 
 
 def photo(seed):
@@ -215,6 +216,19 @@ def test_captions_are_asked_for(folder):
     assert {turns[0] for turns in said} == {Turn("user", "<image>\ndescribe the picture.")}
     assert {turns[1].text for turns in said} == {"a cat", "my cat"} == set(talk.captions(0))
     assert talk.questions() == [] and list(talk.texts()) == ["describe the picture.", "a cat", "my cat"]
+
+
+def test_a_mark_that_a_question_an_answer_or_a_caption_spells_is_a_word(folder):
+    words = processor()
+    write_lines(
+        folder, {"image": "0.png", "split": "train", "question": "what does <image> mean?", "answer": "an <image>"}
+    )
+    samples = [encode_conversation(talk_of(folder).conversation(0, rng()), words, images=1)]
+    write_lines(folder, {"image": "0.png", "split": "train", "caption": "see <image> here"}, name="captions.jsonl")
+    (folder / "vqa.jsonl").unlink()
+    samples.append(encode_conversation(talk_of(folder).conversation(0, rng()), words, images=1))
+    assert [sample.tokens.count(words.image_token_id) for sample in samples] == [words.config.image_tokens] * 2
+    assert "see <image> here" in words.decode([samples[1].tokens])[0]
 
 
 def test_splits_are_drawn_by_the_name_of_the_image(folder):

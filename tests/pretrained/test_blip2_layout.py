@@ -11,6 +11,7 @@ from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.pretrained import bert, blip2, blip2_itm, recognise
 from minivlm.pretrained.names import is_unread, table, to_ours, to_theirs, under
+from minivlm.special_tokens import Markup
 
 
 def test_one_model_type_two_architectures(tmp_path):
@@ -47,7 +48,7 @@ def test_a_placeholder_without_a_row_is_no_obstacle(tmp_path):
     images = torch.randn(1, 3, 16, 16)
     assert model.match(images, *processor.text(["a red disc"])).isfinite().all()
     with pytest.raises(UserError, match=f"has token {V}, but the model knows tokens 0 to {V - 1}"):
-        model.match(images, *processor.text(["a <picture> disc"]))
+        model.match(images, *processor.text([["a ", Markup("<picture>"), " disc"]]))
 
 
 @pytest.mark.parametrize(

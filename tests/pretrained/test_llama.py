@@ -12,6 +12,7 @@ from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, RopeScaling
 from minivlm.pretrained import comparable, llama
 from minivlm.processor import Processor, ProcessorConfig
+from minivlm.special_tokens import Markup
 from tests.sentencepiece import llama_tokenizer
 
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
@@ -270,7 +271,7 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tmp_pat
     model, words = load(tmp_path)
     model(*words.text(["the cat"]))
     with pytest.raises(UserError, match=rf"has token {size - 1}, but the model knows tokens 0 to {size - 2}: "):
-        model(*words.text(["the <extra> cat"]))
+        model(*words.text([["the ", Markup("<extra>"), " cat"]]))
     with pytest.raises(UserError, match=r"has token -1, but"):
         model(torch.tensor([[1, -1]]))
 

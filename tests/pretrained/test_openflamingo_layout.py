@@ -14,6 +14,7 @@ from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.pretrained import mpt, names, open_clip, openflamingo
 from minivlm.processor import ProcessorConfig
+from minivlm.special_tokens import Markup
 from tests.languages import REDPAJAMA
 from tests.sentencepiece import llama_tokenizer
 
@@ -139,7 +140,7 @@ def test_tokens_that_are_added(tmp_path):
     assert processor.config.image_tokens == 1 and processor.image_token_id == words + 1
     assert processor.config.chat == "openflamingo"
     assert (processor.image_size, processor.config.resize, processor.config.crop) == (16, "shortest", "floor")
-    tokens, _ = processor.text(["<image>a cat<|endofchunk|>"])
+    tokens, _ = processor.text([[Markup("<image>"), "a cat", Markup("<|endofchunk|>")]])
     assert tokens[0].tolist().count(words + 1) == 1 and tokens[0, -1] == words
 
 

@@ -36,14 +36,19 @@ def test_a_prompt_is_read_as_it_is_written(words):
     assert shot_prompt(["dax", "wug"]) == "<image>this is a dax.<image>this is a wug.<image>this is a"
     assert shot_prompt([], lead="a") == "<image>a"
     prompt = few_shot_prompt([Example("a.png", " x. "), Example("b.png", "y")], Example("c.png", "z "), words)
-    assert prompt == Prompt(["a.png", "b.png", "c.png"], "<image>x.<image>y.<image>z")
+    assert prompt.images == ["a.png", "b.png", "c.png"]
+    assert "".join(prompt.text) == "<image>x.<image>y.<image>z"
 
 
 def test_openflamingos_examples_end_with_its_own_token(words):
     tokenizer = type(words.tokenizer).from_str(words.tokenizer.to_str())
     tokenizer.add_special_tokens(["<|endofchunk|>"])
     own = type(words)(tokenizer, words.config)
-    assert few_shot_prompt([Example("a", "x")], Example("b", "y"), own).text == "<image>x.<|endofchunk|><image>y"
+    text = few_shot_prompt([Example("a", "x")], Example("b", "y"), own).text
+    assert "".join(text) == "<image>x.<|endofchunk|><image>y"
+    assert tokenizer.token_to_id("<|endofchunk|>") in own.ids(text)
+    spelt = few_shot_prompt([Example("a", "<|endofchunk|>")], Example("b", "y"), own).text
+    assert own.ids(spelt).count(tokenizer.token_to_id("<|endofchunk|>")) == 1
 
 
 @pytest.mark.parametrize("query", COLOURS)

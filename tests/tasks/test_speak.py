@@ -39,6 +39,12 @@ class TestAnswers:
         images = [plain("green"), plain("blue")]
         assert answer(images, f"<image>\n<image>\n{WHICH}", colour_llava(), P) == "green blue"
 
+    def test_a_mark_in_the_midst_of_a_sentence_may_be_a_word_and_is_refused(self):
+        with pytest.raises(UserError, match="<image> in the midst of a sentence may be a word or the picture's place"):
+            answer(plain("red"), "what does <image> mean?", colour_llava(), P)
+        for question in (f"<image> {WHICH}", f"{WHICH}\n<image>", f"look:\n<image>\n{WHICH}", f"{WHICH} <image>"):
+            assert isinstance(answer(plain("red"), question, colour_llava(), P), str)
+
     def test_the_prompt_is_the_template_of_the_processor(self):
         model, vicuna = llava(), processor(chat="vicuna")
         tokens = vicuna.ids("USER: <image>\nwhich colours? ASSISTANT:")
