@@ -321,6 +321,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch
         held = torch.float32 if id(old) in wide else dtype
         new = new.to(device=device, dtype=held if new.is_floating_point() else None)
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new = nn.Parameter(new, requires_grad=False)  # one for all its names; it will learn if the old one did
         state.update(dict.fromkeys(names, new))
     model.load_state_dict(state, assign=True)

@@ -17,8 +17,12 @@ from minivlm import checkpoint
 from minivlm.checkpoint import empty_model, load, save, write_atomically
 from minivlm.errors import UserError
 from minivlm.layers import ResNetConfig, TextConfig, VisionConfig
+from minivlm.layers.lora import LoRAConfig
 from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
+from tests import speakers
+from tests.models.test_blip import blip
 
 TEXT = TextConfig(width=16, depth=1, heads=2, vocab_size=300, context=8, end_token=3)
 VIT = VisionConfig(width=16, depth=2, heads=2, image_size=16, patch_size=8)
@@ -191,6 +195,16 @@ def test_tied_frozen_and_overlapping_tensors(tmp_path, monkeypatch):
     assert same_state(model, back)
     assert back.head.weight is back.embedding.weight and back.head.weight.requires_grad
     assert not back.frozen.requires_grad
+
+
+def test_what_is_frozen_is_frozen_in_the_model_that_comes_back(tmp_path):
+    """The slow copies of a BLIP, and all of a language model but its adapters."""
+    adapted = speakers.llava(lora=LoRAConfig(rank=2, alpha=4))
+    for name, model in {"momentum": blip(momentum=MomentumConfig(queue=4)), "lora": adapted}.items():
+        save(tmp_path / name, model)
+        learns = {name: p.requires_grad for name, p in load(tmp_path / name)[0].named_parameters()}
+        assert learns == {name: p.requires_grad for name, p in model.named_parameters()}
+        assert len(set(learns.values())) == 2
 
 
 # ---- a full disk, and other ways to fail -----------------------------------------------------------------------------

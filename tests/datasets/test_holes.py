@@ -76,6 +76,21 @@ def test_what_does_not_fit_is_left_out_behind_and_of_a_long_beginning_before(con
     assert {token for token in said if token in marks} <= {token for token in read if token in marks}
 
 
+def test_a_hole_is_asked_for_only_where_it_is_shown(processor):
+    """Whatever the context: also where what is read so far fills it to the last token."""
+    pieces = ["a", "red", "b", "blue", "c d", "green", "e", "two"]
+    marks = {processor.tokenizer.token_to_id(hole) for hole in HOLES}
+    shown = []
+    for context in range(3, 40):
+        read, said = with_holes(pieces, processor, context=context)
+        assert len(read) <= context and len(said) <= context
+        shown.append([token for token in read if token in marks])
+        asked = [token for token in said if token in marks]
+        assert asked == shown[-1][: len(asked)]
+        assert len(asked) == len(shown[-1]) or len(said) == context  # no answer is lost but to the context
+    assert sorted(map(len, shown)) == [*map(len, shown)] and {*map(len, shown)} == {1, 2, 3, 4}
+
+
 def test_there_are_no_more_holes_than_marks(processor):
     pieces = ["a", "b"] * (len(HOLES) + 5)
     read, said = with_holes(pieces, make_processor(200))
