@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory of ours, a published one, or a hub id")
     TASKS[name].add_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    whose = "what an adapter, or [vision=] or [language_model=] of MODEL, was trained on: a directory or hub id"
+    parser.add_argument("--base", metavar="DIR", action="append", help=f"{whose} (the one that it names)")
     TASKS[name].run(parser.parse_args(argv[1:]))
 
 
@@ -328,7 +330,8 @@ def load_model(options: argparse.Namespace, **settings) -> tuple:
     import minivlm
     from minivlm.training import choose_device
 
-    return minivlm.load(options.model, device=choose_device(options.device), **settings)
+    base = dict(part.split("=", 1) for part in options.base or () if "=" in part) or (options.base or [None])[0]
+    return minivlm.load(options.model, device=choose_device(options.device), base=base, **settings)
 
 
 def load_comparer(options: argparse.Namespace) -> tuple:

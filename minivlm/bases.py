@@ -9,12 +9,13 @@ from __future__ import annotations
 import zlib
 from collections import ChainMap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.checkpoint import load
+from minivlm.checkpoint import open_model
 from minivlm.errors import UserError
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
@@ -42,13 +43,38 @@ def leave_out(
     return kept, about
 
 
-def bring_back(weights: Mapping[str, Tensor], base: Any, config: Any, where: str) -> Mapping[str, Tensor]:
-    """What is stored, and the parts it was trained on. UserError where these are missing or not the same any more."""
-    parts = []
-    for part, about in base.items() if isinstance(base, dict) else [(base, None)]:
+def sources(base: Any, given: Any, where: str) -> dict[str, dict[str, Any]]:
+    """What config.json says of the parts, those that the user says lie elsewhere as he says. {…, "asked": did he?}"""
+    if not isinstance(base, dict) or not base:
+        raise UserError(f"{where} names the base {base!r} in a way that cannot be read: write it again.")
+    for part, about in base.items():
         if part not in CONFIGS or not isinstance(about, dict) or about.keys() != {"source", "fingerprint"}:
             raise UserError(f"{where} names the base {part!r} in a way that cannot be read: write it again.")
-        found, wanted = find_part(about["source"], part, where), getattr(config, CONFIGS[part])
+        if not isinstance(about["source"], str):
+            raise UserError(f"{where} names {about['source']!r} as the base {part!r}: write it again.")
+    if given is not None and not isinstance(given, Mapping):
+        if len(base) > 1:
+            raise UserError(f"{where} has the bases {' and '.join(base)}: say which of them {given} is.")
+        given = dict.fromkeys(base, given)
+    if unknown := [part for part in given or {} if part not in base]:
+        raise UserError(f"{where} has no base {unknown[0]!r}; it has {' and '.join(base)}.")
+    return {
+        part: {**about, "asked": part in (given or {}), **({"source": given[part]} if part in (given or {}) else {})}
+        for part, about in base.items()
+    }
+
+
+def bring_back(
+    weights: Mapping[str, Tensor], base: dict[str, dict[str, Any]], config: Any, where: str, above: tuple[Path, ...]
+) -> Mapping[str, Tensor]:
+    """What is stored, and the parts it was trained on, as `sources` tells them. UserError where these are missing or not the
+    same any more."""
+    parts = []
+    for part, about in base.items():
+        wanted = getattr(config, CONFIGS[part], None)
+        if wanted is None:
+            raise UserError(f"{where} names the base {part!r}, which its model has not.")
+        found = find_part(about["source"], part, where, above, asked=about["asked"])
         if part == "language_model":
             found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image
         refuse_another(found, wanted, about, part, where)
@@ -56,9 +82,9 @@ def bring_back(weights: Mapping[str, Tensor], base: Any, config: Any, where: str
     return ChainMap(dict(weights), *parts)
 
 
-def find_part(source: str, part: str, where: str) -> nn.Module:
+def find_part(source: str, part: str, where: str, above: tuple[Path, ...], *, asked: bool) -> nn.Module:
     """The vision tower or the language model of what lies in `source`, which may be one itself."""
-    model, _ = load(source)
+    model, _ = open_model(source, above, asked=asked, device="cpu", dtype=None)
     found = getattr(model, part, model if part == "language_model" and hasattr(model, "token_embedding") else None)
     if not isinstance(found, nn.Module):
         raise UserError(

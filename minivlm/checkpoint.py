@@ -35,6 +35,8 @@ from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import tied, to_ours
 from minivlm.processor import Processor, ProcessorConfig
 
+Base = str | Path | Mapping[str, str] | None
+
 MODELS = {  # class name → the module it lives in
     "BERT": "minivlm.layers.bert",
     "BLIP": "minivlm.models.blip",
@@ -183,7 +185,11 @@ def flush_to_disk(path: Path) -> None:
 
 
 def load(
-    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    base: Base = None,
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
@@ -192,40 +198,73 @@ def load(
     the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored; where a
     file has several precisions, the one that its config names, or that most of its numbers have.
+    base: a directory or hub id in place of the base that `source` names; of several parts: {"language_model": "out/lm"}.
+    What is only named, and is on the hub, is not downloaded.
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
     """
-    if (Path(source) / "adapter_config.json").exists():
-        return load_with_adapter(Path(source), device=device, dtype=dtype)
-    directory = locate(source, pretrained.weight_patterns)
+    return open_model(source, (), device=device, dtype=dtype, base=base)
+
+
+def open_model(
+    source: str | Path, above: tuple[Path, ...], *, base: Base = None, asked: bool = True, **where: Any
+) -> tuple[nn.Module, Processor | None]:
+    """`load`, for what the directories `above`, each the base of the one before, are being loaded with. asked: by the user,
+    who may mean the hub; not by a directory."""
+    directory = locate(source, pretrained.weight_patterns, named_by=None if asked else above[-1])
+    if directory.resolve() in above:
+        chain = " → ".join(map(str, (*above[above.index(directory.resolve()) :], directory.resolve())))
+        raise UserError(f"{directory} belongs to itself ({chain}): name the base that it was trained on.")
+    above = (*above, directory.resolve())
+    if (directory / "adapter_config.json").exists():
+        return open_adapter(directory, above, base, **where)
     kind = pretrained.recognise(directory)
-    described = read_ours(directory) if kind == "minivlm" else pretrained.read(directory, kind)
+    described = read_ours(directory, above, base) if kind == "minivlm" else pretrained.read(directory, kind)
+    if base is not None and not described.needs_base:
+        raise UserError(f"{directory} is whole: leave out the base {base}.")
     with garbage_collector_paused():
-        try:
-            model = empty_model(described.model_class, described.config)
-        except (RuntimeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
-        path, weights = open_weights(directory, described.weights)
-        weights = described.prepare(weights)
+        return build(directory, described, binding=kind == "minivlm", **where), described.processor
+
+
+def build(
+    directory: Path,
+    described: pretrained.Published,
+    *,
+    binding: bool,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """The model with its tensors."""
+    path, weights = open_weights(directory, described.weights)
+    weights = described.prepare(weights)
+    try:
+        model = empty_model(described.model_class, described.config)
         if (config := pretrained.settle(described, weights)) != described.config:
             model = empty_model(described.model_class, config)
-        tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
-        stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=kind == "minivlm")
-        dtype = dtype or stored
-        fill(model, tensors, device=device, dtype=dtype)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
+    tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
+    stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
+    fill(model, tensors, device=device, dtype=dtype or stored)
     if described.defaults:
         model.defaults = described.defaults
-    return model.eval(), described.processor
+    return model.eval()
 
 
-def load_with_adapter(directory: Path, **where: Any) -> tuple[nn.Module, Processor | None]:
+def open_adapter(
+    directory: Path, above: tuple[Path, ...], base: Base, **where: Any
+) -> tuple[nn.Module, Processor | None]:
     """The base that an adapter names, a path or a hub id, and the adapter's layers in it (see `minivlm.adapters`)."""
     from minivlm.adapters import load_adapter
 
-    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise UserError(f"{directory / 'adapter_config.json'} does not name the base that the adapter belongs to.")
-    model, processor = load(base, **where)
+    path = directory / "adapter_config.json"
+    values = read_json(path)
+    named = values.get("base_model_name_or_path") if base is None else base
+    if not isinstance(named, (str, Path)) or not str(named):
+        raise UserError(f"{path} does not name the base that the adapter belongs to: say where it is, by base.")
+    if base is None and values.get("revision") not in (None, "main"):
+        raise UserError(f"{path} belongs to revision {values['revision']!r} of {named}: say where that is, by base.")
+    model, processor = open_model(named, above, asked=base is not None, **where)
     load_adapter(directory, model)
     return model.to(where["device"]).eval(), processor
 
@@ -242,8 +281,8 @@ def garbage_collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def read_ours(directory: Path) -> pretrained.Published:
-    """Everything but the tensors of a directory that `save` wrote."""
+def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) -> pretrained.Published:
+    """Everything but the tensors of a directory that `save` wrote. above, base: see `open_model`."""
     path = directory / "config.json"
     values = read_json(path)
     if missing := {"minivlm", "model", "config", "processor"} - values.keys():
@@ -266,9 +305,11 @@ def read_ours(directory: Path) -> pretrained.Published:
     described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **told)
     if "base" not in values:
         return described
-    from minivlm.bases import bring_back
+    from minivlm.bases import bring_back, sources
 
-    return replace(described, prepare=lambda weights: bring_back(weights, values["base"], config, str(directory)))
+    parts = sources(values["base"], base, str(directory))
+    prepare = lambda weights: bring_back(weights, parts, config, str(directory), above)
+    return replace(described, prepare=prepare, needs_base=True)
 
 
 def from_dict(cls: type, values: Any, where: str) -> Any:

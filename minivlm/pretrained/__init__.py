@@ -68,6 +68,7 @@ class Published:
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights
     dtype: torch.dtype | None = None  # that the weights are said to be of
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of `generate`
+    needs_base: bool = False  # are there parts that lie elsewhere?
 
 
 def recognise(directory: Path) -> str:
@@ -92,6 +93,8 @@ def recognise(directory: Path) -> str:
 
 def weight_patterns(directory: Path) -> tuple[str, ...]:
     """Which files hold the tensors, as patterns to download by, best first."""
+    if (directory / "adapter_config.json").exists():
+        return ("adapter_model*",)
     if recognise(directory) == "open_clip":
         return OPEN_CLIP_WEIGHTS
     return ("model*.safetensors", "pytorch_model*.bin")

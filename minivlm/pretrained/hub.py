@@ -11,10 +11,11 @@ from minivlm.errors import UserError
 TEXT_FILES = ("*.json", "merges.txt")
 
 
-def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]]) -> Path:
+def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *, named_by: Path | None = None) -> Path:
     """The directory of `source`, downloaded if it is a hub id.
 
-    weights_of(directory): patterns of the weight files to download, best first.
+    weights_of(directory): patterns of the weight files to download, best first. named_by: the directory that names the
+    source as what it belongs to. No user asked for that, so it is only taken from where earlier downloads are kept.
     Raises UserError if it is not there. What reads as a path is never looked up on the hub.
     """
     path = Path(source).expanduser()
@@ -25,7 +26,15 @@ def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]]) ->
     if not is_hub_id(source):
         train = f"; train it with python train.py {path.name}" if path.parent.name == "out" else ""
         raise UserError(f"{source} does not exist{train}.")
-    return download(str(source), weights_of)
+    if named_by is None:
+        return download(str(source), weights_of)
+    try:
+        return download(str(source), weights_of, local_files_only=True)
+    except UserError:
+        raise UserError(
+            f"{named_by} belongs to {source}, which is neither a directory here nor was it downloaded before. Say where it "
+            f'is, or that it shall be downloaded: base="{source}" for minivlm.load, --base {source} for sample.py.'
+        ) from None
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -36,15 +45,15 @@ def is_hub_id(source: str | Path) -> bool:
     return not slash or (owner not in ("out", "data") and not Path(owner).is_dir())
 
 
-def download(name: str, weights_of: Callable[[Path], tuple[str, ...]]) -> Path:
+def download(name: str, weights_of: Callable[[Path], tuple[str, ...]], **options: bool) -> Path:
     """Configs first, since they say which weights are wanted; then the first kind that exists. Shows progress bars."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(TEXT_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(TEXT_FILES), **options))
         for pattern in weights_of(folder):
-            folder = Path(snapshot_download(name, allow_patterns=[pattern]))
+            folder = Path(snapshot_download(name, allow_patterns=[pattern], **options))
             if any(folder.glob(pattern)):
                 break
         return folder
