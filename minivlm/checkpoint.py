@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import tied, to_ours
 from minivlm.processor import Processor, ProcessorConfig
 
+DEEP = 100  # layers that are built without a look whether the file has so many
 Base = str | Path | Mapping[str, str] | None
 
 MODELS = {  # class name → the module it lives in
@@ -235,20 +236,35 @@ def build(
     dtype: torch.dtype | None,
 ) -> nn.Module:
     """The model with its tensors."""
-    path, weights = open_weights(directory, described.weights)
-    weights = described.prepare(weights)
+    opened = lambda: open_weights(directory, described.weights)
+    if (depth := depth_of(described.config)) > DEEP and depth > (count := len(described.prepare(opened()[1]))):
+        raise UserError(f"the config in {directory} asks for {depth} layers, but the file has {count} tensors in all.")
     try:
         model = empty_model(described.model_class, described.config)
-        if (config := pretrained.settle(described, weights)) != described.config:
-            model = empty_model(described.model_class, config)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
+    path, weights = opened()
+    weights = described.prepare(weights)
+    if (config := pretrained.settle(described, weights)) != described.config:
+        model = empty_model(described.model_class, config)
     tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
     stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
     fill(model, tensors, device=device, dtype=dtype or stored)
     if described.defaults:
         model.defaults = described.defaults
     return model.eval()
+
+
+def depth_of(config: Any) -> int:
+    """How many layers a config asks for, in all its parts."""
+    if isinstance(config, (tuple, list)):
+        return sum(map(depth_of, config))
+    if not is_dataclass(config):
+        return 0
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    own = (values.get(name) for name in ("depth", "decoder_depth", "depths", "blocks"))
+    layers = sum(sum(n) if isinstance(n, tuple) else n for n in own if n)
+    return layers + sum(map(depth_of, values.values()))
 
 
 def open_adapter(
