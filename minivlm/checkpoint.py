@@ -262,8 +262,8 @@ def depth_of(config: Any) -> int:
     if not is_dataclass(config):
         return 0
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    own = (values.get(name) for name in ("depth", "decoder_depth", "depths", "blocks"))
-    layers = sum(sum(n) if isinstance(n, tuple) else n for n in own if n)
+    layers = getattr(config, "depths", values.get("blocks", ()))  # of stages
+    layers = sum(layers) + sum(values.get(name) or 0 for name in ("depth", "decoder_depth"))
     return layers + sum(map(depth_of, values.values()))
 
 

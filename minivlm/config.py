@@ -40,7 +40,7 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
     fields = {name: coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     try:
         return cls(**fields)
-    except ValueError as error:  # fields that are right one by one but not together
+    except (ValueError, ArithmeticError) as error:  # fields that are right one by one but not together
         raise UserError(f"{where}: {error}.") from None
 
 
