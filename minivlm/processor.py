@@ -33,6 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
     image_size: int = 224  # pixels a side of what comes out
+    pad_color: tuple[int, int, int] | None = None  # a picture is set into the middle of a square of it; None: it is not
     resize: Literal["shortest", "squash", "none"] = "shortest"  # the shorter side alone, or both sides
     resize_to: int | None = None  # pixels; None: image_size
     resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
@@ -108,12 +109,29 @@ class Processor:
 
     def views(self, image: Image.Image) -> list[np.ndarray]:
         """The picture as a whole, and its tiles row by row; each (S, S, 3).  Liu et al. 2024 (LLaVA-NeXT), "AnyRes"."""
-        n, S = self.config.tiles, self.image_size
+        n, S, image = self.config.tiles, self.image_size, self.pad(image)
         whole = self.crop(np.asarray(self.resize(image)))
         if n == 1:
             return [whole]
         large = self.crop(np.asarray(self.resize(image, n)), n)  # (n·S, n·S, 3)
         return [whole, *large.reshape(n, S, n, S, 3).swapaxes(1, 2).reshape(-1, S, S, 3)]
+
+    def pad(self, image: Image.Image) -> Image.Image:
+        """The picture in the middle of a square, as LLaVA-1.5 was trained (Liu et al. 2024, §3.2)."""
+        from PIL.Image import new
+
+        from minivlm.datasets.images import MAX_PIXELS
+
+        (W, H), side = image.size, max(image.size)
+        if self.config.pad_color is None or W == H:
+            return image
+        if side * side > MAX_PIXELS:  # it will be made smaller anyway, but the square would fill the memory before
+            scale = MAX_PIXELS**0.5 / side
+            W, H = max(1, int(W * scale)), max(1, int(H * scale))
+            image, side = image.resize((W, H)), max(W, H)
+        square = new("RGB", (side, side), self.config.pad_color)
+        square.paste(image, ((side - W) // 2, (side - H) // 2))
+        return square
 
     def resize(self, image: Image.Image, times: int = 1) -> Image.Image:
         """times: as many times larger than the config says."""

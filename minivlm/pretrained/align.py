@@ -159,7 +159,9 @@ CONTEXT = 64  # what its processor pads texts to, of the 512 that its text encod
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
     _, given = preprocessing.find_images(directory)
-    images = preprocessing.read_images(directory, config.vision.image_size, IMAGES)
+    kinds = {"EfficientNetImageProcessor": IMAGES}
+    more = ("rescale_offset", "include_top")
+    images = preprocessing.read_images(directory, config.vision.image_size, IMAGES, kinds=kinds, more=more)
     if given.get("rescale_offset", False):  # pixels go from −1 to 1 before anything else
         images["mean"] = tuple(1 + mean for mean in images["mean"])
     if given.get("include_top", True):  # they are divided by the deviations once more; ALIGN's are not

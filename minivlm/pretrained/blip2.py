@@ -180,8 +180,6 @@ def write_seeing(config: BLIP2Config) -> dict[str, Any]:
 
 # ---- processor -------------------------------------------------------------------------------------------------------
 
-IMAGES = {**preprocessing.SIGLIP_IMAGES, **{k: preprocessing.CLIP_IMAGES[k] for k in ("image_mean", "image_std")}}
-
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config) -> Processor:
     """With an image token, `<image>` in a text becomes a place for every query; without one it is a word like others."""
@@ -204,7 +202,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config)
 
 def read_images(directory: Path, vision: VisionConfig) -> dict[str, Any]:
     """BlipImageProcessor's: squashed into a square, CLIP's colours."""
-    return preprocessing.read_images(directory, vision.image_size, IMAGES)
+    return preprocessing.read_images(directory, vision.image_size, preprocessing.BLIP_IMAGES)
 
 
 def write_processor(processor: Processor, config: BLIP2Config) -> dict[str, dict[str, Any]]:

@@ -206,8 +206,6 @@ def write_config(config: FlamingoConfig) -> dict[str, Any]:
 
 # ---- processor -------------------------------------------------------------------------------------------------------
 
-IMAGES = {**preprocessing.SIGLIP_IMAGES, **{k: preprocessing.CLIP_IMAGES[k] for k in ("image_mean", "image_std")}}
-
 
 def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConfig) -> Processor:
     """IdeficsImageProcessor's pictures: squashed into a square, CLIP's colours. A picture is one mark in the text."""
@@ -222,7 +220,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
     return Processor(
         source,
         ProcessorConfig(
-            **preprocessing.read_images(directory, size, IMAGES),
+            **preprocessing.read_images(directory, size, preprocessing.BLIP_IMAGES, more=("image_size",)),
             context=config.language.context,
             pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
             image_token=MARK,

@@ -217,7 +217,7 @@ def read_processor(
     pictures = {
         name: getattr(clip.processor.config, name) for name in ("image_size", "resize", "resize_to", "resample")
     }
-    pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std")}
+    pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std", "pad_color")}
     config = replace(
         speaker.processor.config, **pictures, pad_token=pad, image_token=MARK, image_tokens=1, chat="openflamingo"
     )

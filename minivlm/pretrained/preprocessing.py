@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.errors import UserError
+from minivlm.pretrained.fields import refuse_unknown
 from minivlm.pretrained.files import read_json
 from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
 
@@ -32,17 +33,64 @@ CLIP_IMAGES = {
 }
 HALF = (0.5, 0.5, 0.5)
 SIGLIP_IMAGES = {**CLIP_IMAGES, "square": True, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
+BLIP_IMAGES = {**SIGLIP_IMAGES, **{k: CLIP_IMAGES[k] for k in ("image_mean", "image_std")}}
+VIT_IMAGES = {**SIGLIP_IMAGES, "resample": 2}
+KINDS = {  # image_processor_type, which says what a silent file means
+    **dict.fromkeys(("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor"), CLIP_IMAGES),
+    "LlavaImageProcessor": {**CLIP_IMAGES, "do_pad": False},
+    "SiglipImageProcessor": SIGLIP_IMAGES,
+    **dict.fromkeys(("BlipImageProcessor", "IdeficsImageProcessor"), BLIP_IMAGES),
+    **dict.fromkeys(("ViTImageProcessor", "ViTFeatureExtractor"), VIT_IMAGES),
+}
+
+WITHOUT_EFFECT = {  # on pixels of pictures in RGB, that all have one size
+    *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "device"),
+    *("input_data_format", "return_tensors", "default_to_square", "disable_grouping", "size_divisor", "do_pad"),
+    *(
+        "_valid_processor_keys",
+        "_processor_class",
+        "transformers_version",
+        "num_query_tokens",
+        "image_token",
+        "patch_size",
+    ),
+    *("image_seq_length", "num_additional_image_tokens", "vision_feature_select_strategy", "num_image_tokens"),
+    *("chat_template", "tokenizer_class"),
+}
 
 
-def read_images(directory: Path, image_size: int, defaults: dict[str, Any]) -> dict[str, Any]:
-    """transformers' settings → the fields of `ProcessorConfig` about images."""
+def read_images(
+    directory: Path,
+    image_size: int,
+    defaults: dict[str, Any],
+    *,
+    kinds: dict[str, dict[str, Any]] = KINDS,
+    more: Collection[str] = (),
+) -> dict[str, Any]:
+    """transformers' settings → the fields of `ProcessorConfig` about images.
+
+    defaults: where the file does not say of which of the `kinds` it is. more: fields that the caller follows.
+    """
     path, values = find_images(directory)
+    kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+    kind = kind.removesuffix("Pil").removesuffix("Fast")
+    if kind and kind not in kinds:
+        raise UserError(f"{path} has image_processor_type = {kind!r}; supported are {', '.join(kinds)}.")
+    defaults = kinds.get(kind, defaults)
+    only = {"image_num_channels": (3,), "use_square_size": (False,)}
+    refuse_unknown(values, str(path), {*defaults, *more, *WITHOUT_EFFECT}, only=only)
     v = {**defaults, **{k: value for k, value in values.items() if value is not None}}
+    if "image_size" in more and values.get("image_size"):  # IDEFICS's, which goes before the other
+        v["size"] = values["image_size"]
     resize, size = read_size(path, v["size"] or image_size, square=v["square"])
     _, crop_size = read_size(path, v["crop_size"] or image_size, square=True)
     if v["resample"] not in range(len(RESAMPLE)):
         raise UserError(f"{path} has resample {v['resample']!r}; PIL knows 0 to {len(RESAMPLE) - 1}.")
+    fields = {}
+    if v.get("do_pad") and "do_pad" in defaults:
+        fields["pad_color"] = tuple(int(x * 255) for x in three(v["image_mean"]))
     return {
+        **fields,
         "image_size": crop_size if v["do_center_crop"] else size,
         "resize": resize if v["do_resize"] else "none",
         "resize_to": size,
@@ -82,8 +130,14 @@ def write_images(config: ProcessorConfig, kind: str) -> dict[str, Any]:
     """The reverse. open_clip's crop is not one of transformers': it may begin a pixel further along."""
     size = config.resize_to or config.image_size
     shortest = config.resize == "shortest"
+    pads = config.pad_color is not None
+    if pads and config.pad_color != (mean := tuple(int(x * 255) for x in config.mean)):
+        raise UserError(
+            f"transformers pads with the mean's {mean}, not with {config.pad_color}; save without layout='hf'."
+        )
     return {
-        "image_processor_type": kind,
+        "image_processor_type": "LlavaImageProcessor" if pads else kind,
+        **({"do_pad": True} if pads else {}),
         "do_convert_rgb": True,
         "do_resize": config.resize != "none",
         "size": {"shortest_edge": size} if shortest else {"height": size, "width": size},
@@ -102,6 +156,15 @@ def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, 
     """preprocess_cfg of open_clip_config.json → the fields of `ProcessorConfig` about images."""
     v = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     v |= {k: value for k, value in values.items() if value is not None}
+    size = [image_size, (image_size,) * 2, [image_size] * 2]
+    known = {
+        "mean",
+        "std",
+        "interpolation",
+        "resize_mode",
+        "fill_color",
+    }  # the last is for a resize_mode that is not there
+    refuse_unknown(values, "open_clip_config.json: preprocess_cfg", known, only={"mode": ("RGB",), "size": size})
     if v["resize_mode"] not in ("shortest", "squash"):
         raise UserError(f"preprocess_cfg.resize_mode is {v['resize_mode']!r}; shortest and squash are supported.")
     return {

@@ -81,6 +81,31 @@ def test_siglip_images(values, tmp_path):
         assert np.array_equal(ours.images([picture])[0].numpy(), theirs(picture)["pixel_values"][0])
 
 
+KINDS = {  # what a silent file means depends on whose it is
+    "Llava": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+    "Llava pads": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_pad": True},
+    "Llava pads, no crop": {"size": {"height": 32, "width": 32}, "do_center_crop": False, "do_pad": True, "image_mean": [0.9, 0.2, 0.4]},
+    "Llava pads, not normalised": {"size": {"shortest_edge": 35}, "crop_size": 32, "do_pad": True, "do_normalize": False, "do_rescale": False},
+    "CLIP that does not pad": {"size": {"shortest_edge": 32}, "crop_size": 32, "do_pad": True},
+    "Siglip": {"size": {"height": 32, "width": 32}},
+    "Blip": {"size": {"height": 32, "width": 32}},
+    "ViT": {"size": {"height": 32, "width": 32}},
+    "Bit": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["", "Fast"])
+@pytest.mark.parametrize(("kind", "values"), KINDS.items(), ids=KINDS)
+def test_images_of_every_kind_of_file(kind, values, backend, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
+    name = f"{kind.split()[0]}ImageProcessor"
+    theirs = getattr(transformers, f"{name}Pil")(**values)
+    ours = processor(tmp_path, "clip", {**values, "image_processor_type": name + backend})
+    for picture in pictures()[: len(SHAPES)]:
+        expected = theirs(picture, return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(ours.images([picture])[0].numpy(), expected)
+
+
 @pytest.mark.parametrize("size", [32, 31])
 @pytest.mark.parametrize(
     "values", [{}, {"resize_mode": "squash"}, {"interpolation": "bilinear", "std": [0.5, 0.6, 0.7]}, {"mean": 0.5}]

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from PIL import Image
 
 from minivlm.errors import UserError
 from minivlm.pretrained.preprocessing import (
@@ -74,6 +76,10 @@ def test_siglip_files(tmp_path):
         {"crop_size": {"height": 224, "width": 300}},
         {"size": "224"},
         {"resample": 9},
+        {"do_thumbnail": True},
+        {"image_processor_type": "DonutImageProcessor"},
+        {"use_square_size": True},
+        {"image_num_channels": 1},
     ],
 )
 def test_files_that_cannot_be_followed(values, tmp_path):
@@ -82,9 +88,40 @@ def test_files_that_cannot_be_followed(values, tmp_path):
         read_images(tmp_path, 224, CLIP_IMAGES)
 
 
+def test_fields_without_effect_are_no_obstacle(tmp_path):
+    values = {
+        "processor_class": "CLIPProcessor",
+        "size_divisor": 32,
+        "do_thumbnail": False,
+        "crop_pct": None,
+        "auto_map": {},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**values, "feature_extractor_type": "CLIPFeatureExtractor"})
+    )
+    assert read_images(tmp_path, 336, CLIP_IMAGES) == DEFAULT
+
+
+def test_a_square_of_the_mean_colour_is_llavas_alone(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    for kind, color in (("LlavaImageProcessor", (25, 51, 76)), ("CLIPImageProcessor", None)):
+        path.write_text(json.dumps({"image_processor_type": kind, "do_pad": True, "image_mean": [0.1, 0.2, 0.3]}))
+        assert read_images(tmp_path, 336, CLIP_IMAGES).get("pad_color") == color
+    picture = Image.new("RGB", (30, 10), (200, 0, 0))
+    processor = Processor(
+        None, ProcessorConfig(image_size=30, pad_color=(25, 51, 76), rescale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    )
+    pixels = processor.images([picture])[0]
+    assert (pixels[:, :10] == torch.tensor([25.0, 51, 76])[:, None, None]).all() and (pixels[0, 10:20] == 200).all()
+    assert (pixels[:, 20:] == pixels[:, :10]).all()
+    narrow = Image.new("RGB", (60_000, 2))
+    assert processor.images([narrow]).shape == (1, 3, 30, 30)
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        ProcessorConfig(image_size=32, resize_to=32, pad_color=(122, 116, 104)),
         ProcessorConfig(image_size=32, resize_to=32),
         ProcessorConfig(image_size=32, resize_to=40, resize="squash", resample="lanczos", rescale=1.0),
         ProcessorConfig(image_size=32, resize_to=32, resize="squash", crop="none", mean=(0.0, 1.0, 2.0)),
@@ -101,7 +138,10 @@ def test_open_clip_files():
     squash = read_open_clip_images({"resize_mode": "squash", "mean": half, "std": half, "interpolation": "random"}, 224)
     c = ProcessorConfig(**squash)
     assert (c.image_size, c.resize, c.crop, c.resample, c.mean) == (224, "squash", "none", "bicubic", (0.5, 0.5, 0.5))
-    c = ProcessorConfig(**read_open_clip_images({"interpolation": "bilinear"}, 224))
+    for wrong in ({"size": 256}, {"mode": "L"}, {"blur": 3}):
+        with pytest.raises(UserError, match=rf"preprocess_cfg has {next(iter(wrong))} = "):
+            read_open_clip_images({"fill_color": 0, **wrong}, 224)
+    c = ProcessorConfig(**read_open_clip_images({"interpolation": "bilinear", "size": [224, 224]}, 224))
     assert (c.resize, c.crop, c.resample, c.mean) == ("shortest", "round", "bilinear", CLIP_MEAN)
 
 
