@@ -200,7 +200,7 @@ class FlamingoWork(PrefixWork):
 FLAMINGO_RECIPES = {
     "flamingo": FlamingoRecipe(
         summary="Flamingo: a frozen language model reads pictures through gated layers, and learns words from its prompt",
-        measured="31 to 36 min on one busy core: words from an example each 100 %, 79 to 90 % of balanced questions (4 runs)",
+        measured="31 to 36 min on one busy core: words from an example 100 %, 79 to 90 % of questions (4 runs, with GELU)",
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=100),
         steps=2400,
         batch_size=64,
