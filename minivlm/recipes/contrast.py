@@ -183,7 +183,7 @@ CONTRAST_RECIPES = {
     "align": replace(
         CLIP_SHAPES,
         summary="ALIGN: an EfficientNet and a BERT, on captions of which four in ten are wrong",
-        measured="17 min on one busy core: Recall@1 90 %, zero-shot 45 %, never-seen pairs 40 % (1 seed, temperature from 0.07)",
+        measured="17 min on one busy core: Recall@1 90 %, zero-shot 45 %, never-seen pairs 40 % (1 seed, temperature 0.07)",
         model=CLIPConfig(
             vision=EfficientNetConfig(
                 image_size=64,
