@@ -1,16 +1,19 @@
 """Contact sheets: rows of a text and the images that belong to it, right ones framed green with a tick, wrong ones red
-with a cross; and curves. Pillow only, with the font it brings along (Latin letters; others show as boxes)."""
+with a cross; and curves. Pillow only, with the font it brings along, and others of the system where it lacks a sign."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from minivlm.fonts import font, legible, length, write
 
 INK, PALE, PAPER, EDGE = "#1f2328", "#6b7280", "#ffffff", "#d0d5dd"
 GREEN, RED = "#1a9850", "#d7301f"
@@ -32,15 +35,20 @@ class Row:
 
 def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int = 8) -> Image.Image:
     """All rows on one picture, text on the left. Each image fits into a square of `tile` pixels; a row of more than
-    `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width."""
+    `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width. Signs that
+    no font has are written as their numbers, and a last line says so."""
+    texts = [title, *(text for row in rows for text in (row.text, row.detail, *row.notes))]
+    escaped = any(legible(text).count("\\") > text.count("\\") for text in texts)
+    rows, title = [spell_out(row) for row in rows], legible(title)
     columns = min(columns, max((len(row.images) for row in rows), default=1))
     cell, text_width = (tile + 2 * FRAME, TEXT_WIDTH) if columns else (0, TEXT_ALONE)
     left = MARGIN + (text_width + GAP if any(row.text for row in rows) else 0)
     heights = [row_height(row, cell, columns, text_width) for row in rows]
     width = left + columns * (cell + GAP) - GAP + MARGIN
     titles = wrap(title, 20, width - 2 * MARGIN)
+    footnote = wrap(ESCAPED, 13, width - 2 * MARGIN) if escaped else []
     top = MARGIN + (text_height(titles, 20) + GAP if title else 0)
-    size = width, top + sum(heights) + (len(rows) - 1) * 2 * GAP + MARGIN
+    size = width, top + sum(heights) + (len(rows) - 1) * 2 * GAP + text_height(footnote, 13) + MARGIN
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     draw_lines(draw, titles, MARGIN, 20, INK)
@@ -53,7 +61,16 @@ def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int
             corner = left + column * (cell + GAP), top + line * line_height(row, cell)
             draw_tile(page, image, corner, tile, row.marks[j] if row.marks else None, row.notes[j] if row.notes else "")
         top += height + 2 * GAP
+    draw_lines(draw, footnote, size[1] - MARGIN - text_height(footnote, 13) + GAP // 2, 13, PALE)
     return page
+
+
+ESCAPED = "Signs that no font of this system has are written as their numbers, such as \\u732b."
+
+
+def spell_out(row: Row) -> Row:
+    notes = [legible(note) for note in row.notes]
+    return replace(row, text=legible(row.text), notes=notes, detail=legible(row.detail))
 
 
 def draw_text(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int, width: int) -> None:
@@ -67,7 +84,7 @@ def draw_text(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int, width: i
 def draw_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], y: int, size: int, colour: str) -> int:
     """Draws downwards from y at the left margin; returns where the next line would stand."""
     for line in lines:
-        draw.text((MARGIN, y), line, colour, font(size))
+        write(draw, (MARGIN, y), line, size, colour)
         y += line_step(size)
     return y
 
@@ -85,8 +102,15 @@ def draw_tile(page: Image.Image, image: Any, corner: tuple[int, int], tile: int,
         page.paste(colour, (frame[2] - BADGE + 5, frame[1] - 5), badge(BADGE, "disc"))
         page.paste("white", (frame[2] - BADGE + 5, frame[1] - 5), badge(BADGE, "tick" if mark else "cross"))
     for i, line in enumerate(note.split("\n")):
-        at = corner[0] + FRAME + tile // 2, corner[1] + tile + 2 * FRAME + 4 + i * line_step(13)
-        draw.text(at, shorten(line, 13, tile + 2 * FRAME), PALE, font(13), anchor="ma")
+        shown = shorten(line, 13, tile + 2 * FRAME)
+        middle = corner[0] + FRAME + tile // 2
+        write(
+            draw,
+            (middle - length(shown, 13) / 2, corner[1] + tile + 2 * FRAME + 4 + i * line_step(13)),
+            shown,
+            13,
+            PALE,
+        )
 
 
 def fit(image: Image.Image, tile: int) -> Image.Image:
@@ -199,27 +223,29 @@ def row_height(row: Row, cell: int, columns: int, text_width: int) -> int:
     return max(text, lines * line_height(row, cell) - GAP)
 
 
+# Between these a line may be broken: signs of scripts without spaces, and signs that are written as numbers.
+BREAKABLE = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}"
+PARTS = re.compile(rf"{BREAKABLE}|(?:(?!{BREAKABLE}).)+", re.DOTALL)
+
+
 def wrap(text: str, size: int, width: int) -> list[str]:
     """Lines of words that fit into `width` pixels."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(shorten(word, size, width))
+        for i, part in enumerate(PARTS.findall(word)):
+            longer = f"{lines[-1]}{'' if i else ' '}{part}" if lines else ""
+            if lines and length(longer, size) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(shorten(part, size, width))
     return lines
 
 
 def shorten(text: str, size: int, width: int) -> str:
     """The text, or as much of its beginning as fits and an ellipsis."""
-    while font(size).getlength(text) > width:
+    while length(text, size) > width:
         text = text.removesuffix("…")[:-1] + "…"
     return text
-
-
-@lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
 
 
 def line_step(size: int) -> int:

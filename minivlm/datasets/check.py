@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable
 from math import ceil
@@ -207,6 +206,8 @@ def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: i
     from PIL import Image, ImageDraw
 
     from minivlm.datasets.transforms import TrainTransform
+    from minivlm.fonts import legible, write
+    from minivlm.pictures import line_step, wrap
 
     config = processor.config
     transform = TrainTransform(config.image_size, config.mean, config.std)
@@ -220,7 +221,9 @@ def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: i
         for column, view in enumerate(views):
             left = column * (TILE + 4) + (8 if column else 0)  # a gap behind the evaluation view
             sheet.paste(to_picture(view, config), (left, top))
-        pen.text((2, top + TILE + 3), textwrap.fill(f"{caption}   ({item.image})", 130), fill="black")
+        told = legible(f"{caption}   ({item.image})")
+        for i, line in enumerate(wrap(told, 12, sheet.width - 4)[:2]):
+            write(pen, (2, top + TILE + 3 + i * line_step(12)), line, 12, "black")
     return sheet
 
 
