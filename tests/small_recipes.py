@@ -54,8 +54,8 @@ SIZES = {
 FOLDERS = ("vision_from", "language_from", "starts_from")  # what a recipe builds on, beside the world
 
 
-def small_world(directory: Path) -> Path:
-    make_shapes(directory / "world", train=1000, image_size=32, progress=False)
+def small_world(directory: Path, train: int = 1000) -> Path:
+    make_shapes(directory / "world", train=train, image_size=32, progress=False)
     return directory
 
 

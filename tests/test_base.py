@@ -48,3 +48,16 @@ def test_frozen_parts_stay_in_eval_mode_and_get_no_gradients():
     model.train()
     assert model.training and model.line.training and not model.tower.training and not model.tower[1].training
     assert not any(p.requires_grad for p in model.tower.parameters()) and model.line.weight.requires_grad
+
+
+def test_a_part_without_any_label_and_a_batch_without_add_nothing():
+    model = LanguageModel(LanguageModelConfig(width=8, depth=1, heads=2, vocab_size=9, context=8))
+    tokens = torch.randint(1, 9, (4, 8))
+    labels = tokens.clone()
+    labels[:2] = -100
+    whole = model.losses(tokens, labels)["next token"]
+    assert_same(model.backward_in_parts({"tokens": tokens, "labels": labels}, 2)["next token"], whole)
+    assert_same(model.backward_in_parts({"tokens": tokens, "labels": labels}, 3)["next token"], whole)
+    model.zero_grad()
+    nothing = model.backward_in_parts({"tokens": tokens, "labels": torch.full_like(tokens, -100)}, 3)
+    assert nothing["next token"] == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)

@@ -140,3 +140,11 @@ def test_smoothed_labels_are_those_of_cross_entropy(chunk, biased):
         return loss(hidden, weight, bias=bias, chunk=chunk, smoothing=0.3)
 
     assert_same_gradients(plain, smooth, (*inputs(torch.float32), *[torch.randn(V)] * biased))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_without_any_label_the_loss_is_zero_and_so_are_its_gradients(chunk):
+    hidden, weight = torch.randn(2, 5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    loss = next_token_loss(hidden, torch.full((2, 5), -100), weight, chunk=chunk)
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()

@@ -144,11 +144,15 @@ class TestBadInput:
             work_of(built, tmp_path / "few")
         assert work_of(built, tmp_path / "few", lessons=0.0).lessons is None
 
-    def test_samples_of_several_pictures_cannot_be_read_in_parts(self, built, world, drawings):
-        for data, options in ((world, {}), (drawings, {"lessons": 0})):
-            with pytest.raises(UserError, match="--micro_batch needs one picture in every sample, but lessons"):
-                work_of(built, data, micro_batch=4, **options)
-        assert "where" not in work_of(built, world, micro_batch=4, lessons=0).batch(0)
+    def test_lessons_are_read_in_parts_each_picture_with_its_mark(self, built, world):
+        work = work_of(built, world, lessons=0.7, micro_batch=3)
+        work.prepare(torch.device("cpu"), torch.float32)
+        batch, mark = work.batch(0), work.processor.image_token_id
+        parts = list(work.model.cut(batch, 3))
+        assert [len(cut["tokens"]) for cut in parts] == [3, 3, 2]
+        for cut in parts:
+            assert len(cut["features"]) == (cut["tokens"] == mark).sum() and "where" not in cut
+        assert torch.equal(torch.cat([cut["features"] for cut in parts]), batch["features"])
 
 
 class TestInterleaved:

@@ -249,14 +249,6 @@ def test_the_captioner_learns_to_caption(world, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_parts_of_a_batch_need_one_picture_in_every_sample(built, world, tmp_path, monkeypatch):
-    """Otherwise the third of four samples might be shown the fourth's picture."""
-    monkeypatch.setattr("minivlm.datasets.shapes_talk.ShapesTalk.one_picture_each", False)
-    options = SHORT | {"data": world, "starts_from": built / "stage1", "out": tmp_path / "llava", "micro_batch": 2}
-    with pytest.raises(UserError, match="--micro_batch needs one picture in every sample"):
-        train.main(arguments("llava", **options))
-
-
 def test_stage_two_in_parts_takes_the_steps_of_the_whole_batch(built, world, tmp_path):
     options = SHORT | {"data": world, "starts_from": built / "stage1"}
     for name, extra in (("whole", {}), ("parts", {"micro_batch": 3})):

@@ -83,20 +83,11 @@ class FlamingoRecipe(Recipe):
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
         directory = self.data.directory
         if is_interleaved(directory) or is_class_folder(directory):
-            self.check_whole_batches()
             work = (InterleavedWork if is_interleaved(directory) else LessonsWork)(self, model, processor)
             work.origins = self.origins()
             return work
         train = open_train(self, processor.image_size, quiet=quiet)
         return FlamingoWork(self, model, processor, train)
-
-    def check_whole_batches(self) -> None:
-        """UserError where a batch is to be read in parts, but the pictures of a sample are several."""
-        if self.micro_batch is not None:
-            raise UserError(
-                "--micro_batch needs one picture in every sample, but lessons and documents have several: lower "
-                "--batch_size, or leave lessons out with --lessons 0 where the data is the shapes world."
-            )
 
     def origins(self) -> dict[str, str]:
         if self.starts_from is not None:
@@ -145,7 +136,6 @@ class FlamingoWork(PrefixWork):
         world = isinstance(train, ShapesTalk)
         self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
         if self.lessons is not None:
-            recipe.check_whole_batches()
             if len(self.lessons.pictures) < MOST_WAYS:
                 raise UserError(
                     f"{recipe.data.directory} shows only {len(self.lessons.pictures)} looks alone, but a lesson has up to "

@@ -120,8 +120,6 @@ class PrefixWork(Speaking):
         self.origins = origins
         if self.val_questions and (answers or not any(map(self.val.captions, range(len(self.val))))):
             self.judge_by_answers()
-        if recipe.micro_batch is not None and not train.one_picture_each:
-            raise UserError("--micro_batch needs one picture in every sample, but here some have several, or none.")
         self.features: Tensor | None = None
 
     def notes(self) -> list[str]:
@@ -151,8 +149,7 @@ class PrefixWork(Speaking):
         """tokens and labels (B/W, T), where the labels are, and images or their features, of process `rank` of W."""
         samples, pictures = zip(*(self.draw(index, rng) for index, rng in self.share(step, rank, world)), strict=True)
         batch = collate(samples, self.processor.pad_token)
-        if self.recipe.micro_batch is None:
-            batch["where"] = labelled(batch["labels"])
+        batch["where"] = labelled(batch["labels"])
         return {**batch, **self.pictures(list(chain.from_iterable(pictures)))}
 
     def length(self, index: int, rng: np.random.Generator) -> int:

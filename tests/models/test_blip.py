@@ -1,6 +1,7 @@
 """BLIP: one text transformer in three roles; its losses against their definitions, its words token by token."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,36 @@ class TestRoles:
 
 
 class TestLosses:
+    @pytest.mark.parametrize("momentum", [None, MomentumConfig(queue=6)])
+    def test_in_parts_random_layers_see_the_same_numbers_both_times(self, momentum, monkeypatch):
+        """As if the activations of all parts had been kept; and the random state goes on as if there had been one pass."""
+        text, images = replace(TEXT, dropout=0.3), pictures()
+        model, batch = blip(text=text, momentum=momentum).train(), dict(tokens=TOKENS, mask=MASK, images=images)
+        asked = dict(question=ASKED, question_mask=ASKED != 0, answer=SAID, answer_mask=SAID != 0)
+
+        def parts():
+            again = deepcopy(model)
+            torch.manual_seed(3)
+            losses = again.backward_in_parts(batch | asked, 2)
+            return {**losses, **{n: p.grad for n, p in again.named_parameters() if p.grad is not None}}, torch.rand(1)
+
+        made_again, after = parts()
+        monkeypatch.setattr("minivlm.losses.checkpoint", lambda function, *args, use_reentrant: function(*args))
+        kept, after_one_pass = parts()
+        assert torch.equal(after, after_one_pass) and made_again.keys() == kept.keys()
+        for name, tensor in kept.items():
+            assert_same(made_again[name], tensor, name)
+
+    def test_a_scale_beyond_100_comes_back_in_training_and_still_learns(self):
+        """Clamped in the forward pass, its gradient would be zero for ever."""
+        model = blip()
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(300.0))
+        assert model.scale().item() == pytest.approx(300)  # inference is as the file says
+        model.train()
+        model.losses(TOKENS, MASK, pictures())["contrast"].backward()
+        assert model.logit_scale.item() == pytest.approx(math.log(100)) and model.logit_scale.grad.abs() > 0
+
     def test_contrast_is_the_symmetric_cross_entropy(self):
         model, images = blip(), pictures()
         out, own = model(images, TOKENS, MASK), torch.arange(3)

@@ -69,6 +69,22 @@ def test_a_hidden_region_is_told_only_where_the_text_tells_of_the_picture(images
     assert of(False, False) == 0
 
 
+def test_in_parts_a_batch_whose_words_are_all_shown_is_told_by_its_regions(model, images):
+    """Words, regions and pairs each count by their own number, which may be none."""
+    hidden, matches = torch.tensor([[True] * 3 + [False], [False] * 4]), torch.tensor([True, False])
+    batch = dict(tokens=TOKENS, mask=MASK, images=images, labels=torch.full_like(TOKENS, -100), hidden=hidden)
+    whole = model.losses(**batch, matches=matches)
+    sum(whole.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    parts = model.backward_in_parts({**batch, "matches": matches}, 1)
+    assert parts["words"] == 0 and parts["regions"] > 0
+    for name, loss in whole.items():
+        assert_same(parts[name], loss, name)
+    for name, gradient in gradients.items():
+        assert_same(model.get_parameter(name).grad, gradient, name)
+
+
 def test_padding_of_words_and_of_regions_is_not_seen(model, images):
     features = model.look(images)
     answer = lambda tokens, mask: model.answer(features[:1].expand(len(tokens), -1, -1), tokens, mask)

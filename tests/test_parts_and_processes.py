@@ -1,0 +1,165 @@
+"""The same batch gives the same gradient: of every recipe, as a whole = in parts = over two processes = in parts over two.
+
+All recipes are built once, by this file run as a program (see the end), which then becomes three processes: one takes the
+whole batch, and the batch in parts; the other two share it, and meet through a file, without a network.
+"""
+
+import copy
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minivlm import training
+from minivlm.errors import UserError
+from minivlm.models import matching
+from minivlm.recipes import RECIPES
+from tests.small_recipes import small_work, small_world
+
+ROOT = Path(__file__).parent.parent
+WORLD, B, PART = 2, 8, 3
+# what the batch is of: the recipe, the step (each fourth of the fusion recipes is of captions), and changes of the recipe
+CASES: dict[str, tuple[str, int, dict]] = {
+    **{name: (name, 0, {}) for name in RECIPES},
+    **{f"{name}, captions": (name, 3, {}) for name in ("visualbert", "uniter", "vilbert")},
+    "uniter, other captions": ("uniter", 7, {}),
+    "clip, sigmoid": ("clip", 0, {"model.loss": "sigmoid", "model.loss_chunk": 2}),
+    "lm, packed": ("lm", 0, {"data.pack": "true"}),
+    "blip, momentum": ("blip", 0, {"momentum.queue": 16}),
+    "blip2, t5": ("blip2", 0, {"lm": "t5", "language_from": "t5"}),
+    "llava, tiles": ("llava-stage1", 0, {"tiles": 2}),
+    "flamingo, no lessons": ("flamingo", 0, {"lessons": 0}),
+    "multitask, search alone": ("multitask", 0, {"model.tasks": "search"}),
+}
+REFUSED = ("clip-resnet", "align")  # batch norm is trained
+WAYS = ("parts", "processes", "processes and parts")
+
+
+def likeliest(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """`hard_negatives` without chance."""
+    found = ~same.all(dim=1)
+    return logits.float().masked_fill(same & found[:, None], -torch.inf).argmax(dim=1), found
+
+
+def step(work, number: int, parts: int | None, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Losses, gradients and buffers after a step without the optimiser's part, by name."""
+    model, batch = copy.deepcopy(work.model), work.batch(number, rank, world)
+    if parts is None:
+        forward = training.losses_of(model)
+        found = forward(batch)
+        sum(found.values()).backward()
+    else:
+        found = model.backward_in_parts(batch, parts)
+        training.average_gradients(model)
+    found = {name: loss.detach().clone() for name, loss in found.items()}
+    if world > 1:
+        for loss in found.values():
+            dist.all_reduce(loss)
+            loss /= world
+    grads = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | grads | dict(model.named_buffers())
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Of every case what each way found."""
+    directory = tmp_path_factory.mktemp("ways")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case: torch.load(directory / f"{case}.pt", weights_only=True) for case in CASES if case not in REFUSED} | {
+        f"{case}, {rank}": torch.load(directory / f"{case}-{rank}.pt", weights_only=True)
+        for case in CASES
+        for rank in range(WORLD)
+        if case not in REFUSED
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+def test_every_way_gives_the_losses_and_gradients_of_the_whole_batch(found, case):
+    whole = found[case]["whole"]
+    ways = {"parts": found[case]["parts"]}
+    for rank in range(WORLD):
+        ways |= {f"{way}, {rank}": result for way, result in found[f"{case}, {rank}"].items()}
+    assert len(ways) == 1 + 2 * WORLD
+    scale = torch.cat([t.flatten() for name, t in whole.items() if name.startswith("gradient")]).norm()
+    assert scale > 0
+    for way, result in ways.items():
+        assert result.keys() == whole.keys(), way  # a parameter that nothing reaches has no gradient anywhere
+        apart = torch.cat([(result[n] - t).flatten() for n, t in whole.items() if n.startswith("gradient")]).norm()
+        assert apart < 1e-4 * scale, f"{way}: {apart / scale:.1e}"
+        for name, tensor in whole.items():
+            if not name.startswith("gradient"):
+                seen, known = (unordered(t) if name in QUEUES else t for t in (result[name], tensor))
+                torch.testing.assert_close(seen, known, rtol=1e-4, atol=1e-6, msg=f"{way}: {name}")
+
+
+QUEUES = ("momentum.images", "momentum.texts")
+
+
+def unordered(rows: Tensor) -> Tensor:
+    """What is the same whatever the order of rows (N, D) is: processes take turns in dealing out samples."""
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path, name):
+    model = small_work(name, small_world(tmp_path, train=8), batch_size=8).model
+    on = lambda device, world, parts: training.whole_batch_norm(model, torch.device(device), world, 8 // world, parts)
+    with pytest.raises(UserError, match=r"batch norm \(vision\..* and \d+ more\) .*--micro_batch 3 shows it a part"):
+        on("cpu", 1, 3)
+    with pytest.raises(UserError, match=r"batch norm .* 2 processes can share on CUDA devices alone .*not on cpu"):
+        on("cpu", 2, None)
+    assert on("cpu", 1, None) is on("cpu", 1, 8) is model
+    synced = on("cuda", 2, 4)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
+    model.freeze("vision")
+    assert training.whole_batch_norm(model.train(), torch.device("cpu"), 2, 4, 3) is model
+
+
+# ---- the three processes ---------------------------------------------------------------------------------------------
+
+
+def main(directory: Path) -> None:
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    matching.hard_negatives = likeliest
+    small_world(directory)
+    works = {
+        case: small_work(recipe, directory, batch_size=B, **changes)
+        for case, (recipe, _, changes) in CASES.items()
+        if case not in REFUSED
+    }
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=share, args=(directory, works, rank)) for rank in range(WORLD)]
+    for process in both:
+        process.start()
+    for case, work in works.items():
+        ways = {"whole": step(work, CASES[case][1], None), "parts": step(work, CASES[case][1], PART)}
+        torch.save(ways, directory / f"{case}.pt")
+    for process in both:
+        process.join()
+    sys.exit(max(process.exitcode for process in both))
+
+
+def share(directory: Path, works: dict, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
+    for case, work in works.items():
+        number = CASES[case][1]
+        ways = {way: step(work, number, parts, rank, WORLD) for way, parts in zip(WAYS[1:], (None, PART), strict=True)}
+        torch.save(ways, directory / f"{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
