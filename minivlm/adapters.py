@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import pretrained
-from minivlm.checkpoint import lora_is_told, write_all, write_tensors
+from minivlm.checkpoint import finish_writing, lora_is_told, write_all, write_tensors
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, LoRALinear, lora_layers, lora_parameters, shared_weights
 from minivlm.peft_config import PeftConfig, read_config
@@ -171,6 +171,7 @@ def load_adapter(directory: str | Path, model: nn.Module, *, base: str | None = 
     bear the name that the adapter recorded. Raises UserError, and leaves the model as it is, if anything does not fit.
     """
     directory = Path(directory)
+    finish_writing(directory)
     config = read_config(directory / CONFIG)
     recorded = config.values.get("base_model_name_or_path")
     if base is not None and recorded and Path(recorded).name != Path(base).name:

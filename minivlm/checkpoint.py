@@ -14,8 +14,9 @@ import gc
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ MODELS = {  # class name → the module it lives in
     "VisualBERT": "minivlm.models.fusion",
 }
 
+UNFINISHED = ".unfinished.json"  # what is written and not yet in place: name → temporary name, None: to be removed
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -69,8 +72,8 @@ def save(
 ) -> None:
     """Write model and processor into `directory`. Other files in it stay.
 
-    All files are written beside their places first, and only when the last one is safe on the disk are they renamed,
-    the weights first: whatever happens before leaves everything as it was. layout="hf": what transformers reads.
+    All files change at once: whenever this is broken off, the old model is there or the new one (see `write_all`).
+    layout="hf": what transformers reads.
     base: frozen parts that are not stored, and where they come from: {"language_model": "out/lm"} (see `minivlm.bases`).
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
@@ -91,6 +94,8 @@ def save(
         raise UserError(f"unknown layout {layout!r}; there are minivlm and hf.")
     files = {"model.safetensors": lambda path: write_tensors(path, tensors)}
     files |= {name: lambda path, text=text: path.write_text(text, encoding="utf-8") for name, text in texts.items()}
+    if layout == "minivlm" and processor is not None and processor.source is None:
+        files = {"tokenizer.json": None} | files  # an earlier model's would be taken for its own
     write_all(Path(directory), files)
 
 
@@ -145,19 +150,31 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     write_all(path.parent, {path.name: write})
 
 
-def write_all(directory: Path, files: dict[str, Callable[[Path], None]]) -> None:
-    """`write_atomically` for several files of one directory: none is renamed before all are on the disk."""
+def write_all(directory: Path, files: Mapping[str, Callable[[Path], None] | None]) -> None:
+    """`write_atomically` for several files of one directory, which change all at once; those with None go.
+
+    When all are safe on the disk beside their places, a list of them is put down: up to that instant the old files count,
+    and from then on the new ones. Where the program ends before these are in place, the next to open the directory goes on.
+    """
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
+    plan = directory / UNFINISHED
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        finish_writing(directory)
         for name, write in files.items():
-            temporary[name].touch()
-            mode = temporary[name].stat().st_mode  # some writers make files that only their owner may read
-            write(temporary[name])
-            temporary[name].chmod(mode)
-            flush_to_disk(temporary[name])
-        for name in files:
+            if (directory / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a directory")
+            if write is not None:
+                write_and_flush(temporary[name], write)
+        flush_to_disk(directory)
+        if len(files) == 1:  # the renaming is all there is
             os.replace(temporary[name], directory / name)
+        else:
+            temporary[UNFINISHED] = plan.with_name(f"{UNFINISHED}.{os.getpid()}.tmp")
+            renamed = {name: temporary[name].name if write else None for name, write in files.items()}
+            write_and_flush(temporary[UNFINISHED], lambda path: path.write_text(json.dumps(renamed), encoding="utf-8"))
+            os.replace(temporary[UNFINISHED], plan)
+            finish_writing(directory)
         flush_to_disk(directory)
     except OSError as error:
         what = ", ".join(files)
@@ -167,8 +184,43 @@ def write_all(directory: Path, files: dict[str, Callable[[Path], None]]) -> None
         ) from error
     finally:
         for path in temporary.values():
-            if path.exists():
+            if path.exists() and not plan.exists():
                 path.unlink()
+
+
+def finish_writing(directory: Path) -> None:
+    """Put in place what a `write_all` that was broken off had already written. UserError where that cannot be done."""
+    plan = directory / UNFINISHED
+    if not os.path.lexists(plan):
+        return
+    renamed = read_json(plan)
+    for name, temporary in renamed.items():
+        ours = temporary is None or re.fullmatch(rf"\.{re.escape(name)}\.\d+\.tmp", str(temporary))
+        if not ours or Path(name).name != name:
+            raise UserError(f"{plan} is no list of files that are being written: remove it.")
+    try:
+        flush_to_disk(directory)
+        for name, temporary in renamed.items():
+            if temporary is None:
+                (directory / name).unlink(missing_ok=True)
+            elif (directory / temporary).exists():  # else it is in place
+                with suppress(FileNotFoundError):  # by another process, just now
+                    os.replace(directory / temporary, directory / name)
+        flush_to_disk(directory)
+        plan.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the program that wrote {directory} was broken off, and what it had written cannot be put in place: "
+            f"{error.strerror or error}. Write to {directory} must be possible once, or write it again."
+        ) from error
+
+
+def write_and_flush(path: Path, write: Callable[[Path], None]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # some writers make files that only their owner may read
+    write(path)
+    path.chmod(mode)
+    flush_to_disk(path)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -217,6 +269,7 @@ def open_model(
         chain = " → ".join(map(str, (*above[above.index(directory.resolve()) :], directory.resolve())))
         raise UserError(f"{directory} belongs to itself ({chain}): name the base that it was trained on.")
     above = (*above, directory.resolve())
+    finish_writing(directory)
     if (directory / "adapter_config.json").exists():
         return open_adapter(directory, above, base, **where)
     kind = pretrained.recognise(directory)

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import json
@@ -249,7 +250,76 @@ def test_nothing_is_renamed_before_all_is_written(processor, tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(Path(b).name) or replace_file(a, b))
     monkeypatch.setattr(checkpoint, "flush_to_disk", lambda path: events.append("flush") or flush(path))
     save(tmp_path, CLIP(CONFIG), processor)
-    assert events == [*["flush"] * 3, "model.safetensors", "tokenizer.json", "config.json", "flush"]
+    renamed = [event for event in events if event != "flush"]
+    assert renamed == [checkpoint.UNFINISHED, "model.safetensors", "tokenizer.json", "config.json"]
+    assert events[:6] == ["flush"] * 5 + [checkpoint.UNFINISHED] and events[-1] == "flush"
+
+
+def whole(seed, processor):
+    """A model, and what it is in a directory: two of them differ in every file."""
+    width, mean = (16, (0.5, 0.5, 0.5)) if seed == 1 else (32, (0.4, 0.5, 0.6))
+    text = replace(TEXT, vocab_size=processor.vocab_size, end_token=processor.end_token)
+    model = CLIP(replace(CONFIG, vision=replace(VIT, width=width), text=text), seed=seed)
+    words = processor if seed == 1 else Processor.train(["a green star"], vocab_size=300, image_size=16, context=8)
+    return model, Processor(words.tokenizer, replace(words.config, mean=mean))
+
+
+@pytest.mark.parametrize("layout", ["minivlm", "hf"])
+def test_a_kill_at_any_renaming_leaves_the_old_model_or_the_new_one(layout, processor, tmp_path, monkeypatch):
+    old, new = (whole(seed, processor) for seed in (1, 2))
+    told, originals = [], (os.replace, Path.unlink)
+    for at in range(1, 12):
+        directory, calls = tmp_path / str(at), []
+        save(directory, *old, layout=layout)
+
+        def killed(original, calls=calls, at=at):
+            def call(*args, **kwargs):
+                calls.append(args)
+                if len(calls) >= at:  # and nothing is cleared up any more
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed(originals[0]))
+            patch.setattr(Path, "unlink", killed(originals[1]))
+            save(directory, *new, layout=layout)
+        model, words = load(directory)
+        told.append("old" if model.config.vision.width == old[0].config.vision.width else "new")
+        expected, wanted = old if told[-1] == "old" else new
+        assert same_state(model, expected)
+        assert words.config.mean == wanted.config.mean
+        assert words.text(["a red green star"])[0].tolist() == wanted.text(["a red green star"])[0].tolist()
+        assert not (directory / checkpoint.UNFINISHED).exists()
+        save(directory, *new, layout=layout)
+        assert same_state(load(directory)[0], new[0])
+    assert told == ["old", *["new"] * 10]  # the first renaming is the switch
+
+
+def test_what_was_broken_off_and_cannot_be_put_in_place_is_one_sentence(processor, tmp_path, monkeypatch):
+    save(tmp_path, CLIP(CONFIG), processor)
+    (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps({"config.json": ".config.json.7.tmp"}))
+    (tmp_path / ".config.json.7.tmp").write_text("{}")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="was broken off, and what it had written cannot be put in place"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"../a": "..a.7.tmp"}, {"a": "../x"}, {"a": ".b.7.tmp"}, {"a": 7}, {"a": [".a.7.tmp"]}]
+)
+def test_a_planted_list_of_files_moves_nothing(entry, processor, tmp_path):
+    save(tmp_path, CLIP(CONFIG), processor)
+    (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps(entry))
+    with pytest.raises(UserError, match="is no list of files that are being written: remove it"):
+        load(tmp_path)
+
+
+def test_the_tokeniser_of_an_earlier_model_does_not_become_a_later_ones(processor, tmp_path):
+    save(tmp_path, CLIP(CONFIG), processor)
+    save(tmp_path, CLIP(CONFIG), Processor(None, processor.config))
+    assert load(tmp_path)[1].source is None
 
 
 def test_write_atomically(tmp_path, monkeypatch):

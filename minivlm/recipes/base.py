@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -153,8 +154,9 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
     try:
         return replace(value, **new)
     except ValueError as error:
-        given = " ".join(f"--{prefix}{'.'.join(path)} {text}" for path, text in changes.items())
-        what = given if len(changes) == 1 else f"{given} does not go together"
+        named = {path: text for path, text in changes.items() if path[0] in re.findall(r"\w+", str(error))} or changes
+        given = " ".join(f"--{prefix}{'.'.join(path)} {text}" for path, text in named.items())
+        what = given if len(named) == 1 else f"{given} does not go together"
         raise UserError(f"{what}: {error}.") from None
 
 

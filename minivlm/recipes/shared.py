@@ -20,6 +20,7 @@ from minivlm.recipes.base import Recipe
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6
+EPOCHS = 300  # the most that are proposed for a folder that is smaller than a batch
 
 
 def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
@@ -29,9 +30,10 @@ def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
     n = check_suits(recipe, where) if Path(where).is_dir() else ENDLESS  # what is not there is told by `start`
     if n >= recipe.batch_size:
         return recipe
-    return replace(
-        recipe, batch_size=n, summary=f"{recipe.summary}; {n} samples a batch, since there are no more to train on"
-    )
+    # Every step sees all there is then: after so many, and mostly long before, it is known by heart.
+    steps = min(recipe.steps, EPOCHS)
+    told = f"{recipe.summary}; {steps} steps, {n} samples a batch, since there are no more to train on"
+    return replace(recipe, batch_size=n, steps=steps, summary=told)
 
 
 def check_suits(recipe: Recipe, directory: str | Path) -> int:
