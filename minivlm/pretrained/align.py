@@ -168,7 +168,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) 
         top = preprocessing.three(given.get("image_std", IMAGES["image_std"]))
         images["std"] = tuple(std * more for std, more in zip(images["std"], top, strict=True))
     return Processor(
-        preprocessing.read_tokenizer(directory),
+        preprocessing.read_tokenizer(directory, "BertTokenizer"),
         ProcessorConfig(
             **images,
             context=min(CONTEXT, config.text.context),

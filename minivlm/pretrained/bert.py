@@ -110,6 +110,6 @@ def write_config(config: BERTConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: BERTConfig) -> Processor:
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     pad = preprocessing.read_pad_token(directory, values.get("pad_token_id", 0))
     return Processor(source, ProcessorConfig(context=config.context, pad_token=pad))

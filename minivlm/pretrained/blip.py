@@ -137,7 +137,7 @@ def write_config(config: BLIPConfig) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIPConfig) -> Processor:
     """[CLS] text [SEP]; what is said begins with [DEC] instead, which some tokenisers do not have."""
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     language.check_vocabulary(language.vocabulary(source, directory), config.text)
     images = blip2.read_images(directory, config.vision)
     pad = preprocessing.read_pad_token(directory, config.pad_token)

@@ -183,7 +183,7 @@ def write_seeing(config: BLIP2Config) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config) -> Processor:
     """With an image token, `<image>` in a text becomes a place for every query; without one it is a word like others."""
-    source = preprocessing.read_tokenizer(directory)
+    source = t5.read_words(directory) if isinstance(config.language, T5Config) else opt.read_words(directory)
     vocab = language.vocabulary(source, directory)
     spelt = {id: token for token, id in vocab.items()}
     language.check_vocabulary(vocab, config.language, spelt.get(config.image_token))

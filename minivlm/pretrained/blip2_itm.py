@@ -59,7 +59,7 @@ def write_config(config: BLIP2Stage1Config) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Stage1Config) -> Processor:
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     vocab = language.vocabulary(source, directory)
     language.check_vocabulary(vocab, config.qformer)
     images = blip2.read_images(directory, config.vision)

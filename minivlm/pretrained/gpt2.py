@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
-from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained import language, preprocessing, tokenizer_config
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -94,5 +94,9 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
-    build = partial(preprocessing.byte_level_tokenizer, special=["<|endoftext|>"])
-    return language.read_processor(directory, config, preprocessing.read_tokenizer(directory, build))
+    about = tokenizer_config.read_about(directory)
+    start = tokenizer_config.spelt(about, "bos_token", "<|endoftext|>") if about.get("add_bos_token") else None
+    how = {"start": start, "prefix_space": bool(about.get("add_prefix_space"))}
+    build = partial(preprocessing.byte_level_tokenizer, special=["<|endoftext|>"], **how)
+    source = preprocessing.read_tokenizer(directory, "GPT2Tokenizer", build)
+    return language.read_processor(directory, config, source)

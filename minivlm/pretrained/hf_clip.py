@@ -214,7 +214,7 @@ def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
     return Processor(
-        preprocessing.read_tokenizer(directory),
+        preprocessing.read_tokenizer(directory, "CLIPTokenizer"),
         ProcessorConfig(
             **preprocessing.read_images(directory, config.vision.image_size, preprocessing.CLIP_IMAGES),
             context=config.text.context,

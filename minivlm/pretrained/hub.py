@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minivlm.errors import UserError
 
-TEXT_FILES = ("*.json", "merges.txt")
+TEXT_FILES = ("*.json", "merges.txt", "vocab.txt")
 
 
 def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *, named_by: Path | None = None) -> Path:

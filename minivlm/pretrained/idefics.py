@@ -209,7 +209,7 @@ def write_config(config: FlamingoConfig) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConfig) -> Processor:
     """IdeficsImageProcessor's pictures: squashed into a square, CLIP's colours. A picture is one mark in the text."""
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "LlamaTokenizer")
     vocab = language.vocabulary(source, directory)
     language.check_vocabulary(vocab, config.language, MARK)
     if vocab and vocab.get(MARK) != config.image_token:

@@ -9,7 +9,7 @@ from typing import Any
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.position import RopeScaling
-from minivlm.pretrained import language
+from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -81,6 +81,7 @@ DEFAULTS = {
         "max_window_layers": 28,
     },
 }
+TOKENIZERS = {"qwen2": "Qwen2Tokenizer"}  # the others have LLaMA's
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # that are written
 
 
@@ -199,5 +200,5 @@ def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
     # Of vocab.json and merges.txt alone, without tokenizer.json, not all rules would be known.
-    path = directory / "tokenizer.json"
-    return language.read_processor(directory, config, path.read_bytes() if path.exists() else None)
+    source = preprocessing.read_tokenizer(directory, TOKENIZERS.get(values["model_type"], "LlamaTokenizer"))
+    return language.read_processor(directory, config, source)

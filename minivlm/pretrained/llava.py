@@ -164,7 +164,7 @@ def strategy(config: LLaVAConfig) -> str:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig) -> Processor:
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "LlamaTokenizer")
     mark = read_mark(directory)
     vocab = language.vocabulary(source, directory)
     language.check_vocabulary(vocab, config.language, mark)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
-from minivlm.pretrained import language
+from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
 
@@ -104,5 +104,4 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
-    path = directory / "tokenizer.json"
-    return language.read_processor(directory, config, path.read_bytes() if path.exists() else None)
+    return language.read_processor(directory, config, preprocessing.read_tokenizer(directory, "GPTNeoXTokenizer"))

@@ -218,7 +218,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) 
     own_tokenizer = text.get("hf_tokenizer_name")
     unusual = text.get("tokenizer_kwargs") or text.get("tokenizer_mode")  # texts are cleaned in some other way first
     return Processor(
-        None if unusual else preprocessing.read_tokenizer(directory),
+        None if unusual else preprocessing.read_tokenizer(directory, "CLIPTokenizer"),
         ProcessorConfig(
             **preprocessing.read_open_clip_images(values.get("preprocess_cfg", {}), config.vision.image_size),
             context=config.text.context,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
-from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained import language, preprocessing, tokenizer_config
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 model_class = LanguageModel
 
@@ -111,5 +114,12 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
-    build = partial(preprocessing.byte_level_tokenizer, special=["<pad>", "</s>"], start="</s>")
-    return language.read_processor(directory, config, preprocessing.read_tokenizer(directory, build))
+    return language.read_processor(directory, config, read_words(directory))
+
+
+def read_words(directory: Path) -> Tokenizer | bytes | None:
+    about = tokenizer_config.read_about(directory)
+    start = "</s>" if about.get("add_bos_token", True) else None
+    how = {"start": start, "prefix_space": bool(about.get("add_prefix_space"))}
+    build = partial(preprocessing.byte_level_tokenizer, special=["<pad>", "</s>"], **how)
+    return preprocessing.read_tokenizer(directory, "GPT2Tokenizer", build)

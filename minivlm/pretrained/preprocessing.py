@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.errors import UserError
+from minivlm.pretrained import tokenizer_config
 from minivlm.pretrained.fields import refuse_unknown
 from minivlm.pretrained.files import read_json
 from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
@@ -182,19 +183,39 @@ def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, 
 # ---- tokeniser -------------------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(directory: Path, build: Callable | None = None) -> Tokenizer | bytes | None:
-    """tokenizer.json as it is, or what build(vocab, merges) makes of vocab.json and merges.txt, or None.
+def read_tokenizer(
+    directory: Path, family: str | None = None, build: Callable[..., Tokenizer] | None = None
+) -> Tokenizer | bytes | None:
+    """tokenizer.json as tokenizer_config.json changes it, or what there was before: BERT's vocab.txt, or what build(vocab,
+    merges) makes of vocab.json and merges.txt. None if there is nothing.
 
-    build: `clip_tokenizer` unless another is given.
+    family: the class of the tokeniser, where the files do not say.
     """
-    whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+    whole, vocab, merges, pieces = (directory / name for name in names)
+    about = tokenizer_config.read_about(directory)
     if whole.exists():
-        return whole.read_bytes()
-    if vocab.exists() and merges.exists():
-        lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return (build or clip_tokenizer)(read_json(vocab), pairs)
-    return None
+        return tokenizer_config.follow(whole.read_bytes(), about, family, whole)
+    if family == "BertTokenizer" and pieces.exists():
+        return tokenizer_config.word_pieces(pieces.read_text(encoding="utf-8").splitlines(), about)
+    if family in (None, "CLIPTokenizer"):
+        build = build or clip_tokenizer
+    if build is None or not vocab.exists() or not merges.exists():
+        return None
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    return with_added(build(read_json(vocab), pairs), directory)
+
+
+def with_added(tokenizer: Tokenizer, directory: Path) -> Tokenizer:
+    """And the tokens of added_tokens.json. UserError where one would get another number than it says."""
+    path = directory / "added_tokens.json"
+    given = read_json(path) if path.exists() else {}
+    for token, id in sorted(given.items(), key=lambda item: item[1]):
+        tokenizer.add_special_tokens([token])
+        if tokenizer.token_to_id(token) != id:
+            raise UserError(f"{path} gives {token!r} the number {id}, but it is {tokenizer.token_to_id(token)}.")
+    return tokenizer
 
 
 def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -218,13 +239,18 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Toke
 
 
 def byte_level_tokenizer(
-    vocab: dict[str, int], merges: list[tuple[str, str]], *, special: Sequence[str], start: str | None = None
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    *,
+    special: Sequence[str],
+    start: str | None = None,
+    prefix_space: bool = False,
 ) -> Tokenizer:
     """GPT-2's byte-level BPE, to which no text is unknown (Radford et al. 2019, §2.2). start: put before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([token for token in special if token in vocab])
     if start is not None:

@@ -107,7 +107,7 @@ def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
     return Processor(
-        preprocessing.read_tokenizer(directory),
+        preprocessing.read_tokenizer(directory, "SiglipTokenizer"),
         ProcessorConfig(
             **preprocessing.read_images(directory, config.vision.image_size, preprocessing.SIGLIP_IMAGES),
             context=config.text.context,

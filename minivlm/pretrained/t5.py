@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 model_class = T5
 
@@ -144,4 +147,8 @@ def write_config(config: T5Config) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: T5Config) -> Processor:
-    return language.read_processor(directory, config, preprocessing.read_tokenizer(directory))
+    return language.read_processor(directory, config, read_words(directory))
+
+
+def read_words(directory: Path) -> Tokenizer | bytes | None:
+    return preprocessing.read_tokenizer(directory, "T5Tokenizer")

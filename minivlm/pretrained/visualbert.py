@@ -66,7 +66,7 @@ def write_config(config: VisualBERTConfig) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: VisualBERTConfig) -> Processor:
     """For texts alone. The pad_token_id of published configs is wrong, and read by no one."""
-    source = preprocessing.read_tokenizer(directory)
+    source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     language.check_vocabulary(language.vocabulary(source, directory), config.text)
     pad = preprocessing.read_pad_token(directory, 0)
     return Processor(source, ProcessorConfig(context=config.text.context, pad_token=pad))

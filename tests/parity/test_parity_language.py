@@ -276,7 +276,7 @@ def test_tokenisers_of_vocabulary_and_merges(kind, special, tmp_path):
     start = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>") if kind == "OPT" else {}
     theirs = transformers.GPT2Tokenizer(vocab=vocab, merges=merges, **start)
     first = [vocab["</s>"]] if kind == "OPT" else []
-    for text in ["the cat", " the  cat\n", "zürich 你好 😀", "it's 12 of", f"the{special[0]}cat <s>", ""]:
+    for text in ["the cat", " the  cat\n", "zürich 你好 😀", "it's 12 of", "the cat <s>", ""]:
         ids = first + theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.text([text])[0][0].tolist() == ids
         assert ours.decode([ids]) == [theirs.decode(ids, skip_special_tokens=True)]
