@@ -116,7 +116,8 @@ def search(options: argparse.Namespace) -> None:
     if options.save:
         check_picture_name(options.save)
     report_passed_over(passed_over([look(Path(options.directory))], irregular=False))
-    query = Path(options.query) if os.path.isfile(options.query) else options.query
+    named = os.path.exists(options.query) and not os.path.isdir(options.query)
+    query = Path(options.query) if named else options.query
     if options.rerank and isinstance(query, Path):
         raise UserError("--rerank matches words with pictures, but the query is a picture: leave it out.")
     model, processor = load_comparer(options)

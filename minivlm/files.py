@@ -93,7 +93,7 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         half = text[error.start]
         kind = "a byte that is no UTF-8" if "\udc80" <= half <= "\udcff" else "half a surrogate pair"
-        raise ValueError(f"{readable(text[:40])!r} is no valid text: it holds {kind} (\\u{ord(half):04x})") from None
+        raise ValueError(f"“{readable(text[:40])}” is no valid text: it holds {kind} (\\u{ord(half):04x})") from None
 
 
 def valid_text(text: str) -> str:

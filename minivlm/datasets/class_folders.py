@@ -50,16 +50,20 @@ def list_folder(directory: Path) -> Listing:
             continue
         for entry in entries:
             name = f"{place}/{entry.name}" if place else entry.name
-            if entry.name.startswith((".", "__")) and (entry.is_dir() or entry.name.startswith(".")):
+            # A link may be circular or lead to what may not be seen: os.path says no, where DirEntry raises.
+            link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            if entry.name.startswith(".") or (is_folder and entry.name.startswith("__")):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append(name)
-            elif entry.is_dir():
+            if is_folder and link:
                 found.linked += 1
+            elif is_folder:
+                waiting.append(name)
             elif os.path.splitext(name)[1].lower() not in extensions():
                 found.others.append(name)
             else:
-                (found.pictures if entry.is_file() else found.irregular).append(name)
+                regular = os.path.isfile(entry.path) if link else entry.is_file()
+                (found.pictures if regular else found.irregular).append(name)
     for names in (found.pictures, found.irregular, found.others):
         names.sort()
     return found
@@ -72,7 +76,7 @@ def passed_over(listings: Iterable[Listing], *, irregular: bool = True) -> str |
         counts.update(os.path.splitext(name)[1].lower() or "without an ending" for name in found.others)
         if irregular and found.irregular:
             counts["that are no regular files"] += len(found.irregular)
-        counts += Counter({"links to folders": found.linked, "folders that cannot be read": found.closed})
+        counts += Counter({"links to folders": found.linked, "folders that cannot be read": found.closed})  # of 0, none
     if not counts:
         return None
     total, most = sum(counts.values()), counts.most_common(6)
@@ -130,7 +134,11 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
 
 
 def subfolders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror or error}.") from None
+    return [directory / name for name in names if not name.startswith((".", "__")) and os.path.isdir(directory / name)]
 
 
 def read_names(directory: Path) -> dict[str, str]:

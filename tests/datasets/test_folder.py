@@ -355,11 +355,12 @@ def test_every_ending_that_pillow_reads_is_a_picture_and_the_rest_is_counted(tmp
         (tmp_path / name).write_text("x")
     (tmp_path / "dog" / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "dog" / "up").symlink_to("..")
+    (tmp_path / "dog" / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "dog" / "pipe.png")
     assert whole(tmp_path) == {"cat/1.jfif", "cat/2.JPE", "dog/1.Jpeg", "dog/2.bmp", "dog/3.tga"}
     note = pairs_of(tmp_path).notes[0]
     assert note == (
-        "7 files are passed over: 2 .mp4, 2 that are no regular files, 1 .db, 1 without an ending, 1 links to folders."
+        "8 files are passed over: 2 .mp4, 2 without an ending, 2 that are no regular files, 1 .db, 1 links to folders."
     )
 
 
@@ -449,7 +450,7 @@ def test_an_accent_is_the_same_however_it_is_spelt(captions, disk, told):
 @pytest.mark.parametrize("place", ["caption", "label", "split"])
 def test_half_a_surrogate_pair_is_told_by_its_line(captions, place):
     write_lines(captions, GOOD, {**GOOD, place: "a \ud83d cat"})
-    with pytest.raises(UserError, match=r"line 2: 'a \\\\ud83d cat' is no valid text: it holds half a surrogate pair"):
+    with pytest.raises(UserError, match=r"line 2: “a \\ud83d cat” is no valid text: it holds half a surrogate pair"):
         pairs_of(captions)
 
 
