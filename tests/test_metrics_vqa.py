@@ -56,11 +56,14 @@ def test_normalise(answer, normal):
         ("a/b c-d", "b c d"),  # inside words they become spaces, one kind at a time; "a" is then an article
         ("c-d /-e", "c d e"),  # the slash stands at an edge, the dash only when the slash is gone
         ("x/-y - z", "x y z"),
+        ("x-y -z", "xy z"),  # before a word or behind one
+        ("x-y- z", "xy z"),
         ("1,000 yes/no", "1000 yesno"),  # a number with a comma: every mark goes
         ("1, 2", "1 2"),
         ("one, two", "1 2"),
         ("?yes", "yes"),
         ("- none", "0"),
+        ("." * 40 + "x", "." * 8 + "x"),  # no more than 32 full stops go: a slip of the official script's
     ],
 )
 def test_edges_are_those_of_the_answer_as_it_was_given(answer, normal):

@@ -32,7 +32,7 @@ def test_several_right_answers_are_met_by_giving_each_its_share():
 
 
 def test_hidden_words_alone_are_judged():
-    logits, labels = torch.randn(2, 3, 7), torch.tensor([[-100, 4, -100], [2, -100, 6]])
+    logits, labels = torch.randn(2, 3, 7), torch.tensor([[-100, 4, -100], [-100, -100, 6]])
     hidden = labels != -100
     assert_same(masked_word_loss(logits, labels), F.cross_entropy(logits[hidden], labels[hidden]))
     assert masked_word_loss(logits, torch.full((2, 3), -100)) == 0
