@@ -173,6 +173,11 @@ class TestLosses:
         plain.load_state_dict(model.state_dict())
         assert_same(plain.losses(TOKENS, MASK, images)["generation"], F.cross_entropy(*judged))
 
+    @pytest.mark.parametrize("share", [1.0, -0.1, math.nan])
+    def test_smoothing_is_a_share(self, share):
+        with pytest.raises(ValueError, match="must be at least 0 and below 1"):
+            replace(CONFIG, label_smoothing=share)
+
     def test_answers_are_read_from_the_question_alone(self):
         model, images = blip(), pictures()
         mask = ASKED != 0
