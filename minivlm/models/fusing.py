@@ -40,6 +40,7 @@ class FusionConfig:
     answers: tuple[str, ...] = ()  # all that a question can be answered with
     answer_loss: AnswerLoss = "softmax"  # one of them is right, or each by itself is or is not
     heads: tuple[Literal["words", "regions", "matching"], ...] = ()  # what else is told
+    word_bias: bool = False  # the words' logits have a bias each, as in BERT's released code and published VisualBERTs
 
     def __post_init__(self):
         check_features(self.vision, self.vision_layer, self.region_width)
@@ -89,6 +90,8 @@ class FusionModel(Model):
         self.answer_head = nn.Linear(self.pooled_width, len(c.answers)) if c.answers else None
         self.match_head = nn.Linear(self.pooled_width, 2) if "matching" in c.heads else None
         self.word_head = TextHead(c.text) if "words" in c.heads else None
+        biased = "words" in c.heads and c.word_bias
+        self.word_bias = nn.Parameter(torch.zeros(c.text.vocab_size)) if biased else None
         self.region_head = None
         if "regions" in c.heads:  # "a linear layer on top", after BERT's transformation
             self.region_head = nn.Sequential(TextHead(self.region_config), nn.Linear(E, c.region_width))
@@ -212,7 +215,8 @@ class FusionModel(Model):
 
     def word_logits(self, states: FusedStates) -> Tensor:
         """(B, T, V)"""
-        return self.word_head(states.words) @ self.bert.token_embedding.weight.T
+        logits = self.word_head(states.words) @ self.bert.token_embedding.weight.T
+        return logits if self.word_bias is None else logits + self.word_bias
 
     def region_guess(self, states: FusedStates) -> Tensor:
         """(B, R, C): the features."""

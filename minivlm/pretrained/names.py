@@ -8,6 +8,7 @@
     logit_scale                       loss.logit_scale                 one         stored with an axis of 1 in front
     class_embedding                   class_embedding                  two         … with two of them
     temperature                       loss.logit_scale                 temperature ours is −ln of it
+    seq_relationship                  match_head                       flip        the last row first
     cls|pooler                        -                                unread      a part that the model does not have
     a.weight|b.weight                 …                                            both are read, the first is written
 
@@ -69,6 +70,8 @@ class Row:
             return tensor.reshape(tensor.shape[AXES[self.how] :])
         if self.how == "temperature":
             return -tensor.log()
+        if self.how == "flip":
+            return tensor.flip(0)
         return self.own_rows(self.turn(tensor))
 
     def own_rows(self, tensor: Tensor) -> Tensor:
@@ -85,6 +88,8 @@ class Row:
             return tensor.reshape(self.their_shape(tensor.shape))
         if self.how == "temperature":
             return (-tensor).exp()
+        if self.how == "flip":
+            return tensor.flip(0)
         return self.turn(tensor)
 
     def turn(self, tensor: Tensor) -> Tensor:

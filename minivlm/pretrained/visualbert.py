@@ -1,14 +1,19 @@
 """VisualBERT as Hugging Face transformers stores it (VisualBertForQuestionAnswering …): uclanlp/visualbert-vqa and kin.
 
-There is no vision tower in these files: the model reads features of regions that a detector has found. The heads of
-pre-training are not read. Where no tokeniser is beside the weights, bert-base-uncased's tokenizer.json belongs there.
+There is no vision tower in these files: the model reads features of regions that a detector has found. Where no
+tokeniser is beside the weights, bert-base-uncased's tokenizer.json or vocab.txt belongs there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from minivlm.errors import UserError
 from minivlm.models.fusion import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import bert, language, preprocessing
 from minivlm.pretrained.names import Row, table, under
@@ -27,13 +32,18 @@ ROWS = [
     *under(REGIONS, ("visual_bert.", ""), ""),
     *under([row for row in bert.MODEL if row.how != "unread"], ("visual_bert.", ""), "bert."),
     *table("""
-        cls                                     answer_head
-        cls.predictions|cls.seq_relationship    -                   unread
+        cls.predictions.transform.dense                     word_head.dense
+        cls.predictions.bias|cls.predictions.decoder.bias   word_bias
+        cls.seq_relationship                                match_head          flip
+        cls                                                 answer_head
+        cls.predictions.decoder.weight                      -                   unread
     """),
+    *bert.norm("cls.predictions.transform.LayerNorm", "word_head.norm"),
 ]
+EMBEDDING, DECODER = "visual_bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 
 DEFAULTS = bert.DEFAULTS | {"visual_embedding_dim": 512}
-ANSWERING = "VisualBertForQuestionAnswering"
+ANSWERING, TELLING, ALONE = "VisualBertForQuestionAnswering", "VisualBertForPreTraining", "VisualBertModel"
 
 
 def rows(config: VisualBERTConfig) -> list[Row]:
@@ -44,11 +54,24 @@ def read_config(values: dict[str, Any]) -> VisualBERTConfig:
     """transformers' config.json → ours."""
     v = {**DEFAULTS, **values}
     language.refuse_unless(v, bypass_transformer=False)
-    answers = ()
-    if ANSWERING in (v.get("architectures") or ()):
+    [architecture] = v.get("architectures") or [ALONE]
+    if architecture not in (ANSWERING, TELLING, ALONE):
+        raise UserError(
+            f"config.json asks for a {architecture}; of VisualBERT there are {ANSWERING}, {TELLING} and {ALONE}."
+        )
+    answers, telling = (), architecture == TELLING
+    if architecture == ANSWERING:
         named = v.get("id2label") or {i: f"LABEL_{i}" for i in range(v.get("num_labels", 2))}
         answers = tuple(named[i] for i in sorted(named, key=int))
-    return VisualBERTConfig(text=bert.read_config(v), region_width=v["visual_embedding_dim"], answers=answers)
+    heads = {"heads": ("words", "matching"), "word_bias": True} if telling else {}
+    return VisualBERTConfig(text=bert.read_config(v), region_width=v["visual_embedding_dim"], answers=answers, **heads)
+
+
+def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The file. UserError for words that are told by another table than that which they are read by."""
+    if EMBEDDING in weights and DECODER in weights and not torch.equal(weights[EMBEDDING], weights[DECODER]):
+        raise UserError(f"{DECODER} is not {EMBEDDING}, but a table of its own, which is not supported.")
+    return weights
 
 
 def write_config(config: VisualBERTConfig) -> dict[str, Any]:
@@ -56,7 +79,7 @@ def write_config(config: VisualBERTConfig) -> dict[str, Any]:
     answers = config.answers
     return {
         **bert.write_config(config.text),
-        "architectures": [ANSWERING if answers else "VisualBertModel"],
+        "architectures": [ANSWERING if answers else TELLING if config.heads else ALONE],
         "model_type": "visual_bert",
         "visual_embedding_dim": config.region_width,
         "id2label": {str(i): answer for i, answer in enumerate(answers)},

@@ -76,15 +76,42 @@ def test_saved_by_us_loaded_by_transformers(tmp_path, close):
     compare(ours, theirs.eval(), close)
 
 
-@pytest.mark.parametrize("name", ["VisualBertModel", "VisualBertForPreTraining"])
-def test_without_answers_what_is_read_is_the_encoder(name, tmp_path, close):
-    theirs = reference(name)
+def compare_heads(ours, theirs, close):
+    """What is told of words, and whether they match: their first column says yes, ours the second."""
+    tokens, mask, features, region_mask, given = inputs()
+    with torch.no_grad():
+        out = ours(features, tokens, mask, region_mask=region_mask)
+        expected = theirs(**given)
+        close(out.logits["words"][mask], expected.prediction_logits[:, :9][mask])
+        close(out.logits["matching"].flip(1), expected.seq_relationship_logits)
+        close(ours.match(features, tokens, mask, region_mask=region_mask), out.logits["matching"])
+        labels = torch.full((3, 14), -100)
+        labels[:, 2], labels[0, 4] = 7, 8
+        told = torch.tensor([True, False, True])
+        losses = ours.losses(tokens, mask, features, region_mask=region_mask, labels=labels[:, :9], matches=told)
+        total = theirs(**given, labels=labels, sentence_image_labels=(~told).long()).loss
+        close(losses["words"] + losses["matching"], total)
+
+
+def test_the_heads_of_pre_training_there_and_back(tmp_path, close):
+    theirs = reference("VisualBertForPreTraining")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = minivlm.load(tmp_path / "theirs")
+    compare_heads(ours, theirs, close)
+    ours.save_pretrained(tmp_path / "ours", layout="hf")
+    back, info = transformers.VisualBertForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    compare_heads(ours, back.eval(), close)
+
+
+def test_without_answers_what_is_read_is_the_encoder(tmp_path, close):
+    theirs = reference("VisualBertModel")
     theirs.save_pretrained(tmp_path)
     ours, _ = minivlm.load(tmp_path)
     tokens, mask, features, region_mask, given = inputs()
     with torch.no_grad():
         out = ours(features, tokens, mask, region_mask=region_mask)
-        close(out.pooled, getattr(theirs, "visual_bert", theirs)(**given).pooler_output)
+        close(out.pooled, theirs(**given).pooler_output)
     assert not out.logits
 
 
