@@ -2,9 +2,11 @@
 
     python -m minivlm.datasets.check photos                        counts, classes, caption lengths, problems, samples
     python -m minivlm.datasets.check photos --model out/clip       with that model's tokeniser, context and image size
+    python -m minivlm.datasets.check photos --context 96           with such a context, where no model says one
     python -m minivlm.datasets.check photos --save sheet.png       a picture: the evaluation view beside augmented views
 
-Nothing is written into DIR. The exit code is 1 if there are problems, and 2 if DIR is no dataset at all.
+A sample that training leaves out is a problem, and so is one on which evaluation would stop: both by the same judgement
+(judge.py). Nothing is written into DIR. The exit code is 1 if there are problems, and 2 if DIR is no dataset at all.
 """
 
 from __future__ import annotations
@@ -13,15 +15,22 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 
 from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
+from minivlm.datasets.folder_talk import find_talk, read_entries
 from minivlm.datasets.images import in_parallel, read_image
+from minivlm.datasets.interleaved import is_interleaved, read_documents
+from minivlm.datasets.judge import conversation_problem, document_problem
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.talk import is_talk
 from minivlm.errors import UserError, run_command_line
+
+SHORT_CONTEXT, CONTEXT, IMAGE_TOKENS = 32, 192, 36  # what is assumed; the last two are those of `train.py llava`
 
 
 def main(argv: list[str]) -> None:
@@ -31,8 +40,11 @@ def main(argv: list[str]) -> None:
     if is_world(args.directory):
         items, read = read_world(args.directory)
     else:
-        items, read = read_folder(args.directory, problems, notes), folder_reader(args.directory)
+        items = read_folder(args.directory, problems, notes) if has_pairs(args.directory) else []
+        read = folder_reader(args.directory)
         items = without_broken(items, args.directory, problems)
+        judge_talk(args, problems)
+        judge_documents(args, problems)
     if items:
         processor = choose_processor(args, items)
         splits = {split: choose_split(items, split, args.directory) for split in available(items)}
@@ -60,7 +72,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a trained model, whose tokeniser and sizes are used")
     parser.add_argument("--image_size", type=int, default=64, help="without --model (default: %(default)s)")
     parser.add_argument(
-        "--context", type=int, default=32, help="tokens a caption, without --model (default: %(default)s)"
+        "--context",
+        type=int,
+        help=f"tokens, without --model (default: {SHORT_CONTEXT} for a caption, {CONTEXT} for a conversation)",
     )
     parser.add_argument(
         "--samples", type=int, default=4, help="how many training images to show (default: %(default)s)"
@@ -68,6 +82,80 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="draws the samples and their augmentation")
     parser.add_argument("--save", type=Path, metavar="PNG", help="write a picture of the samples")
     return parser.parse_args(argv)
+
+
+def has_pairs(directory: Path) -> bool:
+    """Are there images with texts? Conversations and documents may do without."""
+    if is_interleaved(directory) and not is_talk(directory):
+        return False
+    if not find_talk(directory) or (directory / "captions.jsonl").is_file():
+        return True
+    return any(len(entry.images) == 1 for entry in read_entries(directory, []))
+
+
+def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
+    """Questions and conversations: which can be learnt from, and which be judged by?"""
+    from minivlm.evaluate.speak import question_problem
+
+    if not find_talk(args.directory):
+        return
+    found: list[str] = []
+    entries = read_entries(args.directory, found)
+    problems += [problem for problem in found if problem not in problems]
+    if not entries:
+        return
+    model, processor = choose_reader(args, [text for entry in entries for text in entry.texts()])
+    learn = conversation_problem(processor)
+    for split in available(entries):
+        chosen = choose_split(entries, split, args.directory)[0]
+        if split == "train":
+            told = [
+                f"{entry.name}: {why} Training leaves it out." for entry in chosen for why in entry.judged(learn)[1]
+            ]
+        else:
+            asked = [(entry, q.text) for entry in chosen for q in entry.questions()]
+            whys = [question_problem(text, len(entry.images), processor, model) for entry, text in asked]
+            told = [f"{entry.name} ({split}): {why}" for (entry, _), why in zip(asked, whys, strict=True) if why]
+        problems += told
+    images = sum(len(entry.images) for entry in entries)
+    print(f"{len(entries)} conversations, about {images} images\n")
+
+
+def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
+    """Documents of interleaved.jsonl: is there anything behind the first image?"""
+    if not is_interleaved(args.directory):
+        return
+    documents, without = read_documents(args.directory)
+    texts = ["".join(document.pieces) for document in documents]
+    _, processor = choose_reader(args, texts)
+    broken = [Item(image, []) for image in dict.fromkeys(image for one in documents for image in one.images)]
+    without_broken(broken, args.directory, problems)
+    told = map(document_problem(processor), texts)
+    problems += [
+        f"{document.name}: {why} Training leaves it out." for document, why in zip(documents, told, strict=True) if why
+    ]
+    print(f"{len(documents)} documents with images; {without} have none and are skipped\n")
+
+
+def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
+    """The model and its processor; or none, and a processor as `train.py llava` would make it. What is assumed is told."""
+    if args.model:
+        import minivlm
+
+        model, processor = minivlm.load(args.model)
+        if processor is None:
+            raise UserError(f"{args.model} has no tokeniser and image sizes to check against: leave out --model.")
+        where, how = args.model, ""
+    else:
+        from minivlm.processor import Processor
+
+        context = args.context or CONTEXT
+        model, made = None, Processor.train(texts, vocab_size=4096, image_size=args.image_size, context=context)
+        processor = Processor(made.tokenizer, replace(made.config, image_tokens=IMAGE_TOKENS))
+        where, how = "a model as `train.py llava` makes", "; --model takes one of your own, --context another context"
+    tokens = processor.config.image_tokens
+    print(f"judged for {where}: a context of {processor.context} tokens, {tokens} of them for each image{how}")
+    return model, processor
 
 
 Reader = Callable[[Item, int | None], np.ndarray]  # (item, shorter side or None for the original) → (H, W, 3) uint8
@@ -128,7 +216,7 @@ def choose_processor(args: argparse.Namespace, items: list[Item]):
     from minivlm.processor import Processor
 
     texts = dict.fromkeys(caption for item in items for caption in item.captions)
-    return Processor.train(list(texts), image_size=args.image_size, context=args.context)
+    return Processor.train(list(texts), image_size=args.image_size, context=args.context or SHORT_CONTEXT)
 
 
 # ------------------------------------------------------------------------------------------------------------- printing

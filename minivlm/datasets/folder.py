@@ -27,6 +27,7 @@ import numpy as np
 
 from minivlm.datasets.class_folders import SPLIT_NAMES, read_class_folders
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets.judge import check_pictures
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.errors import UserError
@@ -106,6 +107,9 @@ class FolderPairs(Pairs):
         if self.cache is not None:
             return [self.cache[key] for key in keys]
         return [np.array(read_image(self.directory / key)) for key in keys]  # a copy: torch wants writable memory
+
+    def check_pictures(self) -> None:
+        check_pictures(self.directory, [item.image for item in self.items], self.split)
 
     def all_captions(self, index: int) -> Sequence[str]:
         return self.items[index].captions

@@ -14,15 +14,14 @@ Where a folder has several of these files all are read; captions of an image tha
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,8 +38,10 @@ from minivlm.datasets.folder import (
     split_of,
 )
 from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets.judge import Problem, check_pictures, leave_out
 from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
+from minivlm.files import parse_json, read_bytes
 from minivlm.special_tokens import as_text
 
 MOST = 4  # questions of one conversation
@@ -57,6 +58,10 @@ class Entry:
     key: str  # the first image, or the name of an entry without any
     _: KW_ONLY
     captions: Sequence[str] = ()
+    name: str = ""  # in messages; nothing: the key
+
+    def __post_init__(self):
+        self.name = self.name or self.key
 
     @property
     def image(self) -> str:
@@ -66,6 +71,11 @@ class Entry:
 
 @dataclass
 class Captioned(Entry):
+    def judged(self, problem: Problem) -> tuple[Captioned | None, list[str]]:
+        """Without what nothing can be learnt from; None if that is all; and why (see judge.py)."""
+        known, why = fitting(self.captions, caption_turns, problem)
+        return (replace(self, captions=known) if known else None), why
+
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
         return ask_for_caption(self.captions, rng)
 
@@ -91,6 +101,12 @@ class Quiz(Entry):
 
     asked: list[Asked] = field(default_factory=list)
 
+    def judged(self, problem: Problem) -> tuple[Quiz | None, list[str]]:
+        alone = lambda q: [Turn("user", with_images(q.text)), Turn("assistant", as_text(q.answer))]
+        known, why = fitting(self.captions, caption_turns, problem)
+        asked, more = fitting(self.asked, alone, problem)
+        return (replace(self, captions=known, asked=asked) if known or asked else None), why + more
+
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
         """Some of the questions, in any order, the picture in front of the first. A caption, if there is one, is asked for as
         well."""
@@ -114,6 +130,10 @@ class Quiz(Entry):
 class Conversation(Entry):
     turns: list[Turn]
 
+    def judged(self, problem: Problem) -> tuple[Conversation | None, list[str]]:
+        why = problem(self.turns)
+        return (None, [why]) if why else (self, [])
+
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
         return self.turns
 
@@ -132,6 +152,16 @@ class Conversation(Entry):
 
     def about(self) -> list[str]:
         return [turn.text.strip() for turn in self.turns if turn.role == "assistant"]
+
+
+def caption_turns(caption: str) -> list[Turn]:
+    return [Turn("user", with_images(DESCRIBE)), Turn("assistant", as_text(caption))]
+
+
+def fitting(things: Sequence, turns: Callable[[Any], list[Turn]], problem: Problem) -> tuple[list, list[str]]:
+    """Those of the things without a problem in what is said about them, and the problems of the others."""
+    problems = [problem(turns(thing)) for thing in things]
+    return [x for x, p in zip(things, problems, strict=True) if not p], [p for p in problems if p]
 
 
 def without_marks(text: str) -> str:
@@ -190,6 +220,23 @@ class FolderTalk(FolderEntries, Talk):
     def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
         super().__init__(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
         self.free_answers = any(isinstance(entry, Conversation) for entry in self.entries)
+
+    def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
+        """captions: where a sample has captions, they alone are learnt from."""
+
+        def judge(entry: Entry) -> tuple[Entry | None, list[str]]:
+            if not captions or not entry.captions:
+                return entry.judged(problem)
+            known, why = fitting(entry.captions, caption_turns, problem)
+            return (replace(entry, captions=known) if known else None), why
+
+        self.entries = leave_out(self.entries, judge, self.notes)
+
+    def pictures(self, index: int) -> int:
+        return len(self.entries[index].images)
+
+    def check_pictures(self) -> None:
+        check_pictures(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         return self.entries[index].conversation(rng)
@@ -317,7 +364,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 def read_conversations(file: Path, find, problems: list[str] | None) -> list[Conversation]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        values = parse_json(read_bytes(file))
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{file} is not JSON ({error}).") from None
     if not isinstance(values, list) or not values:
@@ -346,7 +393,8 @@ def read_conversation(values: dict, find, name: str) -> Conversation:
     turns = [read_turn(turn) for turn in values["conversations"]]
     check_conversation(turns, len(images))
     images = [find(image) for image in images]
-    return Conversation(images, split_of(values), images[0] if images else str(values.get("id", name)), turns)
+    key = images[0] if images else str(values.get("id", name))
+    return Conversation(images, split_of(values), key, turns, name=name)
 
 
 def read_turn(turn) -> Turn:

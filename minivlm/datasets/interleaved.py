@@ -20,6 +20,7 @@ import numpy as np
 from minivlm.conversation import IGNORED, MARK, Sample
 from minivlm.datasets.folder import find_image, read_lines
 from minivlm.datasets.folder_talk import Entry, FolderEntries
+from minivlm.datasets.judge import check_pictures, document_problem, leave_out
 from minivlm.errors import UserError
 from minivlm.processor import Processor
 
@@ -47,6 +48,20 @@ class Interleaved(FolderEntries):
         if without:
             of = len(documents) + without
             self.notes = [*self.notes, f"{without} of {of} documents are skipped because they have no image."]
+
+    def leave_out(self, processor: Processor) -> None:
+        """Leave out, and tell in `notes`, the documents of which nothing fits the context (judge.py)."""
+        problem = document_problem(processor)
+
+        def judge(entry: Document) -> tuple[Document | None, list[str]]:
+            texts = "".join(entry.pieces), "".join(ahead(entry.pieces))
+            why = [w for w in map(problem, texts) if w][:1]
+            return (None if why else entry), why
+
+        self.entries = leave_out(self.entries, judge, self.notes)
+
+    def check_pictures(self) -> None:
+        check_pictures(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def text(self, index: int, rng: np.random.Generator | None = None) -> str:
         """The document with a mark where each picture stands.

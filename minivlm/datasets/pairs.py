@@ -36,6 +36,9 @@ class Pairs:
         """The image's name in messages: a file name, or "train/123"."""
         raise NotImplementedError
 
+    def check_pictures(self) -> None:
+        """UserError where a picture cannot be decoded."""
+
     def captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:
         """One caption for each index; where several are known, `rng` picks."""
         choices = [self.all_captions(i) for i in indices]

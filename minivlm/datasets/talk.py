@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minivlm.conversation import DESCRIBE, Turn, as_text, with_images
+from minivlm.datasets.judge import Problem
 from minivlm.datasets.shapes import is_world
 
 
@@ -48,6 +49,16 @@ class Talk:
     def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
         """The pictures of each sample, (H, W, 3) uint8 RGB; sizes may differ."""
         raise NotImplementedError
+
+    def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
+        """Leave out, and tell in `notes`, of which samples nothing can be learnt (judge.py)."""
+
+    def pictures(self, index: int) -> int:
+        """How many a sample has."""
+        return 1
+
+    def check_pictures(self) -> None:
+        """UserError where a picture cannot be decoded."""
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         """What is said about the pictures of a sample; where there is a choice, `rng` makes it."""

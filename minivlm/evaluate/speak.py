@@ -16,7 +16,8 @@ from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.choose import chooses
-from minivlm.tasks.speak import answer_all, can_answer, caption_all
+from minivlm.tasks.features import to_tokens
+from minivlm.tasks.speak import answer_all, can_answer, caption_all, language_config, question_tokens
 
 TILE = 176  # pixels of a picture on the sheet
 CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
@@ -69,13 +70,39 @@ def words_right(questions: Sequence[Question], said: Sequence[str]) -> Score:
 def ask(model, processor, talk: Talk, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
     """The model's answers. shift: each question is asked about the picture of the one so many places further."""
     n, said = len(questions), []
-    longest = LONG if talk.free_answers and not chooses(model) else SHORT
+    longest = SHORT
+    if talk.free_answers and not chooses(model):
+        read = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
+        longest = max(SHORT, min(LONG, language_config(model).context - read))
     for start in range(0, n, AT_A_TIME):
         part = range(start, min(start + AT_A_TIME, n))
         pictures = talk.images([questions[(i + shift) % n].index for i in part])
         samples = [(some, questions[i].text) for some, i in zip(pictures, part, strict=True)]
         said += answer_all(samples, model, processor, max_new_tokens=longest)
     return said
+
+
+def check_questions(model, processor, talk: Talk) -> None:
+    """UserError for a question that the model cannot be asked, before any is."""
+    for index, text, *_ in talk.questions():
+        if why := question_problem(text, talk.pictures(index), processor, model):
+            raise UserError(f"a {talk.split} question, about {talk.key(index)}: {why} Shorten it, or leave it out.")
+
+
+def question_problem(text: str, images: int, processor, model=None) -> str | None:
+    """Why a question with so many images cannot be asked. model: None for any that reads images between words."""
+    try:
+        if model is not None and chooses(model):
+            to_tokens([text], processor)
+            return None
+        length = len(question_tokens(text, images, processor))
+    except UserError as error:
+        return str(error)
+    context = processor.context if model is None else language_config(model).context
+    room = context - SHORT
+    if length <= room:
+        return None
+    return f"the question has {length} tokens, of which {room} fit a context of {context} with an answer."
 
 
 def describe_all(model, processor, talk: Talk, indices: Sequence[int]) -> list[str]:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import IGNORED, MARK, Sample, Turn, encode_conversation, with_images
+from minivlm.conversation import IGNORED, MARK, Sample, encode_conversation
 from minivlm.datasets.continuation import collate_pairs
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.holes import HOLES, with_holes
+from minivlm.datasets.judge import conversation_problem, exchanges
 from minivlm.datasets.pairs import Pairs
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERT
@@ -38,7 +39,15 @@ from minivlm.recipes.base import Recipe
 from minivlm.recipes.frozen import look_once, measure_once
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, take, with_image_token
-from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, next_training, suited
+from minivlm.recipes.shared import (
+    build,
+    check_fills_a_batch,
+    check_held_out,
+    check_suits,
+    make_world_if_missing,
+    next_training,
+    suited,
+)
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.special_tokens import Markup, as_text, without_marks
@@ -130,6 +139,7 @@ class Stage1(Work):
     def __init__(self, recipe, model, processor: Processor, train: Pairs, origins: dict[str, str]):
         super().__init__(recipe, model, processor, len(train))
         self.train, self.origins = train, origins
+        check_held_out(recipe.directory, processor.image_size)
         self.chance = model.chance_losses(recipe.batch_size)  # by name, as the progress bar tells them
         self.features: Tensor | None = None
 
@@ -236,7 +246,8 @@ class BLIP2Recipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> BLIP2Work:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
         model.freeze("vision", "language_model")
-        train = open_train(self, processor.image_size, quiet=quiet)
+        problem = conversation_problem(processor, alone=isinstance(model.language_model, T5))
+        train = open_train(self, processor.image_size, quiet=quiet, problem=problem)
         return BLIP2Work(self, model, processor, train)
 
     def compose(self) -> tuple[BLIP2, Processor]:
@@ -323,12 +334,9 @@ class BLIP2Work(PrefixWork):
 
     def exchange(self, index: int, rng: np.random.Generator) -> Sample:
         """One question of a conversation, and its answer."""
-        turns = self.train.conversation(index, rng)
-        at = 2 * int(rng.integers(len(turns) // 2))
-        question, answer = turns[at : at + 2]
-        marks = sum(turn.text.count(MARK) for turn in turns)
-        asked = Turn("user", with_images(without_marks(question.text), marks))
-        return encode_conversation([asked, answer], self.processor, context=self.processor.context)
+        known = exchanges(self.train.conversation(index, rng))
+        one = known[int(rng.integers(len(known)))]
+        return encode_conversation(one, self.processor, context=self.processor.context)
 
     def next_commands(self, out: Path) -> list[str]:
         picture = self.held_out_picture()

@@ -26,7 +26,14 @@ from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, suited
+from minivlm.recipes.shared import (
+    build,
+    check_fills_a_batch,
+    check_held_out,
+    check_suits,
+    make_world_if_missing,
+    suited,
+)
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
@@ -88,6 +95,7 @@ class Contrast(Work):
         self.train = train
         c = processor.config
         self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=recipe.data.augment)
+        check_held_out(recipe.data.directory, processor.image_size)
         chance = sum(model.chance_losses(recipe.batch_size).values())
         self.chance_text = f"chance {chance:.2f}" if chance else "chance unknown"
 

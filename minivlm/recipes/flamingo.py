@@ -20,6 +20,7 @@ from minivlm.checkpoint import load
 from minivlm.conversation import Sample
 from minivlm.datasets.class_episodes import is_class_folder
 from minivlm.datasets.interleaved import is_interleaved
+from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes_shots import MOST_WAYS, Lessons, shot_episodes
 from minivlm.datasets.shapes_talk import ShapesTalk
@@ -35,7 +36,7 @@ from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
 from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling, take
-from minivlm.recipes.shared import SHAPES, build, suited
+from minivlm.recipes.shared import SHAPES, build, check_suits, suited
 from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
@@ -83,10 +84,11 @@ class FlamingoRecipe(Recipe):
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
         directory = self.data.directory
         if is_interleaved(directory) or is_class_folder(directory):
+            check_suits(self, directory)
             work = (InterleavedWork if is_interleaved(directory) else LessonsWork)(self, model, processor)
             work.origins = self.origins()
             return work
-        train = open_train(self, processor.image_size, quiet=quiet)
+        train = open_train(self, processor.image_size, quiet=quiet, problem=conversation_problem(processor))
         return FlamingoWork(self, model, processor, train)
 
     def origins(self) -> dict[str, str]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from minivlm.conversation import IGNORED, Sample, collate
 from minivlm.datasets.interleaved import Interleaved, encode_document
+from minivlm.datasets.judge import document_problem
+from minivlm.errors import UserError
 from minivlm.evaluate.language import entropy, learnt
 from minivlm.losses import labelled
 from minivlm.metrics import Score
@@ -24,6 +26,7 @@ from minivlm.recipes.frozen import measure_once
 from minivlm.recipes.shared import check_fills_a_batch
 from minivlm.recipes.work import Work
 from minivlm.tasks.features import inference
+from minivlm.training import is_first_process
 
 PICTURED = 8  # documents
 
@@ -36,6 +39,10 @@ class InterleavedWork(Work):
     def __init__(self, recipe: Recipe, model: Flamingo, processor: Processor):
         self.directory = recipe.data.directory
         self.train, self.val = (self.open(split, processor) for split in ("train", "val"))
+        self.train.leave_out(processor)
+        for held_out in (self.val, self.open("test", processor)) if is_first_process() else ():
+            held_out.check_pictures()
+            check_documents(held_out, processor)
         super().__init__(recipe, model, processor, len(self.train))
         check_fills_a_batch(self.n, recipe.batch_size, "training documents", self.directory)
         self.chance_text = f"uniform {math.log(processor.vocab_size):.2f}"
@@ -117,6 +124,16 @@ class InterleavedWork(Work):
     def next_commands(self, out: Path) -> list[str]:
         documents = self.open("test", self.processor)
         return [f"python sample.py caption {out} {quote(str(Path(self.directory) / documents.key(0)))}"]
+
+
+def check_documents(documents: Interleaved, processor: Processor) -> None:
+    """UserError where none of a held-out split's documents has anything that fits the context."""
+    problem = document_problem(processor)
+    if all(problem(documents.text(i)) for i in range(len(documents))):
+        raise UserError(
+            f"none of the {len(documents)} {documents.split} documents has any text behind its first image within the "
+            f"context of {processor.context} tokens."
+        )
 
 
 def gates_text(model: Flamingo) -> str:

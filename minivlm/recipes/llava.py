@@ -20,6 +20,7 @@ from torch import Tensor
 from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, Turn, collate, encode_conversation
+from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, add_lora
@@ -74,7 +75,8 @@ class LLaVARecipe(Recipe):
         model.freeze("vision")
         if self.stage == "align":
             model.freeze("language_model")
-        train = open_train(self, processor.image_size, quiet=quiet)
+        judged = dict(problem=conversation_problem(processor), captions=self.stage == "align")
+        train = open_train(self, processor.image_size, quiet=quiet, **judged)
         return LLaVAWork(self, model, processor, train)
 
     def align(self) -> tuple[LLaVA, Processor]:
@@ -121,6 +123,7 @@ class PrefixWork(Speaking):
         if self.val_questions and (answers or not any(map(self.val.captions, range(len(self.val))))):
             self.judge_by_answers()
         self.features: Tensor | None = None
+        self.check_held_out()
 
     def notes(self) -> list[str]:
         """And how many conversations the context has no room for."""
@@ -140,7 +143,11 @@ class PrefixWork(Speaking):
             self.features = look_once(self.model, self.processor, len(self.train), single, device, precision)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        return encode_conversation(self.conversation(index, rng), self.processor, context=self.processor.context)
+        turns, context = self.conversation(index, rng), self.processor.context
+        try:
+            return encode_conversation(turns, self.processor, context=context)
+        except UserError:  # of several questions about a picture, of which each fits alone (datasets/judge.py)
+            return encode_conversation(turns[:2], self.processor, context=context)
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         return self.train.conversation(index, rng)

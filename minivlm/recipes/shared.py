@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from minivlm.datasets.contents import FILES, KINDS, contents, told
-from minivlm.datasets.folder import SPLITS
+from minivlm.datasets.folder import SPLITS, open_pairs
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.training import is_first_process
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6
@@ -109,6 +110,12 @@ def check_fills_a_batch(n: int, batch_size: int, what: str, directory: str | Pat
             f"a batch of {batch_size} cannot be filled from the {n} {what} in {directory}; "
             f"choose --batch_size {n} or less."
         )
+
+
+def check_held_out(directory: str | Path, image_size: int) -> None:
+    """UserError, before the first step, for a held-out picture that cannot be decoded."""
+    for split in SPLITS[1:] if is_first_process() and not is_world(directory) else ():
+        open_pairs(directory, split, image_size=image_size).check_pictures()
 
 
 def build(model_class: type[nn.Module], config: Any, *, seed: int) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor
 from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, collate
+from minivlm.datasets.judge import Problem
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Talk, open_talk
 from minivlm.layers.language_model import LanguageModelConfig
@@ -23,7 +24,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, speaking, suited
 from minivlm.recipes.work import Work
-from minivlm.training import OptimiserConfig
+from minivlm.training import OptimiserConfig, is_first_process
 
 VALIDATED = 200  # captions, or answers in whole sentences
 
@@ -34,13 +35,20 @@ class TalkConfig:
     vocab_size: int = 512  # of a tokeniser that is trained on it; not used where a language model brings its own
 
 
-def open_train(recipe: Recipe, image_size: int, *, quiet: bool) -> Talk:
+def open_train(
+    recipe: Recipe, image_size: int, *, quiet: bool, problem: Problem | None = None, captions: bool = False
+) -> Talk:
     """The training split of recipe.data; the shapes world is made if it is missing. UserError where it does not suit the
-    recipe or fill a batch."""
+    recipe or fill a batch.
+
+    problem, captions: what is left out, see `Talk.leave_out`
+    """
     directory = recipe.data.directory
     make_world_if_missing(directory, image_size, quiet=quiet)
     check_suits(recipe, directory)
     talk = open_talk(directory, "train", image_size=image_size)
+    if problem is not None:
+        talk.leave_out(problem, captions=captions)
     check_fills_a_batch(len(talk), recipe.batch_size, "training samples", directory)
     return talk
 
@@ -59,6 +67,13 @@ class Speaking(Work):
         self.captions_name = "captions, object recall" if shapes else "captions, words in common"
         self.val_questions = self.val.questions()
         self.score_name = self.captions_name
+
+    def check_held_out(self) -> None:
+        """UserError for what would end the first evaluation: it is told before the first step."""
+        for talk in (self.val, self.test) if is_first_process() and not is_world(self.recipe.data.directory) else ():
+            talk.check_pictures()
+            if self.answers:
+                evaluate.check_questions(self.model, self.processor, talk)
 
     def notes(self) -> list[str]:
         return [f"{len(self.train)} training samples in {self.recipe.data.directory}", *self.train.notes]
@@ -140,7 +155,9 @@ class CaptionerRecipe(Recipe):
             processor = Processor.train(words, vocab_size=self.data.vocab_size, image_size=size, context=room)
         config = replace(self.model, language=speaking(self.model.language, processor))
         model = build(ImageCaptioningModel, config, seed=self.seed)
-        return Captioner(self, model, processor, train)
+        work = Captioner(self, model, processor, train)
+        work.check_held_out()
+        return work
 
 
 class Captioner(Speaking):

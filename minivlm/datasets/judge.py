@@ -1,0 +1,96 @@
+"""One judgement of a sample: `datasets.check` tells of it, and training goes by it.
+
+A training sample from which a model could learn nothing (no answer fits its context) is left out, counted and named. Among
+what is judged by, the same is an error, and it is told before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from minivlm.conversation import IGNORED, MARK, TEMPLATES, Turn, encode_conversation, with_images
+from minivlm.datasets.images import in_parallel, read_image
+from minivlm.errors import UserError
+from minivlm.special_tokens import without_marks
+
+FRAME = 64  # tokens of a chat template at most: a text that is so much shorter than its room is not looked at closely
+SHOWN = 5  # of what is left out
+
+Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothing can be learnt from it
+
+
+def conversation_problem(processor, *, alone: bool = False) -> Problem:
+    """alone: every question is asked by itself, with all images (a T5), and so has to fit with its answer."""
+    context = processor.context
+    framed = TEMPLATES[processor.config.chat].framed
+
+    def whole(turns: Sequence[Turn]) -> str | None:
+        first = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
+        read = "".join(turn.text for turn in (turns if framed else turns[: first + 1]))
+        images = sum(turn.text.count(MARK) for turn in turns) * (processor.config.image_tokens + 2)
+        if read.isascii() and len(read) + images + FRAME <= context:  # no tokeniser makes more of it than its letters
+            return None
+        try:
+            encode_conversation(turns, processor, context=context)
+        except UserError as error:
+            return str(error)
+        return None
+
+    return (lambda turns: next(filter(None, map(whole, exchanges(turns))), None)) if alone else whole
+
+
+def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Every question with its answer, and all images of the conversation."""
+    marks = sum(turn.text.count(MARK) for turn in turns)
+    spoken = [turn for turn in turns if turn.role != "system"]
+    pairs = zip(spoken[::2], spoken[1::2], strict=False)
+    return [[Turn("user", with_images(without_marks(q.text), marks)), answer] for q, answer in pairs]
+
+
+def document_problem(processor) -> Callable[[str], str | None]:
+    """The same of a document (datasets/interleaved.py), of which at least a word has to fit behind its first image."""
+    from minivlm.datasets.interleaved import encode_document
+
+    def problem(text: str) -> str | None:
+        labels = encode_document(text, processor, context=processor.context).labels
+        if all(label == IGNORED for label in labels):
+            return f"no text behind the first image lies within the context of {processor.context} tokens."
+        return None
+
+    return problem
+
+
+def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
+    """The training entries from which something can be learnt; `notes` is told of the others.
+
+    judge: an entry → what is left of it (None: nothing), and a sentence for each thing that is not.
+    """
+    kept, told = [], []
+    for entry in entries:
+        left, problems = judge(entry)
+        kept += [] if left is None else [left]
+        told += [f"{entry.name}: {problem}" for problem in problems]
+    if not kept:
+        raise UserError(f"none of the {len(entries)} training samples can be learnt from; the first: {told[0]}")
+    if told:
+        shown = " ".join(told[:SHOWN]) + (" …" if len(told) > SHOWN else "")
+        notes.append(f"{len(told)} of {len(entries)} training samples are left out. {shown}")
+    return kept
+
+
+def check_pictures(directory, images: Sequence[str], split: str) -> None:
+    """UserError unless every image of a held-out split can be decoded: a score is of all of them."""
+
+    def problem(image: str) -> str | None:
+        try:
+            read_image(directory / image)
+        except UserError as error:
+            return str(error)
+        return None
+
+    problems = [p for p in in_parallel(problem, list(dict.fromkeys(images)), f"decoding {split} images") if p]
+    if problems:
+        raise UserError(
+            f"{len(problems)} of the {split} images cannot be read, and a score is of all of them: mend them or leave "
+            f"them out. {' '.join(problems[:SHOWN])}"
+        )
