@@ -1,6 +1,7 @@
 """What nothing can be learnt from is left out, counted and named; what cannot be judged by is told before the first step."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def folder(tmp_path):
 
 
 def processor(context=96):
-    return Processor.train(["what is it? a cat", "why"], vocab_size=300, image_size=16, context=context)
+    """Of a model in whose texts a picture takes one place."""
+    made = Processor.train(["what is it? a cat", "why"], vocab_size=300, image_size=16, context=context)
+    return Processor(made.tokenizer, replace(made.config, image_tokens=1))
 
 
 def conversations(folder, *asked, **more):
