@@ -71,7 +71,7 @@ class Model(nn.Module):
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each of the `losses` is a mean over, by name: how many there are in the batch. "samples": of all others."""
         first = first_of(batch)
-        counts = {"samples": torch.tensor(len(first), device=first.device)}
+        counts = {"samples": torch.full((), len(first), device=first.device)}
         if "labels" in batch:
             counts["next token"] = (batch["labels"][:, 1:] != -100).sum()
         return counts

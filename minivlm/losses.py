@@ -237,7 +237,7 @@ def mean(total: Tensor, count: Tensor | int) -> Tensor:
     """total / count, where the count is that of the whole batch: the mean over processes of what they get is the sum of all
     by the count of all. 0 where nothing is counted."""
     if is_distributed():
-        count = per_process(torch.as_tensor(count, device=total.device))
+        count = per_process(count if torch.is_tensor(count) else torch.full((), count, device=total.device))
         return total / torch.where(count > 0, count, 1.0)
     return total / (count.clamp(min=1) if torch.is_tensor(count) else max(1, count))
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minivlm import training
+from minivlm import checkpoint, training
 from minivlm.errors import UserError
 from minivlm.models import matching
 from minivlm.recipes import RECIPES
@@ -47,9 +47,11 @@ def likeliest(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     return logits.float().masked_fill(same & found[:, None], -torch.inf).argmax(dim=1), found
 
 
-def step(work, number: int, parts: int | None, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def step(work, number: int, parts: int | None, rank: int = 0, world: int = 1, device: str = "cpu") -> dict[str, Tensor]:
     """Losses, gradients and buffers after a step without the optimiser's part, by name."""
-    model, batch = copy.deepcopy(work.model), work.batch(number, rank, world)
+    model, batch = copy.deepcopy(work.model).to(device), work.batch(number, rank, world)
+    model = training.whole_batch_norm(model, torch.device(device), world, B // world, parts)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if parts is None:
         forward = training.losses_of(model)
         found = forward(batch)
@@ -76,12 +78,10 @@ def found(tmp_path_factory) -> dict[str, dict[str, dict[str, Tensor]]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {case: torch.load(directory / f"{case}.pt", weights_only=True) for case in CASES if case not in REFUSED} | {
-        f"{case}, {rank}": torch.load(directory / f"{case}-{rank}.pt", weights_only=True)
-        for case in CASES
-        for rank in range(WORLD)
-        if case not in REFUSED
-    }
+    read = lambda name: torch.load(directory / f"{name}.pt", weights_only=True)
+    held = [case for case in CASES if case not in REFUSED]
+    shared = {f"{case}, {rank}": read(f"{case}-{rank}") for case in held for rank in range(WORLD)}
+    return {case: read(case) for case in held} | shared | {"what learns": read("learns")}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
@@ -126,6 +126,40 @@ def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path
     assert training.whole_batch_norm(model.train(), torch.device("cpu"), 2, 4, 3) is model
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in REFUSED])
+def test_a_run_that_is_resumed_trains_what_it_trained(found, name):
+    fresh, resumed = found["what learns"][name]
+    assert fresh == resumed and fresh["parameters"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SyncBatchNorm is for CUDA")
+def test_batch_norm_over_processes_counts_the_whole_batch(tmp_path):
+    small_world(tmp_path, train=64)
+    work = small_work("clip-resnet", tmp_path, batch_size=B)
+    whole = step(work, 0, None, device="cuda")
+    fork = multiprocessing.get_context("spawn")
+    both = [fork.Process(target=share_batch_norm, args=(tmp_path, rank)) for rank in range(WORLD)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    for rank in range(WORLD):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert result.keys() == whole.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(result[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def share_batch_norm(directory: Path, rank: int) -> None:
+    """gloo, so that the two can share one GPU."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
+    work = small_work("clip-resnet", directory, batch_size=B)
+    torch.save(step(work, 0, None, rank, WORLD, device="cuda"), directory / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 # ---- the three processes ---------------------------------------------------------------------------------------------
 
 
@@ -147,9 +181,26 @@ def main(directory: Path) -> None:
     for case, work in works.items():
         ways = {"whole": step(work, CASES[case][1], None), "parts": step(work, CASES[case][1], PART)}
         torch.save(ways, directory / f"{case}.pt")
+    torch.save(
+        {case: learns_resumed(works[case], directory) for case in works if case in RECIPES}, directory / "learns.pt"
+    )
     for process in both:
         process.join()
     sys.exit(max(process.exitcode for process in both))
+
+
+def learns_resumed(work, directory: Path) -> tuple[dict, dict]:
+    """What learns, in a run that begins and in one that is resumed."""
+    path = directory / f"checkpoint of {type(work).__name__}-{id(work)}"
+    checkpoint.save(path, work.model, work.processor)
+    models = work.model, work.recipe.start(path, quiet=True).model.train()
+    return tuple(
+        {
+            "parameters": [name for name, p in model.named_parameters() if p.requires_grad],
+            "training": [name for name, module in model.named_modules() if module.training],
+        }
+        for model in models
+    )
 
 
 def share(directory: Path, works: dict, rank: int) -> None:
