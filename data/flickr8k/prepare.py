@@ -14,6 +14,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without bei
 
 from minivlm.datasets.official import command_line, place, require_images, write_lines  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
+from minivlm.files import read_bytes  # noqa: E402, RUF100
 
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 
@@ -50,9 +51,7 @@ def read_captions(file: Path) -> dict[str, list[str]]:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}).") from None
+        return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{file} is no text.") from None
 

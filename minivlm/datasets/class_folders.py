@@ -111,13 +111,15 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     else:
         places = [(None, folder) for folder in folders]
     named = read_names(directory)
-    classes = []
+    classes, empty = [], []
     for split, folder in places:
         found = list_folder(folder)
+        path = folder.relative_to(directory).as_posix()
         if found.pictures:
-            path = folder.relative_to(directory).as_posix()
             name = named.get(folder.name, "") if named else folder.name.replace("_", " ")
             classes.append(ClassFolder(path, name, split, found))
+        else:
+            empty.append(path)
     if not named:
         refuse_other_layouts(directory, {one.path: one.found for one in classes})
     for one in classes:
@@ -129,8 +131,28 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
             check_text(one.name)
         except ValueError as error:
             raise UserError(f"a class in {directory} cannot be called so: {error}. Rename its folder.") from None
-    note = passed_over(one.found for one in classes)
-    return classes, [note] if note else []
+    known = {*folders, *(folder for _, folder in places)}
+    beside = [path for place in (directory, *splits) for path in sorted(place.iterdir()) if path not in known]
+    notes = [
+        passed_over(one.found for one in classes),
+        some(empty, "sub-folders have no pictures"),
+        some([path.relative_to(directory).as_posix() for path in beside if not expected(path.name)], BESIDE),
+    ]
+    return classes, [note for note in notes if note]
+
+
+BESIDE = "files lie beside the class folders, where they are not read"
+
+
+def expected(name: str) -> bool:
+    """Beside class folders: hidden files, and what people read."""
+    return name == NAMES or name.startswith((".", "__", "README", "LICENSE"))
+
+
+def some(names: list[str], what: str) -> str | None:
+    """ "3 files are …: a, b, c."; None if there are none."""
+    shown = ", ".join(map(readable, names[:5])) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} {what}: {shown}." if names else None
 
 
 def subfolders(directory: Path) -> list[Path]:
@@ -166,41 +188,38 @@ def read_names(directory: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------ other layouts
 
 YEAR = r"(19|20)\d\d"
-NO_CLASSES: tuple[tuple[str, str, str], ...] = (  # what folders are called, what that looks like, what could be done
-    (rf"{YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?([-_ ].*)?)?", "years or days", ""),
-    (r"\d{3}([A-Z_]{5}|_\d{4})|DCIM", "the folders of a camera", ""),
-    (
-        r"0\d{2,}|\d{5,}",
-        "the numbered parts of a download",
-        "or read what is said about the pictures from captions.jsonl, ",
-    ),
-    (r"(?=.*\d)(?=.*[a-f]|0)[0-9a-f]{2}", "the first digits of hashes", ""),
-    (r"(train|training|val|valid|validation|test)[-_]?\d+", "the splits of a dataset without classes", ""),
-    (
-        r"(?i)(jpeg|png)?images?|imgs?|annotations?|segmentation\w*",
-        "parts of a dataset, not classes",
-        "",
-    ),
-)
-SYNSETS = (r"n\d{8}", "WordNet's numbers, as ImageNet's folders are called", "")
+MONTH = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?"
+NO_CLASSES = {  # what folders are called → what that looks like
+    rf"{YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?([-_ ].*)?)?": "years or days",
+    rf"(?i)(photos|pictures|images|bilder|fotos)( from)? {YEAR}": "years or days",
+    rf"(?i)(\d\d?[-_. ]*)?({MONTH})([-_. ]*\d*)": "months",
+    r"\d{3}([A-Z_]{5}|_\d{4})|DCIM": "the folders of a camera",
+    r"(?i)(part|shard|chunk|batch|fold|folder|dir)[-_ ]?\d+|0\d{2,}|\d{5,}": "the numbered parts of a download",
+    r"(?=.*\d)(?=.*[a-f]|0)[0-9a-f]{2}": "months, or the first digits of hashes",
+    r"(?=.*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*": "hashes",
+    r"(train|training|val|valid|validation|test)[-_]?\d+": "the splits of a dataset without classes",
+    r"(?i)(jpeg|png)?images?|imgs?|annotations?|segmentation\w*": "parts of a dataset, not classes",
+}
+SYNSETS = {r"n\d{8}": "WordNet's numbers, as ImageNet's folders are called"}
 
 
 def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
     """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learnt."""
     names = sorted({os.path.basename(path) for path in folders})
     remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME)"
-    for pattern, kind, other in (*NO_CLASSES, *([SYNSETS] if named else [])):
+    for pattern, kind in (NO_CLASSES | (SYNSETS if named else {})).items():
         like = [name for name in names if re.fullmatch(pattern, name)]
         if like and 2 * len(like) >= len(names):
             shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
             raise UserError(
                 f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learnt as "
-                f"classes: rename them, {other}or {remedy.format(like[0])}."
+                f"classes: rename them, say what is in each picture in a captions.jsonl, or {remedy.format(like[0])}."
             )
     for path, found in folders.items():
         stems = {os.path.splitext(name)[0] for name in found.pictures}
+        stems |= {*found.pictures}  # a.txt beside a.jpg, or a.jpg.txt
         beside = [n for n in found.others if os.path.splitext(n)[1] in SIDECARS and os.path.splitext(n)[0] in stems]
-        if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(stems):
+        if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(found.pictures):
             raise UserError(
                 f"{directory / path} holds texts beside its pictures ({beside[0]}), as img2dataset and annotation tools "
                 "leave them, and not the pictures of a class alone: write what they say to captions.jsonl; or, if the "

@@ -233,7 +233,7 @@ def test_wrong_files_of_flickr8k_are_named(flickr, tmp_path):
     with pytest.raises(UserError, match=r"token\.txt, line 3 is not an image, #, a number, a tab and a caption"):
         prepare(*flickr)
     (tmp_path / "text" / "Flickr8k.token.txt").unlink()
-    with pytest.raises(UserError, match=r"Flickr8k\.token\.txt cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"Flickr8k\.token\.txt is missing"):
         prepare(*flickr)
     assert not (tmp_path / "out").exists()
 

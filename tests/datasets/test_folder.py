@@ -372,7 +372,11 @@ def test_every_ending_that_pillow_reads_is_a_picture_and_the_rest_is_counted(tmp
         (("2023-05-01 Oslo", "2023-06"), "years or days"),
         (("100CANON", "101CANON"), "the folders of a camera"),
         (("00000", "00001"), "the numbered parts of a download"),
-        (("0a", "07", "3f"), "the first digits of hashes"),
+        (("part-1", "part-2"), "the numbered parts of a download"),
+        (("Photos from 2022", "Photos from 2023"), "years or days"),
+        (("01 January", "02 February", "best"), "months"),
+        (("9f3a77c0e1", "0b3a77c0e1"), "hashes"),
+        (("0a", "07", "3f"), "months, or the first digits of hashes"),
         (("n01440764", "n01443537"), "WordNet's numbers"),
         (("train2017", "val2017"), "the splits of a dataset without classes"),
         (("images", "masks"), "parts of a dataset, not classes"),
@@ -394,7 +398,9 @@ def test_folders_that_are_no_classes_are_refused_until_their_classes_are_named(t
     assert train.all_captions(0)[0].startswith("a photo of a class ")
 
 
-@pytest.mark.parametrize("names", [tuple("0123456789"), ("10", "11"), ("cat", "2023"), ("cab", "bed"), ("747", "a380")])
+@pytest.mark.parametrize(
+    "names", [tuple("0123456789"), ("10", "11"), ("cat", "2023"), ("cab", "bed"), ("747", "a380"), ("facade", "mayfly")]
+)
 def test_names_that_are_short_numbers_or_words_are_classes(tmp_path, names):
     for name in names if names != ("cat", "2023") else ("cat", "dog", "2023"):
         save(tmp_path / name / "1.png")
@@ -410,6 +416,19 @@ def test_texts_beside_the_pictures_are_no_class_folder(tmp_path):
             (tmp_path / folder / f"{i:09}.json").write_text("{}")
     with pytest.raises(UserError, match=r"mine holds texts beside its pictures \(000000000\.json\).* captions\.jsonl"):
         pairs_of(tmp_path)
+
+
+def test_what_lies_beside_the_class_folders_is_told(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "train/loose.png", "top.png"):
+        save(tmp_path / name)
+    for name in ("labels.csv", "README.md", "class_names.txt.bak"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "train" / "cow").mkdir()
+    assert pairs_of(tmp_path, "test").notes[:2] == [
+        "1 sub-folders have no pictures: train/cow.",
+        "4 files lie beside the class folders, where they are not read: class_names.txt.bak, labels.csv, top.png, "
+        "train/loose.png.",
+    ]
 
 
 def test_class_names_that_cannot_be_read_are_told(tmp_path):
