@@ -50,7 +50,8 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     precision, reason = training.choose_precision(device, options.precision)
     rank, world = training.start_processes(device)
     say = print if rank == 0 else lambda line: None
-    say(f"{name}: {recipe.summary}\ndevice {device}, {str(precision).removeprefix('torch.')}: {reason}")
+    say(f"{name}: {recipe.summary}\n{recipe.steps} steps of {recipe.batch_size} samples on {device}")
+    say(f"{str(precision).removeprefix('torch.')}: {reason}")
     resumed = run.latest() if options.resume else None
     if resumed and resuming.is_finished(run, recipe):
         say(f"the run in {run.directory} is finished: all {recipe.steps} steps are done. For more, give --steps.")

@@ -229,5 +229,6 @@ def finish(run: Run, work) -> None:
             f"{error} The model, of step {step}, is in {run.directory} all the same: only its evaluation ended here."
         ) from error
     print(f"{run.directory}/ holds the model, metrics.json and picture.png. Try next:")
+    out = f" {run.directory} "
     for command in work.next_commands(run.directory):
-        print(f"  {command}")
+        print(f"  {command.replace(out, f' {shlex.quote(str(run.directory))} ')}")

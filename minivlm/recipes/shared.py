@@ -21,7 +21,7 @@ from minivlm.training import is_first_process
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6
-EPOCHS = 300  # the most that are proposed for a folder that is smaller than a batch
+EPOCHS = 300  # the most that are proposed for a folder that is smaller than a batch, and soon known by heart
 
 
 def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
@@ -31,10 +31,7 @@ def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
     n = check_suits(recipe, where) if Path(where).is_dir() else ENDLESS  # what is not there is told by `start`
     if n >= recipe.batch_size:
         return recipe
-    # Every step sees all there is then: after so many, and mostly long before, it is known by heart.
-    steps = min(recipe.steps, EPOCHS)
-    told = f"{recipe.summary}; {steps} steps, {n} samples a batch, since there are no more to train on"
-    return replace(recipe, batch_size=n, steps=steps, summary=told)
+    return replace(recipe, batch_size=n, steps=min(recipe.steps, EPOCHS))  # each of which sees all there is
 
 
 def check_suits(recipe: Recipe, directory: str | Path) -> int:
