@@ -290,12 +290,15 @@ def build(
 ) -> nn.Module:
     """The model with its tensors."""
     opened = lambda: open_weights(directory, described.weights)
-    if (depth := depth_of(described.config)) > DEEP and depth > (count := len(described.prepare(opened()[1]))):
+    if (depth := pretrained.depth_of(described.config)) > DEEP and depth > (
+        count := len(described.prepare(opened()[1]))
+    ):
         raise UserError(f"the config in {directory} asks for {depth} layers, but the file has {count} tensors in all.")
     try:
         model = empty_model(described.model_class, described.config)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"the config in {directory} describes no model that can be built: {error}.") from None
+        why = str(error).partition("\n")[0]
+        raise UserError(f"the config in {directory} describes no model that can be built: {why}.") from None
     path, weights = opened()
     weights = described.prepare(weights)
     if (config := pretrained.settle(described, weights)) != described.config:
@@ -306,18 +309,6 @@ def build(
     if described.defaults:
         model.defaults = described.defaults
     return model.eval()
-
-
-def depth_of(config: Any) -> int:
-    """How many layers a config asks for, in all its parts."""
-    if isinstance(config, (tuple, list)):
-        return sum(map(depth_of, config))
-    if not is_dataclass(config):
-        return 0
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    layers = getattr(config, "depths", values.get("blocks", ()))  # of stages
-    layers = sum(layers) + sum(values.get(name) or 0 for name in ("depth", "decoder_depth"))
-    return layers + sum(map(depth_of, values.values()))
 
 
 def open_adapter(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -89,11 +90,25 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         elif typing.get_origin(option) is typing.Literal:
             if value in typing.get_args(option):
                 return value
-        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif option is float and type(value) in (int, float) and is_reasonable(value):
             return float(value)
-        elif isinstance(option, type) and type(value) is option:
+        elif isinstance(option, type) and type(value) is option and is_reasonable(value):
             return value
-    raise UserError(f"{where} is {value!r}, but must be {describe(hint)}.")
+    raise UserError(f"{where} is {shown(value)}, but must be {describe(hint)}.")
+
+
+def is_reasonable(value: Any) -> bool:
+    """A whole number that a size can be, and no NaN or infinity."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def shown(value: Any) -> str:
+    """A value for a message, which stays one line."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
+    return text if len(text := repr(value)) <= 80 else f"{text[:80]}…"
 
 
 def describe(hint: Any) -> str:

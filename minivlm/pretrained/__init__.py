@@ -11,7 +11,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +53,19 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "openflamingo": "openflamingo",
 }
 
+MOST_LAYERS = 10_000
+# What comes of files that someone else wrote, or broke, where they are read without a look at each field.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -77,8 +90,12 @@ def recognise(directory: Path) -> str:
     values = read_json(path) if path.exists() else {}
     if "minivlm" in values:
         return "minivlm"
-    kind = values.get("model_type")
-    for word in (*(values.get("architectures") or ()), kind):
+    kind, classes = values.get("model_type"), values.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(word, str) for word in (*classes, kind or "")):
+        raise UserError(
+            f"{path} names its kind by model_type {kind!r} and architectures {classes!r}, which are no names."
+        )
+    for word in (*classes, kind):
         if word in MODULES:
             return word
     if (directory / "open_clip_config.json").exists():
@@ -115,10 +132,18 @@ def read(directory: Path, kind: str) -> Published:
     values |= generation_config.tokens(how)
     try:
         config = module.read_config(values)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} describes no model that can be built: {error}.") from error
     config = configs.from_dict(type(config), configs.to_dict(config), where=str(path))  # are the types right as well?
-    processor = module.read_processor(directory, values, config)
+    if (depth := depth_of(config)) > MOST_LAYERS:
+        raise UserError(f"{path} asks for {depth} layers: no file has so many.")
+    try:
+        processor, rows = module.read_processor(directory, values, config), module.rows(config)
+    except UNREADABLE as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the processor or tokeniser in {directory} is described in a way that cannot be read ({why})."
+        ) from error
     weights = OPEN_CLIP_WEIGHTS if kind == "open_clip" else WEIGHTS
     prepare = getattr(module, "prepare", Published.prepare)
     dtype, defaults = dtype_called(values.get("dtype") or values.get("torch_dtype")), {}
@@ -126,7 +151,19 @@ def read(directory: Path, kind: str) -> Published:
         defaults = generation_config.read(said, how)
         if untold := generation_config.untold(how):
             warnings.warn(f"{said} asks for {', '.join(untold)}, which is not followed.", UserWarning, stacklevel=3)
-    return Published(module.model_class, config, module.rows(config), weights, processor, prepare, dtype, defaults)
+    return Published(module.model_class, config, rows, weights, processor, prepare, dtype, defaults)
+
+
+def depth_of(config: Any) -> int:
+    """How many layers a config asks for, in all its parts."""
+    if isinstance(config, (tuple, list)):
+        return sum(map(depth_of, config))
+    if not is_dataclass(config):
+        return 0
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    layers = getattr(config, "depths", values.get("blocks", ()))  # of stages
+    layers = sum(layers) + sum(values.get(name) or 0 for name in ("depth", "decoder_depth"))
+    return layers + sum(map(depth_of, values.values()))
 
 
 def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:

@@ -7,6 +7,7 @@ file. Pickled weights are read with PyTorch's restricted reader, which builds te
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -17,26 +18,45 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.files import check_texts, open_regular, read_bytes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where the file is missing, broken or holds something else."""
+    data = read_bytes(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        values = json.loads(
+            data.decode("utf-8-sig"), parse_constant=no_number, parse_float=finite, object_pairs_hook=once
+        )
+        check_texts(values)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not JSON: it is no text at all.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
-    except (RecursionError, ValueError):
-        raise UserError(f"{path} is not JSON of any use: thousands of brackets or of digits in a row.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not JSON that can be read: its lists and objects are nested too deeply.") from None
+    except ValueError as error:  # also of a number of more digits than Python converts
+        raise UserError(f"{path} is not JSON that can be read: {str(error).partition(';')[0]}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
+    return values
+
+
+def no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def finite(word: str) -> float:
+    return value if math.isfinite(value := float(word)) else no_number(word)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError if it gives a name two different values."""
+    values = dict(pairs)
+    if len(values) < len(pairs) and (twice := [name for name, value in pairs if value != values[name]]):
+        raise ValueError(f"{twice[0]!r} is there twice, with different values")
     return values
 
 
@@ -49,15 +69,43 @@ def open_weights(directory: Path, names: tuple[str, ...] = WEIGHTS) -> tuple[Pat
     if path.suffix != ".json":
         return path, open_file(path)
     shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict):
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise UserError(f"{path} has no weight_map that says which tensor is in which file.")
-    return path, ChainMap(*(open_file(directory / Path(name).name) for name in sorted(set(shards.values()))))
+    files = {}
+    for name in sorted(set(shards.values())):
+        beside = name.removeprefix("./")
+        if Path(beside).name != beside or Path(beside).suffix not in (".safetensors", ".bin"):
+            raise UserError(f"{path} names {name!r}, which is no file of weights beside it.")
+        if not (directory / beside).exists():
+            raise UserError(f"{directory / beside} is missing, although the index beside it names it.")
+        files[name] = open_file(directory / beside)
+    return path, Shards(files, shards)
 
 
 def open_file(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"{path} is missing, although the index beside it names it.")
+    with open_regular(path):
+        pass  # a pipe would be waited for
     return Safetensors(path) if path.suffix == ".safetensors" else unpickle_tensors(path)
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of several files; of one that is in two of them, the one that the index names."""
+
+    def __init__(self, files: dict[str, Mapping[str, Tensor]], index: dict[str, str]):
+        self.all = ChainMap(*files.values())
+        self.named = {name: files[file] for name, file in index.items() if name in files[file]}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.named.get(name, self.all)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.all
 
 
 class Safetensors(Mapping[str, Tensor]):
@@ -73,12 +121,15 @@ class Safetensors(Mapping[str, Tensor]):
             raise UserError(
                 f"{path} is no whole safetensors file ({error}). {hint}Copy or download it again."
             ) from None
-        self.names = dict.fromkeys(self.file.keys())
+        self.path, self.names = path, dict.fromkeys(self.file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return self.file.get_tensor(name)
+        try:
+            return self.file.get_tensor(name)
+        except Exception as error:  # a header may promise what the file has not, in a type that torch has not
+            raise UserError(f"{self.path} holds {name} in a way that cannot be read ({error}).") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

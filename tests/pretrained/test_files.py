@@ -126,5 +126,5 @@ def test_broken_json_is_one_sentence(content, said, tmp_path):
 def test_json_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"other\.json is missing"):
         read_json(tmp_path / "other.json")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder, where a file is wanted"):
         read_json(tmp_path)
