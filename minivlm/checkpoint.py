@@ -33,7 +33,7 @@ from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dty
 from minivlm.pretrained import generation_config
 from minivlm.pretrained.files import open_weights, read_json
 from minivlm.pretrained.hub import locate
-from minivlm.pretrained.names import tied, to_ours
+from minivlm.pretrained.names import listed, tied, to_ours
 from minivlm.processor import Processor, ProcessorConfig
 
 DEEP = 100  # layers that are built without a look whether the file has so many
@@ -304,6 +304,7 @@ def build(
     if (config := pretrained.settle(described, weights)) != described.config:
         model = empty_model(described.model_class, config)
     tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
+    refuse_no_numbers(tensors, str(path))
     stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
     fill(model, tensors, device=device, dtype=dtype or stored)
     if described.defaults:
@@ -347,7 +348,7 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     values = read_json(path)
     if missing := {"minivlm", "model", "config", "processor"} - values.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
-    if (name := values["model"]) not in MODELS:
+    if not isinstance(name := values["model"], str) or name not in MODELS:
         raise UserError(f"{path} asks for the model {name!r}.{nearest(str(name), MODELS)}")
     model_class = getattr(importlib.import_module(MODELS[name]), name)
     if values["minivlm"] != minivlm.__version__:
@@ -359,6 +360,7 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
         processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
         tokenizer = directory / "tokenizer.json"
         processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
+    refuse_unknown_tokens(config, str(path))
     if not isinstance(how := values.get("generation", {}), dict):
         raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")
     told = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
@@ -370,6 +372,22 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     parts = sources(values["base"], base, str(directory))
     prepare = lambda weights: bring_back(weights, parts, config, str(directory), above)
     return replace(described, prepare=prepare, needs_base=True)
+
+
+def refuse_unknown_tokens(config: Any, where: str) -> None:
+    """UserError for the number of a token, such as the one that ends an answer, that the model has no embedding for."""
+    if not is_dataclass(config):
+        return
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    parts = (getattr(values.get(name), "vocab_size", None) for name in ("language", "text"))
+    if (size := values.get("vocab_size") or next(filter(None, parts), None)) is not None:
+        named = {name: value for name, value in values.items() if name.endswith(("_token", "_tokens"))}
+        for name, tokens in named.items():
+            for token in tokens if isinstance(tokens, tuple) else (tokens,):
+                if isinstance(token, int) and not -1 <= token < size:  # −1: none
+                    raise UserError(f"{where}: {name} is {token}, but the model knows tokens 0 to {size - 1}.")
+    for value in values.values():
+        refuse_unknown_tokens(value, where)
 
 
 def from_dict(cls: type, values: Any, where: str) -> Any:
@@ -400,6 +418,17 @@ class Unfilled(torch.overrides.TorchFunctionMode):
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "fill_", "zero_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def refuse_no_numbers(tensors: Mapping[str, Tensor], where: str, few: int = 16) -> None:
+    """UserError for weights that are NaN or infinite. A few of each tensor are looked at: all would mean to read the file."""
+    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    floats = {n: (t.T if t.ndim == 2 and not t.is_contiguous() else t).flatten() for n, t in floats.items()}
+    broken = [n for n, t in floats.items() if not (t[:few].isfinite().all() and t[-few:].isfinite().all())]
+    if broken:
+        raise UserError(
+            f"{where} holds what is no number (NaN or infinity) in {len(broken)} tensors ({listed(broken)})."
+        )
 
 
 def stored_dtype(tensors: Iterable[Tensor], declared: torch.dtype | None, where: str, *, binding: bool) -> torch.dtype:

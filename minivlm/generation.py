@@ -346,6 +346,10 @@ def check(decoding: Decoding, options: Options, prompt: Tensor | None, decode: D
         raise ValueError("stop strings are looked for in the text: give decode, as processor.decode")
     if prompt is not None and (prompt.ndim != 2 or len(prompt) != len(decoding.logits)):
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}, but the decoding has {len(decoding.logits)} rows")
+    if decoding.logits.isnan().any():
+        raise UserError(
+            "the model foretells what is no number (NaN): its weights are broken, or too large for float16."
+        )
 
 
 # ---- beam search -----------------------------------------------------------------------------------------------------

@@ -54,6 +54,13 @@ class T5Config:
     pad_token: int = 0
     dropout: float = 0.0
 
+    def __post_init__(self):
+        if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_buckets is {self.relative_buckets} and relative_distance {self.relative_distance}: a T5 needs 4 "
+                "buckets or more, and a distance beyond half as many"
+            )
+
     @property
     def encoder(self) -> TransformerConfig:
         return TransformerConfig(

@@ -7,11 +7,12 @@ out/clip/config.json        {"minivlm": …}              ours, see `minivlm.che
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,7 +92,7 @@ def recognise(directory: Path) -> str:
     if "minivlm" in values:
         return "minivlm"
     kind, classes = values.get("model_type"), values.get("architectures") or []
-    if not isinstance(classes, list) or not all(isinstance(word, str) for word in (*classes, kind or "")):
+    if not isinstance(classes, list) or not all(isinstance(word, str) for word in (*classes, kind) if word is not None):
         raise UserError(
             f"{path} names its kind by model_type {kind!r} and architectures {classes!r}, which are no names."
         )
@@ -160,7 +161,7 @@ def depth_of(config: Any) -> int:
         return sum(map(depth_of, config))
     if not is_dataclass(config):
         return 0
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     layers = getattr(config, "depths", values.get("blocks", ()))  # of stages
     layers = sum(layers) + sum(values.get(name) or 0 for name in ("depth", "decoder_depth"))
     return layers + sum(map(depth_of, values.values()))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minivlm.errors import UserError
-from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.features import finite, inference, to_tokens
 
 
 def chooses(model) -> bool:
@@ -39,7 +39,7 @@ def choose_all(
         tokens, mask = to_tokens(questions, processor)
         pixels = processor.images([image for [image] in pictures]).to(model.device, model.dtype)
         with inference(model):
-            logits = model.answer(pixels, tokens.to(model.device), mask.to(model.device))
+            logits = finite(model.answer(pixels, tokens.to(model.device), mask.to(model.device)), model)
         said += [model.config.answers[best] for best in logits.argmax(dim=1).tolist()]
     return said
 
@@ -79,5 +79,5 @@ def rank_answers(
     texts = [(x.to(model.device) for x in to_tokens(some, processor)) for some in ([question], list(answers))]
     pixels = processor.images(images).to(model.device, model.dtype)
     with inference(model):
-        [scores] = model.rank(pixels, *texts[0], *texts[1]).tolist()
+        [scores] = finite(model.rank(pixels, *texts[0], *texts[1]), model).tolist()
     return sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1])

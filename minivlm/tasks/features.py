@@ -45,7 +45,7 @@ def encode_texts(texts: Sequence[str], model, processor, *, batch_size: int = 25
     with inference(model):
         for i in range(0, len(texts), batch_size):
             tokens, mask = to_tokens(texts[i : i + batch_size], processor, cut=cut)
-            parts.append(model.encode_text(tokens.to(model.device), mask.to(model.device)).float())
+            parts.append(finite(model.encode_text(tokens.to(model.device), mask.to(model.device)).float(), model))
     return torch.cat(parts)
 
 
@@ -64,4 +64,14 @@ def to_tokens(texts: Sequence[str], processor, *, cut: bool = False) -> tuple[Te
 
 def encode_pixels(pixels: Tensor, model) -> Tensor:
     """(B, 3, H, W) as the processor made it → (B, D) float32, for weights of any precision on any device."""
-    return model.encode_image(pixels.to(model.device, model.dtype)).float()
+    return finite(model.encode_image(pixels.to(model.device, model.dtype)).float(), model)
+
+
+def finite(numbers: Tensor, model) -> Tensor:
+    """The same numbers. UserError if some are none: a picture or text would be found, or not, by chance."""
+    if not numbers.isfinite().all():
+        raise UserError(
+            f"this {type(model).__name__} answers with what is no number (NaN or infinity): its weights are broken, or too "
+            f"large for {str(model.dtype).removeprefix('torch.')}."
+        )
+    return numbers

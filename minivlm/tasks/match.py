@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.features import finite, inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched
 
@@ -79,7 +79,7 @@ def match_pairs(
             inputs = (tokens[text, :T].to(model.device), mask[text, :T].to(model.device))
             logits = model.match(None, *inputs, features=features[image.to(features.device)]).float()  # (b, 2)
             odds[some] = (logits[:, 1] - logits[:, 0]).cpu()
-    return odds
+    return finite(odds, model)
 
 
 def can_match(model) -> bool:
