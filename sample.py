@@ -331,8 +331,10 @@ def load_model(options: argparse.Namespace, **settings) -> tuple:
     import minivlm
     from minivlm.training import choose_device
 
-    base = dict(part.split("=", 1) for part in options.base or () if "=" in part) or (options.base or [None])[0]
-    return minivlm.load(options.model, device=choose_device(options.device), base=base, **settings)
+    if options.base:
+        parts = dict(part.split("=", 1) for part in options.base if "=" in part)
+        settings["base"] = parts or options.base[0]
+    return minivlm.load(options.model, device=choose_device(options.device), **settings)
 
 
 def load_comparer(options: argparse.Namespace) -> tuple:
