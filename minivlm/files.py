@@ -60,11 +60,14 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def parse_json(data: bytes) -> Any:
-    """UTF-8 bytes of JSON → values, all texts in them valid. ValueError says what is wrong, without a full stop."""
+def parse_json(data: bytes, *, texts: bool = True) -> Any:
+    """UTF-8 bytes of JSON → values. ValueError says what is wrong, without a full stop.
+
+    texts: all texts in them are valid, as `check_texts` says.
+    """
     try:
         values = json.loads(data.decode("utf-8-sig"))
-        if re.search(rb"\\u[dD][89a-fA-F]", data):  # half of a pair, or both
+        if texts and re.search(rb"\\u[dD][89a-fA-F]", data):  # half of a pair, or both
             check_texts(values)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
@@ -88,6 +91,8 @@ def check_texts(values: Any, key: str = "") -> None:
 
 def check_text(text: str) -> None:
     """ValueError if it holds half a surrogate pair, which JSON and file names may, but no encoding of Unicode can."""
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

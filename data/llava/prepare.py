@@ -7,7 +7,6 @@ chat.json has the same form); IMAGES is the folder that its image paths begin in
 dropped, as LLaVA's own code does; conversations that cannot be learnt from are left out and counted.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without bei
 
 from minivlm.checkpoint import write_atomically  # noqa: E402, RUF100
 from minivlm.datasets.folder_talk import read_conversation  # noqa: E402, RUF100
-from minivlm.datasets.official import command_line, place, read_official  # noqa: E402, RUF100
+from minivlm.datasets.official import as_json, command_line, place, read_official  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
 
 
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
     if not entries:
         raise UserError(f"{options.file} has no entry that can be used{': ' + broken[0] if broken else ''}.")
     place(options.images, options.out / "images", copy=options.copy)
-    text = json.dumps(entries, ensure_ascii=False)
+    text = as_json(entries)
     write_atomically(options.out / "conversations.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(f"{options.out}: {len(entries)} conversations. Next: python train.py llava --data {options.out}")
     if broken:

@@ -88,7 +88,7 @@ def has_pairs(directory: Path) -> bool:
     """Are there images with texts? Conversations and documents may do without."""
     if is_interleaved(directory) and not is_talk(directory):
         return False
-    if not find_talk(directory) or (directory / "captions.jsonl").is_file():
+    if not find_talk(directory) or (directory / "captions.jsonl").exists():
         return True
     return any(len(entry.images) == 1 for entry in read_entries(directory, []))
 

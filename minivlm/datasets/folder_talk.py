@@ -41,7 +41,7 @@ from minivlm.datasets.images import ImageCache, cache_folder, check_header, read
 from minivlm.datasets.judge import Problem, check_pictures, leave_out
 from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
-from minivlm.files import parse_json, read_bytes
+from minivlm.files import check_texts, parse_json, read_bytes
 from minivlm.special_tokens import as_text
 
 MOST = 4  # questions of one conversation
@@ -269,7 +269,7 @@ TALK_FILES = ("conversations.json", "vqa.jsonl", "questions.jsonl")
 
 def find_talk(directory: Path) -> Path | None:
     """The first file with questions or conversations, if there is one."""
-    return next((directory / name for name in TALK_FILES if (directory / name).is_file()), None)
+    return next((directory / name for name in TALK_FILES if (directory / name).exists()), None)
 
 
 def read_entries(directory: Path, problems: list[str] | None = None) -> list[Captioned | Quiz | Conversation]:
@@ -280,10 +280,10 @@ def read_entries(directory: Path, problems: list[str] | None = None) -> list[Cap
         return [captioned(item) for item in read_folder(directory, problems)]
     find = cache(partial(find_image, directory=directory))  # many entries may be about one image
     entries = []
-    for file in (directory / name for name in TALK_FILES if (directory / name).is_file()):
+    for file in (directory / name for name in TALK_FILES if (directory / name).exists()):
         read = read_conversations if file.suffix == ".json" else read_questions
         entries += read(file, find, problems)
-    if (directory / "captions.jsonl").is_file():
+    if (directory / "captions.jsonl").exists():
         entries += add_captions(entries, read_captions(directory, problems))
     return entries
 
@@ -364,7 +364,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 def read_conversations(file: Path, find, problems: list[str] | None) -> list[Conversation]:
     try:
-        values = parse_json(read_bytes(file))
+        values = parse_json(read_bytes(file), texts=False)  # of each entry by itself
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{file} is not JSON ({error}).") from None
     if not isinstance(values, list) or not values:
@@ -386,6 +386,7 @@ def read_conversation(values: dict, find, name: str) -> Conversation:
     """ValueError or UserError says what is wrong."""
     if not isinstance(values, dict) or not isinstance(values.get("conversations"), list):
         raise ValueError('it has no list "conversations"')
+    check_texts(values)
     images = values.get("image") or []
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, str) for image in images):

@@ -26,7 +26,7 @@ def command_line(doc: str, out: Path) -> argparse.ArgumentParser:
 def read_official(path: Path, *lists: str) -> Any:
     """A JSON file that holds a list; or an object with these lists of objects, of which it gives the lists."""
     try:
-        values = parse_json(read_bytes(path))
+        values = parse_json(read_bytes(path), texts=bool(lists))  # a list alone is judged entry by entry
     except ValueError as error:  # no text, or no JSON
         raise UserError(f"{path} is not JSON ({error}): was it downloaded completely?") from None
     if not lists:
@@ -107,6 +107,16 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(as_json(row) + "\n" for row in rows)
 
     write_atomically(path, write)
+
+
+def as_json(values: Any) -> str:
+    """Readable in every script; with \\udce9 where the name of an image is no UTF-8."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(values)
+    return text

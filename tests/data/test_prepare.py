@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -280,6 +281,21 @@ def test_llava_leaves_out_what_cannot_be_learnt_from_and_says_so(llava, tmp_path
     write(tmp_path / "mix.json", broken)
     with pytest.raises(UserError, match=r"mix\.json has no entry that can be used: entry 1: the number"):
         prepare(*llava)
+
+
+def test_llava_leaves_out_what_is_no_text_and_keeps_names_that_are_no_utf8(llava, tmp_path, capsys):
+    entries = json.loads((tmp_path / "mix.json").read_text())
+    name = os.fsdecode(b"caf\xe9.jpg")
+    save(tmp_path / "playground" / name)
+    (tmp_path / "mix.json").write_text(
+        json.dumps([*entries, llava_entry("Hello", "half \ud83d"), llava_entry("<image>\nwhat?", "é", image=name)])
+    )
+    prepare(*llava)
+    assert "1 entries cannot be learnt from and are left out; the first: entry 3: “half \\ud83d” is no valid text" in (
+        capsys.readouterr().out
+    )
+    splits = [open_talk(tmp_path / "out", split, image_size=32) for split in ("train", "val", "test")]
+    assert f"images/{name}" in {talk.key(i) for talk in splits for i in range(len(talk))}
 
 
 def test_llavas_missing_images_are_an_error_or_left_out(llava, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Folders of conversations, questions and captions: what is read, what is said, and one sentence for every mistake."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from minivlm.conversation import Turn, encode_conversation
 from minivlm.datasets import Question, check, open_pairs, open_talk
+from minivlm.datasets.folder_talk import read_entries
 from minivlm.errors import UserError
 from tests.speakers import processor
 
@@ -353,3 +355,19 @@ def test_the_check_reads_such_a_folder_and_names_every_problem(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         check.main([str(folder)])
     assert stop.value.code == 1 and "conversations.json, entry 2: there is no image '9.png'" in capsys.readouterr().out
+
+
+def test_half_a_surrogate_pair_is_told_by_its_entry(folder):
+    fine = entry("<image>\nwhat?", "a kite", image="0.png")
+    write_conversations(folder, fine, entry("<image>\nwhat?", "a \ud83d kite", image="0.png"))
+    with pytest.raises(UserError, match=r"conversations\.json, entry 2.*: “a \\ud83d kite” is no valid text"):
+        talk_of(folder)
+    problems = []
+    assert len(read_entries(folder, problems)) == 1 and len(problems) == 1
+
+
+@pytest.mark.parametrize("name", ["conversations.json", "vqa.jsonl"])
+def test_a_pipe_is_told_and_not_waited_for(folder, name):
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name} is no regular file but a named pipe"):
+        talk_of(folder)
