@@ -63,7 +63,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)
-    for note in work.notes():
+    for note in [*work.notes(), *work.stand_ins("val", "test")]:
         say(note)
     say(recipes.parts_table(model, recipe.optimiser.learning_rate, work.origins))
 

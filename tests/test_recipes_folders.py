@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import train
-from minivlm import recipes
+from minivlm import evaluate, recipes
 from minivlm.errors import UserError
 from minivlm.recipes import lessons
 
@@ -189,6 +189,8 @@ def test_a_recipe_trains_to_the_end_or_is_refused_before_the_first_step(name, ki
         assert {"config.json", "metrics.json", "picture.png"} <= {path.name for path in out.iterdir()}
         scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         assert scores and all(np.isfinite(score["value"]) for score in scores.values())
+        on_training_pictures = "What is judged has been trained on." in said.partition("the best checkpoint")[2]
+        assert on_training_pictures == (kind == "few")
         check_next_commands(said.partition("Try next:")[2].splitlines(), data)
     else:
         with pytest.raises(UserError, match=r"^[^\n]+$") as refused:
@@ -205,3 +207,27 @@ def check_next_commands(commands, data):
         for word in shlex.split(command)[2:]:
             if "/" in word and word.startswith(str(data)):
                 assert Path(word).exists(), command
+
+
+def test_evaluation_says_where_it_judges_by_what_was_trained_on(folders, bases, capsys):
+    evaluate.main([str(bases / "clip"), "--data", str(folders / "few"), "--device", "cpu"])
+    out, told = capsys.readouterr()
+    assert "There are no test images: the train images stand in for them. What is judged has been trained on." in told
+    assert "R@1" in out
+    evaluate.main([str(bases / "clip"), "--data", str(folders / "captions"), "--device", "cpu"])
+    assert "No val and test split are given: a tenth of the images each" in capsys.readouterr().err
+
+
+def test_a_folder_smaller_than_a_batch_is_trained_on_whole_in_fewer_steps(folders, tmp_path):
+    _, recipe, _ = recipes.command_line(["clip", "--data", str(folders / "captions"), "--out", str(tmp_path / "out")])
+    train_images = recipes.shared.check_suits(recipe, folders / "captions")
+    assert recipe.batch_size == train_images < N and "no more to train on" in recipe.summary
+    plan = recipes.chain(*recipes.command_line(["vqa", "--data", str(folders / "questions"), "--batch_size", "4"]))
+    assert [(name, part.batch_size) for name, part, _ in plan] == [("clip-resnet", train_images), ("vqa", 4)]
+
+
+def test_what_does_not_suit_is_refused_before_what_it_builds_on_is_trained(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"images in class folders .* but a small language model learns from texts"):
+        train.main(arguments("llava", data=folders / "classes"))
+    assert not any(tmp_path.iterdir())

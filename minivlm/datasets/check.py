@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minivlm.datasets.contents import available
 from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
 from minivlm.datasets.folder_talk import find_talk, read_entries
 from minivlm.datasets.images import in_parallel, read_image
@@ -197,11 +198,6 @@ def without_broken(items: list[Item], directory: Path, problems: list[str]) -> l
     errors = list(in_parallel(attempt, items, "decoding images"))
     problems.extend(error for error in errors if error)
     return [item for item, error in zip(items, errors, strict=True) if not error]
-
-
-def available(items: list[Item]) -> list[str]:
-    """The splits that can be had: all three, unless every image belongs to val or test."""
-    return [split for split in SPLITS if split != "train" or any(item.split in (None, "train") for item in items)]
 
 
 def choose_processor(args: argparse.Namespace, items: list[Item]):

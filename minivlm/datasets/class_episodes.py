@@ -71,6 +71,11 @@ def class_lessons(classes: list[PictureClass]) -> tuple[Lessons, list[Path]]:
 
 def read_classes(directory: Path, split: str) -> list[PictureClass]:
     """The classes of a split, in the order of their names. UserError: no folder, or none with pictures."""
+    return choose_split(find_classes(directory), split, directory)[0]
+
+
+def find_classes(directory: Path) -> list[PictureClass]:
+    """Those of all splits."""
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
     listing = list_folder(directory)
@@ -89,7 +94,7 @@ def read_classes(directory: Path, split: str) -> list[PictureClass]:
         refuse_other_layouts(directory, holds, named=False)
     if not found:
         raise UserError(f"{directory} has no sub-folders of pictures, one a class.")
-    return choose_split(list(found.values()), split, directory)[0]
+    return list(found.values())
 
 
 def check_enough(classes: list[PictureClass], directory: Path, split: str, *, shots: int, ways: int) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-from minivlm.datasets.class_episodes import is_class_folder, read_classes
+from minivlm.datasets.class_episodes import find_classes, is_class_folder, read_classes
 from minivlm.datasets.folder import SPLITS, choose_split
 from minivlm.datasets.folder_talk import Conversation, Quiz, read_entries
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
@@ -49,7 +49,23 @@ def contents(directory: str | os.PathLike) -> Contents:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
-    return read_contents(directory.resolve(), stamps(directory))
+    return read_contents(directory.resolve(), stamps(directory))[0]
+
+
+def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = False) -> list[str]:
+    """Where the files do not tell which samples (few_shot: classes) are a split: which are taken for it."""
+    directory = Path(directory)
+    if few_shot and is_class_folder(directory):
+        return choose_split(find_classes(directory), split, directory)[1]
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}.")
+    return read_contents(directory.resolve(), stamps(directory))[1][split]
+
+
+def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False) -> list[str]:
+    """Of these notes the ones on splits that do not exist, for which others stand in."""
+    told = (note for split in splits for note in split_notes(directory, split, few_shot=few_shot))
+    return [note for note in dict.fromkeys(told) if "stand in for them" in note]
 
 
 def stamps(directory: Path) -> tuple:
@@ -60,19 +76,29 @@ def stamps(directory: Path) -> tuple:
 
 
 @lru_cache(maxsize=4)
-def read_contents(directory: Path, _: tuple) -> Contents:
+def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[str]]]:
+    """And the notes on each split."""
+    notes: dict[str, list[str]] = {split: [] for split in SPLITS}
     if is_world(directory):
-        return world_contents(directory)
+        return world_contents(directory), notes
     found: Contents = {split: Counter() for split in SPLITS}
     if is_interleaved(directory):
         for split in SPLITS:
             documents = Interleaved(directory, split, image_size=None)
+            notes[split] = list(documents.notes)
             found[split] += Counter({"documents": len(documents), "texts": len(list(documents.texts()))})
     if is_talk(directory) or not is_interleaved(directory):
         entries = read_entries(directory)
-        for split in SPLITS:
-            found[split] += count(choose_split(entries, split, directory)[0], directory, split)
-    return found
+        for split in available(entries):
+            chosen, told = choose_split(entries, split, directory)
+            found[split] += count(chosen, directory, split)
+            notes[split] = [*notes[split], *told]
+    return found, notes
+
+
+def available(items: list) -> list[str]:
+    """The splits that can be had: all three, unless everything belongs to val or test."""
+    return [split for split in SPLITS if split != "train" or any(item.split in (None, "train") for item in items)]
 
 
 def count(entries: list, directory: Path, split: str) -> Counter[str]:

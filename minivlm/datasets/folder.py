@@ -171,7 +171,8 @@ def choose_split(items: list, split: str, directory: Path) -> tuple[list, list[s
         if groups[stand_in]:
             break
     if stand_in != split:
-        notes.append(f"There are no {split} images: the {stand_in} images stand in for them.")
+        seen = " What is judged has been trained on." if stand_in == "train" else ""
+        notes.append(f"There are no {split} images: the {stand_in} images stand in for them.{seen}")
     return groups[stand_in], notes
 
 

@@ -4,10 +4,12 @@ and what it learns from examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from minivlm.command_line import Parser, check_picture_name, whole
+from minivlm.datasets.contents import split_notes
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
@@ -82,6 +84,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     check_picture_name(options.picture, option="--picture")
     model, processor = load(options.model, device=choose_device(options.device))
+    for note in split_notes(options.data, "test", few_shot=options.shots is not None):
+        print(note, file=sys.stderr)
     if options.shots is None:
         scores = evaluate(model, processor, options.data)
     else:

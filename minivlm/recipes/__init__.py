@@ -219,7 +219,7 @@ def finish(run: Run, work) -> None:
     checkpoint.save(run.directory, work.model, work.processor, base=work.recipe.base())
     try:
         scores = work.evaluate()
-        print(f"\nthe best checkpoint (step {step}) on held-out data:\n\n{table(scores)}\n")
+        print(f"\nthe best checkpoint (step {step}) on {work.judged_on()}\n\n{table(scores)}\n")
         values = {name: dataclasses.asdict(score) for name, score in scores.items()}
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         work.picture(picture)

@@ -34,6 +34,7 @@ EPOCH = 10_000  # lessons; there is no end of them
 class LessonsWork(Work):
     """Learnt are the names of classes, new in every lesson; judged are classes held out, one example each."""
 
+    few_shot = True
     score_name = f"new words, {WAYS} ways, an example each"
 
     def __init__(self, recipe: Recipe, model: Flamingo, processor: Processor):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minivlm.datasets.contents import stand_ins
 from minivlm.metrics import Score
 from minivlm.recipes.base import Recipe
 
@@ -22,6 +23,7 @@ class Work:
 
     score_name: str
     chance_text: str
+    few_shot = False  # it is judged by classes
 
     def __init__(self, recipe: Recipe, model: nn.Module, processor, n: int):
         self.recipe, self.model, self.processor, self.n = recipe, model, processor, n
@@ -94,6 +96,16 @@ class Work:
     def evaluate(self) -> dict[str, Score]:
         """All scores on held-out data."""
         raise NotImplementedError
+
+    def judged_on(self) -> str:
+        """What `evaluate` judges on, in words."""
+        told = self.stand_ins("test")
+        return "held-out data:" if not told else f"what there is. {' '.join(told)}"
+
+    def stand_ins(self, *splits: str) -> list[str]:
+        """Notes on splits that the data lack."""
+        data = getattr(self.recipe, "data", self.recipe)
+        return stand_ins(data.directory, *splits, few_shot=self.few_shot)
 
     def picture(self, path: Path) -> None:
         """What was learnt, to look at."""
