@@ -58,8 +58,8 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
         return True
     with training.rank_zero_first():
         work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
-    share = recipe.batch_size // world
-    model = training.whole_batch_norm(work.model.to(device).train(), device, world, share, recipe.micro_batch)
+    model = training.whole_batch_norm(work.model.to(device).train(), device, world)
+    model.check_parts(recipe.batch_size // world, recipe.micro_batch or recipe.batch_size)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)

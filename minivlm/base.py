@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from minivlm import generation
+from minivlm.errors import UserError
 from minivlm.losses import alone, backward, per_process
 
 
@@ -53,8 +55,9 @@ class Model(nn.Module):
         """The gradients of `losses` of the whole batch, from `size` samples at a time (gradient accumulation).
 
         Each loss is a sum over the whole batch, of all processes, by the count of the whole batch; the mean over a part
-        adds to it by the share that the part has in the count. Returns the losses, detached.
+        adds to it by the share that the part has in the count. Returns the losses, detached. UserError for batch norm.
         """
+        self.check_parts(len(first_of(batch)), size)
         counts = self.counts(batch)
         whole = dict(zip(counts, per_process(torch.stack([*counts.values()])), strict=True))
         total: dict[str, Tensor] = {}
@@ -67,6 +70,14 @@ class Model(nn.Module):
                 losses[name] = loss * (counts[by] / whole[by].clamp(min=1e-6))
             total = {name: total.get(name, 0) + loss for name, loss in backward(losses).items()}
         return total
+
+    def check_parts(self, samples: int, size: int) -> None:
+        """UserError where batch norm that is trained would see less than all of the samples."""
+        if size < samples and (norms := batch_norms(self)):
+            raise UserError(
+                f"{norms} takes its mean over the whole batch, of which --micro_batch {size} shows it a part: leave "
+                "--micro_batch out, or take a model without batch norm, such as clip."
+            )
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each of the `losses` is a mean over, by name: how many there are in the batch. "samples": of all others."""
@@ -100,6 +111,12 @@ class Model(nn.Module):
         from minivlm.checkpoint import save
 
         save(directory, self, processor, layout=layout, base=base)
+
+
+def batch_norms(model: nn.Module) -> str:
+    """Where there is batch norm that is trained, in words; an empty string where there is none."""
+    found = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    return f"batch norm ({found[0]}{f' and {len(found) - 1} more' if found[1:] else ''})" if found else ""
 
 
 def first_of(batch: dict[str, Tensor]) -> Tensor:

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from minivlm.base import Model, batch_norms
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
 from minivlm.layers.efficientnet import EfficientNet
@@ -270,28 +270,19 @@ def check_batch(batch_size: int, world: int) -> None:
         )
 
 
-def whole_batch_norm(model: nn.Module, device: torch.device, world: int, share: int, parts_of: int | None) -> nn.Module:
+def whole_batch_norm(model: Model, device: torch.device, world: int) -> Model:
     """The model, whose batch norm, where it is trained, counts the batch of all processes (PyTorch's SyncBatchNorm).
 
-    share: samples of a batch that each process has; parts_of: how many of them it has at a time, None: all.
-
-    UserError where batch norm would see less than the whole batch: in parts, and over processes that have no CUDA device.
+    UserError where there is no such thing, which is on all devices but CUDA's.
     """
-    norms = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.training]
-    if not norms:
+    if world == 1 or not (norms := batch_norms(model)):
         return model
-    normal = f"batch norm ({norms[0]}" + (f" and {len(norms) - 1} more)" if norms[1:] else ")")
-    if parts_of is not None and parts_of < share:
+    if device.type != "cuda":
         raise UserError(
-            f"{normal} takes its mean over the whole batch, of which --micro_batch {parts_of} shows it a part: "
-            "leave --micro_batch out, or take a model without batch norm, such as clip."
-        )
-    if world > 1 and device.type != "cuda":
-        raise UserError(
-            f"{normal} takes its mean over the whole batch, which {world} processes can share on CUDA devices alone "
+            f"{norms} takes its mean over the whole batch, which {world} processes can share on CUDA devices alone "
             f"(SyncBatchNorm), not on {device.type}: start one process, or take a model without batch norm, such as clip."
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 else model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 class Losses(nn.Module):
@@ -308,7 +299,7 @@ class Losses(nn.Module):
         return self.model.losses(**batch)
 
 
-def losses_of(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def losses_of(model: Model) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """batch → `model.losses`. With several processes PyTorch's DistributedDataParallel calls it, which averages gradients
     while the rest are still computed: losses are such that their mean over processes is that of the whole batch."""
     if not several():

@@ -50,7 +50,7 @@ def likeliest(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 def step(work, number: int, parts: int | None, rank: int = 0, world: int = 1, device: str = "cpu") -> dict[str, Tensor]:
     """Losses, gradients and buffers after a step without the optimiser's part, by name."""
     model, batch = copy.deepcopy(work.model).to(device), work.batch(number, rank, world)
-    model = training.whole_batch_norm(model, torch.device(device), world, B // world, parts)
+    model = training.whole_batch_norm(model, torch.device(device), world)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if parts is None:
         forward = training.losses_of(model)
@@ -113,17 +113,17 @@ def unordered(rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path, name):
-    model = small_work(name, small_world(tmp_path, train=8), batch_size=8).model
-    on = lambda device, world, parts: training.whole_batch_norm(model, torch.device(device), world, 8 // world, parts)
+    work = small_work(name, small_world(tmp_path, train=8), batch_size=8)
+    model, on = work.model, lambda device, world: training.whole_batch_norm(model, torch.device(device), world)
     with pytest.raises(UserError, match=r"batch norm \(vision\..* and \d+ more\) .*--micro_batch 3 shows it a part"):
-        on("cpu", 1, 3)
+        model.backward_in_parts(work.batch(0), 3)
     with pytest.raises(UserError, match=r"batch norm .* 2 processes can share on CUDA devices alone .*not on cpu"):
-        on("cpu", 2, None)
-    assert on("cpu", 1, None) is on("cpu", 1, 8) is model
-    synced = on("cuda", 2, 4)
+        on("cpu", 2)
+    assert on("cpu", 1) is model and model.backward_in_parts(work.batch(0), 8)
+    synced = on("cuda", 2)
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
     model.freeze("vision")
-    assert training.whole_batch_norm(model.train(), torch.device("cpu"), 2, 4, 3) is model
+    assert on("cpu", 2) is model.train()
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in REFUSED])

@@ -145,6 +145,7 @@ class CLIP(Model):
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         """The gradients of the whole batch's loss from `size` samples at a time; see `backward_with_gradient_cache`."""
+        self.check_parts(len(batch["tokens"]), size)
         inputs = ((batch["images"],), (batch["tokens"], batch["mask"]))
         encoders = (self.encode_image, self.encode_text)
         return {"contrast": backward_with_gradient_cache(encoders, inputs, self.loss, chunk=size)}

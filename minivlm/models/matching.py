@@ -40,6 +40,7 @@ class Matching:
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         """See `Model.backward_in_parts`. Pictures and texts are compared in the whole batch, so `losses` cuts it itself."""
+        self.check_parts(len(batch["tokens"]), size)
         return backward(self.losses(**batch, micro_batch=size))
 
     def contrast(

@@ -198,6 +198,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         return {name: self.task_weight(name) / chance[name] * loss for name, loss in losses.items()}
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        self.check_parts(len(batch["tokens"]), size)
         return backward(self.losses(**batch, micro_batch=size))  # search compares the whole batch
 
     def caption_total(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
