@@ -34,6 +34,13 @@ def drawn(work, steps):
     return [sorted((index, rng.random()) for index, rng in work.share(step, 0, 1)) for step in steps]
 
 
+def test_every_epoch_has_every_sample_once_and_in_an_order_of_its_own():
+    work = Sentences(1, n=43)
+    epochs = [[index for step in range(first, first + 10) for index in work.indices(step)] for first in (0, 10, 20)]
+    assert all(len({*epoch}) == 40 for epoch in epochs)  # three are left over, others each time
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and {*epochs[0]} != {*epochs[1]}
+
+
 def test_a_window_has_the_samples_that_its_steps_would_have_had():
     plain, bucketed = Sentences(1), Sentences(5)
     for window in (range(5), range(5, 10), range(20, 25)):  # the second one crosses from one epoch into the next

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,27 @@ class TestRunCommandLine:
 
         with pytest.raises(ZeroDivisionError):
             self.run(main, monkeypatch)
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+    def test_what_the_terminal_has_no_sign_for_does_not_end_the_program(self, encoding):
+        script = (
+            "import sys\n"
+            "from minivlm.errors import UserError, run_command_line\n"
+            "def main(argv):\n"
+            "    print('image → text', '\\udce9.png', flush=True)\n"
+            "    raise UserError('no folder 左.')\n"
+            "run_command_line(main)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-X", "utf8=0", "-c", script],
+            cwd=ROOT,
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        narrow = encoding != "utf-8"
+        assert done.stdout.decode(encoding).split() == ["image", r"\u2192" if narrow else "→", "text", r"\udce9.png"]
+        assert done.stderr.decode(encoding).strip() == f"error: no folder {chr(92) + 'u5de6' if narrow else '左'}."
+        assert done.returncode == 2
 
     def test_a_closed_pipe_is_not_an_error(self):
         script = (

@@ -1,6 +1,7 @@
 """Who may import whom, and what `import minivlm` costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,27 @@ def run(script: str) -> str:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def text_files_without_encoding(path: Path) -> list[str]:
+    """Calls of open, read_text and write_text for text that leave its encoding to the machine."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(word.arg in ("encoding", None) for word in node.keywords):
+            continue
+        attribute = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if attribute else getattr(node.func, "id", "")
+        texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        modes = [text for text in texts if re.fullmatch("[rwaxbt+]+", text)]
+        text = name == "open" and (not attribute or modes) and not any("b" in mode for mode in modes)
+        if text or (attribute and name in ("read_text", "write_text")):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    return found
+
+
+def test_all_text_files_are_utf_8_on_every_machine():
+    sources = [ROOT / "train.py", ROOT / "sample.py", *PACKAGE.rglob("*.py"), *(ROOT / "data").rglob("*.py")]
+    assert not [call for path in sources for call in text_files_without_encoding(path)]
 
 
 def imports(path: Path, *, inside_functions: bool) -> set[str]:

@@ -115,6 +115,48 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_norm_and_samples(tmp_pat
         log.flush(lambda step: [f"cat.jpg-{step}", "dog.jpg"])
 
 
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_stops_beside_a_loss_that_is(norm, tmp_path):
+    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log.add(3, {"contrast": torch.tensor(1.0)}, torch.tensor(norm), 1e-3)
+    with pytest.raises(UserError, match=rf"not finite at step 3: loss 1\.0, .* gradient norm {norm}"):
+        log.flush(lambda step: ["cat.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "good"),
+    [
+        ("learning_rate", [math.nan, math.inf, -1.0], [0.0, 1e30]),
+        ("weight_decay", [math.nan, math.inf, -0.1], [0.0, 2.0]),
+        ("warmup", [-1], [0]),
+        ("beta1", [1.0, 1.5, -0.1, math.nan], [0.0, 0.999]),
+        ("beta2", [1.0, -0.1, math.nan], [0.0]),
+        ("clip_norm", [0.0, -1.0, math.nan], [math.inf, 1e-3]),
+    ],
+)
+def test_a_number_that_no_optimiser_can_use_is_refused_by_name(field, bad, good):
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{field} is {value}, but must be"):
+            training.OptimiserConfig(**{field: value})
+    for value in good:
+        training.OptimiserConfig(**{field: value})
+
+
+def test_a_log_is_read_up_to_what_is_none(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for text in ("[]\n", "7\n", '{"stop": 1}\n', '{"step": null}\n', '{"step', "\x00"):
+        path.write_text('{"step": 0, "loss": 1.0}\n' + text + '{"step": 1, "loss": 1.0}\n')
+        assert [line["step"] for line in training.read_log(path)] == [0]
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log.path = tmp_path / "gone/log.jsonl"
+    log.add(0, {"contrast": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
+    with pytest.raises(UserError, match=r"gone/log\.jsonl cannot be written: No such file or directory\. Go on from"):
+        log.flush(lambda step: [])
+
+
 def test_batches_come_in_order_for_the_steps_asked_for():
     made = list(training.batches(lambda step: {"x": torch.tensor(step)}, 3, 6, torch.device("cpu")))
     assert [batch["x"].item() for batch in made] == [3, 4, 5]

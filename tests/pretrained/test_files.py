@@ -44,6 +44,16 @@ def test_shards_are_found_through_the_index(tmp_path):
         open_weights(tmp_path)
 
 
+def test_an_index_names_no_file_outside_its_directory(tmp_path):
+    save_file(TENSORS, tmp_path / "secret.safetensors")
+    (tmp_path / "model").mkdir()
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        index = {"weight_map": dict.fromkeys(TENSORS, name)}
+        (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=r"model/secret\.safetensors is missing, although the index"):
+            open_weights(tmp_path / "model")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_plain_pickles_of_tensors_are_read(zipped, tmp_path):
     torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
