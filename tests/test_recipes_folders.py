@@ -221,7 +221,7 @@ def test_evaluation_says_where_it_judges_by_what_was_trained_on(folders, bases, 
 def test_a_folder_smaller_than_a_batch_is_trained_on_whole_in_fewer_steps(folders, tmp_path):
     _, recipe, _ = recipes.command_line(["clip", "--data", str(folders / "captions"), "--out", str(tmp_path / "out")])
     train_images = recipes.shared.check_suits(recipe, folders / "captions")
-    assert recipe.batch_size == train_images < N and "no more to train on" in recipe.summary
+    assert recipe.batch_size == train_images < N
     plan = recipes.chain(*recipes.command_line(["vqa", "--data", str(folders / "questions"), "--batch_size", "4"]))
     assert [(name, part.batch_size) for name, part, _ in plan] == [("clip-resnet", train_images), ("vqa", 4)]
 
