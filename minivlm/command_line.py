@@ -47,7 +47,7 @@ def check_picture_name(path: str, option: str = "--save") -> None:
     """Known before the work rather than after it: can a picture be written there?"""
     from PIL import Image
 
-    if Path(path).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise UserError(f"{option} {path}: the name has to end in .png, .jpg or another kind of picture.")
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first.")

@@ -9,6 +9,7 @@ from PIL import Image
 
 import minivlm
 import sample
+from minivlm.command_line import check_picture_name
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
 from tests.colours import ColourModel, ColourProcessor, paint
@@ -179,3 +180,8 @@ def test_the_command_line_exits_with_two_and_says_why():
     done = subprocess.run([sys.executable, script, "compleet", "out"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown task 'compleet'. Did you mean complete?\n"
+
+
+def test_a_kind_of_picture_that_is_read_alone_is_refused_before_the_work():
+    with pytest.raises(UserError, match=r"--save film\.mpg: the name has to end in \.png"):
+        check_picture_name("film.mpg")

@@ -314,7 +314,7 @@ def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: i
 def save_sheet(sheet, path: Path) -> None:
     try:
         sheet.save(path)
-    except (OSError, ValueError) as error:  # no such folder, no room; an ending that names no image format
+    except (OSError, ValueError, KeyError) as error:  # no such folder, no room; an ending that names no image format
         raise UserError(f"the picture {path} could not be written: {error}.") from error
     print(f"\nwrote {path}: the evaluation view, then augmented views of the same image")
 

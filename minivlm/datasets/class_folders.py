@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -116,7 +117,8 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
         found = list_folder(folder)
         path = folder.relative_to(directory).as_posix()
         if found.pictures:
-            name = named.get(folder.name, "") if named else folder.name.replace("_", " ")
+            own = unicodedata.normalize("NFC", folder.name)  # train/ and test/ may come from different systems
+            name = named.get(own, "") if named else own.replace("_", " ")
             classes.append(ClassFolder(path, name, split, found))
         else:
             empty.append(path)
@@ -178,7 +180,7 @@ def read_names(directory: Path) -> dict[str, str]:
             raise UserError(
                 f"{path}, line {number}: a line is a folder and the name of its class, as in 'n01440764 tench'."
             )
-        names[folder.strip()] = name.strip()
+        names[unicodedata.normalize("NFC", folder.strip())] = name.strip()
     names.pop("", None)
     if not names:
         raise UserError(f"{path} is empty: a line is a folder and the name of its class, as in 'n01440764 tench'.")

@@ -60,7 +60,7 @@ yang dan dengan bir ve na je jest
 SIDES_ELSEWHERE = re.compile(  # left and right where no accent gives the language away: German, Dutch, French, Spanish, …
     r"\b(links|linker|recht(s|er)|gauche|droite?\b|izquierd|derech|sinistr|destr[aoei]\b|esquer|direit|dreta|venstre|hoyre|hojre|"
     r"lew(o|ej|a|y)\b|praw(o|ej|a|y)\b|vlevo|vpravo|stang|dreapta|kiri\b|kanan|kaliwa|kushoto|kulia|vasen|vasem|oikea|sol\b|sag\b|"
-    r"trai\b|phai\b|bal\b|jobb|hidari|migi\b|sleva|sprava)"
+    r"nalevo|lev[oi]\b|lijev|ezker|kreis|vasak|majta|trai\b|phai\b|bal\b|jobb|hidari|migi\b|sleva|sprava)"
 )
 KNOWN, VETO = frozenset(FREQUENT.split()), frozenset(FOREIGN.split())
 FRAMES = [re.compile(re.escape(template.lower()).replace(r"\{\}", "(.+)")) for template in TEMPLATES]

@@ -268,7 +268,7 @@ def caption_item(values: dict, directory: Path) -> Item:
         raise ValueError("its caption is empty")
     label = values.get("label")
     image = find_image(image, directory)
-    return Item(image, captions, None if label is None else str(label), split_of(values))
+    return Item(image, captions, None if label is None else unicodedata.normalize("NFC", str(label)), split_of(values))
 
 
 def split_of(values: dict) -> str | None:

@@ -466,6 +466,14 @@ def test_an_accent_is_the_same_however_it_is_spelt(captions, disk, told):
     assert keys(pairs_of(captions)) == [unicodedata.normalize(disk, "été/café.png")]
 
 
+def test_a_class_is_the_same_however_its_accent_is_spelt(tmp_path):
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        save(tmp_path / split / unicodedata.normalize(form, "café") / "1.png")
+        save(tmp_path / split / "dog" / "1.png")
+    test = pairs_of(tmp_path, "test")
+    assert test.classes == [unicodedata.normalize("NFC", "café"), "dog"] and test.labels.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("place", ["caption", "label", "split"])
 def test_half_a_surrogate_pair_is_told_by_its_line(captions, place):
     write_lines(captions, GOOD, {**GOOD, place: "a \ud83d cat"})
