@@ -143,7 +143,7 @@ class Newer:
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    inner: Newer
+    inner: Newer | Square | None
 
 
 def test_what_an_older_version_did_before_there_was_a_choice_it_does_still():
@@ -151,3 +151,15 @@ def test_what_an_older_version_did_before_there_was_a_choice_it_does_still():
     assert complete(Newer, {"type": "Newer", "bend": "silu"})["bend"] == "silu"
     assert complete(Holder, {"inner": {"type": "Newer"}})["inner"]["bend"] == "gelu"
     assert Newer().bend == "relu"
+
+
+@pytest.mark.parametrize(
+    "inner", [{"type": "Square", "side": 2}, {"type": "Cube"}, {"bend": "gelu"}, None, [1], "Newer"]
+)
+def test_only_what_is_of_a_kind_is_completed_as_that_kind(inner):
+    """The rest is refused by name when it is read, not here."""
+    completed = complete(Holder, {"inner": inner})["inner"]
+    assert completed == (
+        inner | {"filled": False} if isinstance(inner, dict) and inner.get("type") == "Square" else inner
+    )
+    assert complete(Holder, inner) == inner or isinstance(inner, dict)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm.layers import Block, Transformer, TransformerConfig
+from minivlm.layers import Block, Transformer, TransformerConfig, set_attention_backend
 from minivlm.layers.position import relative_bucket
 from minivlm.testing import (
     assert_batch_independent,
@@ -215,6 +215,21 @@ class TestCachedTransformer:
     def test_cached_is_full(self, config):
         model = Transformer(config).eval()
         assert_cache_equals_full(model, x(), lambda: model.new_cache(B, T), prompt_lengths=[2, 4, 1])
+
+    @pytest.mark.parametrize("backend", ["reference", "fused"])
+    @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+    @pytest.mark.parametrize("positions", [{}, {"rope_theta": 1e4}, {"alibi": True}, {"relative_buckets": 4}], ids=str)
+    def test_cached_is_full_by_the_formula_and_fused(self, backend, kv_heads, positions):
+        """Pieces of one token and of several, with biases of all kinds and shared heads, against the formula in one go."""
+        model, h = Transformer(replace(CAUSAL, kv_heads=kv_heads, **positions)).eval(), x()
+        set_attention_backend(model, "reference")
+        full, cache, pieces = model(h), model.new_cache(B, T), []
+        set_attention_backend(model, backend)
+        assert_same(model(h), full)
+        with torch.no_grad():
+            for piece in h.split([3, 1, 2, 1], dim=1):
+                pieces.append(model(piece, cache=cache))
+        assert_same(torch.cat(pieces, dim=1), full)
 
     def test_a_larger_cache_gives_the_same(self):
         model = Transformer(LLAMA).eval()

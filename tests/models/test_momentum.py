@@ -127,6 +127,15 @@ def test_at_the_foot_of_the_ramp_the_labels_are_the_truth_and_beyond_it_as_witho
 
 def test_the_ramp_is_two_epochs_unless_it_is_told():
     assert CONFIG.over(500).ramp == 1000 and replace(CONFIG, ramp=7).over(500).ramp == 7
+
+
+@pytest.mark.parametrize("name", ["soft", "rate"])
+def test_shares_are_from_0_to_1_and_a_ramp_has_pictures(name):
+    for good in (0.0, 1.0):
+        MomentumConfig(**{name: good}, ramp=0)
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"{name} {wrong}.* must be from 0 to 1"):
+            MomentumConfig(**{name: wrong})
     with pytest.raises(ValueError, match="ramp -1 at least 0"):
         MomentumConfig(ramp=-1)
 
