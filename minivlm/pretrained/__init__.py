@@ -24,12 +24,13 @@ from minivlm import config as configs
 from minivlm.errors import UserError
 from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import generation_config, names
+from minivlm.pretrained.fields import check_config
 from minivlm.pretrained.files import WEIGHTS, read_json
 
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
-# read_processor(directory, values, config) → Processor; and to write layout="hf": write_config(config) → values, and,
-# if it sees pictures, write_processor(processor, config) → values by file name. Where tensors have to be put together
-# before a table of names can be read: prepare(weights) → weights.
+# read_processor(directory, values, config) → Processor, known(values) → the fields that a config may have, see `fields`;
+# and to write layout="hf": write_config(config) → values, and, if it sees pictures, write_processor(processor, config) →
+# values by file name. Where tensors have to be put together before a table of names can be read: prepare(weights) → weights.
 MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
@@ -131,6 +132,8 @@ def read(directory: Path, kind: str) -> Published:
     values = read_json(path)
     said, how = generation_config.read_values(directory, values)
     values |= generation_config.tokens(how)
+    if known := getattr(module, "known", None):
+        check_config(values, str(path), known(values))
     try:
         config = module.read_config(values)
     except UNREADABLE as error:

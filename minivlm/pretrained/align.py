@@ -8,7 +8,8 @@ from typing import Any
 from minivlm.errors import UserError
 from minivlm.layers.efficientnet import EfficientNetConfig
 from minivlm.models.clip import CLIP, CLIPConfig
-from minivlm.pretrained import bert, preprocessing
+from minivlm.pretrained import bert, hf_clip, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import part, read_activation, square, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
@@ -67,6 +68,11 @@ VISION_DEFAULTS = {
     "pooling_type": "mean",
     "batch_norm_eps": 1e-3,
 }
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    vision = Known.of(VISION_DEFAULTS, "hidden_dim", "batch_norm_momentum", "num_hidden_layers")
+    return hf_clip.of_towers(bert.KNOWN, vision, Known.of("projection_dim"))
 
 
 def read_config(values: dict[str, Any]) -> CLIPConfig:

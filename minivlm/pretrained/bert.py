@@ -10,6 +10,7 @@ from typing import Any
 
 from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
@@ -70,6 +71,16 @@ DEFAULTS = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
+
+
+KNOWN = Known.of(
+    *(DEFAULTS, "position_embedding_type", "directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+    *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+)
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> BERTConfig:

@@ -14,6 +14,7 @@ from minivlm.layers.bert import BERTConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.blip import BLIP, BLIPConfig
 from minivlm.pretrained import bert, blip2, hf_clip, language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -76,6 +77,13 @@ TEXT_DEFAULTS = {
     "sep_token_id": 102,
     "pad_token_id": 0,
 }
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    text = Known.of(TEXT_DEFAULTS, "projection_dim", "encoder_hidden_size")
+    vision = Known.of(VISION_DEFAULTS, "projection_dim")
+    whole = Known.of("projection_dim", "image_text_hidden_size", tie_word_embeddings=(True,))
+    return hf_clip.of_towers(text, vision, whole)
 
 
 def read_config(values: dict[str, Any]) -> BLIPConfig:

@@ -12,6 +12,7 @@ from minivlm.layers.t5 import T5Config
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.pretrained import hf_clip, language, opt, preprocessing, t5
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -101,6 +102,20 @@ QFORMER_DEFAULTS = {
     "cross_attention_frequency": 2,
     "encoder_hidden_size": 1408,
 }
+
+
+SEEING_KNOWN = {
+    "vision_config": Known.of(VISION_DEFAULTS, "projection_dim"),
+    "qformer_config": Known.of(
+        QFORMER_DEFAULTS, "position_embedding_type", "use_qformer_text_input", "qformer_text_input"
+    ),
+}
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    whole = Known.of("num_query_tokens", "image_text_hidden_size", "image_token_index", "image_token_id")
+    text = t5.KNOWN if (values.get("text_config") or {}).get("model_type") == "t5" else opt.KNOWN
+    return {"": whole | Known.of("use_decoder_only_language_model"), **SEEING_KNOWN, "text_config": text}
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Config:

@@ -10,6 +10,7 @@ from typing import Any
 
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.pretrained import blip2, language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -29,6 +30,12 @@ CLS, SEP = 101, 102
 
 def rows(config: BLIP2Stage1Config) -> list[Row]:
     return ROWS
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    """The language model stands in the file, but is not read."""
+    parts = blip2.known(values)
+    return {**blip2.SEEING_KNOWN, "": parts[""] | Known.of("text_config")}
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Stage1Config:

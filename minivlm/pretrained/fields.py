@@ -3,10 +3,73 @@ without effect on pixels, token ids, weights and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from minivlm.errors import UserError
+
+# Of any config.json: what another file or another reader follows, what only training or another task needs.
+COMMON = {
+    *("_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map"),
+    *("_commit_hash", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "torchscript"),
+    *(
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "return_dict",
+        "output_past",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+    ),
+    *(
+        "_num_labels",
+        "finetuning_task",
+        "tokenizer_class",
+        "prefix",
+        "sep_token_id",
+        "is_encoder_decoder",
+        "is_decoder",
+    ),
+    *(
+        "add_cross_attention",
+        "tie_word_embeddings",
+        "chunk_size_feed_forward",
+        "gradient_checkpointing",
+        "label_smoothing",
+    ),
+    *("initializer_range", "initializer_factor", "init_std", "logit_scale_init_value", "temperature_init_value"),
+    *("attention_dropout", "activation_dropout", "dropout", "dropout_rate", "hidden_dropout", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "classifier_dropout", "resid_pdrop", "embd_pdrop", "emb_pdrop", "attn_pdrop"),
+    *("layerdrop", "drop_connect_rate", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+}
+
+
+class Known(NamedTuple):
+    """The fields of a part of a config.json that are followed, or without effect besides `COMMON`. only: see below."""
+
+    fields: frozenset[str]
+    only: Mapping[str, Collection[Any]] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, *fields: str | Iterable[str], **only: Collection[Any]) -> Known:
+        names = {name for some in fields for name in ([some] if isinstance(some, str) else some)}
+        return cls(frozenset(names), only)
+
+    def __or__(self, other: Known) -> Known:
+        return Known(self.fields | other.fields, {**self.only, **other.only})
+
+
+def check_config(values: Mapping[str, Any], path: str, parts: Mapping[str, Known]) -> None:
+    """`refuse_unknown` for each part of a config.json: "" is the whole, any other the name of a part of it."""
+    from minivlm.pretrained.generation_config import FIELDS
+
+    for name, known in parts.items():
+        part = values.get(name) if name else values
+        if isinstance(part, dict):
+            fields = known.fields | COMMON | FIELDS | ({*parts} if not name else set())
+            refuse_unknown(part, f"{path}: {name}" if name else path, fields, only=known.only)
 
 
 def refuse_unknown(

@@ -8,6 +8,7 @@ from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, preprocessing, tokenizer_config
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -52,6 +53,16 @@ DEFAULTS = {
     "eos_token_id": 50256,
     "tie_word_embeddings": True,
 }
+
+
+KNOWN = Known.of(
+    *(DEFAULTS, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "n_ctx", "reorder_and_upcast_attn"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+)
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, llama, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -57,6 +58,13 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "eos_token_id": 2,
 }
+
+
+KNOWN = Known.of(DEFAULTS, "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

@@ -11,6 +11,7 @@ from minivlm.layers.tower import TowerConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -95,6 +96,20 @@ ACTIVATIONS = {  # their word → ours; of several words, the first is the one t
     "gelu_fast": "gelu_tanh",
     "gelu_python": "gelu",
 }
+
+
+TEXT_KNOWN = Known.of(TEXT_DEFAULTS, "projection_dim")
+VISION_KNOWN = Known.of(VISION_DEFAULTS, "projection_dim")
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return of_towers(TEXT_KNOWN, VISION_KNOWN, Known.of("projection_dim"))
+
+
+def of_towers(text: Known, vision: Known, whole: Known) -> dict[str, Known]:
+    """Of configs whose towers may be described twice, see `part`."""
+    return {"": whole, **dict.fromkeys(("text_config", "text_config_dict"), text),
+            **dict.fromkeys(("vision_config", "vision_config_dict"), vision)}  # fmt: skip
 
 
 def read_config(values: dict[str, Any]) -> CLIPConfig:

@@ -19,6 +19,7 @@ from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -120,6 +121,24 @@ RESAMPLER_DEFAULTS = {
     "qk_layer_norms_perceiver": False,
 }
 GATES = {"float": "scalar", "vector": "channel"}
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    flat = {*RESAMPLER_DEFAULTS, *(f"vision_{name}" for name in VISION_DEFAULTS)}
+    whole = Known.of(
+        *(llama.KNOWN.fields, DEFAULTS, flat, "image_token_id", "alpha_initializer", "alphas_initializer_range"),
+        *("freeze_text_layers", "freeze_text_module_exceptions", "freeze_lm_head", "freeze_vision_layers"),
+        *(
+            "freeze_vision_module_exceptions",
+            "vision_model_name",
+            "vision_model_params",
+            "word_embed_proj_dim",
+            "ffn_dim",
+        ),
+        cross_layer_activation_function=("swiglu",),
+    )
+    vision = Known.of(VISION_DEFAULTS, "hidden_size", "projection_dim", "vision_model_name", "vision_model_params")
+    return {"": whole, "vision_config": vision, "perceiver_config": Known.of(RESAMPLER_DEFAULTS, "use_resampler")}
 
 
 def read_config(values: dict[str, Any]) -> FlamingoConfig:

@@ -10,6 +10,7 @@ from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.position import RopeScaling
 from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -83,6 +84,18 @@ DEFAULTS = {
 }
 TOKENIZERS = {"qwen2": "Qwen2Tokenizer"}  # the others have LLaMA's
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # that are written
+
+
+KNOWN = Known.of(
+    *DEFAULTS.values(),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"),
+    *("pretraining_tp", "max_sequence_length", "is_llama_config"),
+    rope_interleaved=(False,),
+)
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

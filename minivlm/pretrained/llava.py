@@ -11,6 +11,7 @@ from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing, siglip
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
@@ -64,6 +65,14 @@ VISION_DEFAULT = {  # CLIP-L/14-336, where nothing at all is said about the towe
     "image_size": 336,
     "patch_size": 14,
 }
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    if "mm_vision_tower" in values:  # is refused by `read_config`
+        return {}
+    whole = Known.of(DEFAULTS, "image_token_id", "image_seq_length", "ignore_index", "vocab_size")
+    vision = hf_clip.VISION_KNOWN | siglip.VISION_KNOWN | Known.of("vocab_size")
+    return {"": whole, "text_config": llama.KNOWN, "vision_config": vision}
 
 
 def read_config(values: dict[str, Any]) -> LLaVAConfig:

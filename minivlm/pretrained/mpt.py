@@ -8,6 +8,7 @@ from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
 
@@ -50,6 +51,25 @@ DEFAULTS = {
     "mlp_ratio": 4,  # MosaicGPT's; in MPT it is always four times the width
     "attn_qk_ln": False,  # MosaicGPT's
 }
+
+
+ATTENTION = Known.of(
+    *("attn_type", "attn_impl", "alibi", "alibi_bias_max", "clip_qkv", "softmax_scale", "prefix_lm", "qk_ln"),
+    attn_uses_sequence_id=(False,),
+)
+KNOWN = Known.of(  # MPT's and MosaicGPT's; expansion_ratio and learned_pos_emb are read by neither
+    *(DEFAULTS, ATTENTION.fields, "attn_clip_qkv", "logit_scale", "no_bias", "hidden_size", "expansion_ratio"),
+    *("learned_pos_emb", "init_device", "init_config", "verbose", "tokenizer_name", "low_precision_layernorm"),
+    *("fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "param_init_fn", "emb_init_std"),
+    *("emb_init_uniform_lim",),
+    attn_uses_sequence_id=(False,),
+    embedding_fraction=(1, 1.0),
+    norm_type=("low_precision_layernorm", "layernorm"),
+)
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN, "attn_config": ATTENTION}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, preprocessing, tokenizer_config
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -63,6 +64,13 @@ DEFAULTS = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
+
+
+KNOWN = Known.of(DEFAULTS, "layer_norm_elementwise_affine")
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

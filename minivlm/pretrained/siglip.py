@@ -10,6 +10,7 @@ from minivlm.layers.text import TextConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import hf_clip, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -54,6 +55,13 @@ ENCODER_DEFAULTS = {
 }
 TEXT_DEFAULTS = {**ENCODER_DEFAULTS, "vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None}
 VISION_DEFAULTS = {**ENCODER_DEFAULTS, "num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True}
+
+
+VISION_KNOWN = Known.of(VISION_DEFAULTS)
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return hf_clip.of_towers(Known.of(TEXT_DEFAULTS), VISION_KNOWN, Known.of())
 
 
 def read_config(values: dict[str, Any]) -> CLIPConfig:

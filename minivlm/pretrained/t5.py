@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.pretrained import language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.hf_clip import read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
@@ -85,6 +86,13 @@ DEFAULTS = {
     "pad_token_id": 0,
     "tie_word_embeddings": True,
 }
+
+
+KNOWN = Known.of(DEFAULTS, "dense_act_fn", "is_gated_act", "scale_decoder_outputs")
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> T5Config:

@@ -16,6 +16,7 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.models.fusion import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import bert, language, preprocessing
+from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -48,6 +49,10 @@ ANSWERING, TELLING, ALONE = "VisualBertForQuestionAnswering", "VisualBertForPreT
 
 def rows(config: VisualBERTConfig) -> list[Row]:
     return ROWS
+
+
+def known(values: dict[str, Any]) -> dict[str, Known]:
+    return {"": bert.KNOWN | Known.of(DEFAULTS, "bypass_transformer", "special_visual_initialize")}
 
 
 def read_config(values: dict[str, Any]) -> VisualBERTConfig:

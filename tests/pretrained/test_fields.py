@@ -1,0 +1,64 @@
+"""Every field of a config.json is followed, known to be without effect, off, or refused by name."""
+
+import json
+
+import pytest
+
+from minivlm.errors import UserError
+from minivlm.pretrained import module_of, read
+from minivlm.pretrained.fields import Known, check_config, refuse_unknown
+
+OLD = {  # what transformers 4 wrote into every part of a config
+    "_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None, "begin_suppress_tokens": None,
+    "bos_token_id": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "decoder_start_token_id": None,
+    "diversity_penalty": 0.0, "do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None, "finetuning_task": None, "forced_bos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "is_encoder_decoder": False, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0, "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+    "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False, "output_scores": False, "prefix": None,
+    "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict": True,
+    "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None, "task_specific_params": None,
+    "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False, "tie_word_embeddings": True,
+    "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False,
+    "transformers_version": "4.26.0", "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+MODELS = ("clip", "siglip", "align", "gpt2", "gpt_neox", "opt", "t5", "bert", "visual_bert", "llama", "mistral", "qwen2",
+          "llava", "blip", "blip-2", "Blip2ForImageTextRetrieval", "mpt", "mosaic_gpt", "idefics")  # fmt: skip
+
+
+def test_what_is_on_and_not_known_is_refused():
+    known = Known.of({"a": 1, "b": 2}, "c", d=("x", "y"))
+    refuse_unknown(
+        {"a": 5, "c": [1], "d": "x", "e": None, "f": False, "g": 0.0, "h": {}, "i": []},
+        "f",
+        known.fields,
+        only=known.only,
+    )
+    for value in (True, 1, "on", [0], {"a": None}):
+        with pytest.raises(UserError, match=r"f has e = .*, which is not known here and may change what comes out"):
+            refuse_unknown({"e": value}, "f", known.fields)
+    with pytest.raises(UserError, match="f has d = 'z', which is not supported; 'x' and 'y' is"):
+        refuse_unknown({"d": "z"}, "f", known.fields, only=known.only)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_family_refuses_an_unknown_field_and_takes_what_transformers_4_wrote(kind):
+    module = module_of(kind)
+    parts = module.known({"model_type": kind})
+    assert "" in parts
+    for name in parts:
+        whole = {"model_type": kind, **({name: OLD} if name else OLD)}
+        check_config(whole, "config.json", parts)
+        path = f"config.json: {name}" if name else "config.json"
+        with pytest.raises(UserError, match=f"{path} has new_attention = 'sparse'"):
+            more = {"new_attention": "sparse"}
+            check_config({**whole, **({name: more} if name else more)}, "config.json", parts)
+    with pytest.raises(UserError, match=r"config\.json has quantization_config = "):
+        check_config({"quantization_config": {"quant_method": "gptq"}}, "config.json", parts)
+
+
+def test_the_field_and_its_file_are_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "attn_logit_softcapping": 50.0}))
+    with pytest.raises(UserError, match=r"config\.json has attn_logit_softcapping = 50\.0, which is not known here"):
+        read(tmp_path, "llama")
