@@ -42,7 +42,7 @@ COMMON = {
     *("initializer_range", "initializer_factor", "init_std", "logit_scale_init_value", "temperature_init_value"),
     *("attention_dropout", "activation_dropout", "dropout", "dropout_rate", "hidden_dropout", "hidden_dropout_prob"),
     *("attention_probs_dropout_prob", "classifier_dropout", "resid_pdrop", "embd_pdrop", "emb_pdrop", "attn_pdrop"),
-    *("layerdrop", "drop_connect_rate", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    *("layerdrop", "drop_connect_rate", "transformers.js_config", "unsloth_fixed", "unsloth_version", "resume_path"),
 }
 
 

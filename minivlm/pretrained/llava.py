@@ -70,7 +70,7 @@ VISION_DEFAULT = {  # CLIP-L/14-336, where nothing at all is said about the towe
 def known(values: dict[str, Any]) -> dict[str, Known]:
     if "mm_vision_tower" in values:  # is refused by `read_config`
         return {}
-    whole = Known.of(DEFAULTS, "image_token_id", "image_seq_length", "ignore_index", "vocab_size")
+    whole = Known.of(DEFAULTS, "image_token_id", "image_seq_length", "ignore_index", "vocab_size", "hidden_size")
     vision = hf_clip.VISION_KNOWN | siglip.VISION_KNOWN | Known.of("vocab_size")
     return {"": whole, "text_config": llama.KNOWN, "vision_config": vision}
 

@@ -55,21 +55,21 @@ DEFAULTS = {
 
 ATTENTION = Known.of(
     *("attn_type", "attn_impl", "alibi", "alibi_bias_max", "clip_qkv", "softmax_scale", "prefix_lm", "qk_ln"),
-    attn_uses_sequence_id=(False,),
+    *("attn_uses_sequence_id", "rope_impl", "rope_theta", "rope_dail_config", "rope_hf_config"),
+    sliding_window_size=(-1,),
 )
 KNOWN = Known.of(  # MPT's and MosaicGPT's; expansion_ratio and learned_pos_emb are read by neither
     *(DEFAULTS, ATTENTION.fields, "attn_clip_qkv", "logit_scale", "no_bias", "hidden_size", "expansion_ratio"),
     *("learned_pos_emb", "init_device", "init_config", "verbose", "tokenizer_name", "low_precision_layernorm"),
     *("fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "param_init_fn", "emb_init_std"),
-    *("emb_init_uniform_lim",),
-    attn_uses_sequence_id=(False,),
+    *("emb_init_uniform_lim", "attn_uses_sequence_id", "name", "fc_type", "use_pad_tok_in_ffn"),
     embedding_fraction=(1, 1.0),
     norm_type=("low_precision_layernorm", "layernorm"),
 )
 
 
 def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN, "attn_config": ATTENTION}
+    return {"": KNOWN, "attn_config": ATTENTION, "ffn_config": Known.of(ffn_type=("mptmlp",))}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:

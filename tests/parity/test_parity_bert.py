@@ -71,7 +71,9 @@ def test_gamma_and_beta(tmp_path, close):
     torch.save(old, tmp_path / "pytorch_model.bin")
     config = tmp_path / "config.json"
     config.write_text(
-        config.read_text().replace('"transformers_version"', '"architectures": ["BertForPreTraining"], "v"')
+        config.read_text().replace(
+            '"transformers_version"', '"architectures": ["BertForPreTraining"], "transformers_version"'
+        )
     )
     compare(minivlm.load(tmp_path)[0], theirs, close)
 
