@@ -19,7 +19,8 @@ from minivlm.run import Run, restore, restore_random
 
 
 def main(argv: list[str]) -> None:
-    name, recipe, options = recipes.command_line(argv)
+    with training.told_by_first():
+        name, recipe, options = recipes.command_line(argv)
     if options.help or options.list:
         print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
     else:

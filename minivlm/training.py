@@ -226,6 +226,17 @@ def ending_together() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def told_by_first() -> Iterator[None]:
+    """Inside, all processes make the same mistake before they have met, such as that of a command line: one tells it."""
+    try:
+        yield
+    except UserError:
+        if is_first_process():
+            raise
+        sys.exit(2)
+
+
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Of this process: of the CPU, and where there is one, of its GPU."""
     state = {"cpu": torch.get_rng_state()}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ def test_a_mistake_that_one_meets_ends_both_with_one_sentence(world, tmp_path):
     assert first[0] == 2 and "error" not in first[2].lower() and "Traceback" not in first[2]
 
 
+def test_a_mistake_on_the_command_line_is_told_once():
+    first, second = two("clop")
+    assert first[0] == second[0] == 2 and second[2] == ""
+    assert first[2].startswith("error: unknown recipe 'clop'") and first[2].count("\n") == 1
+
+
 def test_a_batch_that_they_cannot_share_is_refused_before_the_start():
     with pytest.raises(
         UserError, match="a batch of 100 cannot be shared evenly by 8 processes; choose --batch_size 96"
@@ -111,6 +118,7 @@ def resume(world: str, out: str) -> None:
 
     from minivlm.recipes.contrast import Contrast
 
+    groups: list[weakref.ref] = []
     times: dict[str, list] = {"collectives": [], "validations": []}
 
     def noted(collective):
@@ -118,6 +126,7 @@ def resume(world: str, out: str) -> None:
 
     def validate(self):
         begun = time.monotonic()
+        groups.append(weakref.ref(dist.group.WORLD))
         torch.rand(1)  # from the random state of this process alone
         time.sleep(1.0)
         times["validations"].append((begun, time.monotonic()))
@@ -129,6 +138,7 @@ def resume(world: str, out: str) -> None:
     train.main(arguments(world, f"{out}/once", **short))
     train.main(arguments(world, f"{out}/twice", **short, stop_at=2))
     train.main(["clip", "--resume", "--out", f"{out}/twice", "--device", "cpu", "--precision", "fp32"])
+    assert all(group() is None for group in groups), "what holds a group keeps its threads, which may abort the process"
     Path(f"{out}/times-{os.environ['RANK']}.json").write_text(json.dumps(times), encoding="utf-8")
 
 
@@ -146,5 +156,9 @@ def mistake(world: str, out: str) -> None:
     run_command_line(lambda _: train.main(arguments(world, f"{out}/run", steps=4)))
 
 
+def clop() -> None:
+    run_command_line(lambda _: train.main(["clop"]))
+
+
 if __name__ == "__main__":
-    {"resume": resume, "mistake": mistake}[sys.argv[1]](*sys.argv[2:])
+    {"resume": resume, "mistake": mistake, "clop": clop}[sys.argv[1]](*sys.argv[2:])
