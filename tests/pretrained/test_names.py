@@ -1,9 +1,14 @@
+import importlib
+import pkgutil
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from minivlm import pretrained
 from minivlm.errors import UserError
-from minivlm.pretrained.names import IGNORED, table, tied, to_ours, to_theirs, under
+from minivlm.pretrained.names import IGNORED, Row, table, tied, to_ours, to_theirs, under
 
 ROWS = under(
     table("""
@@ -137,3 +142,42 @@ def test_tied_tensors_share_whichever_name_is_stored():
 def test_a_table_without_a_row_is_a_mistake_of_ours():
     with pytest.raises(KeyError, match=r"no row for other\.weight"):
         to_theirs({"other.weight": torch.zeros(1)}, ROWS)
+
+
+ROLES = {
+    "q": r"(?:to_)?q(?:_proj|_ln|_layer_norm)?|query",
+    "k": r"(?:to_)?k(?:_proj|_ln|_layer_norm)?|key",
+    "v": r"(?:to_)?v(?:_proj)?|value",
+    "gate": r"gate_proj|wi_0",
+    "up": r"up_proj|mlp_up|fc1|c_fc|wi|wi_1|linear_1|dense_h_to_4h",
+    "down": r"down_proj|mlp_down|fc2|wo|linear_2|dense_4h_to_h",
+}
+
+
+def roles_of(name):
+    """What a tensor is for, as far as its name says so: of `layers.*.self_attn.q_proj.weight` q."""
+    last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    return {role for role, words in ROLES.items() if re.fullmatch(words, last)}
+
+
+def test_in_every_table_queries_are_queries_and_gates_are_gates():
+    """A table that mistakes one for another goes there and back without a loss: only published weights would tell."""
+    rows = set()
+    for about in pkgutil.iter_modules(pretrained.__path__, "minivlm.pretrained."):
+        module = importlib.import_module(about.name)
+        tables = [value for value in vars(module).values() if isinstance(value, (list, dict))]
+        lists = [value for table in tables for value in (table.values() if isinstance(table, dict) else [table])]
+        rows |= {row for some in lists if isinstance(some, list) for row in some if isinstance(row, Row)}
+    assert len(rows) > 300
+    told = set()
+    for row in rows:
+        ours = re.match(
+            r"(q|k|v|gate|up|down)_(?:proj|norm)$", re.sub(r"\.(weight|bias)$", "", row.ours).rpartition(".")[2]
+        )
+        if row.parts > 1 and ours is not None:
+            assert ours[1] == ("qkv" if row.parts == 3 else "kv")[row.part], row
+        elif ours is not None:
+            for theirs in row.theirs:
+                assert roles_of(theirs) <= {ours[1]}, row
+                told |= roles_of(theirs)
+    assert told == set(ROLES)
