@@ -333,6 +333,18 @@ def test_nothing_to_save(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_frozen_stays_so_when_it_is_loaded(saved, tmp_path):
+    """Of a model with LoRA in its config: a run that resumes must not train the base."""
+    config = LLaVAConfig(vision=VISION, language=LANGUAGE, image_token=29, lora=LORA)
+    LLaVA(config).save_pretrained(tmp_path / "whole")
+    back, _ = load(tmp_path / "whole")
+    learns = {name for name, p in back.language_model.named_parameters() if p.requires_grad}
+    assert learns and all("lora_" in name for name in learns)
+    model = LanguageModel(LANGUAGE)
+    load_adapter(saved, model)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
 def test_a_pattern_that_would_take_for_ever_is_not_tried(saved):
     edit(saved, target_modules="((.*)*)*x")
     model = LanguageModel(LANGUAGE)

@@ -12,6 +12,7 @@ from minivlm import recipes
 from minivlm.evaluate import Score
 from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters
 from minivlm.precision import as_stored, hold_for_training
+from tests import test_train_blip, test_train_blip2, test_train_fusion
 from tests.speakers import flamingo, llava
 from tests.test_train_blip2 import bases, losses, world  # noqa: F401
 from tests.test_train_flamingo import RESAMPLER
@@ -97,6 +98,38 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_stopped(half, wor
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+SEEING = {  # recipe → its sizes, for those that see with a tower in half precision
+    **{name: test_train_fusion.SIZES[name] for name in ("visualbert", "uniter", "vilbert", "vqa", "multitask")},
+    "blip": test_train_blip.SIZES | {"momentum.queue": 16},
+    "blip2-stage1": test_train_blip2.QFORMER | {"embed_width": 8},
+}
+
+
+@pytest.mark.parametrize("half", ["fp16"], indirect=True)
+@pytest.mark.parametrize("recipe", SEEING)
+def test_every_recipe_learns_from_halves(recipe, half, world, tmp_path):  # noqa: F811
+    _, out = half
+    given = {"data": world, "vision_from": out / "clip", "out": tmp_path, "precision": "bf16"}
+    train.main(arguments(recipe, **SLOW | SEEING[recipe] | given))
+    held = {t.dtype for t in load_file(tmp_path / "checkpoints/step-000002/training.safetensors").values()}
+    assert torch.float32 in held and not held & set(HALF.values())  # moments
+    assert len(dtypes(tmp_path)) == 1  # most numbers are new in some, and stored in others
+    minivlm.load(tmp_path)
+
+
+@pytest.mark.parametrize(("lm", "half"), [("lm", "bf16"), ("t5", "fp16")], indirect=["half"])
+def test_both_stages_of_blip2_learn_from_halves(lm, half, world, tmp_path):  # noqa: F811
+    kind, out = half
+    given = {"data": world, "vision_from": out / "clip", "precision": "bf16"}
+    train.main(arguments("blip2-stage1", **SLOW | SEEING["blip2-stage1"] | given, out=tmp_path / "stage1"))
+    model, processor = minivlm.load(tmp_path / "stage1", dtype=HALF[kind])
+    model.save_pretrained(tmp_path / "half", processor=processor)
+    given = {"data": world, "starts_from": tmp_path / "half", "language_from": out / lm, "lm": lm, "precision": "bf16"}
+    train.main(arguments("blip2", **SLOW | given, out=tmp_path / "stage2"))
+    stored = dtypes(tmp_path / "stage2")
+    assert stored <= {HALF[kind], torch.float32} and HALF[kind] in stored  # a T5 keeps some in fp32 in fp16
 
 
 # ---- the parts by themselves -----------------------------------------------------------------------------------------

@@ -150,6 +150,18 @@ class TestLoss:
         assert_same(output.loss, torch.stack(surprises).mean())
         assert torch.equal(model.losses(tokens, MASK, labels)["next token"], output.loss)
 
+    def test_a_label_that_does_not_count_is_heard_as_padding(self):
+        """Also one with others behind it, which hear it; and the last is never heard."""
+        config = replace(FLAN, start_token=2, pad_token=7)
+        labels = torch.tensor([[-100, 5, -100, 6], [4, 5, -100, -100]])
+        assert model_of(config).shift(labels).tolist() == [[2, 7, 5, 7], [2, 4, 5, 7]]
+        model, tokens = model_of(config), texts(2)
+        heard = torch.tensor([[2, 7, 5, 7], [2, 4, 5, 7]])
+        logits = model.head(model.states(heard, model.encode(tokens)))
+        said = labels != -100
+        loss = torch.nn.functional.cross_entropy(logits[said], labels[said])
+        assert_same(model(tokens, labels=labels).loss, loss)
+
     def test_labels_are_needed(self):
         with pytest.raises(ValueError, match="needs labels"):
             T5(FLAN)(texts())
