@@ -16,6 +16,7 @@ from minivlm.tasks.speak import (
     Picture,
     can_see,
     check_answerer,
+    check_one_picture,
     fitting,
     language_config,
     model_inputs,
@@ -83,6 +84,7 @@ class Chat:
             raise UserError(f"{MARK} marks are put in front of the question by themselves: show the picture, then ask.")
         exchanges, question, tokens = self.remember(Exchange(self.waiting, text))
         pixels = [p for e in (*exchanges, question) for p in e.pixels]
+        check_one_picture([pixels], self.model)
         options = fitting(self.model, len(tokens), len(pixels), self.processor, self.options)
         self.dropped, self.exchanges = len(self.exchanges) - len(exchanges), exchanges
         self.waiting = question.pixels

@@ -10,14 +10,15 @@ closed ones compared by their log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, shared
+from minivlm.conversation import IGNORED, MARK, shared
+from minivlm.datasets.continuation import pad
 from minivlm.errors import UserError
 from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.features import inference
@@ -25,6 +26,7 @@ from minivlm.tasks.speak import (
     Picture,
     beginning,
     check_answerer,
+    has_encoder,
     language_config,
     model_inputs,
     places,
@@ -121,19 +123,43 @@ def score_batch(model, processor, prompts: Sequence[Prompt], candidates: Sequenc
     features = model.look(pixels.to(model.device, model.dtype))
     features = features.unflatten(0, (len(pixels), -1))  # (M, views, N, C)
     ends = torch.tensor([len(prompt.images) for prompt in prompts]).cumsum(dim=0).tolist()
-    rows, starts, seen = [], [], []
+    rows, said, seen = [], [], []
+    tokens_of = answers_apart if has_encoder(model) else candidate_tokens
     for prompt, some, end in zip(prompts, candidates, ends, strict=True):
-        for read, answer in candidate_tokens(prompt, some, model, processor):
-            rows.append(read + answer)
-            starts.append(len(read))
+        for read, answer in tokens_of(prompt, some, model, processor):
+            rows.append(read)
+            said.append(answer)
             seen += range(end - len(prompt.images), end)
-    _, tokens, mask = model_inputs(rows, None, model, processor)
-    output = model(None, tokens, mask, features=features[torch.tensor(seen)].flatten(0, 1))
-    known = log_likelihoods(output, tokens, starts, [len(row) for row in rows])
+    features = features[torch.tensor(seen)].flatten(0, 1)
+    if has_encoder(model):
+        known = log_likelihoods_apart(rows, said, features, model, processor)
+    else:
+        _, tokens, mask = model_inputs(
+            [read + answer for read, answer in zip(rows, said, strict=True)], None, model, processor
+        )
+        output = model(None, tokens, mask, features=features)
+        known = log_likelihoods(output, tokens, map(len, rows), mask.sum(dim=1).tolist())
     return [[next(known) for _ in some] for some in candidates]
 
 
-def log_likelihoods(output, tokens: Tensor, starts: Sequence[int], ends: Sequence[int]):
+def log_likelihoods_apart(rows: Sequence[list[int]], said: Sequence[list[int]], features: Tensor, model, processor):
+    """Of what a decoder says (`said`), given what its encoder has read (`rows`): a float a row."""
+    _, tokens, mask = model_inputs(rows, None, model, processor)
+    labels = pad(said, IGNORED).to(model.device)
+    output = model(None, tokens, mask, labels, features=features)
+    for hidden, row in zip(output.hidden, said, strict=True):
+        log_p = output.head(hidden[: len(row)]).float().log_softmax(dim=-1)  # (n, V)
+        yield log_p.gather(1, torch.tensor(row, device=log_p.device)[:, None]).sum().item()
+
+
+def answers_apart(prompt: Prompt, candidates: Sequence[str], model, processor) -> list[tuple[list[int], list[int]]]:
+    """For each candidate, the prompt, which an encoder reads, and its own tokens, a text that the decoder says."""
+    starts = int(processor.start_token is not None)
+    answers = processor.encode([f"{text.strip()}{END}" for text in candidates])
+    return [(beginning(prompt.text, model, processor), answer[starts:]) for answer in answers]
+
+
+def log_likelihoods(output, tokens: Tensor, starts: Iterable[int], ends: Iterable[int]):
     """Of each row's tokens from its start to its end, given those before: a float a row."""
     for hidden, row, start, end in zip(output.hidden, tokens, starts, ends, strict=True):
         log_p = output.head(hidden[start - 1 : end - 1]).float().log_softmax(dim=-1)  # (n, V)

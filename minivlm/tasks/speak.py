@@ -92,6 +92,10 @@ def answer_all(
 def complete(text: str, model, processor, **options) -> str:
     """The text and how it goes on, for a language model, or for one that can do without a picture."""
     check_answerer(model, processor)
+    if getattr(model.config, "one_picture", False):
+        raise UserError(
+            f"{type(model).__name__} reads a text beside a picture, never alone: use answer, and give it one."
+        )
     prompt = beginning(as_text(text), model, processor)
     if not prompt:
         raise UserError("there is no text to go on from; give at least one word.")
@@ -107,7 +111,7 @@ def beginning(text: Text, model, processor) -> list[int]:
     """What a model reads to go on from: the words behind a start token. An encoder reads them as a whole text, with its
     end token, and what is said is a text of its own."""
     if has_encoder(model):
-        return processor.encode([text])[0]
+        return processor.ids(text, frame=True)
     start = [] if processor.start_token is None else [processor.start_token]
     return start + processor.ids(text)
 

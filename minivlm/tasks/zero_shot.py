@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.models.matching import Matching
 from minivlm.tasks.features import encode_images, encode_texts
 
 # In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
@@ -51,11 +52,13 @@ def zero_shot_classify(
         return []
     classes = class_features(labels, model, processor, templates)
     features = encode_images(images, model, processor)
-    if features.dim() == 3:  # a vector for each query of a Q-Former
+    if isinstance(model, Matching):  # of a Q-Former, each query has a vector
         probabilities = (model.scale() * model.similarity(features, classes)).detach().softmax(dim=1)  # (N, C)
     else:
         logits = model.loss.logits(features, classes).detach()
-        probabilities = logits.sigmoid() if model.config.loss == "sigmoid" else logits.softmax(dim=1)
+        probabilities = (
+            logits.sigmoid() if getattr(model.config, "loss", "softmax") == "sigmoid" else logits.softmax(dim=1)
+        )
     best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
     return [
         [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]
