@@ -70,18 +70,23 @@ def list_folder(directory: Path) -> Listing:
     return found
 
 
+NO_FILE, LINK, CLOSED = "that is no regular file", "link to a folder", "folder that cannot be read"
+MANY = {NO_FILE: "that are no regular files", LINK: "links to folders", CLOSED: "folders that cannot be read"}
+
+
 def passed_over(listings: Iterable[Listing], *, irregular: bool = True) -> str | None:
     """A sentence on what is not looked at, "3 files are passed over: 2 .txt, 1 .mp4."; None if there is nothing."""
     counts: Counter[str] = Counter()
     for found in listings:
         counts.update(os.path.splitext(name)[1].lower() or "without an ending" for name in found.others)
-        if irregular and found.irregular:
-            counts["that are no regular files"] += len(found.irregular)
-        counts += Counter({"links to folders": found.linked, "folders that cannot be read": found.closed})  # of 0, none
+        special = {NO_FILE: len(found.irregular) * irregular, LINK: found.linked, CLOSED: found.closed}
+        counts += Counter(special)  # of 0, none
     if not counts:
         return None
     total, most = sum(counts.values()), counts.most_common(6)
-    told = [f"{count} {readable(kind)}" for kind, count in most] + (["…"] if len(counts) > len(most) else [])
+    told = [f"{count} {readable(kind if count == 1 else MANY.get(kind, kind))}" for kind, count in most] + (
+        ["…"] if len(counts) > len(most) else []
+    )
     return f"{total} {'file is' if total == 1 else 'files are'} passed over: {', '.join(told)}."
 
 
@@ -110,7 +115,7 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
         places = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
     else:
-        places = [(None, folder) for folder in folders]
+        splits, places = {}, [(None, folder) for folder in folders]
     named = read_names(directory)
     classes, empty = [], []
     for split, folder in places:
@@ -125,36 +130,36 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     if not named:
         refuse_other_layouts(directory, {one.path: one.found for one in classes})
     for one in classes:
-        if not one.name:
-            raise UserError(
-                f"{directory / NAMES} does not name the class of the folder {os.path.basename(one.path)!r}."
-            )
-        try:
-            check_text(one.name)
-        except ValueError as error:
-            raise UserError(f"a class in {directory} cannot be called so: {error}. Rename its folder.") from None
-    known = {*folders, *(folder for _, folder in places)}
-    beside = [path for place in (directory, *splits) for path in sorted(place.iterdir()) if path not in known]
+        check_name(one, directory)
+    read = {*splits, *(folder for _, folder in places)}
+    beside = [path for place in (directory, *splits) for path in sorted(place.iterdir()) if path not in read]
+    names = [path.relative_to(directory).as_posix() for path in beside if not expected(path.name)]
     notes = [
         passed_over(one.found for one in classes),
-        some(empty, "sub-folders have no pictures"),
-        some([path.relative_to(directory).as_posix() for path in beside if not expected(path.name)], BESIDE),
+        some(empty, "sub-folder has no pictures", "sub-folders have no pictures"),
+        some(names, "file or folder is not a class, and not read", "files and folders are no classes, and not read"),
     ]
     return classes, [note for note in notes if note]
 
 
-BESIDE = "files lie beside the class folders, where they are not read"
+def check_name(one: ClassFolder, directory: Path) -> None:
+    if not one.name:
+        raise UserError(f"{directory / NAMES} does not name the class of the folder {os.path.basename(one.path)!r}.")
+    try:
+        check_text(one.name)
+    except ValueError as error:
+        raise UserError(f"a class in {directory} cannot be called so: {error}. Rename its folder.") from None
 
 
 def expected(name: str) -> bool:
-    """Beside class folders: hidden files, and what people read."""
+    """Hidden files, and what people read."""
     return name == NAMES or name.startswith((".", "__", "README", "LICENSE"))
 
 
-def some(names: list[str], what: str) -> str | None:
+def some(names: list[str], one: str, many: str) -> str | None:
     """ "3 files are …: a, b, c."; None if there are none."""
     shown = ", ".join(map(readable, names[:5])) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} {what}: {shown}." if names else None
+    return f"{len(names)} {one if len(names) == 1 else many}: {shown}." if names else None
 
 
 def subfolders(directory: Path) -> list[Path]:

@@ -179,8 +179,8 @@ def refuse_strangers(directory: Path) -> None:
         names = [name for name in ("train.npy", "test") if (directory / name).exists()]
     if names:
         raise UserError(
-            f"{directory} holds a {names[0]} that belongs to no shapes world, and would be written over: choose another "
-            "directory with --out, or move it away."
+            f"{directory} holds a {names[0]} that belongs to no shapes world, and would be written over: move it "
+            "away, or choose another directory."
         )
 
 

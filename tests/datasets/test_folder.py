@@ -360,7 +360,7 @@ def test_every_ending_that_pillow_reads_is_a_picture_and_the_rest_is_counted(tmp
     assert whole(tmp_path) == {"cat/1.jfif", "cat/2.JPE", "dog/1.Jpeg", "dog/2.bmp", "dog/3.tga"}
     note = pairs_of(tmp_path).notes[0]
     assert note == (
-        "8 files are passed over: 2 .mp4, 2 without an ending, 2 that are no regular files, 1 .db, 1 links to folders."
+        "8 files are passed over: 2 .mp4, 2 without an ending, 2 that are no regular files, 1 .db, 1 link to a folder."
     )
 
 
@@ -419,16 +419,23 @@ def test_texts_beside_the_pictures_are_no_class_folder(tmp_path):
 
 
 def test_what_lies_beside_the_class_folders_is_told(tmp_path):
-    for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "train/loose.png", "top.png"):
+    for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "train/loose.png", "top.png", "extra/1.png"):
         save(tmp_path / name)
     for name in ("labels.csv", "README.md", "class_names.txt.bak"):
         (tmp_path / name).write_text("x")
     (tmp_path / "train" / "cow").mkdir()
     assert pairs_of(tmp_path, "test").notes[:2] == [
-        "1 sub-folders have no pictures: train/cow.",
-        "4 files lie beside the class folders, where they are not read: class_names.txt.bak, labels.csv, top.png, "
+        "1 sub-folder has no pictures: train/cow.",
+        "5 files and folders are no classes, and not read: class_names.txt.bak, extra, labels.csv, top.png, "
         "train/loose.png.",
     ]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for name in ("test/1.png", "exam/1.png", "exam/2.png"):
+        save(tmp_path / name)
+    assert pairs_of(tmp_path).classes == ["exam", "test"]
+    assert not any("no classes" in note for note in pairs_of(tmp_path).notes)
 
 
 def test_class_names_that_cannot_be_read_are_told(tmp_path):
