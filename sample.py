@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from minivlm.chat_templates import DESCRIBE
 from minivlm.command_line import (
     Parser,
     bar,
+    chat_arguments,
     check_picture_name,
     check_pictures,
     check_speaking,
@@ -26,7 +28,6 @@ from minivlm.command_line import (
     speaking_arguments,
     write_picture,
 )
-from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError, nearest, run_command_line
 
 
@@ -180,6 +181,7 @@ def attend(options: argparse.Namespace) -> None:
 def caption_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="one picture or more, each described by itself")
     parser.add_argument("--prompt", help=f"what it is asked ({DESCRIBE})")
+    chat_arguments(parser)
     speaking_arguments(parser)
 
 
@@ -199,6 +201,7 @@ def answer_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--candidates", nargs="+", metavar="TEXT", help="what a BLIP puts in order instead of answering"
     )
+    chat_arguments(parser)
     speaking_arguments(parser)
 
 
@@ -252,8 +255,9 @@ def few_shot(options: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------- chat
 
 
-def chat_arguments(parser: Parser) -> None:
+def talk_arguments(parser: Parser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="what the conversation begins with")
+    chat_arguments(parser)
     speaking_arguments(parser)
 
 
@@ -308,7 +312,7 @@ TASKS = {
     "chat": Task(
         "a conversation about pictures, line by line",
         "python sample.py chat out/llava photo.png --temperature 0.7 --top_p 0.9",
-        chat_arguments,
+        talk_arguments,
         chat,
     ),
     "attend": Task(
@@ -352,10 +356,18 @@ def load_comparer(options: argparse.Namespace) -> tuple:
 
 
 def load_speaker(options: argparse.Namespace) -> tuple:
-    """The same, in the precision asked for."""
+    """The same, in the precision asked for, and asked in the way asked for."""
     import torch
 
-    return load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    from minivlm.conversation import with_chat
+    from minivlm.tasks.speak import check_answerer
+
+    model, processor = load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    chat, system = getattr(options, "chat", None), getattr(options, "system", None)
+    if chat is not None or system is not None:
+        check_answerer(model, processor)  # another has no turns
+        processor = with_chat(processor, chat, system)
+    return model, processor
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from minivlm.errors import UserError, nearest
 from minivlm.special_tokens import MARK, Markup, split_marks
 
 DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
@@ -168,3 +169,8 @@ TEMPLATES = {
     ),
 }
 CHOICES = ("plain", "vicuna", "chatml", "llama-2", "llama-3", "zephyr", "mistral", "gemma")  # that one may choose
+
+
+def check_chat_name(chat: str | None) -> None:
+    if chat is not None and chat not in CHOICES:
+        raise UserError(f"there is no chat template {chat!r}.{nearest(chat, CHOICES)}")

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
+from minivlm.chat_templates import CHOICES, check_chat_name
 from minivlm.errors import UserError, nearest
 
 
@@ -123,12 +124,18 @@ def speaking_arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
 
 
+def chat_arguments(parser: Parser) -> None:
+    parser.add_argument("--chat", metavar="NAME", help=f"how turns are written: {', '.join(CHOICES)} (as published)")
+    parser.add_argument("--system", metavar="TEXT", help='what the system says first, "" for nothing (as published)')
+
+
 def check_speaking(options: argparse.Namespace) -> dict:
     """The options for `generate`; what can be refused without the model is refused before it is loaded."""
     from minivlm.generation import Options
 
     how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
     Options(**how)
+    check_chat_name(getattr(options, "chat", None))
     check_pictures(getattr(options, "images", []))
     return how
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from minivlm.chat_templates import CHOICES, DESCRIBE, TEMPLATES, ChatTemplate, Turn
-from minivlm.errors import UserError, nearest
+from minivlm.chat_templates import CHOICES, DESCRIBE, TEMPLATES, ChatTemplate, Turn, check_chat_name
+from minivlm.errors import UserError
 from minivlm.special_tokens import MARK, Markup, as_text, without_marks
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def with_chat(processor: Processor, chat: str | None = None, system: str | None 
 
     UserError: no such template, and a system's text where the template has no place for it.
     """
-    if chat is not None and chat not in CHOICES:
-        raise UserError(f"there is no chat template {chat!r}.{nearest(chat, CHOICES)}")
+    check_chat_name(chat)
     if chat is None and system is None:
         return processor
     config = processor.config if chat is None else replace(processor.config, chat=chat, chat_format=None, system=None)

@@ -92,6 +92,18 @@ def test_the_options_are_those_of_the_engine_in_either_spelling(monkeypatch, cap
     assert {*GENERATION} <= {*vars(Options())}
 
 
+def test_how_it_is_asked_can_be_chosen(monkeypatch):
+    seen = []
+    monkeypatch.setattr("minivlm.tasks.answer", lambda images, question, model, processor, **_: seen.append(processor))
+    run("answer", "llava", "red.png", WHICH, "--chat", "vicuna", "--system", "be brief.")
+    run("answer", "llava", "red.png", WHICH)
+    assert [(p.config.chat, p.config.system) for p in seen] == [("vicuna", "be brief."), ("plain", None)]
+    with pytest.raises(UserError, match=r"no chat template 'vicunha'\. Did you mean vicuna"):
+        run("answer", "not there", "red.png", WHICH, "--chat", "vicunha")
+    with pytest.raises(UserError, match="reads no words and so answers no questions"):
+        run("caption", "captioner", "red.png", "--system", "be brief.")
+
+
 def test_weights_can_be_read_in_another_precision(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("minivlm.tasks.answer", lambda images, question, model, *_, **how: seen.append(model.dtype))

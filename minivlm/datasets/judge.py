@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from minivlm.conversation import IGNORED, MARK, TEMPLATES, Turn, encode_conversation, with_images
+from minivlm.conversation import IGNORED, MARK, Turn, encode_conversation, template_of, with_images
 from minivlm.datasets.images import in_parallel, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_marks
 
-FRAME = 64  # tokens of a chat template at most: a text that is so much shorter than its room is not looked at closely
+FRAME = (
+    64  # tokens, and what a chat template writes: a text that is so much shorter than its room is not looked at closely
+)
 SHOWN = 5  # of what is left out
 
 Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothing can be learnt from it
@@ -21,14 +23,14 @@ Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothi
 
 def conversation_problem(processor, *, alone: bool = False) -> Problem:
     """alone: every question is asked by itself, with all images (a T5), and so has to fit with its answer."""
-    context = processor.context
-    framed = TEMPLATES[processor.config.chat].framed
+    context, template = processor.context, template_of(processor)
+    frame = FRAME + len(template.default_system or "") + len(template.markup)
 
     def whole(turns: Sequence[Turn]) -> str | None:
         first = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
-        read = "".join(turn.text for turn in (turns if framed else turns[: first + 1]))
+        read = "".join(turn.text for turn in (turns if template.framed else turns[: first + 1]))
         images = sum(turn.text.count(MARK) for turn in turns) * (processor.config.image_tokens + 2)
-        if read.isascii() and len(read) + images + FRAME <= context:  # no tokeniser makes more of it than its letters
+        if read.isascii() and len(read) + images + frame <= context:  # no tokeniser makes more of it than its letters
             return None
         try:
             encode_conversation(turns, processor, context=context)

@@ -191,6 +191,7 @@ def write(
 
     Raises UserError that names what transformers' class cannot express.
     """
+    from minivlm.pretrained.chat_template import write_chat_template
     from minivlm.pretrained.preprocessing import tokenizer_files
 
     module = module_of(kind_of(config))
@@ -210,6 +211,8 @@ def write(
         files |= tokenizer_files(processor, ends[0] if ends else None)
         about = module.write_processor(processor, config) if hasattr(module, "write_processor") else {}
         files |= {name: json.dumps(what, indent=2) for name, what in about.items()}
+        if type(config).__name__ in ("LanguageModelConfig", "LLaVAConfig"):
+            files |= write_chat_template(processor)
     if kind_of(config) in generation_config.READERS:
         files[generation_config.NAME] = json.dumps(generation_config.write(values, defaults), indent=2)
     files["config.json"] = json.dumps({**values, "torch_dtype": dtype}, indent=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minivlm.errors import UserError
 
-TEXT_FILES = ("*.json", "merges.txt", "vocab.txt")
+TEXT_FILES = ("*.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
 
 def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *, named_by: Path | None = None) -> Path:

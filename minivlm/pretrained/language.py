@@ -13,6 +13,7 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.pretrained import preprocessing
+from minivlm.pretrained.chat_template import with_chat_template
 from minivlm.pretrained.names import Row, find
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -62,7 +63,8 @@ def read_processor(directory: Path, config: LanguageModelConfig, source: Tokeniz
     """For texts alone. source: the tokeniser, as `Processor` takes it."""
     check_vocabulary(vocabulary(source, directory), config)
     pad = preprocessing.read_pad_token(directory, config.pad_token)
-    return Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
+    processor = Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
+    return with_chat_template(processor, directory)
 
 
 class Vocabulary(dict[str, int]):

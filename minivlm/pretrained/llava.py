@@ -11,6 +11,7 @@ from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing, siglip
+from minivlm.pretrained.chat_template import with_chat_template
 from minivlm.pretrained.fields import Known
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import Row, table, under
@@ -188,8 +189,8 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
             f"{directory} prepares pictures of {images['image_size']} pixels, but the vision tower in config.json "
             f"reads {config.vision.image_size}."
         )
-    chat = "chatml" if "<|im_start|>" in vocab else "vicuna"
-    return Processor(
+    chat = "chatml" if "<|im_start|>" in vocab else "vicuna"  # where nothing is said about it
+    processor = Processor(
         source,
         ProcessorConfig(
             **images,
@@ -200,6 +201,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
             chat=chat,
         ),
     )
+    return with_chat_template(processor, directory, framed=True)
 
 
 def read_mark(directory: Path) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import IGNORED, MARK, Sample, encode_conversation
+from minivlm.conversation import IGNORED, MARK, Sample, encode_conversation, template_of, with_chat
 from minivlm.datasets.continuation import collate_pairs
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.holes import HOLES, with_holes
@@ -215,6 +215,8 @@ class BLIP2Recipe(Recipe):
     lm: Literal["lm", "t5"] = "lm"  # a decoder, or an encoder and a decoder
     starts_from: str = "out/blip2-stage1"
     language_from: str | None = None  # None: out/lm or out/t5
+    chat: str | None = None  # how turns are written, by name; None: as the language model has it
+    system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
     from_scratch: bool = False  # without a stage 1: a new Q-Former on the tower of vision_from
     vision_from: str = "out/clip-resnet"
     vision_layers: tuple[int, ...] = (-2,)
@@ -289,6 +291,8 @@ class BLIP2Recipe(Recipe):
                 f"--lm {self.lm} wants a {wanted.__name__}, but {self.speaker} holds a "
                 f"{type(speaker).__name__}{other.get(type(speaker), '')}."
             )
+        words = with_chat(words, self.chat, self.system)
+        template_of(words)  # known before anything is trained
         return with_image_token(speaker, words)
 
 

@@ -59,6 +59,8 @@ class FlamingoRecipe(Recipe):
     every: int = 1  # a gated layer before every n-th block of the language model
     freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen
     store_frozen: bool = True  # False: the model that is left names its frozen parts, and holds only what is new
+    chat: str | None = None  # how turns are written, by name; None: as the language model has it
+    system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
     lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
     data: TalkConfig = field(default_factory=TalkConfig)
 
@@ -115,7 +117,7 @@ class FlamingoRecipe(Recipe):
     def compose(self) -> tuple[Flamingo, Processor]:
         """Eyes and language model put together, with a new resampler and new gated layers between them."""
         clip, eyes = load_eyes(self.vision_from)
-        speaker, words = load_decoder(self.language_from)
+        speaker, words = load_decoder(self.language_from, chat=self.chat, system=self.system)
         vision = clip.config.vision
         config = FlamingoConfig(
             **reading(vision, self.vision_layers),

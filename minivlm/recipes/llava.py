@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
-from minivlm.conversation import Sample, Turn, collate, encode_conversation
+from minivlm.conversation import Sample, Turn, collate, encode_conversation, template_of, with_chat
 from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
@@ -46,6 +46,8 @@ class LLaVARecipe(Recipe):
     stage: Literal["align", "instruct"]
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
+    chat: str | None = None  # how turns are written, by name; None: as the language model has it, or the LLaVA
+    system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
     starts_from: str | None = None  # stage "instruct": a LLaVA that went through stage "align"
     projector: Literal["linear", "mlp", "resampler"] = "mlp"
     resampler: PerceiverConfig = LATENTS  # of projector="resampler"; its context_width and places follow from the tower
@@ -82,7 +84,7 @@ class LLaVARecipe(Recipe):
     def align(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
         clip, eyes = load_eyes(self.vision_from)
-        speaker, words = load_decoder(self.language_from)
+        speaker, words = load_decoder(self.language_from, chat=self.chat, system=self.system)
         vision = clip.config.vision
         reads = resampling(self.resampler, vision, self.vision_layers) if self.projector == "resampler" else None
         config = LLaVAConfig(
@@ -107,6 +109,8 @@ class LLaVARecipe(Recipe):
         if self.lora is not None:
             add_lora(model.language_model, self.lora, generator=torch.Generator().manual_seed(self.seed))
             model.config = replace(model.config, lora=self.lora)
+        processor = with_chat(processor, self.chat, self.system)
+        template_of(processor)
         return model, processor
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from minivlm.checkpoint import load
+from minivlm.conversation import template_of, with_chat
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.perceiver import PerceiverConfig
@@ -29,11 +30,13 @@ def load_eyes(source: str) -> tuple[nn.Module, Processor]:
     return clip, processor
 
 
-def load_decoder(source: str) -> tuple[LanguageModel, Processor]:
-    """A language model that knows the mark `<image>`."""
+def load_decoder(source: str, *, chat: str | None = None, system: str | None = None) -> tuple[LanguageModel, Processor]:
+    """A language model that knows the mark `<image>`, and a way to write conversations (see `with_chat`)."""
     speaker, words = load(source)
     if not isinstance(speaker, LanguageModel):
         raise UserError(f"--language_from {source} holds a {type(speaker).__name__}, no language model.")
+    words = with_chat(words, chat, system)
+    template_of(words)  # known before anything is trained
     return with_image_token(speaker, words)
 
 
@@ -54,7 +57,8 @@ def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[L
 def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
     """Pictures as `eyes` prepares them, texts and conversations as `words` does. fields: of its config that are neither's,
     such as image_tokens and context."""
-    spoken = {name: getattr(words.config, name) for name in ("pad_token", "chat", "image_token")}
+    names = ("pad_token", "chat", "chat_format", "system", "image_token")
+    spoken = {name: getattr(words.config, name) for name in names}
     config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
     return Processor(words.tokenizer, config)
 

@@ -1,0 +1,404 @@
+"""A published chat template ⇄ ours: it is rendered with known texts, and what stands between these is how turns are written.
+
+    chat_template.jinja ── rendered by a process of its own ──→ "<|user|>\\nQuser</s>\\n<|assistant|>\\n" ──→ `ChatTemplate`
+
+A template is a program, so it runs where it can do no harm: in Jinja's sandbox, with little memory and little time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
+from minivlm.errors import UserError
+from minivlm.pretrained.files import read_json
+from minivlm.special_tokens import MARK, TAG, Markup
+
+if TYPE_CHECKING:
+    from minivlm.processor import Processor
+
+SECONDS, LONGEST = 10, 1 << 17  # of rendering all probes; characters of a template
+
+# ---- finding it ------------------------------------------------------------------------------------------------------
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # that a template may ask for
+
+
+def with_chat_template(processor: Processor, directory: Path, *, framed: bool = False) -> Processor:
+    """The processor with the chat template that was published in `directory`, if there is one.
+
+    framed: a start token is put before a prompt that does not begin with one, as LLaVA's processor does.
+    """
+    if processor.source is None or (source := find_source(directory)) is None:
+        return processor
+    tokenizer, tokens = processor.tokenizer, special_tokens(directory)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    try:
+        templates = derive(renderer(source, tokens, processor.config.image_token), added, tokens)
+    except ValueError:  # it writes turns in another way than ours
+        return type(processor)(tokenizer, replace(processor.config, chat="unknown"))
+    meant = [one for template in templates for one in starts(template, processor, framed=framed)]
+    fields = next(filter(None, map(named, meant)), {"chat": "own", "chat_format": meant[0]})
+    return type(processor)(tokenizer, replace(processor.config, **fields))
+
+
+def starts(template: ChatTemplate, processor: Processor, *, framed: bool) -> list[ChatTemplate]:
+    """The template, and the same with the tokeniser's own start token, if that comes to the same."""
+    same = replace(template, start=None)
+    if framed and template.start == "":
+        return [same]
+    in_front = [] if processor.start_token is None else [processor.start_token]
+    alike = processor.ids([Markup(template.start), "a"]) == in_front + processor.ids("a")
+    return [same, template] if alike else [template]
+
+
+def find_source(directory: Path) -> str | None:
+    """The template as transformers finds it: in a file of its own, or among the settings of processor or tokeniser."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = directory / name
+        given = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(given, list):  # several by name
+            given = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        if isinstance(given, dict):
+            given = given.get("default")
+        if isinstance(given, str):
+            return given
+        if given is not None:
+            raise UserError(f"{path} has a chat_template that is no text.")
+    return None
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    tokens = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        values = read_json(path) if path.exists() else {}
+        for key in SPECIAL:
+            token = values.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                tokens[key] = token
+    return tokens
+
+
+# ---- rendering it ----------------------------------------------------------------------------------------------------
+
+CHILD = r"""
+import json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
+except (ImportError, OSError, ValueError):
+    pass
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+class Generation(Extension):  # transformers marks with it what the assistant says
+    tags = {"generation"}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+def refuse(message=""):
+    raise ValueError(message)
+
+given = json.load(sys.stdin)
+sys.path[:0] = given["path"]
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False)
+environment.globals["raise_exception"] = refuse
+template = environment.from_string(given["source"])
+answers = []
+for probe in given["probes"]:
+    try:
+        text = template.render(**given["tokens"], **probe)
+        answers.append(text if len(text) < 1 << 20 else None)
+    except Exception:
+        answers.append(None)
+json.dump(answers, sys.stdout)
+"""
+
+Render = Callable[[Sequence[Sequence[Turn]]], list[str | None]]  # conversations → what is written, None: it is refused
+
+
+def renderer(source: str, tokens: dict[str, str], image_token: str = MARK) -> Render:
+    """Conversations, each up to the assistant's next word if the user has the last one → what the template writes."""
+
+    def render(conversations: Sequence[Sequence[Turn]]) -> list[str | None]:
+        strings = [probe(turns, lambda turn: turn.text) for turns in conversations]
+        parts = [probe(turns, typed) for turns in conversations]
+        answers = [
+            text and text.replace(image_token, MARK)
+            for text in run(source, json.dumps(tokens), json.dumps(strings + parts))
+        ]
+        pairs = zip(answers[: len(strings)], answers[len(strings) :], conversations, strict=True)
+        return [one if one is not None and turns[-1].text.strip() in one else other for one, other, turns in pairs]
+
+    return render
+
+
+def probe(turns: Sequence[Turn], content: Callable[[Turn], Any]) -> dict[str, Any]:
+    messages = [{"role": turn.role, "content": content(turn)} for turn in turns]
+    return {"messages": messages, "add_generation_prompt": turns[-1].role == "user"}
+
+
+def typed(turn: Turn) -> list[dict[str, str]]:
+    """A turn as templates of models that see want it: pictures first, then the text."""
+    pictures = [{"type": "image"}] * turn.text.count(MARK)
+    return [*pictures, {"type": "text", "text": turn.text.replace(f"{MARK}\n", "").replace(MARK, "")}]
+
+
+@lru_cache(maxsize=16)
+def run(source: str, tokens: str, probes: str) -> list[str | None]:
+    """ValueError where the template is none, or does not come to an end."""
+    if len(source) > LONGEST:
+        raise ValueError("it is too long")
+    import jinja2  # comes with PyTorch
+
+    path = [str(Path(jinja2.__file__).parent.parent)]
+    given = {"source": source, "tokens": json.loads(tokens), "probes": json.loads(probes), "path": path}
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "HOME", "LANG")}
+    command = [sys.executable, "-I", "-X", "utf8", "-c", f"import sys\nsys.path[:0] = {path!r}\n{CHILD}"]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(given),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=SECONDS,
+            env=environment,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"it could not be rendered ({type(error).__name__})") from None
+    if done.returncode:
+        raise ValueError("it could not be rendered")
+    return json.loads(done.stdout)
+
+
+# ---- understanding it ------------------------------------------------------------------------------------------------
+
+S, U, A, V, B = "Qsystem", "Quser", "Qanswer", "Qsecond", "Qlast"
+SYSTEM, USER, ANSWER, SECOND, LAST = (
+    Turn(role, text)
+    for role, text in zip(("system", "user", "assistant", "user", "assistant"), (S, U, A, V, B), strict=True)
+)
+PROBES = (  # in the order in which `derive` asks for them; the last ones only to see that it was understood
+    (USER,),
+    (USER, ANSWER, SECOND),
+    (USER, ANSWER, SECOND, LAST),
+    (SYSTEM, USER),
+    (Turn("user", f"  {U} \n"),),
+    (Turn("user", f"{MARK}\n{U}"),),
+    (USER, ANSWER, SECOND, LAST, Turn("user", "and now?")),
+    (SYSTEM, USER, ANSWER, SECOND),
+    (Turn("system", "You are terse."), Turn("user", "why is it red?\nand round?")),
+)
+
+
+def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) -> list[ChatTemplate]:
+    """Templates that write what `render` does. ValueError: there is none.
+
+    added: the tokens that stand beside the words, one of which ends an answer. tokens: bos_token and eos_token.
+    """
+    first, second, whole, told, padded, shown, *_ = render(PROBES)
+    opening, prompt = cut(first, U)
+    _, history, between, _ = cut(second, U, A, V)
+    closing = cut(whole, U, A, V, B)[-1]
+    check(history.startswith(prompt))
+    tail, end, rest = answer_end(between, closing, added)
+    before_user = common_suffix(rest, opening)
+    start = opening.removesuffix(before_user)
+    if start not in ("", tokens.get("bos_token")):  # the system speaks unasked, and its turn may end as an answer does
+        before_user = before_user.lstrip()
+        start = tokens.get("bos_token", "") if opening.startswith(tokens.get("bos_token", "")) else ""
+    template = ChatTemplate(
+        system=None,
+        user=f"{before_user}{{}}{prompt}",
+        answer=f"{history.removeprefix(prompt)}{{}}{tail}",
+        end=end or tokens.get("eos_token"),
+        after=rest.removesuffix(before_user),
+        start=opening.removesuffix(before_user),
+        trim=padded == f"{opening}{U}{prompt}",
+        end_is_read=end is not None,
+    )
+    if shown == f"{opening}{MARK}{U}{prompt}":
+        template = replace(template, user=f"{before_user}{{pictures}}{{}}{prompt}")
+    written = dict(zip(PROBES, render(PROBES), strict=True))
+    forms = system_forms(template, opening, told, start) if once(told, S, U) else []
+    whole_forms = [form for form in (*forms, template) if follows(form, written)]
+    check(bool(whole_forms))
+    return whole_forms
+
+
+def answer_end(between: str, closing: str, added: Collection[str]) -> tuple[str, str | None, str]:
+    """What stands behind an answer: up to its end token, that, and the rest up to what the user says next."""
+    common = common_prefix(closing, between)
+    found = [(common.index(token), -len(token), token) for token in added if TAG.fullmatch(token) and token in common]
+    if not found:
+        return "", None, between
+    at, _, end = min(found)
+    return between[:at], end, between[at + len(end) :]
+
+
+def system_forms(template: ChatTemplate, opening: str, told: str, start: str) -> Iterator[ChatTemplate]:
+    """What may be meant by what stands around the system's text: a turn of its own, or a part of the user's."""
+    before, behind, _ = cut(told, S, U)
+    before_user = template.user.partition("{")[0]
+    for begun in dict.fromkeys((start, "", template.start)):
+        if not before.startswith(begun) or not opening.startswith(begun):
+            continue
+        lead, standing = before.removeprefix(begun), opening.removeprefix(begun)
+        if behind.endswith(before_user):
+            form = replace(template, start=begun, system=f"{lead}{{}}{behind.removesuffix(before_user)}")
+            default = standing.removeprefix(lead).removesuffix(behind)
+            yield form if standing == before_user else replace(form, default_system=default)
+        if lead.startswith(before_user):
+            inside = f"{lead.removeprefix(before_user)}{{}}{behind}"
+            yield replace(template, start=begun, system=inside, in_user=True)
+
+
+def follows(template: ChatTemplate, written: Mapping[Sequence[Turn], str | None]) -> bool:
+    """Does it write what is written? What follows the last answer does not count."""
+    for turns, wanted in written.items():
+        if turns[0].role == "system" and template.system is None:
+            continue
+        ours = write(template, turns)
+        if wanted != ours and not (wanted and turns[-1].role == "assistant" and wanted.startswith(ours)):
+            return False
+    return True
+
+
+def write(template: ChatTemplate, turns: Sequence[Turn]) -> str:
+    """The conversation as one string."""
+    if template.default_system is not None and turns[0].role != "system":
+        turns = [Turn("system", template.default_system), *turns]
+    said = [template.start or ""]
+    for turn, pieces in template.segments(turns):
+        said += pieces
+        if turn.role == "assistant" and template.end_is_read:
+            said.append(template.end or "")
+    return "".join(said)
+
+
+def named(template: ChatTemplate) -> dict[str, Any] | None:
+    """The fields of `ProcessorConfig` for a template that is known by name, whatever its system says."""
+    told = template.default_system
+    own = replace(template, default_system=None)
+    name = next((name for name in CHOICES if alike(TEMPLATES[name], own)), None)
+    return None if name is None or told == "" else {"chat": name, "system": told}
+
+
+def alike(one: ChatTemplate, other: ChatTemplate) -> bool:
+    """Do both write the same?"""
+    fields = lambda t: (t.start, t.trim, t.end, t.end_is_read, t.system is None)
+    probes = [turns for turns in PROBES if turns[0].role != "system" or one.system is not None]
+    return fields(one) == fields(other) and all(write(one, turns) == write(other, turns) for turns in probes)
+
+
+def once(text: str | None, *words: str) -> bool:
+    """Has the text each of the words once, in this order?"""
+    return text is not None and re.findall("|".join(words), text) == [*words]
+
+
+def cut(text: str | None, *words: str) -> list[str]:
+    """What stands between the words."""
+    check(once(text, *words))
+    return re.split("|".join(words), text)
+
+
+def common_prefix(a: str, b: str) -> str:
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
+
+
+def common_suffix(a: str, b: str) -> str:
+    return common_prefix(a[::-1], b[::-1])[::-1]
+
+
+def check(holds: bool) -> None:
+    if not holds:
+        raise ValueError("it writes turns in another way than ours")
+
+
+# ---- writing it ------------------------------------------------------------------------------------------------------
+
+
+def write_chat_template(processor: Processor) -> dict[str, str]:
+    """File name → a template of Jinja that writes conversations as ours does; nothing for a model whose pictures stand
+    in front of all words, and where ours is not known."""
+    config = processor.config
+    template = config.chat_format if config.chat == "own" else TEMPLATES.get(config.chat)
+    if processor.source is None or template is None or template.framed or template.caption is not None:
+        return {}
+    told = template.default_system if config.system is None else config.system or None
+    start = template.start
+    if start is None:
+        start = "" if processor.start_token is None else processor.tokenizer.id_to_token(processor.start_token)
+    own_end = None if processor.end_token is None else processor.tokenizer.id_to_token(processor.end_token)
+    known = template.end is not None and processor.tokenizer.token_to_id(template.end) is not None
+    end = (template.end if known else own_end) or ""
+    whole = replace(template, start=start, end=end, default_system=told)
+    return {"chat_template.jinja": source_of(whole, config.image_token)}
+
+
+def source_of(template: ChatTemplate, mark: str) -> str:
+    """In one line, since a line's end is a part of what is written."""
+    before_user, _, prompt = template.user.partition("{}")
+    before_user, pictures = before_user.replace("{pictures}", ""), "{pictures}" in template.user
+    before_answer, _, behind_answer = template.answer.partition("{}")
+    text = "words(message['content'])" + ("|trim" if template.trim else "")
+    system = "{{ raise_exception('this chat template has no place for a system turn') }}"
+    if template.system is not None:
+        before, _, behind = template.system.partition("{}")
+        system = put(before) + "{{ told" + ("|trim" if template.trim else "") + " }}" + put(behind)
+    system = "{% if told is not none %}" + system + "{% endif %}"
+    outside, inside = ("", "{% if loop.first %}" + system + "{% endif %}") if template.in_user else (system, "")
+    end = put(template.end)
+    if not template.end_is_read:
+        end = "{% if loop.last %}" + end + "{% endif %}"
+    return "".join(
+        (
+            WORDS.replace("MARK", spelt(mark if pictures else f"{mark}\n")),
+            "{% if messages[0]['role'] == 'system' %}{% set told = words(messages[0]['content']) %}",
+            "{% set rest = messages[1:] %}{% else %}",
+            f"{{% set told = {'none' if template.default_system is None else spelt(template.default_system)} %}}",
+            "{% set rest = messages %}{% endif %}",
+            put(template.start) + outside,
+            "{% for message in rest %}{% if message['role'] == 'user' %}",
+            "{% if not loop.first %}" + put(template.after) + "{% endif %}",
+            put(before_user) + inside + "{{ " + text + " }}" + put(prompt),
+            "{% else %}",
+            put(before_answer) + "{{ words(message['content'])|trim }}" + put(behind_answer) + end,
+            "{% endif %}{% endfor %}",
+        )
+    )
+
+
+WORDS = (  # of a turn that is a string, or a list of pictures and texts
+    "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}{{ MARK }}{% endif %}{% endfor %}"
+    "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endmacro %}"
+)
+
+
+def put(text: str | None) -> str:
+    return f"{{{{ {spelt(text)} }}}}" if text else ""
+
+
+def spelt(text: str) -> str:
+    """As a string of Jinja."""
+    return json.dumps(text, ensure_ascii=False)
