@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 import io
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A mistake in the input rather than in the program. Command lines print its text alone and exit with 2."""
+
+
+class Note(UserWarning):
+    """What a user should know about what is done all the same. Command lines print its text alone."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -22,7 +28,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_command_line(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130.
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130. A `Note`
+    is one line as well, but ends nothing.
 
     A sign that the terminal, or the file that the output goes to, has no room for is written as \\u2192.
     """
@@ -30,7 +37,8 @@ def run_command_line(main: Callable[[list[str]], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
+        with notes_in_a_line():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -40,3 +48,19 @@ def run_command_line(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # `sample.py … | head` closed the pipe: nothing is wrong
         sys.stderr.close()
         sys.exit(0)
+
+
+@contextmanager
+def notes_in_a_line() -> Iterator[None]:
+    """Inside, a `Note` is a line on stderr, without the place in the code that Python puts around a warning."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message, category, *where):
+            if issubclass(category, Note):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = tell
+        yield

@@ -1,11 +1,12 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from minivlm.errors import UserError, nearest, run_command_line
+from minivlm.errors import Note, UserError, nearest, run_command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +31,11 @@ class TestRunCommandLine:
         seen = []
         self.run(seen.append, monkeypatch, ["clip", "--steps", "5"])
         assert seen == [["clip", "--steps", "5"]]
+
+    def test_a_note_is_a_line_and_ends_nothing(self, monkeypatch, capsys):
+        done = []
+        self.run(lambda _: (warnings.warn("this is not followed.", Note, stacklevel=1), done.append(1)), monkeypatch)
+        assert capsys.readouterr().err == "note: this is not followed.\n" and done
 
     @pytest.mark.parametrize(
         ("error", "code", "text"),

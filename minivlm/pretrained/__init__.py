@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minivlm import config as configs
-from minivlm.errors import UserError
+from minivlm.errors import Note, UserError
 from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import generation_config, names
 from minivlm.pretrained.fields import check_config
@@ -154,7 +154,7 @@ def read(directory: Path, kind: str) -> Published:
     if kind in generation_config.READERS:
         defaults = generation_config.read(said, how)
         if untold := generation_config.untold(how):
-            warnings.warn(f"{said} asks for {', '.join(untold)}, which is not followed.", UserWarning, stacklevel=3)
+            warnings.warn(f"{said} asks for {', '.join(untold)}, which is not followed.", Note, stacklevel=3)
     return Published(module.model_class, config, rows, weights, processor, prepare, dtype, defaults)
 
 

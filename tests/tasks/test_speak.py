@@ -8,7 +8,7 @@ import minivlm
 from minivlm.conversation import Turn, encode_conversation
 from minivlm.errors import UserError
 from minivlm.tasks import answer, answer_all, caption, caption_all, complete
-from minivlm.tasks.speak import can_answer
+from minivlm.tasks.speak import can_answer, fitting
 from tests.colours import ColourModel, ColourProcessor, paint
 from tests.speakers import (
     COLOURS,
@@ -29,6 +29,18 @@ class TestAnswers:
         assert caption(plain("red"), colour_llava(), P) == "a picture of red"
         assert caption(paint(tmp_path / "b.png", "blue"), colour_llava(), P) == "a picture of blue"
         assert caption(Image.new("L", (40, 30)), colour_llava(), P).startswith("a picture of")
+
+    def test_what_the_model_was_published_with_holds_besides_the_marks_of_pictures(self):
+        model = colour_llava()
+        red = P.ids(" red")[0]
+        try:
+            model.defaults = {"suppress_tokens": (red,), "max_new_tokens": 3}
+            how = fitting(model, 5, 1, P, {})
+            assert set(how.suppress_tokens) == {red, *P.image_marks} and how.max_new_tokens == 3
+            assert "red" not in caption(plain("red"), model, P)
+            assert fitting(model, 5, 1, P, {"max_new_tokens": 7}).max_new_tokens == 7
+        finally:
+            del model.defaults
 
     def test_a_question_is_answered_about_one_picture_or_several(self, tmp_path):
         assert [answer(plain(c), WHICH, colour_llava(), P) for c in COLOURS] == list(COLOURS)
