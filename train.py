@@ -71,7 +71,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
     if rank == 0:
-        run.about = resuming.facts(recipe, device, precision)
+        run.about = resuming.facts(name, recipe, device, precision)
     if resumed:
         told = resuming.told(run, recipe) if rank == 0 else []
         say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *told]))

@@ -59,6 +59,7 @@ def check_place(path: Path) -> None:
     """UserError unless a directory can be at `path`."""
     longest = path / "checkpoints" / ".step-0000000.0000000000" / ".model.safetensors.0000000000.tmp"
     try:
+        str(path).encode("utf-8")
         longest.exists()  # false in some versions of Python, an error in others
         os.lstat(longest)
     except (FileNotFoundError, NotADirectoryError):

@@ -139,6 +139,7 @@ def test_a_resumed_run_may_stay_where_it_is():
         ("circle", "is a link that leads nowhere"),
         ("x" * 300, "is no name that a directory can have"),
         ("/".join(["y" * 200] * 30), "is no name that a directory can have"),
+        ("\udce9t\udce9", "is no name that a directory can have"),
         ("a\0b", "is no name that a directory can have"),
     ],
 )

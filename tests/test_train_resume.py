@@ -174,6 +174,12 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_told(place, capsys):
     assert list(steps_and_rates()) == [0, 1, 2, 3]
 
 
+def test_a_run_is_not_resumed_as_another_recipe(place):
+    for name in ("clip-resnet", "vqa"):
+        with pytest.raises(UserError, match=rf"a run/clip holds a run of clip, not of {name}"):
+            train.main([name, "--out", "a run/clip", "--resume"])
+
+
 def test_a_finished_run_says_that_it_is(place, capsys):
     resume()
     before = {path: path.stat().st_mtime_ns for path in Path("a run").rglob("*") if path.is_file()}
@@ -218,6 +224,26 @@ def test_a_chain_that_is_stopped_on_the_way_goes_on_with_the_command_it_began_wi
     plan = [("lm", None, recipes.Options(out="out/lm")), ("llava", None, recipes.Options(out="out/my llava"))]
     assert recipes.go_on(plan, plan[0][2], argv) == "python train.py llava --out 'out/my llava'"
     assert recipes.go_on(plan, plan[1][2], argv) == "python train.py llava --out 'out/my llava' --resume"
+
+
+def test_what_a_chain_finds_and_was_trained_on_other_data_is_told(begun, place):
+    shutil.copytree("a run/clip", "out/photos-clip")
+    plan = recipes.chain(*recipes.command_line(["blip", "--data", str(begun / "photos")]))
+    assert [name for name, *_ in plan] == ["clip", "blip"] and plan[0][2].resume  # it goes on with what was begun
+    assert recipes.announcement(plan) == "blip builds on what is not there yet; trained first: clip (out/photos-clip)"
+    Path("out/photos-clip/config.json").touch()
+    assert recipes.announcement(recipes.chain(*recipes.command_line(["blip", "--data", str(begun / "photos")]))) == ""
+    plan = recipes.chain(*recipes.command_line(["blip", "--data", "elsewhere/photos"]))
+    told = f"out/photos-clip, which it builds on, was trained on {begun / 'photos'}, not on elsewhere/photos"
+    assert recipes.announcement(plan) == told
+
+
+def test_the_batch_of_a_small_folder_is_one_that_the_processes_share(begun, place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    (name, recipe, _), _ = recipes.chain(
+        *recipes.command_line(["flamingo", "--data", str(begun / "photos"), "--language_from", "x"])
+    )
+    assert name == "clip-resnet" and recipe.batch_size == 35  # of 38
 
 
 def test_the_command_that_goes_on_is_torchruns_where_it_was(monkeypatch):

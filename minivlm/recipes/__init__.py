@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minivlm import config
 from minivlm.errors import UserError, nearest
-from minivlm.recipes.base import Options, Recipe, dotted_names, launcher, override, split_arguments
+from minivlm.recipes.base import Options, Recipe, dotted_names, launcher, override, processes, split_arguments
 from minivlm.recipes.blip import BLIP_RECIPES
 from minivlm.recipes.blip2 import BLIP2_RECIPES
 from minivlm.recipes.capfilt import CAPFILT_RECIPES
@@ -21,7 +21,7 @@ from minivlm.recipes.fusion import FUSION_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.multitask import MULTITASK_RECIPES
-from minivlm.recipes.resuming import data_directory, refuse_changes, with_directory
+from minivlm.recipes.resuming import data_directory, data_directory_of, refuse_changes, with_directory
 from minivlm.recipes.speak import CAPTIONER_RECIPES
 from minivlm.recipes.t5 import T5_RECIPES
 from minivlm.run_directory import check_out
@@ -61,7 +61,7 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
     recipe = RECIPES[name]
     if options.resume:
         check_out(options.directory(name), {}, resume=True)
-        return name, resumed_recipe(type(recipe), options.directory(name), changes, options), options
+        return name, resumed_recipe(name, options.directory(name), changes, options), options
     if options.data:
         recipe = override(recipe, changes).for_data(options.data, options.directory(name))
     return name, override(recipe, changes), options
@@ -72,18 +72,22 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
 
     Only the directories that a recipe itself proposes are filled; one that the user names has to be there.
     """
-    from minivlm.run import Run
+    from minivlm.run import Run, read_record
 
     todo, proposed = [], with_proposed_bases(name, recipe, options)
     for needed, directory in {} if options.resume else recipe.needs().items():
         if directory != proposed.needs()[needed] or (Path(directory) / "config.json").exists():
             continue
-        begun = bool(Run(directory).all())
+        begun = bool(found := Run(directory).all())
+        if begun and (was := read_record(found[-1]).get("name")) in RECIPES:
+            needed = was  # the CLIP of a folder is clip to some recipes and clip-resnet to others
         part = dataclasses.replace(options, out=directory, resume=begun, stop_at=None)
         if begun:
-            inner = resumed_recipe(type(RECIPES[needed]), directory, {}, part)
+            inner = resumed_recipe(needed, directory, {}, part)
         else:
             inner = RECIPES[needed].for_data(options.data, directory) if options.data else RECIPES[needed]
+            share = max(1, inner.batch_size // processes())  # of a small folder, which processes may not divide
+            inner = dataclasses.replace(inner, batch_size=share * processes())
         todo += [one for one in chain(needed, inner, part) if one not in todo]
     return [*todo, (name, recipe, options)]
 
@@ -122,12 +126,18 @@ def go_on(plan: list[tuple[str, Recipe, Options]], stopped: Options, argv: list[
 
 
 def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:
-    """What `chain` found missing, in a sentence; nothing if nothing is."""
-    *missing, (name, *_) = plan
-    if not missing:
-        return ""
-    first = ", ".join(f"{needed} ({options.out})" for needed, _, options in missing)
-    return f"{name} builds on what is not there yet; trained first: {first}"
+    """What `chain` found missing, and what is there but of other data; nothing if there is nothing to say."""
+    from minivlm.run import Run, read_record
+
+    *missing, (name, recipe, options) = plan
+    first = ", ".join(f"{needed} ({part.out})" for needed, _, part in missing)
+    told = [f"{name} builds on what is not there yet; trained first: {first}"] if missing else []
+    for directory in recipe.needs().values() if options.data else ():
+        run = Run(directory)
+        made_on = data_directory_of(read_record(run.latest())["recipe"]) if directory and run.all() else options.data
+        if os.path.realpath(made_on) != os.path.realpath(options.data):
+            told.append(f"{directory}, which it builds on, was trained on {made_on}, not on {options.data}")
+    return "\n".join(told)
 
 
 def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
@@ -151,11 +161,16 @@ def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def resumed_recipe(cls: type[Recipe], directory: str, changes: dict[str, str | bool], options: Options) -> Recipe:
+def resumed_recipe(name: str, directory: str, changes: dict[str, str | bool], options: Options) -> Recipe:
     """The recipe that an interrupted run was started with, and those changes that may be made while it is under way."""
     from minivlm.run import Run, read_record
 
-    record = read_record(latest := Run(directory).latest())
+    cls, record = type(RECIPES[name]), read_record(latest := Run(directory).latest())
+    kind = record["recipe"].get("type")
+    if kind != cls.__name__ or record.get("name", name) != name:
+        raise UserError(
+            f"{directory} holds a run of {record.get('name', kind)}, not of {name}: resume it as what it is."
+        )
     recorded = config.from_dict(cls, config.complete(cls, record["recipe"]), f"{latest / 'training.json'}: recipe")
     recipe = override(recorded, changes)
     if options.data:

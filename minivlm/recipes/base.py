@@ -76,6 +76,8 @@ class Options:
     help: bool = False
 
     def __post_init__(self):
+        if self.data == "":
+            raise ValueError("data is empty, but must name a folder")
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}, but must be at least 1")
 
@@ -92,9 +94,14 @@ class Options:
         return shlex.join([*launcher(), name, *flags, "--resume"])
 
 
+def processes() -> int:
+    """How many torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def launcher() -> list[str]:
     """How this program was started, by python or by torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         return ["python", "train.py"]
     return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", "train.py"]
 

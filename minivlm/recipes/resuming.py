@@ -24,6 +24,11 @@ def data_directory(recipe: Recipe) -> str:
     return recipe.data.directory if hasattr(recipe, "data") else recipe.directory
 
 
+def data_directory_of(recorded: dict) -> str:
+    """The same of a recipe as `config.to_dict` gives it."""
+    return recorded["data"]["directory"] if "data" in recorded else recorded["directory"]
+
+
 def with_directory(recipe: Recipe, directory: str) -> Recipe:
     """The recipe on the same data in another place."""
     if hasattr(recipe, "data"):
@@ -59,11 +64,11 @@ def shown(value: Any) -> str:
     return "a part with fields of its own" if dataclasses.is_dataclass(value) else f"{value}"
 
 
-def facts(recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+def facts(name: str, recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """What a checkpoint records, so that resuming can tell what is different."""
     on = {"device": device.type, "precision": str(precision).removeprefix("torch.")}
     on |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"data": fingerprint(data_directory(recipe)), "on": on}
+    return {"name": name, "data": fingerprint(data_directory(recipe)), "on": on}
 
 
 def is_finished(run: Run, recipe: Recipe) -> bool:
