@@ -157,3 +157,33 @@ def test_in_fp16_the_same_weights_stay_in_fp32_and_both_come_as_near(scale, tmp_
         got = ours(tokens, labels=labels).logits.float()
     off = lambda logits: ((logits - right).abs().max() / right.abs().max()).item()
     assert off(got) < max(2 * off(reached), 0.02)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "early_stopping": True},
+        {"min_length": 6, "forced_bos_token_id": 11},
+        {
+            "decoder_start_token_id": 13,
+            "suppress_tokens": [20, 21, 22, 23],
+            "begin_suppress_tokens": list(range(24, 50)),
+        },
+        {"max_length": 7, "forced_eos_token_id": 1},
+    ],
+    ids=str,
+)
+def test_generation_config(how, tmp_path):
+    """What the file says holds for both, the start token counting as said."""
+    theirs = reference(VARIANTS["t5"])
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **how}))
+    theirs, (ours, _) = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval(), minivlm.load(tmp_path)
+    length = {} if "max_length" in how else {"max_new_tokens": 12}
+    for n in (9, 3):
+        tokens = torch.randint(8, V, (1, n))
+        expected = theirs.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **length)[:, 1:]
+        assert ours.generate(tokens, **length).tolist() == expected.tolist()

@@ -1,6 +1,7 @@
 import importlib
 import pkgutil
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from minivlm import pretrained
 from minivlm.errors import UserError
-from minivlm.pretrained.names import IGNORED, Row, table, tied, to_ours, to_theirs, under
+from minivlm.pretrained import bert, idefics, llama, mpt, openflamingo, opt
+from minivlm.pretrained.names import IGNORED, Row, find, table, tied, to_ours, to_theirs, under
 
 ROWS = under(
     table("""
@@ -181,3 +183,34 @@ def test_in_every_table_queries_are_queries_and_gates_are_gates():
                 assert roles_of(theirs) <= {ours[1]}, row
                 told |= roles_of(theirs)
     assert told == set(ROLES)
+
+
+@pytest.mark.parametrize(
+    ("rows", "theirs", "ours"),
+    [
+        (idefics.GATED, "cross_attn.{}_layer_norm.weight", "attention.{}_norm.weight"),
+        (idefics.RESAMPLER_BLOCK, "0.{}_layer_norm.weight", "attention.{}_norm.weight"),
+        (mpt.BLOCK, "attn.{}_ln.weight", "attention.{}_norm.weight"),
+        (llama.BLOCK, "self_attn.{}_proj.weight", "attention.{}_proj.weight"),
+        (opt.BLOCK, "self_attn.{}_proj.weight", "attention.{}_proj.weight"),
+        (bert.BLOCK, "attention.self.{}.weight", "attention.{}_proj.weight"),
+        (openflamingo.GATED, "attn.to_{}.weight", "attention.{}_proj.weight"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_queries_are_queries_and_keys_are_keys(rows, theirs, ours):
+    """There and back, an exchange of the two would not be seen."""
+    full = {"q": "query", "k": "key"} if theirs.startswith("attention.self") else {"q": "q", "k": "k"}
+    for part in ("q", "k"):
+        spellings, row = find(rows, ours.format(part))
+        expected = theirs.format(full[part])
+        assert spellings[0] == expected if row.parts == 1 else (spellings[0], row.part) == (theirs.format("kv"), 0)
+
+
+def test_parts_that_are_woven_head_by_head():
+    rows = [replace(row, heads=2) for row in table("qkv {q,k,v}")]
+    ours = {f"{part}.weight": torch.arange(4.0) + 10 * i for i, part in enumerate("qkv")}
+    theirs = to_theirs(ours, rows)
+    assert theirs["qkv.weight"].tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
+    back = to_ours(theirs, ours, rows, "file")
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
