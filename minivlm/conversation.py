@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from minivlm.chat_templates import CHOICES, DESCRIBE, TEMPLATES, ChatTemplate, Turn, check_chat_name
+from minivlm.chat_templates import (
+    CHOICES,
+    DESCRIBE,  # noqa: F401  said from here as well
+    TEMPLATES,
+    ChatTemplate,
+    Turn,
+    check_chat_name,
+)
 from minivlm.errors import UserError
 from minivlm.special_tokens import MARK, Markup, as_text, without_marks
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
-
-__all__ = ["DESCRIBE", "MARK", "TEMPLATES", "ChatTemplate", "Turn", "as_text"]  # from here as well
 
 ROLES = ("system", "user", "assistant")
 IGNORED = -100  # the label of a token that is not learnt
