@@ -102,8 +102,12 @@ def questions(folder):
 
 
 def mixed(folder):
-    captions(folder)
-    questions(folder)
+    """Some pictures have captions, some questions, and some both."""
+    split = lambda i: {"split": {0: "val", 5: "test"}.get(i % 10, "train")}
+    paths = [paint(folder / f"{i}.png", i) for i in range(N)]
+    write_lines(folder / "captions.jsonl", ({"image": paths[i], "caption": f"thing {i}"} | split(i) for i in range(30)))
+    asked = ({"image": paths[i], "question": "which?", "answer": f"thing {i % 5}"} | split(i) for i in range(10, N))
+    write_lines(folder / "vqa.jsonl", asked)
 
 
 def conversations(folder, mark="<image>\n"):

@@ -232,6 +232,12 @@ class FolderTalk(FolderEntries, Talk):
 
         self.entries = leave_out(self.entries, judge, self.notes)
 
+    def keep_captioned(self) -> None:
+        kept = [entry for entry in self.entries if entry.captions]
+        if others := len(self.entries) - len(kept):
+            self.notes = [*self.notes, f"{others} of {len(self.entries)} training samples have no caption: left out."]
+        self.entries = kept
+
     def pictures(self, index: int) -> int:
         return len(self.entries[index].images)
 

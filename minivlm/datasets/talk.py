@@ -53,6 +53,9 @@ class Talk:
     def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
         """Leave out, and tell in `notes`, of which samples nothing can be learnt (judge.py)."""
 
+    def keep_captioned(self) -> None:
+        """Leave out, and tell in `notes`, the samples without captions."""
+
     def pictures(self, index: int) -> int:
         """How many a sample has."""
         return 1

@@ -53,6 +53,7 @@ def answers_questions(model, processor) -> bool:
 
 def answers(model, processor, talk: Talk, questions: Sequence[Question]) -> dict[str, Score]:
     """Accuracy in all, by kind of question, and blind; of conversations, also how many words are right."""
+    check_questions(model, processor, talk)
     if talk.free_answers:
         questions = questions[:CAPTIONS]
     said = ask(model, processor, talk, questions)

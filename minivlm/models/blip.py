@@ -49,6 +49,7 @@ class BLIPConfig(SeeingConfig):
     end_token: int
     pad_token: int = 0
     reads_padding: bool = False  # of questions, while it answers, as the published one does
+    asked: bool = True  # it was trained on questions as well, and so may be asked some
     momentum: MomentumConfig | None = None  # soft labels and a queue for the contrast
     label_smoothing: float = field(default=0.1, metadata={"before": 0.0})  # of every token that is said (released code)
 
@@ -73,7 +74,7 @@ class BLIPConfig(SeeingConfig):
     @property
     def answers(self) -> bool:
         """The same cross-attention reads pictures for captions and questions for answers."""
-        return self.roles in ("all", "answer") and self.feature_width == self.text.width
+        return self.asked and self.roles in ("all", "answer") and self.feature_width == self.text.width
 
     @property
     def speaks(self) -> bool:

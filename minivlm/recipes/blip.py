@@ -161,6 +161,7 @@ class BLIPWork(Stage1):
             self.score_name = "text→image Recall@1 re-ranked"
         if self.talk is None:
             self.chance.pop("answering")
+            model.config = replace(model.config, asked=False)
 
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         if self.recipe.freeze_vision:

@@ -112,6 +112,8 @@ class FusionRecipe(Recipe):
         read = dict(context=words.context, pad_token=words.pad_token, pad_to_context=False)
         processor = Processor(words.tokenizer, replace(seen.config, **read))
         config = self.complete(clip.config.vision, answers, processor)
+        if not any(train.captions(i) for i in range(len(train))) and isinstance(config, FusionConfig):
+            config = replace(config, heads=())  # they would learn nothing: nobody is to ask whether a text matches
         model = build(self.model_class, config, seed=self.seed)
         take(model.vision, clip.vision)
         return model, processor
@@ -150,7 +152,8 @@ class FusionWork(PrefixWork):
             )
         self.questions_asked = sum(map(len, known))
         self.outside = self.questions_asked - sum(map(sum, known))
-        self.has_captions = bool(train.captions(0))
+        self.captioned = [i for i in self.samples if train.captions(i)]
+        self.has_captions = bool(self.captioned)
         self.mask_token = processor.tokenizer.token_to_id(MASK)
         self.special = {processor.start_token, processor.end_token, processor.pad_token}
 
@@ -180,9 +183,11 @@ class FusionWork(PrefixWork):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """The arguments of `model.losses`, for a step of questions or of captions, of process `rank` of W."""
-        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
+        share = self.share(step, rank, world)
         every = self.recipe.captions_every if self.has_captions else 0
-        read = self.captions if every and step % every == every - 1 else self.questions
+        told = every and step % every == every - 1
+        read, known = (self.captions, self.captioned) if told else (self.questions, self.samples)
+        share = [(known[i % len(known)], rng) for i, rng in share]
         return {**read(share), **self.pictures([index for index, _ in share])}
 
     def questions(self, share: list[tuple[int, np.random.Generator]]) -> dict[str, Tensor]:
@@ -235,7 +240,7 @@ class FusionWork(PrefixWork):
         """One that is nearly right, where the data have some; else, and as often, that of another picture."""
         if rng.random() < 0.5 and (false := self.train.false_caption(index, rng)) is not None:
             return false
-        other = self.caption(self.samples[int(rng.integers(self.n))], rng)
+        other = self.caption(self.captioned[int(rng.integers(len(self.captioned)))], rng)
         return None if other in self.train.captions(index) else other
 
     # ---- what was learnt ---------------------------------------------------------------------------------------------

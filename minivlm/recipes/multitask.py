@@ -15,6 +15,7 @@ from minivlm.models.fusion import VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.processor import Processor
 from minivlm.recipes.fusion import COMMON, SMALL, WORDS, FusionRecipe, FusionWork, completed
+from minivlm.recipes.shared import check_fills_a_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class MultitaskWork(FusionWork):
 
     def __init__(self, recipe: MultitaskRecipe, *parts):
         super().__init__(recipe, *parts)
+        self.samples = self.captioned
+        self.n = len(self.samples)
+        check_fills_a_batch(self.n, recipe.batch_size, "images with captions and questions", recipe.data.directory)
         tasks = self.model.config.tasks  # the first of these is judged while it trains
         names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
         self.judged = next(task for task in names if task in tasks)

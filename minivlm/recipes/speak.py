@@ -47,6 +47,8 @@ def open_train(
     make_world_if_missing(directory, image_size, quiet=quiet)
     check_suits(recipe, directory)
     talk = open_talk(directory, "train", image_size=image_size)
+    if recipe.learns_from == ("captions",):
+        talk.keep_captioned()
     if problem is not None:
         talk.leave_out(problem, captions=captions)
     check_fills_a_batch(len(talk), recipe.batch_size, "training samples", directory)

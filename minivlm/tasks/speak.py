@@ -249,6 +249,10 @@ def check_answerer(model, processor, images: int = 0) -> None:
         raise UserError(
             f"this {name} says captions and chooses answers, but goes on with no text: use caption or answer."
         )
+    if not getattr(model.config, "asked", True):
+        raise UserError(
+            f"this {name} describes pictures, but was not trained to answer questions about them: use caption."
+        )
     if not can_answer(model, processor):
         raise UserError(f"{name} describes pictures, but reads no words and so answers no questions: use caption.")
     if images and not can_see(model):
