@@ -30,7 +30,7 @@ from minivlm import checkpoint, config
 from minivlm.errors import UserError
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
-from minivlm.run_directory import LOCK, set_aside, take_lock
+from minivlm.run_directory import LOCK, OWN, set_aside, take_lock
 from minivlm.training import set_random_state
 
 WEIGHTS = ("model.safetensors", "training.safetensors")
@@ -144,8 +144,7 @@ class Run:
 
 def foreign_files(path: Path) -> list[str]:
     """What a user has put into a checkpoint: with that in it, it is not deleted."""
-    ours = {"config.json", "tokenizer.json", "training.json", *WEIGHTS}
-    return [one.name for one in path.iterdir() if one.name not in ours]
+    return [one.name for one in path.iterdir() if not OWN.fullmatch(f"checkpoints/step-1/{one.name}")]
 
 
 def problem(path: Path, step: int) -> str:

@@ -29,7 +29,7 @@ OWN = re.compile(  # every path inside a run's directory
     rf"{re.escape(LOCK)}|\.DS_Store|\.?(log\.jsonl|metrics\.json)(\.\d+\.tmp)?|picture\.png|{MODEL}"
     r"|adapter(/\.?(adapter_config\.json|adapter_model\.safetensors|unfinished\.json)(\.\d+\.tmp)?)?"
     r"|index(/[0-9a-f]{16}(/[^/]+)?)?"  # of sample.py search
-    rf"|checkpoints(/\.?step-\d+(\.\d+)?(/({MODEL}|training\.json|training\.safetensors))?)?"
+    rf"|checkpoints(/\.?step-\d+(\.\d+(\.old)?)?(/({MODEL}|training\.json|training\.safetensors))?)?"
 )
 
 

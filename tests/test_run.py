@@ -14,6 +14,7 @@ from torch import nn
 from minivlm import training
 from minivlm.errors import UserError
 from minivlm.run import Run, read_record, restore, restore_random, restore_weights
+from minivlm.run_directory import foreign
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,17 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_was_saved(call, a
 
 
 def test_leftovers_of_a_killed_process_are_swept_up_when_the_next_begins(tmp_path):
-    leftover = tmp_path / "checkpoints/.step-000400.12345"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").touch()
+    leftover, other = (tmp_path / "checkpoints" / name for name in (".step-000400.12345", ".step-000300.12345.old"))
+    for name in ("config.json", ".model.safetensors.12345.tmp", ".unfinished.json", ".unfinished.json.12345.tmp"):
+        for directory in (leftover, other):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).touch()
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
+    assert not foreign(tmp_path)  # a run with such leftovers is a run
     with Run(tmp_path, write=False):
         assert leftover.exists()  # only the process that writes sweeps
     with Run(tmp_path):
-        assert not leftover.exists()
+        assert not leftover.exists() and not other.exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, small):
