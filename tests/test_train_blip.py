@@ -157,6 +157,13 @@ def test_eyes_of_another_kind(world, built):
 # ---- CapFilt -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_blip_that_was_asked_nothing_answers_nothing(world):
+    asked, silent = (recipe_of(name, world).start(quiet=True) for name in ("blip", "blip-noisy"))
+    assert asked.model.config.answers and not silent.model.config.answers
+    with pytest.raises(UserError, match="describes pictures, but was not trained to answer questions"):
+        tasks.answer(np.zeros((32, 32, 3), np.uint8), "what is it?", silent.model, silent.processor)
+
+
 def test_noisy_captions_are_those_of_the_web_and_their_negatives_are_guessed(world):
     work = recipe_of("blip-noisy", world, wrong=0.4, false_captions=1.0).start(quiet=True)
     assert isinstance(work.train, NoisyPairs) and work.train.wrong.mean() == pytest.approx(0.4, abs=0.05)

@@ -197,6 +197,7 @@ def test_a_folder_without_captions_teaches_by_questions_alone(built, folder):
     work = start(built, "visualbert", data=folder, batch_size=4, captions_every=2)
     assert any("has no captions: questions alone are learnt from" in note for note in work.notes())
     assert "answers" in work.batch(1)
+    assert work.model.match_head is None and work.model.config.heads == ()  # nobody is to ask what was not learnt
 
 
 def test_a_folder_of_captions_has_nothing_to_ask(built, tmp_path):
