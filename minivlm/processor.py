@@ -66,6 +66,7 @@ class ProcessorConfig:
     ] = "plain"
     chat_format: ChatTemplate | None = None  # chat="own": what the model was published with
     system: str | None = None  # what is said before a conversation without a system's turn; None: as the template says
+    tidy: bool = False  # a text that is said has no space before . , ? ! and around ' (tokenisers that split them off)
     tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
 
     def __post_init__(self):
@@ -285,7 +286,13 @@ class Processor:
     def spell(self, rows: list[list[int]]) -> list[str]:
         texts = self.tokenizer.decode_batch(rows, skip_special_tokens=True)
         suffix = getattr(self.tokenizer.model, "end_of_word_suffix", None)  # "</w>" in CLIP's vocabulary
-        return [text.replace(suffix, " ") for text in texts] if suffix else texts
+        texts = [text.replace(suffix, " ") for text in texts] if suffix else texts
+        return [tidy(text) for text in texts] if self.tidies else texts
+
+    @property
+    def tidies(self) -> bool:
+        """Byte pairs know where spaces stand, and keep theirs, as transformers has it."""
+        return self.config.tidy and type(self.tokenizer.model).__name__ != "BPE"
 
     @cached_property
     def margins(self) -> tuple[str, str]:
@@ -376,6 +383,17 @@ class Processor:
         tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
         config = ProcessorConfig(image_size=image_size, context=context, mean=mean, std=std, pad_token=0)
         return cls(tokenizer, config)
+
+
+MARKS = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}
+TIDY = {**MARKS, **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}}
+
+
+def tidy(text: str) -> str:
+    """As transformers does where clean_up_tokenization_spaces is set."""
+    for apart, together in TIDY.items():
+        text = text.replace(apart, together)
+    return text
 
 
 def open_picture(picture: Image.Image | str | os.PathLike | np.ndarray) -> Image.Image:

@@ -14,8 +14,9 @@ HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to while the r
 class TextStream:
     """Turns a row's tokens into pieces of text as they come, each piece final.
 
-    Held back is what may still change: bytes of a character that is not complete, and what could be the beginning of a
-    stop string. `text` is all that was said, the held back end included, and ends in front of the first stop string.
+    Held back is what may still change: bytes of a character that is not complete, what could be the beginning of a stop
+    string, and, with `words`, the last word, which may yet lose the space before it. `text` is all that was said, the held
+    back end included, and ends in front of the first stop string.
 
         text = TextStream(processor.decode, stop=("USER:",))
         for token in stream(…):
@@ -23,8 +24,8 @@ class TextStream:
         print(text.end())
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()):
-        self.decode, self.stop = decode, stop
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), *, words: bool = False):
+        self.decode, self.stop, self.words = decode, stop, words
         self.text, self.stopped = "", False
         self.tokens: list[int] = []
         self.given = 0  # characters of the text that were handed out
@@ -41,6 +42,8 @@ class TextStream:
             self.text = self.text[: min(starts)]
             return self.end()
         whole = self.text.rstrip(HALF_CHARACTER)
+        if self.words:
+            whole = whole[: max(0, whole.rstrip().rfind(" "))]
         begun = [n for s in self.stop for n in range(1, len(s)) if whole.endswith(s[:n])]
         return self.give(len(whole) - max(begun, default=0))
 

@@ -287,6 +287,7 @@ def tokenizer_files(processor: Processor, end_token: int | None = None) -> dict[
         "tokenizer_class": "CLIPTokenizer" if suffix == "</w>" else "PreTrainedTokenizerFast",
         **tokens,
         "model_max_length": processor.context,
+        "clean_up_tokenization_spaces": processor.config.tidy,
         "model_input_names": ["input_ids"] if processor.config.pad_to_context else ["input_ids", "attention_mask"],
     }
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(values, indent=2)}

@@ -108,7 +108,7 @@ class Chat:
 
     def speak(self, question: Exchange, tokens: list[int], pixels: Tensor | None, options: Options) -> Iterator[str]:
         said = ""
-        text = TextStream(self.processor.decode, options.stop)
+        text = TextStream(self.processor.decode, options.stop, words=self.processor.tidies)
         try:
             for token in self.tokens(tokens, pixels, options):
                 piece = text.feed(token)

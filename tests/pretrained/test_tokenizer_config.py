@@ -5,9 +5,12 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from minivlm.checkpoint import load, save
 from minivlm.errors import UserError
+from minivlm.layers import BERT, BERTConfig
 from minivlm.pretrained.preprocessing import read_tokenizer
 from minivlm.processor import Processor, ProcessorConfig
+from minivlm.text_stream import TextStream
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "café", "Café", "two", "Two", "你", "你好"]
 
@@ -114,6 +117,27 @@ def test_siglip_may_keep_capitals(tmp_path):
     for lower, letter in ((True, "a"), (False, "A")):
         write(tmp_path, tokenizer, tokenizer_class="SiglipTokenizer", do_lower_case=lower)
         assert words(tmp_path, "SiglipTokenizer", "A") == [letter, "</s>"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_spaces_in_what_is_said(wanted, tmp_path):
+    """As published, with BERT's words, there and back; the words of a stream are those of the whole."""
+    pieces = [*PIECES, "'", "s", "n", "t", ".", "it", ","]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    model = BERT(BERTConfig(vocab_size=len(pieces), context=12, width=16, depth=1, heads=2))
+    save(tmp_path, model, Processor(tokenizer, ProcessorConfig(context=12, pad_token=0)), layout="hf")
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about["clean_up_tokenization_spaces"] is False
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**about, "clean_up_tokenization_spaces": wanted}))
+    processor = load(tmp_path)[1]
+    [ids] = processor.encode(["it's two, two."])
+    expected = "it's two, two." if wanted else "it ' s two , two ."
+    assert processor.decode([ids]) == [expected]
+    stream = TextStream(processor.decode, words=processor.tidies)
+    assert "".join([*(stream.feed(token) for token in ids), stream.end()]) == expected
+    save(tmp_path / "ours", model, processor)
+    assert load(tmp_path / "ours")[1].decode([ids]) == [expected]
 
 
 def test_tokens_that_the_config_alone_has(tmp_path):
