@@ -69,7 +69,8 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": shortest(set(paths.values()), others),
+        # Two words of our own names: one may be another module's in transformers' model, and peft would not say so.
+        "target_modules": shortest(set(paths.values()), others, words=2 if rows is None else 1),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in trained}) or None,
         "bias": "none",
         "fan_in_fan_out": any(row_of(name, rows).how == "transpose" for name in layers),
@@ -100,9 +101,9 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inside}
 
 
-def shortest(paths: set[str], others: set[str]) -> list[str]:
+def shortest(paths: set[str], others: set[str], *, words: int) -> list[str]:
     """q_proj instead of model.layers.0.self_attn.q_proj …, unless other modules go by that name as well."""
-    last = lambda names: {name.rpartition(".")[2] for name in names}
+    last = lambda names: {".".join(name.split(".")[-words:]) for name in names}
     return sorted(paths if last(paths) & last(others) else last(paths))
 
 

@@ -20,6 +20,7 @@ from minivlm.errors import UserError
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
 
+MOST_MARKS = 1024  # that a language model may have learnt to know beyond its own words
 CONFIGS = {"vision": "vision", "language_model": "language"}  # part → the field that describes it
 
 
@@ -75,7 +76,7 @@ def bring_back(
         if wanted is None:
             raise UserError(f"{where} names the base {part!r}, which its model has not.")
         found = find_part(about["source"], part, where, above, asked=about["asked"])
-        if part == "language_model":
+        if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_MARKS:
             found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image
         refuse_another(found, wanted, about, part, where)
         parts.append({f"{part}.{name}": tensor for name, tensor in found.state_dict().items()})

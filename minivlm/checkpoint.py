@@ -304,8 +304,8 @@ def build(
     if (config := pretrained.settle(described, weights)) != described.config:
         model = empty_model(described.model_class, config)
     tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
-    refuse_no_numbers(tensors, str(path))
     stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
+    refuse_no_numbers(tensors, str(path))
     fill(model, tensors, device=device, dtype=dtype or stored)
     if described.defaults:
         model.defaults = described.defaults

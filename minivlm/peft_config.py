@@ -85,7 +85,7 @@ def read_config(path: Path) -> PeftConfig:
     """UserError for a kind of adapter that is more than A and B beside a weight."""
     values, where = read_json(path), str(path)
     if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(f"{path} describes an adapter of type {kind!r}; only LORA is supported.")
+        raise UserError(f"{path} describes an adapter of type {configs.shown(kind)}; only LORA is supported.")
     asked = [name for name in values if values[name] and name not in (*FOLLOWED, *OF_NO_MATTER)]
     if str(values.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
         asked.append("init_lora_weights")
@@ -119,7 +119,7 @@ def check_types(values: dict[str, Any], where: str) -> None:
             configs.coerce(kind, values[name], f"{where}: {name}")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if not isinstance(pattern := values.get(name) or {}, dict):
-            raise UserError(f"{where}: {name} is {pattern!r}, but must be an object in braces.")
+            raise UserError(f"{where}: {name} is {configs.shown(pattern)}, but must be an object in braces.")
         for key, value in pattern.items():
             configs.coerce(kind, value, f"{where}: {name}.{key}")
     targets = values.get("target_modules")

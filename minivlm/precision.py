@@ -71,7 +71,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """All in dtype, in place, but for what it has too little room for."""
     kept = kept_in_fp32(model) if dtype == torch.float16 else ()
     for tensor in tensors_of(model):
-        tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
+        if tensor.dtype != (wanted := torch.float32 if id(tensor) in kept else dtype):
+            tensor.data = tensor.data.to(wanted)
     forget_packings(model)
 
 
@@ -91,5 +92,6 @@ def as_stored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for tensor, data in held:
-            tensor.data = data
+            if tensor.dtype != data.dtype:
+                tensor.data = data
         forget_packings(model)

@@ -18,10 +18,16 @@ def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *,
     source as what it belongs to. No user asked for that, so it is only taken from where earlier downloads are kept.
     Raises UserError if it is not there. What reads as a path is never looked up on the hub.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        directory, there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of a user who is not, with a NUL
+        raise UserError(
+            f"{str(source)[:80]!r} is no name that a directory can have ({type(error).__name__})."
+        ) from None
+    if directory:
         return path
-    if path.exists():
+    if there:
         raise UserError(f"{source} is a file; give the directory that holds it.")
     if not is_hub_id(source):
         train = f"; train it with python train.py {path.name}" if path.parent.name == "out" else ""

@@ -82,3 +82,9 @@ def test_hub_ids():
     assert (
         is_hub_id("openai/clip-vit-base-patch32") and is_hub_id("gpt2") and is_hub_id("laion/CLIP-ViT-H-14-s32B.b79K")
     )
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~nobody-of-this-name/x"])
+def test_what_is_no_name_of_a_directory(source):
+    with pytest.raises(UserError, match="is no name that a directory can have"):
+        locate(source, weights_of)
