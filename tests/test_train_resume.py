@@ -99,7 +99,9 @@ def test_what_may_change_is_applied_and_told(place, capsys):
 def test_nothing_is_told_where_nothing_is_different(place, capsys):
     resume()
     said = capsys.readouterr().out
-    assert "resumed from a run/clip/checkpoints/step-000002\n" in said
+    assert (
+        "resumed from a run/clip/checkpoints/step-000002\n" in said and "python sample.py search 'a run/clip' " in said
+    )
     assert "→ " not in said.partition("resumed from")[2].partition("on held-out data")[0]
 
 
