@@ -81,6 +81,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     work.prepare(device, precision)
     if options.compile:
         training.compile_parts(model)
+    training.meet()  # not all took the same time
     forward = training.losses_of(model)
 
     def save() -> None:
@@ -96,7 +97,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
             random[0] = training.random_state(device)  # validation may have drawn from it
             run.save(step, model, work.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
-        training.wait_for_first()
+        training.meet()
         saved = step
         started += time.perf_counter() - paused  # samples/s speaks of training alone
 
@@ -136,7 +137,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     # evaluate, and leave a model behind
     if rank == 0:
         recipes.finish(run, work)
-    training.wait_for_first()
+    training.meet()
     return True
 
 

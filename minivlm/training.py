@@ -191,25 +191,28 @@ def is_first_process() -> bool:
 def rank_zero_first() -> Iterator[None]:
     """Inside, the other processes wait until the first is done: it makes what is missing, they find it there."""
     if not is_first_process():
-        wait_for_first()
+        meet()
     yield
     if is_first_process():
-        wait_for_first()
+        meet()
 
 
-def wait_for_first() -> None:
-    """The first process goes on at once, and lets the others go on, who have been waiting here.
+def meet() -> None:
+    """All processes wait here for each other, for as long as it takes.
 
-    Not in a collective, which would time out (NCCL's after ten minutes) while the first validates a large folder.
+    Not in a collective, which would time out (NCCL's after ten minutes) while one opens, or the first validates, a large
+    folder.
     """
     if not several():
         return
-    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    turn = store.add(f"turn of {rank}", 1)
-    while rank > 0 and store.add("turn of 0", 0) < turn:
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    turn = store.add(f"turns of {dist.get_rank()}", 1)
+    arrived = store.add("arrived", 1)
+    while arrived < turn * world:
         if store.check([ENDED]):
             sys.exit(2)
         time.sleep(0.05)
+        arrived = store.add("arrived", 0)
 
 
 ENDED = "a process has ended"

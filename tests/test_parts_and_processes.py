@@ -20,6 +20,7 @@ from minivlm import checkpoint, training
 from minivlm.errors import UserError
 from minivlm.models import matching
 from minivlm.recipes import RECIPES
+from tests import speakers
 from tests.small_recipes import small_work, small_world
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[str, int, dict]] = {
     "flamingo, no lessons": ("flamingo", 0, {"lessons": 0}),
     "multitask, search alone": ("multitask", 0, {"model.tasks": "search"}),
 }
+ONE_SIDED = "llava, one picture"  # of a batch of two: one process has no use for the projector
 REFUSED = ("clip-resnet", "align")  # batch norm is trained
 WAYS = ("parts", "processes", "processes and parts")
 
@@ -79,12 +81,12 @@ def found(tmp_path_factory) -> dict[str, dict[str, dict[str, Tensor]]]:
     done = subprocess.run([sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     read = lambda name: torch.load(directory / f"{name}.pt", weights_only=True)
-    held = [case for case in CASES if case not in REFUSED]
+    held = [ONE_SIDED, *(case for case in CASES if case not in REFUSED)]
     shared = {f"{case}, {rank}": read(f"{case}-{rank}") for case in held for rank in range(WORLD)}
     return {case: read(case) for case in held} | shared | {"what learns": read("learns")}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+@pytest.mark.parametrize("case", [ONE_SIDED, *(case for case in CASES if case not in REFUSED)])
 def test_every_way_gives_the_losses_and_gradients_of_the_whole_batch(found, case):
     whole = found[case]["whole"]
     ways = {"parts": found[case]["parts"]}
@@ -174,12 +176,14 @@ def main(directory: Path) -> None:
         for case, (recipe, _, changes) in CASES.items()
         if case not in REFUSED
     }
+    works[ONE_SIDED] = OneSided()
     fork = multiprocessing.get_context("fork")
     both = [fork.Process(target=share, args=(directory, works, rank)) for rank in range(WORLD)]
     for process in both:
         process.start()
     for case, work in works.items():
-        ways = {"whole": step(work, CASES[case][1], None), "parts": step(work, CASES[case][1], PART)}
+        number, part = (CASES[case][1], PART) if case in CASES else (0, 1)
+        ways = {"whole": step(work, number, None), "parts": step(work, number, part)}
         torch.save(ways, directory / f"{case}.pt")
     torch.save(
         {case: learns_resumed(works[case], directory) for case in works if case in RECIPES}, directory / "learns.pt"
@@ -203,10 +207,25 @@ def learns_resumed(work, directory: Path) -> tuple[dict, dict]:
     )
 
 
+class OneSided:
+    """Two conversations about one picture: the second is about none."""
+
+    def __init__(self):
+        self.model = speakers.llava().train()
+        c = self.model.config
+        tokens = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+        tokens[0, 1 : 1 + c.image_tokens] = c.image_token
+        self.whole = {"tokens": tokens, "labels": tokens.masked_fill(tokens == c.image_token, -100)}
+        self.whole["images"] = torch.randn(1, 3, c.vision.image_size, c.vision.image_size)
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        return self.whole if world == 1 else [*self.model.cut(self.whole, 1)][rank]
+
+
 def share(directory: Path, works: dict, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
     for case, work in works.items():
-        number = CASES[case][1]
+        number = CASES[case][1] if case in CASES else 0
         ways = {way: step(work, number, parts, rank, WORLD) for way, parts in zip(WAYS[1:], (None, PART), strict=True)}
         torch.save(ways, directory / f"{case}-{rank}.pt")
     dist.destroy_process_group()
