@@ -119,7 +119,7 @@ def test_rules(rules, num_beams, length):
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 3.0])
 def test_when_beam_search_stops(early_stopping, length_penalty):
     options = dict(end_tokens=(3, 7, 9), num_beams=3, max_new_tokens=16, length_penalty=length_penalty)
-    for seed in range(6):
+    for seed in range(2):
         ours, theirs = both(seed, early_stopping=early_stopping, **options)
         assert ours == theirs
 
