@@ -39,7 +39,7 @@ def reader(model, processor, prompts, candidates):
     """Says what the examples of the query's colour are called most often; where none is shown, any of the others."""
     said = []
     for i, (prompt, some) in enumerate(zip(prompts, candidates, strict=True)):
-        labels = re.findall(rf"<image>{LEAD} (\w+)\.", prompt.text)
+        labels = re.findall(rf"<image>{LEAD} (\w+)\.", "".join(prompt.text))
         *shown, asked = [tuple(image[0, 0].tolist()) for image in prompt.images]
         votes = dict.fromkeys(some, 0.0)
         for colour, label in zip(shown, labels, strict=True):

@@ -158,8 +158,9 @@ class TestBadInput:
 class TestInterleaved:
     @pytest.fixture
     def pages(self, tmp_path):
-        write_pages(tmp_path)
-        return tmp_path
+        (folder := tmp_path / "pages").mkdir()
+        write_pages(folder)
+        return folder
 
     def test_a_folder_of_pages_is_learnt_and_judged_by_pages_held_out(self, built, pages, tmp_path, capsys):
         given = {"data": pages, "vision_from": built / "clip", "language_from": built / "lm", "out": tmp_path / "out"}
@@ -198,11 +199,11 @@ def drawings(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("drawings"), np.random.default_rng(0)
     for split, n in (("train", 6), ("val", 6), ("test", 6)):
         for i in range(n):
-            (folder / split / f"{split}{i}").mkdir(parents=True)
+            (folder / split / f"bars_{split}_{i}").mkdir(parents=True)
             for k in range(8):
                 pixels = rng.integers(200, 256, (32, 32, 3), dtype=np.uint8)
                 pixels[4 * i : 4 * i + 3, 4 : 12 + 2 * i] = 0
-                Image.fromarray(pixels).save(folder / split / f"{split}{i}/{k}.png")
+                Image.fromarray(pixels).save(folder / split / f"bars_{split}_{i}/{k}.png")
     return folder
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-from minivlm.datasets.class_episodes import find_classes, is_class_folder, read_classes
+from minivlm.datasets.class_episodes import find_classes, is_class_folder
 from minivlm.datasets.folder import SPLITS, choose_split
 from minivlm.datasets.folder_talk import Conversation, Quiz, read_entries
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
@@ -55,6 +55,8 @@ def contents(directory: str | os.PathLike) -> Contents:
 def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = False) -> list[str]:
     """Where the files do not tell which samples (few_shot: classes) are a split: which are taken for it."""
     directory = Path(directory)
+    if is_world(directory):
+        return []
     if few_shot and is_class_folder(directory):
         return choose_split(find_classes(directory), split, directory)[1]
     if not directory.is_dir():
@@ -87,8 +89,15 @@ def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[s
             documents = Interleaved(directory, split, image_size=None)
             notes[split] = list(documents.notes)
             found[split] += Counter({"documents": len(documents), "texts": len(list(documents.texts()))})
+    if is_class_folder(directory):
+        count_classes(directory, found)
     if is_talk(directory) or not is_interleaved(directory):
-        entries = read_entries(directory)
+        try:
+            entries = read_entries(directory)
+        except UserError:
+            if not found["train"]["classes"]:
+                raise
+            return found, notes  # lessons make names of their own; others are told by `check_suits`
         for split in available(entries):
             chosen, told = choose_split(entries, split, directory)
             found[split] += count(chosen, directory, split)
@@ -114,11 +123,19 @@ def count(entries: list, directory: Path, split: str) -> Counter[str]:
         "captions and questions": len({entry.key for entry in asked} & captions),
         "conversations": len(entries) if any(entry.images for entry in entries) else 0,
     }
-    if is_class_folder(directory):
-        numbers["classes"] = len(read_classes(directory, split))
-    else:
+    if not is_class_folder(directory):
         numbers["texts"] = len(set(chain.from_iterable(entry.texts() for entry in entries)))
     return +Counter(numbers)
+
+
+def count_classes(directory: Path, found: Contents) -> None:
+    """Folders of pictures, however deep, whose names a lesson does not read."""
+    try:
+        classes = find_classes(directory)
+    except UserError:  # which is told by those who read the names as well
+        return
+    for split in available(classes):
+        found[split]["classes"] = len(choose_split(classes, split, directory)[0])
 
 
 def world_contents(directory: Path) -> Contents:
@@ -132,7 +149,7 @@ def told(found: Counter[str]) -> str:
     """ "90 questions about images, 180 texts" """
     specific = [kind for kind in ("captions", "questions", "documents", "classes") if found[kind]]
     if found["classes"]:
-        specific.remove("captions")
+        specific = ["classes"]
     elif not specific:
         specific = [kind for kind in ("conversations", "texts") if found[kind]][:1]
     named = [f"{KINDS[kind]} ({found[kind]})" for kind in specific]

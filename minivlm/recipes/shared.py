@@ -12,6 +12,7 @@ from torch import nn
 
 from minivlm.datasets.contents import FILES, KINDS, contents, told
 from minivlm.datasets.folder import SPLITS, open_pairs
+from minivlm.datasets.folder_talk import read_entries
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
@@ -40,6 +41,8 @@ def check_suits(recipe: Recipe, directory: str | Path) -> int:
         return ENDLESS  # it is made when training starts
     found = contents(directory)
     kind = next((kind for kind in recipe.learns_from if found["train"][kind]), None)
+    if kind is None and found["train"]["classes"]:
+        read_entries(Path(directory))  # it may say why their names are none
     if kind is None:
         raise UserError(
             f"{directory} holds {told(found['train'])} to train on, but {recipe.what} learns from "
