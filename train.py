@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
         _, world = training.start_processes(training.choose_device(options.device))
         with training.ending_together():
             plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
-            for _, recipe, _ in plan:
-                training.check_batch(recipe.batch_size, world)
+            for part, of, _ in plan:
+                training.check_batch(part, of.batch_size, world)
             first = training.is_first_process()
             if first:
                 recipes.check_places(plan)

@@ -275,12 +275,13 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def check_batch(batch_size: int, world: int) -> None:
-    """UserError for a batch that so many processes cannot share evenly."""
+def check_batch(name: str, batch_size: int, world: int) -> None:
+    """UserError for a batch of a recipe that so many processes cannot share evenly."""
     if batch_size % world:
         fitting = max(1, batch_size // world) * world
         raise UserError(
-            f"a batch of {batch_size} cannot be shared evenly by {world} processes; choose --batch_size {fitting}."
+            f"the batch of {name}, {batch_size} samples, cannot be shared evenly by {world} processes; train {name} with "
+            f"--batch_size {fitting}."
         )
 
 

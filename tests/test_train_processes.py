@@ -104,10 +104,10 @@ def test_a_mistake_on_the_command_line_is_told_once():
 
 def test_a_batch_that_they_cannot_share_is_refused_before_the_start():
     with pytest.raises(
-        UserError, match="a batch of 100 cannot be shared evenly by 8 processes; choose --batch_size 96"
+        UserError, match=r"the batch of lm, 100 samples, .* by 8 processes; train lm with --batch_size 96"
     ):
-        training.check_batch(100, 8)
-    training.check_batch(96, 8)
+        training.check_batch("lm", 100, 8)
+    training.check_batch("lm", 96, 8)
 
 
 # ---- the two processes -----------------------------------------------------------------------------------------------
