@@ -152,5 +152,5 @@ def told(found: Counter[str]) -> str:
         specific = ["classes"]
     elif not specific:
         specific = [kind for kind in ("conversations", "texts") if found[kind]][:1]
-    named = [f"{KINDS[kind]} ({found[kind]})" for kind in specific]
+    named = [f"{KINDS[kind].removesuffix(' or classes')} ({found[kind]})" for kind in specific]
     return " and ".join(named) or "nothing that is learnt from"
