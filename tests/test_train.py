@@ -197,3 +197,16 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2():
     result = subprocess.run([sys.executable, "train.py", "clpi"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: unknown recipe 'clpi'") and result.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_random_state(finished, tmp_path):
+    """Which was that of one process, and of all its GPUs."""
+    record = run_module.Run(finished).latest()
+    tensors = load_file(record / "training.safetensors")
+    tensors["random.cpu"] = tensors.pop("random.0.cpu")
+    checkpoint.write_tensors(tmp_path / "training.safetensors", tensors)
+    drawn = []
+    for path in (record, tmp_path):
+        assert run_module.restore_random(path, torch.device("cpu"), 0, 1) == ""
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
