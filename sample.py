@@ -330,6 +330,9 @@ TASKS = {
 }
 
 
+SMALL = 10**9  # parameters: 4 GB in fp32
+
+
 def load_model(options: argparse.Namespace, **settings) -> tuple:
     """The model and its processor, on the device asked for; the tasks say what it cannot do."""
     import minivlm
@@ -356,13 +359,19 @@ def load_comparer(options: argparse.Namespace) -> tuple:
 
 
 def load_speaker(options: argparse.Namespace) -> tuple:
-    """The same, in the precision asked for, and asked in the way asked for."""
+    """The same, in the precision asked for, and asked in the way asked for.
+
+    On a CPU a small model speaks in fp32 unless another precision is asked for: it costs little there, and in half
+    precision the two likeliest words are often equal, so that rounding chooses the answer.
+    """
     import torch
 
     from minivlm.conversation import with_chat
     from minivlm.tasks.speak import check_answerer
 
     model, processor = load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    if options.dtype is None and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= SMALL:
+        model.float()
     chat, system = getattr(options, "chat", None), getattr(options, "system", None)
     if chat is not None or system is not None:
         check_answerer(model, processor)  # another has no turns

@@ -121,7 +121,11 @@ def speaking_arguments(parser: Parser) -> None:
     for name, (kind, meaning) in GENERATION.items():
         spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         parser.add_argument(*spellings, type=kind, help=meaning)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (as stored; of a small model on a CPU float32)",
+    )
 
 
 def chat_arguments(parser: Parser) -> None:

@@ -112,6 +112,17 @@ def test_weights_can_be_read_in_another_precision(monkeypatch, capsys):
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_a_small_model_that_is_stored_in_half_speaks_in_fp32_on_a_cpu(monkeypatch):
+    model, own = minivlm.load("llava", dtype=torch.bfloat16)
+    model.save_pretrained("half", processor=own)
+    seen = []
+    monkeypatch.setattr("minivlm.tasks.answer", lambda images, question, model, *_, **how: seen.append(model.dtype))
+    run("answer", "half", "red.png", WHICH)
+    monkeypatch.setattr(sample, "SMALL", 100)
+    run("answer", "half", "red.png", WHICH)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 def test_bfloat16_speaks(capsys):
     run("answer", "llava", "red.png", "blue.png", WHICH, "--dtype", "bfloat16")
     assert capsys.readouterr().out == "red blue\n"
