@@ -26,7 +26,7 @@ from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
 from minivlm.datasets.folder_talk import find_talk, read_entries
 from minivlm.datasets.images import in_parallel, read_image
 from minivlm.datasets.interleaved import is_interleaved, read_documents
-from minivlm.datasets.judge import conversation_problem, document_problem
+from minivlm.datasets.judge import conversation_problem, document_problem, question_problem
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import is_talk
 from minivlm.errors import UserError, run_command_line
@@ -96,8 +96,6 @@ def has_pairs(directory: Path) -> bool:
 
 def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
     """Questions and conversations: which can be learnt from, and which be judged by?"""
-    from minivlm.evaluate.speak import question_problem
-
     if not find_talk(args.directory):
         return
     found: list[str] = []
@@ -105,7 +103,7 @@ def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
     problems += [problem for problem in found if problem not in problems]
     if not entries:
         return
-    model, processor = choose_reader(args, [text for entry in entries for text in entry.texts()])
+    context, processor = choose_reader(args, [text for entry in entries for text in entry.texts()])
     learn = conversation_problem(processor)
     for split in available(entries):
         chosen = choose_split(entries, split, args.directory)[0]
@@ -115,7 +113,7 @@ def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
             ]
         else:
             asked = [(entry, q.text) for entry in chosen for q in entry.questions()]
-            whys = [question_problem(text, len(entry.images), processor, model) for entry, text in asked]
+            whys = [question_problem(text, len(entry.images), processor, context=context) for entry, text in asked]
             told = [f"{entry.name} ({split}): {why}" for (entry, _), why in zip(asked, whys, strict=True) if why]
         problems += told
     images = sum(len(entry.images) for entry in entries)
@@ -139,7 +137,8 @@ def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
 
 
 def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
-    """The model and its processor; or none, and a processor as `train.py llava` would make it. What is assumed is told."""
+    """The context for a question with its answer (None: answers are chosen) and a processor: the model's, or as
+    `train.py llava` would make them. What is assumed is told."""
     if args.model:
         import minivlm
 
@@ -156,7 +155,8 @@ def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
         where, how = "a model as `train.py llava` makes", "; --model takes one of your own, --context another context"
     tokens = processor.config.image_tokens
     print(f"judged for {where}: a context of {processor.context} tokens, {tokens} of them for each image{how}")
-    return model, processor
+    chosen = isinstance(getattr(getattr(model, "config", None), "answers", None), tuple)
+    return None if chosen else processor.context, processor
 
 
 Reader = Callable[[Item, int | None], np.ndarray]  # (item, shorter side or None for the original) → (H, W, 3) uint8

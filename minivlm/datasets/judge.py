@@ -16,6 +16,7 @@ from minivlm.special_tokens import without_marks
 FRAME = (
     64  # tokens, and what a chat template writes: a text that is so much shorter than its room is not looked at closely
 )
+ANSWER = 16  # tokens that an answer is given
 SHOWN = 5  # of what is left out
 
 Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothing can be learnt from it
@@ -47,6 +48,23 @@ def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
     spoken = [turn for turn in turns if turn.role != "system"]
     pairs = zip(spoken[::2], spoken[1::2], strict=False)
     return [[Turn("user", with_images(without_marks(q.text), marks)), answer] for q, answer in pairs]
+
+
+def question_problem(text: str, images: int, processor, *, context: int | None) -> str | None:
+    """Why a question about so many images cannot be judged by. context: which has room for an answer as well; None: for a model
+    that chooses its answers, and reads the question alone."""
+    if context is None:
+        length, room = len(processor.encode([text])[0]), processor.context
+    else:
+        asked = text if MARK in text else with_images(text, images)
+        try:
+            length = len(encode_conversation([Turn("user", asked)], processor, images=images, prompt=True).tokens)
+        except UserError as error:
+            return str(error)
+        room = context - ANSWER
+    if length <= room:
+        return None
+    return f"the question has {length} tokens, of which {room} fit" + (" with an answer." if context else ".")
 
 
 def document_problem(processor) -> Callable[[str], str | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minivlm.datasets.judge import ANSWER, question_problem
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import Question, Talk, open_talk
 from minivlm.errors import UserError
@@ -16,12 +17,11 @@ from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.choose import chooses
-from minivlm.tasks.features import to_tokens
 from minivlm.tasks.speak import answer_all, can_answer, caption_all, language_config, question_tokens
 
 TILE = 176  # pixels of a picture on the sheet
 CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
-SHORT, LONG = 16, 64  # tokens of an answer, and of a caption or a sentence
+SHORT, LONG = ANSWER, 64  # tokens of an answer, and of a caption or a sentence
 FREE_ANSWERS = "answers, words in common"
 AT_A_TIME = 64  # samples whose pictures are in memory
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
@@ -86,24 +86,9 @@ def ask(model, processor, talk: Talk, questions: Sequence[Question], *, shift: i
 def check_questions(model, processor, talk: Talk) -> None:
     """UserError for a question that the model cannot be asked, before any is."""
     for index, text, *_ in talk.questions():
-        if why := question_problem(text, talk.pictures(index), processor, model):
+        context = None if chooses(model) else language_config(model).context
+        if why := question_problem(text, talk.pictures(index), processor, context=context):
             raise UserError(f"a {talk.split} question, about {talk.key(index)}: {why} Shorten it, or leave it out.")
-
-
-def question_problem(text: str, images: int, processor, model=None) -> str | None:
-    """Why a question with so many images cannot be asked. model: None for any that reads images between words."""
-    try:
-        if model is not None and chooses(model):
-            to_tokens([text], processor)
-            return None
-        length = len(question_tokens(text, images, processor))
-    except UserError as error:
-        return str(error)
-    context = processor.context if model is None else language_config(model).context
-    room = context - SHORT
-    if length <= room:
-        return None
-    return f"the question has {length} tokens, of which {room} fit a context of {context} with an answer."
 
 
 def describe_all(model, processor, talk: Talk, indices: Sequence[int]) -> list[str]:
