@@ -94,7 +94,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         elif isinstance(option, type) and type(value) is option and is_reasonable(value):
             return value
-    raise UserError(f"{where} is {shown(value)}, but must be {describe(hint)}.")
+    finite = "a finite number" if isinstance(value, float) and not math.isfinite(value) else describe(hint)
+    raise UserError(f"{where} is {shown(value)}, but must be {finite}.")
 
 
 def is_reasonable(value: Any) -> bool:

@@ -43,7 +43,7 @@ class OptimiserConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     warmup: int = 100  # steps of linear warm-up, then a cosine to zero
-    clip_norm: float = 1.0  # infinity: not clipped
+    clip_norm: float = 1.0  # a large number, such as 1e9: not clipped
 
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay", "warmup"):

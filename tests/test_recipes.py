@@ -62,7 +62,7 @@ def test_a_list_is_given_with_commas_or_as_json():
         (["clip", "--data", ""], "data is empty, but must name a folder"),
         (
             ["clip", "--optimiser.learning_rate", "NaN"],
-            r"--optimiser\.learning_rate is nan, but must be float",
+            r"--optimiser\.learning_rate is nan, but must be a finite number",
         ),
         (["clip", "--model.vision.patch_size", "7"], "--model.vision.patch_size 7: .*not a multiple of patch_size 7"),
         (["clip", "--model.loss", "triplet"], "--model.loss is 'triplet', but must be one of softmax, sigmoid"),
