@@ -3,10 +3,11 @@ differ in a field or two: Qwen2 (Qwen2ForCausalLM) and Mistral (MistralForCausal
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from minivlm.errors import UserError
+from minivlm.errors import Note, UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.position import RopeScaling
 from minivlm.pretrained import language, preprocessing
@@ -102,14 +103,13 @@ def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     """transformers' config.json → ours."""
     kind = values["model_type"]
     v = {**DEFAULTS[kind], **values}
-    refuse_window(v)
     language.refuse_unless({**v, **rope_values(v)}, partial_rotary_factor=1.0)
     biases = {"qkv_bias": v["attention_bias"], "out_bias": v["attention_bias"], "mlp_bias": v["mlp_bias"]}
     if kind != "llama":  # they have no such fields
         biases = {"qkv_bias": kind == "qwen2", "out_bias": False, "mlp_bias": False}
     return LanguageModelConfig(
         vocab_size=v["vocab_size"],
-        context=v["max_position_embeddings"],
+        context=context_of(v),
         positions="none",
         width=v["hidden_size"],
         depth=v["num_hidden_layers"],
@@ -128,19 +128,21 @@ def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     )
 
 
-def refuse_window(values: dict[str, Any]) -> None:
-    """UserError if a token sees only so many before it, and these are fewer than the context."""
+def context_of(values: dict[str, Any]) -> int:
+    """How long a text may be. Where a token sees only so many before it, what is within the window is read as without one."""
     slides = values["model_type"] == "mistral"
     if values["model_type"] == "qwen2" and values["use_sliding_window"]:
         types = values.get("layer_types")
         full = values["max_window_layers"] >= values["num_hidden_layers"]
         slides = "sliding_attention" in types if types else not full
     window, context = values.get("sliding_window"), values["max_position_embeddings"]
-    if slides and window is not None and window < context:
-        raise UserError(
-            f"config.json asks for attention to the last {window} tokens alone (sliding_window), of a context of "
-            f"{context}, which is not supported."
-        )
+    if not slides or window is None or window >= context:
+        return context
+    told = (
+        f"config.json lets a token see the last {window} alone (sliding_window): texts may have up to {window} tokens"
+    )
+    warnings.warn(f"{told}, not {context}.", Note, stacklevel=2)
+    return window
 
 
 def rope_values(values: dict[str, Any]) -> dict[str, Any]:

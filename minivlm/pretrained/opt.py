@@ -66,7 +66,7 @@ DEFAULTS = {
 }
 
 
-KNOWN = Known.of(DEFAULTS, "layer_norm_elementwise_affine")
+KNOWN = Known.of(DEFAULTS, "layer_norm_elementwise_affine", learned_embeddings=(True,), scale_embeddings=(False,))
 
 
 def known(values: dict[str, Any]) -> dict[str, Known]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minivlm.checkpoint import load, save
-from minivlm.errors import UserError
+from minivlm.errors import Note, UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, RopeScaling
 from minivlm.pretrained import comparable, llama
 from minivlm.processor import Processor, ProcessorConfig
@@ -162,13 +162,6 @@ def read(kind="llama", **values):
         ("llama", {"rope_scaling": {"type": "linear"}}, "no model that can be built: 'factor'"),
         ("llama", {"hidden_act": "tanh"}, "activation 'tanh'"),
         ("llama", {"num_key_value_heads": 5}, "no model that can be built"),
-        ("mistral", {}, "the last 4096 tokens alone .sliding_window., of a context of 131072"),
-        ("qwen2", {"use_sliding_window": True}, "the last 4096 tokens alone"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 32},
-            "the last 4096 tokens alone",
-        ),
     ],
 )
 def test_configs_that_cannot_be_followed(kind, values, said, tmp_path):
@@ -178,13 +171,30 @@ def test_configs_that_cannot_be_followed(kind, values, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("mistral", {"max_position_embeddings": 32768, "sliding_window": 4096}),  # Mistral-7B-v0.1
+        ("mistral", {}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 32}),
+    ],
+)
+def test_of_a_sliding_window_texts_within_it_are_read(kind, values):
+    with pytest.warns(Note, match="up to 4096 tokens, not"):
+        assert read(kind, **values).context == 4096
+
+
 def test_windows_without_effect_are_none():
-    read("mistral", sliding_window=None)
-    read("mistral", sliding_window=131072)
-    read("qwen2", use_sliding_window=False, sliding_window=4)
-    read("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=32)
-    read("qwen2", use_sliding_window=True, sliding_window=4, layer_types=["full_attention"] * 32)
-    read("llama", sliding_window=4)
+    for kind, values in (
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 131072}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 32}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 32}),
+        ("llama", {"sliding_window": 4}),
+    ):
+        assert read(kind, **values).context == {"mistral": 131072, "qwen2": 32768, "llama": 2048}[kind]
 
 
 def test_defaults():
