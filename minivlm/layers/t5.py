@@ -167,12 +167,8 @@ class T5(PackingModel, Speaks, Model):
         return {"next token": self(tokens, mask, labels).loss}
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Model.counts`. Here the first label counts as well."""
         return super().counts(batch) | {"next token": (batch["labels"] != -100).sum()}
-
-    @staticmethod
-    def weight(batch: dict[str, Tensor]) -> float:
-        """Here the first label counts as well."""
-        return (batch["labels"] != -100).sum().item()
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from minivlm.config import shown
 from minivlm.errors import UserError
 
 # Of any config.json: what another file or another reader follows, what only training or another task needs.
@@ -96,8 +97,3 @@ def refuse_unknown(
 
 def is_on(value: Any) -> bool:
     return value not in (None, False, 0, "") and value not in ([], {})
-
-
-def shown(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
