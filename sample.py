@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -339,8 +340,12 @@ def load_model(options: argparse.Namespace, **settings) -> tuple:
     from minivlm.training import choose_device
 
     if options.base:
-        parts = dict(part.split("=", 1) for part in options.base if "=" in part)
-        settings["base"] = parts or options.base[0]
+        named = [re.fullmatch(r"(vision|language_model)=(.+)", base) for base in options.base]
+        if len(named) > 1 and not (all(named) and len({match[1] for match in named}) == len(named)):
+            raise UserError(
+                "--base is given twice: say which part each is, as --base vision=A --base language_model=B."
+            )
+        settings["base"] = {match[1]: match[2] for match in named} if named[0] else options.base[0]
     return minivlm.load(options.model, device=choose_device(options.device), **settings)
 
 

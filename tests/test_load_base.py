@@ -78,6 +78,12 @@ def test_sample_py_is_told_the_base(adapter, tmp_path, capsys):
     directory = str(make("some/llama"))
     sample.main(["complete", directory, "is", "--base", str(tmp_path / "lm"), "--max-new-tokens", "2"])
     assert capsys.readouterr().out
+    for twice in (["lm", "clip"], ["vision=clip", "lm"], ["vision=a", "vision=b"]):
+        bases = [word for base in twice for word in ("--base", base)]
+        with pytest.raises(UserError, match="--base is given twice: say which part each is"):
+            sample.main(["complete", directory, "is", *bases])
+    with pytest.raises(UserError, match=r"odd=1 does not exist"):  # a directory, and no part
+        sample.main(["complete", directory, "is", "--base", str(tmp_path / "odd=1")])
 
 
 @pytest.mark.parametrize("name", [None, "", 7, ["out/lm"]])
