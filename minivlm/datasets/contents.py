@@ -72,8 +72,13 @@ def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False
 
 def stamps(directory: Path) -> tuple:
     """What changes when a folder does: a command asks several times about one folder."""
-    entries = [e for e in os.scandir(directory) if e.is_dir() or e.name.endswith((".json", ".jsonl"))]
-    times = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if not e.name.startswith(".")]
+    try:
+        entries = [
+            e for e in os.scandir(directory) if e.is_dir() or (e.is_file() and e.name.endswith((".json", ".jsonl")))
+        ]
+        times = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if not e.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror or error}.") from None
     return tuple(sorted(times))
 
 

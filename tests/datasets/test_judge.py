@@ -10,6 +10,7 @@ from PIL import Image
 from minivlm import recipes
 from minivlm.conversation import Turn
 from minivlm.datasets import check, open_talk
+from minivlm.datasets.contents import contents
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.datasets.judge import conversation_problem
 from minivlm.errors import UserError
@@ -39,6 +40,12 @@ def conversations(folder, *asked, **more):
     for split in ("val", "test"):
         entries.append({"image": "3.png", "conversations": said(more.get(split, "what is it?")), "split": split})
     (folder / "conversations.json").write_text(json.dumps(entries), encoding="utf-8")
+
+
+def test_a_link_to_nowhere_beside_the_data_is_no_obstacle(folder):
+    conversations(folder, "what is it?")
+    (folder / "old.json").symlink_to("nowhere.json")
+    assert contents(folder)["train"]["conversations"] == 1
 
 
 def checked(capsys, *argv):
