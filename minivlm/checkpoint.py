@@ -28,6 +28,7 @@ import minivlm
 from minivlm import config as configs
 from minivlm import pretrained
 from minivlm.errors import UserError, nearest
+from minivlm.files import read_bytes
 from minivlm.layers.lora import lora_layers
 from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dtype
 from minivlm.pretrained import generation_config
@@ -359,7 +360,7 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     if values["processor"] is not None:
         processor_config = from_dict(ProcessorConfig, values["processor"], f"{path}: processor")
         tokenizer = directory / "tokenizer.json"
-        processor = Processor(tokenizer.read_bytes() if tokenizer.exists() else None, processor_config)
+        processor = Processor(read_bytes(tokenizer) if tokenizer.exists() else None, processor_config)
     refuse_unknown_tokens(config, str(path))
     if not isinstance(how := values.get("generation", {}), dict):
         raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from minivlm.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -60,19 +67,44 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def parse_json(data: bytes, *, texts: bool = True) -> Any:
+def read_text(path: str | os.PathLike) -> str:
+    """As `read_bytes`; UserError where it is not UTF-8 as well."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text.") from None
+
+
+def parse_json(data: bytes, *, texts: bool = True, strict: bool = False) -> Any:
     """UTF-8 bytes of JSON → values. ValueError says what is wrong, without a full stop.
 
-    texts: all texts in them are valid, as `check_texts` says.
+    texts: all texts in them are valid, as `check_texts` says. strict: so are all numbers, and no object gives a name two
+    different values.
     """
+    rules = {"parse_constant": no_number, "parse_float": finite, "object_pairs_hook": once} if strict else {}
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        values = json.loads(data.decode("utf-8-sig"), **rules)
         if texts and re.search(rb"\\u[dD][89a-fA-F]", data):  # half of a pair, or both
             check_texts(values)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except RecursionError:
         raise ValueError("its lists and objects are nested too deeply") from None
+    return values
+
+
+def no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def finite(word: str) -> float:
+    return value if math.isfinite(value := float(word)) else no_number(word)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs) and (twice := [name for name, value in pairs if value != values[name]]):
+        raise ValueError(f"{twice[0]!r} is there twice, with different values")
     return values
 
 
@@ -121,29 +153,33 @@ def readable(text: str) -> str:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time is in here, the others wait and say so. A process that ends, however it does, lets go."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where nobody waits; what is written is renamed into place as a whole there too
-        fcntl = None
-    no_surprise = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # a pipe or a link of this name
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | no_surprise, 0o666)
-    try:
-        if fcntl is not None:
-            wait_for(descriptor, path)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def wait_for(descriptor: int, path: Path) -> None:
-    import fcntl
-
     from tqdm import tqdm
 
+    with open_lock(path) as file:
+        if not hold(file):
+            with tqdm(desc=f"waiting for another process that writes to {path.parent}", bar_format="{desc}"):
+                hold(file, wait=True)
+        yield
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The file, made if it is missing, open for `hold`. A pipe or a link of this name is an OSError."""
+    no_surprise = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | no_surprise, 0o666), "r+", encoding="utf-8")
+
+
+def hold(file: IO[str], *, wait: bool = False) -> bool:
+    """Keep other processes from holding the file until it is closed. False: another holds it.
+
+    Where there are no locks, as on Windows and on some network disks, nobody waits and all hold it.
+    """
+    if fcntl is None:
+        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        with tqdm(desc=f"waiting for another process that writes to {path.parent}", bar_format="{desc}"):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: go on, as there is nothing to wait for
-        pass
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True

@@ -30,7 +30,7 @@ from minivlm import checkpoint, config
 from minivlm.errors import UserError
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
-from minivlm.run_directory import LOCK, OWN, set_aside, take_lock
+from minivlm.run_directory import LOCK, OWN, is_at, set_aside, take_lock
 from minivlm.training import set_random_state
 
 WEIGHTS = ("model.safetensors", "training.safetensors")
@@ -62,7 +62,8 @@ class Run:
     def __exit__(self, *error) -> None:
         if not self.locks:
             return
-        (self.directory / LOCK).unlink(missing_ok=True)
+        if any(is_at(file, self.directory / LOCK) for file in self.locks):  # else another process has begun here
+            (self.directory / LOCK).unlink(missing_ok=True)
         for file in self.locks:
             file.close()
         if not self.was_there and self.directory.is_dir() and not any(self.directory.iterdir()):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import socket
@@ -16,12 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from minivlm.errors import UserError
+from minivlm.files import hold, open_lock, parse_json, read_bytes
 from minivlm.pretrained.names import listed
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: there, nothing hinders two processes from writing into one directory
-    fcntl = None
 
 LOCK = ".lock"
 MODEL = r"\.?(config\.json|tokenizer\.json|model\.safetensors|unfinished\.json)(\.\d+\.tmp)?"
@@ -125,12 +120,10 @@ def has_marks(directory: Path) -> bool:
 
 def begins_with(path: Path, key: str) -> bool:
     """Whether a JSON object with `key` is in the file, or on the first line of a log."""
-    if not path.is_file():
-        return False
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
-    except (ValueError, RecursionError):
+        data = read_bytes(path)
+        values = parse_json(data.partition(b"\n")[0] if path.suffix == ".jsonl" else data)
+    except (UserError, ValueError):  # it is not there, or none of ours
         return False
     return isinstance(values, dict) and key in values
 
@@ -164,27 +157,30 @@ def take_lock(directory: Path) -> IO[str]:
     path = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-        if fcntl is None:
-            file.close()
+        file = open_lock(path)
+        # Another file may be there: the owner of this one ended just now and removed it, and a third made a new one.
+        if hold(file) and is_at(file, path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            if os.name == "nt":  # where an open file cannot be moved or removed
+                file.close()
             return file
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise BlockingIOError  # its owner ended just now and removed it, and a third may have made a new one
-    except BlockingIOError:
-        file.seek(0)
         who = file.read().strip() or "it has only just begun"
         file.close()
-        raise UserError(
-            f"another process is writing to {directory} ({who}): wait until it has ended, or choose another --out."
-        ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network disks have no locks
-            raise UserError(f"--out {directory} cannot be written: {error.strerror}.") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        raise UserError(f"--out {directory} cannot be written: {error.strerror or error}.") from None
+    raise UserError(
+        f"another process is writing to {directory} ({who}): wait until it has ended, or choose another --out."
+    )
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file, or one that was closed, is the one at `path`."""
+    try:
+        return file.closed or os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def shown(name: str) -> str:

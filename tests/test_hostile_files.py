@@ -108,7 +108,7 @@ TEXTS = {
     "-Infinity is no number": b'{"model_type": "gpt2", "layer_norm_epsilon": -Infinity}',
     "1e999 is no number": b'{"model_type": "gpt2", "layer_norm_epsilon": 1e999}',
     "'n_embd' is there twice, with different values": b'{"model_type": "gpt2", "n_embd": 8, "n_embd": 16}',
-    "it is no text at all": b'{"model_type": "gpt2", "x": "\xff\xfe"}',
+    "it is not UTF-8 text": b'{"model_type": "gpt2", "x": "\xff\xfe"}',
     "half a": b'{"model_type": "gpt2", "x": "\\ud83d"}',
     "holds a list": b"[1]",
     "is not JSON": b"",
@@ -202,10 +202,23 @@ def test_of_a_tensor_in_two_files_the_one_that_the_index_names(saved):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json", "model-1.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model-1.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ],
+)
 def test_pipes_and_folders_are_not_waited_for(name, saved):
     if name == "model-1.safetensors":
         shards(saved)
+    if name == "chat_template.jinja":
+        bytes_alone = Processor.train(["a"], vocab_size=260, image_size=16, context=8)
+        (saved / "tokenizer.json").write_text(bytes_alone.tokenizer.to_str())
     (saved / name).unlink(missing_ok=True)
     os.mkfifo(saved / name)
     with pytest.raises(UserError, match="named pipe"):

@@ -58,6 +58,8 @@ def test_a_list_is_given_with_commas_or_as_json():
         (["clip", "--steps"], "--steps is True, but must be int"),
         (["clip", "--seed", "-1", "--steps", "5"], r"^--seed -1: seed is -1, but must be from 0"),
         (["clip", "--seed", str(2**64)], "--seed is a number of 20 digits, but must be int"),
+        (["clip", "--seed", "9" * 5000], r"--seed is '9{79}…, but must be int"),
+        (["clip", "--steps", "[" * 100_000], r"--steps is '\[{79}…, but must be int"),
         (["clip", "--stop_at", "0"], "--stop_at 0: stop_at is 0, but must be at least 1"),
         (["clip", "--data", ""], "data is empty, but must name a folder"),
         (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 import zlib
 from pathlib import Path
+
+from minivlm.errors import UserError
+from minivlm.files import open_regular
 
 TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 ENDS = 4096  # bytes at either end of any other file
@@ -34,16 +36,14 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
 def ends_of(path: Path) -> tuple[int, bytes] | None:
     """Size, and what of the content counts. None: it is gone, or no file that can be read (whoever reads it will say so)."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            return None
-        with path.open("rb") as file:
-            if path.suffix in TEXT or about.st_size <= 2 * ENDS:
-                return about.st_size, file.read()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix in TEXT or size <= 2 * ENDS:
+                return size, file.read()
             start = file.read(ENDS)
             file.seek(-ENDS, os.SEEK_END)
-            return about.st_size, start + file.read()
-    except OSError:
+            return size, start + file.read()
+    except (UserError, OSError):
         return None
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from minivlm.errors import UserError
-from minivlm.files import is_own_file, locked, open_regular, read_bytes
+from minivlm.files import is_own_file, locked, open_regular, parse_json, read_bytes
 
 VERSION = 2  # of what a file's pixels are here; what was cached by another is made anew
 MAX_PIXELS = 89_478_485  # pillow's own limit (a quarter of a gigabyte in RGB), where pillow only warns and we refuse
@@ -221,13 +221,13 @@ class ImageCache:
         pixels: build() makes it anew."""
         nothing = {}, np.zeros(0, dtype=np.uint8)
         try:
-            index = json.loads(read_bytes(self.index))
+            index = parse_json(read_bytes(self.index), texts=False)
             rows = {key: Row(**row) for key, row in index["rows"].items()}
             pixels, size = self.folder / index["pixels"], index["bytes"]
             ours = index["version"] == VERSION and self.names(index["pixels"]) and is_own_file(pixels)
             if not ours or pixels.stat().st_size != size or not all(row.fits(size) for row in rows.values()):
                 return nothing
-        except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return nothing
         # Copy-on-write, since torch complains about arrays that are read-only; and a plain ndarray over the map, since
         # slicing an np.memmap costs ten times as much.

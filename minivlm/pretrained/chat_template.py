@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
 from minivlm.errors import UserError
+from minivlm.files import read_text
 from minivlm.pretrained.files import read_json
 from minivlm.special_tokens import MARK, TAG, Markup
 
@@ -65,7 +66,7 @@ def find_source(directory: Path) -> str | None:
     """The template as transformers finds it: in a file of its own, or among the settings of processor or tokeniser."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = directory / name
         given = read_json(path).get("chat_template") if path.exists() else None

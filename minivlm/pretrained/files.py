@@ -7,7 +7,6 @@ file. Pickled weights are read with PyTorch's restricted reader, which builds te
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.files import check_texts, open_regular, read_bytes
+from minivlm.files import open_regular, parse_json, read_bytes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -27,36 +26,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where the file is missing, broken or holds something else."""
     data = read_bytes(path)
     try:
-        values = json.loads(
-            data.decode("utf-8-sig"), parse_constant=no_number, parse_float=finite, object_pairs_hook=once
-        )
-        check_texts(values)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not JSON: it is no text at all.") from None
+        values = parse_json(data, strict=True)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
-    except RecursionError:
-        raise UserError(f"{path} is not JSON that can be read: its lists and objects are nested too deeply.") from None
     except ValueError as error:  # also of a number of more digits than Python converts
         raise UserError(f"{path} is not JSON that can be read: {str(error).partition(';')[0]}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
-    return values
-
-
-def no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
-
-
-def finite(word: str) -> float:
-    return value if math.isfinite(value := float(word)) else no_number(word)
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; ValueError if it gives a name two different values."""
-    values = dict(pairs)
-    if len(values) < len(pairs) and (twice := [name for name, value in pairs if value != values[name]]):
-        raise ValueError(f"{twice[0]!r} is there twice, with different values")
     return values
 
 

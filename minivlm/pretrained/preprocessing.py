@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.errors import UserError
+from minivlm.files import read_bytes, read_text
 from minivlm.pretrained import tokenizer_config
 from minivlm.pretrained.fields import refuse_unknown
 from minivlm.pretrained.files import read_json
@@ -195,16 +196,20 @@ def read_tokenizer(
     whole, vocab, merges, pieces = (directory / name for name in names)
     about = tokenizer_config.read_about(directory)
     if whole.exists():
-        return tokenizer_config.follow(whole.read_bytes(), about, family, whole)
+        return tokenizer_config.follow(read_bytes(whole), about, family, whole)
     if family == "BertTokenizer" and pieces.exists():
-        return tokenizer_config.word_pieces(pieces.read_text(encoding="utf-8").splitlines(), about)
+        return tokenizer_config.word_pieces(lines_of(pieces), about)
     if family in (None, "CLIPTokenizer"):
         build = build or clip_tokenizer
     if build is None or not vocab.exists() or not merges.exists():
         return None
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    pairs = [tuple(line.split()) for line in lines_of(merges) if line and not line.startswith("#version")]
     return with_added(build(read_json(vocab), pairs), directory)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text; signs that Unicode counts as ends of lines are parts of tokens."""
+    return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def with_added(tokenizer: Tokenizer, directory: Path) -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from minivlm import config
 from minivlm.errors import UserError, nearest
+from minivlm.files import parse_json
 from minivlm.training import OptimiserConfig
 
 
@@ -133,8 +133,8 @@ def read_value(text: str | bool) -> Any:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(os.fsencode(text))
+    except ValueError:  # a word, or a number of more digits than Python converts
         return text
 
 

@@ -32,7 +32,7 @@ from minivlm.checkpoint import write_atomically
 from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError
-from minivlm.files import is_own_file, locked, read_bytes
+from minivlm.files import is_own_file, locked, parse_json, read_bytes
 from minivlm.tasks.features import encode_pixels, inference
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: where both are the same, so is the file
@@ -281,7 +281,7 @@ def open_image_index(path: str | Path) -> ImageIndex:
 def open_if_valid(path: Path) -> ImageIndex | None:
     """None where there is none, or one that is cut short or not of our making: what it says is not to be relied on."""
     try:
-        record = json.loads(read_bytes(path / "index.json"))
+        record = parse_json(read_bytes(path / "index.json"), texts=False)
         rows = {inside(name): (whole(size), whole(modified)) for name, size, modified in record["rows"]}
         skipped = {
             inside(name): ((whole(size), whole(modified)), as_text(why))
@@ -294,7 +294,7 @@ def open_if_valid(path: Path) -> ImageIndex | None:
             return None
         features = np.memmap(place, "<f4", "r", HEADER, shape) if rows else np.empty(shape, np.float32)
         directory, model = Path(as_text(record["directory"])), as_text(record["model"])
-    except (UserError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    except (UserError, OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
     return ImageIndex(path, directory, model, features, rows, skipped, file)
 

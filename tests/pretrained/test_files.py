@@ -123,7 +123,7 @@ def test_no_weights(tmp_path):
     [
         (b'{"a": 1,\n "b" 2}', "line 2, column 6"),
         (b"", "line 1"),
-        (b"\xff\xfe\x00", "no text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"[1]", "holds a list"),
     ],
 )

@@ -61,7 +61,11 @@ def test_berts_normaliser_is_made_of_the_config(about, expected, tmp_path):
 
 
 def test_vocab_txt_alone_is_a_tokeniser_of_bert(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    pieces = [*PIECES[:5], "\u2028", *PIECES[5:]]  # a token that ends a line for some
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    assert json.loads(read_tokenizer(tmp_path, "BertTokenizer"))["model"]["vocab"] == {
+        p: i for i, p in enumerate(pieces)
+    }
     assert words(tmp_path, "BertTokenizer", "Two café") == ["[CLS]", "two", "cafe", "[SEP]"]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert words(tmp_path, "BertTokenizer", "Two Café") == ["[CLS]", "Two", "Café", "[SEP]"]
