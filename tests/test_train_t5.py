@@ -149,7 +149,7 @@ def test_texts_of_your_own(tmp_path):
     for i in range(40):
         (folder / f"{i}.png").touch()
     _, recipe, _ = recipes.command_line(["t5", "--data", str(folder)])
-    assert recipe.summary == f"a small T5 on the texts of {folder}" and (recipe.batch_size, recipe.steps) == (35, 300)
+    assert recipe.summary == f"a small T5 on the texts of {folder}" and (recipe.batch_size, recipe.steps) == (35, 100)
     assert recipe.data.vocab_size == 4096
 
 

@@ -22,7 +22,7 @@ from minivlm.training import is_first_process
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6
-EPOCHS = 300  # the most that are proposed for a folder that is smaller than a batch, and soon known by heart
+EPOCHS = 100  # the most that are proposed for a folder that is smaller than a batch, and soon known by heart
 
 
 def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
