@@ -14,6 +14,7 @@ import train
 from minivlm import evaluate, recipes
 from minivlm.errors import UserError
 from minivlm.recipes import lessons
+from minivlm.run_directory import foreign
 
 SIDE, N = 16, 40
 TOWER = dict(image_size=SIDE, patch_size=8, width=16, depth=1, heads=2, mlp_width=16, stem="patch")
@@ -191,6 +192,7 @@ def test_a_recipe_trains_to_the_end_or_is_refused_before_the_first_step(name, ki
         train.main(argv)
         said = capsys.readouterr().out
         assert {"config.json", "metrics.json", "picture.png"} <= {path.name for path in out.iterdir()}
+        assert not foreign(out)  # so that the next run moves it aside
         scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         assert scores and all(np.isfinite(score["value"]) for score in scores.values())
         on_training_pictures = "What is judged has been trained on." in said.partition("the best checkpoint")[2]
