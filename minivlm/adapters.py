@@ -32,11 +32,8 @@ from minivlm.pretrained.names import Row, find, listed, to_theirs
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-TASK_TYPES = {
-    "LanguageModel": "CAUSAL_LM",
-    "LLaVA": "CAUSAL_LM",
-    "T5": "SEQ_2_SEQ_LM",
-}  # else none: peft's plain wrapper
+# For any other model none: peft's plain wrapper.
+TASK_TYPES = {"LanguageModel": "CAUSAL_LM", "LLaVA": "CAUSAL_LM", "T5": "SEQ_2_SEQ_LM"}
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 

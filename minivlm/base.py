@@ -27,9 +27,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.frozen: tuple[str, ...] = ()
-        self.stored: torch.dtype | None = (
-            None  # while it trains: the precision it will be left in, see `minivlm.precision`
-        )
+        self.stored: torch.dtype | None = None  # in training: the precision it will be saved in (`minivlm.precision`)
 
     @property
     def device(self) -> torch.device:
@@ -131,10 +129,10 @@ class Speaks:
     """
 
     defaults: Mapping[str, Any] = MappingProxyType({})
-    goes_on = (
-        True  # from its prompt, whose words count as said; False: it answers, and what it has read does not count …
-    )
-    first_token: int  # … but what it begins every answer with, unseen
+    # It continues its prompt, whose tokens count as generated. False: it answers, what it has read does not count, but the
+    # token that every answer begins with, unseen, does.
+    goes_on = True
+    first_token: int
 
     def generate(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
         """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""

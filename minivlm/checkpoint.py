@@ -109,12 +109,9 @@ def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any
         "processor": configs.to_dict(processor.config) if processor else None,
         **({"dtype": str(model.stored).removeprefix("torch.")} if getattr(model, "stored", None) in HALF else {}),
         **({"base": base} if base else {}),
-        **(
-            {"generation": generation_config.write({}, defaults)}
-            if (defaults := getattr(model, "defaults", {}))
-            else {}
-        ),
     }
+    if defaults := getattr(model, "defaults", {}):
+        values["generation"] = generation_config.write({}, defaults)
     tokenizer = {"tokenizer.json": processor.tokenizer.to_str()} if processor and processor.source is not None else {}
     return {**tokenizer, "config.json": json.dumps(values, indent=2, ensure_ascii=False)}
 
@@ -291,10 +288,12 @@ def build(
 ) -> nn.Module:
     """The model with its tensors."""
     opened = lambda: open_weights(directory, described.weights)
-    if (depth := pretrained.depth_of(described.config)) > DEEP and depth > (
-        count := len(described.prepare(opened()[1]))
-    ):
-        raise UserError(f"the config in {directory} asks for {depth} layers, but the file has {count} tensors in all.")
+    if (depth := pretrained.depth_of(described.config)) > DEEP:
+        count = len(described.prepare(opened()[1]))
+        if depth > count:
+            raise UserError(
+                f"the config in {directory} asks for {depth} layers, but the file has {count} tensors in all."
+            )
     try:
         model = empty_model(described.model_class, described.config)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:

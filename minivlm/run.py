@@ -224,16 +224,11 @@ def restore_random(path: Path, device: torch.device, rank: int, world: int) -> s
         raise UserError(f"{where} lacks the random state: remove {path} to go on from the checkpoint before it.")
     if before != world or ("random.0.cuda" in names) != (device.type == "cuda"):
         torch.manual_seed(read_record(path)["step"] * world + rank)
-        told = f"{before} process{'es' if before > 1 else ''}" + (
-            " with a GPU each" if "random.0.cuda" in names else ""
-        )
+        told = f"{before} process{'es' if before > 1 else ''}"
+        told += " with a GPU each" if "random.0.cuda" in names else ""
         return f", which was saved by {told}: dropout draws other numbers than it would have"
-    mine = {
-        kind: file.get_tensor(names[f"random.{rank}.{kind}"])
-        for kind in ("cpu", "cuda")
-        if f"random.{rank}.{kind}" in names
-    }
-    set_random_state(mine, device)
+    mine = {kind: names[key] for kind in ("cpu", "cuda") if (key := f"random.{rank}.{kind}") in names}
+    set_random_state({kind: file.get_tensor(name) for kind, name in mine.items()}, device)
     return ""
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minivlm.base import Model, batch_norms
+from minivlm.checkpoint import write_atomically
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
 from minivlm.layers.efficientnet import EfficientNet
@@ -320,9 +321,8 @@ def losses_of(model: Model) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     if not several():
         return lambda batch: model.losses(**batch)
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # until torch 2.12
+    # Until torch 2.12 it was called otherwise.
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     device = next(model.parameters()).device
     return DistributedDataParallel(Losses(model).to(device), find_unused_parameters=True, **{sync_buffers: False})
 
@@ -417,10 +417,8 @@ class Log:
         self.path, self.write, self.waiting = path, write, []
         if write:
             kept = [line for line in read_log(path) if line["step"] < first_step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            whole.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(whole, path)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
     def add(self, step: int, losses: dict[str, Tensor], norm: Tensor, rate: float) -> None:
         self.waiting.append((step, losses, norm, rate))

@@ -61,10 +61,7 @@ def test_all_recipes_are_held():
 @pytest.mark.parametrize("name", GRAPHS)
 def test_few_graphs_and_no_break_whatever_the_lengths(directory, name):
     work = small_work(name, directory)
-    model, batches = (
-        work.model,
-        [work.batch(step) for step in (0, 1, 3)],
-    )  # the last one of captions, where there are questions
+    model, batches = work.model, [work.batch(step) for step in (0, 1, 3)]  # where there are questions, 3 is of captions
     assert len({batch["tokens"].shape[1] for batch in batches}) > 1
     plain = [gradients(model, batch) for batch in batches]
     dynamo.reset()

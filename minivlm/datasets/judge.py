@@ -13,9 +13,8 @@ from minivlm.datasets.images import in_parallel, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_marks
 
-FRAME = (
-    64  # tokens, and what a chat template writes: a text that is so much shorter than its room is not looked at closely
-)
+# Tokens, and what a chat template writes: a text that is so much shorter than its room need not be tokenised.
+FRAME = 64
 ANSWER = 16  # tokens that an answer is given
 SHOWN = 5  # of what is left out
 

@@ -46,11 +46,8 @@ class LoRALinear(nn.Module):
         self.scale = config.alpha / config.rank
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(config.dropout)
-        like = {
-            "bias": False,
-            "device": base.weight.device,
-            "dtype": torch.promote_types(base.weight.dtype, torch.float32),
-        }
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        like = {"bias": False, "device": base.weight.device, "dtype": wide}
         self.lora_a = nn.utils.skip_init(nn.Linear, base.in_features, config.rank, **like)
         self.lora_b = nn.utils.skip_init(nn.Linear, config.rank, base.out_features, **like)
         nn.init.zeros_(self.lora_b.weight)

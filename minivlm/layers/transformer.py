@@ -48,9 +48,7 @@ class TransformerConfig:
     mlp_bias: bool = True
     rope_theta: float | None = None  # rotary positions inside attention; None: none
     rope_scaling: RopeScaling | None = None
-    rotary_fraction: float = (
-        1.0  # of each head's channels turn, the first ones; the rest does not know its place (GPT-NeoX)
-    )
+    rotary_fraction: float = 1.0  # of a head's channels, the first ones, have rotary positions (GPT-NeoX: not all)
     parallel_residual: bool = False  # attention and MLP read the same x (GPT-J, GPT-NeoX); pre-norm only
     qk_norm: QKNorm | None = None  # of queries and keys, see `Attention`
     attention_scale: float | None = None  # of the scores; None: 1/√head_width. T5: 1, its weights were trained so

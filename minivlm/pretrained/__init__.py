@@ -57,16 +57,7 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
 
 MOST_LAYERS = 10_000
 # What comes of files that someone else wrote, or broke, where they are read without a look at each field.
-UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -260,13 +251,7 @@ def kind_of(config: Any) -> str:
     )
 
 
-UNCOMPARED = (
-    "dropout",
-    "loss_chunk",
-    "label_smoothing",
-    "initial_temperature",
-    "answer_loss",
-)  # only training is another
+UNCOMPARED = ("dropout", "loss_chunk", "label_smoothing", "initial_temperature", "answer_loss")  # of training alone
 
 
 def comparable(config: Any) -> dict[str, Any]:

@@ -128,13 +128,8 @@ def known(values: dict[str, Any]) -> dict[str, Known]:
     whole = Known.of(
         *(llama.KNOWN.fields, DEFAULTS, flat, "image_token_id", "alpha_initializer", "alphas_initializer_range"),
         *("freeze_text_layers", "freeze_text_module_exceptions", "freeze_lm_head", "freeze_vision_layers"),
-        *(
-            "freeze_vision_module_exceptions",
-            "vision_model_name",
-            "vision_model_params",
-            "word_embed_proj_dim",
-            "ffn_dim",
-        ),
+        *("freeze_vision_module_exceptions", "vision_model_name", "vision_model_params", "word_embed_proj_dim"),
+        "ffn_dim",
         cross_layer_activation_function=("swiglu",),
     )
     vision = Known.of(VISION_DEFAULTS, "hidden_size", "projection_dim", "vision_model_name", "vision_model_params")

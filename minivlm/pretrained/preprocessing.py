@@ -48,15 +48,14 @@ KINDS = {  # image_processor_type, which says what a silent file means
 WITHOUT_EFFECT = {  # on pixels of pictures in RGB, that all have one size
     *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "device"),
     *("input_data_format", "return_tensors", "default_to_square", "disable_grouping", "size_divisor", "do_pad"),
+    *("_valid_processor_keys", "_processor_class", "transformers_version", "num_query_tokens", "image_token"),
     *(
-        "_valid_processor_keys",
-        "_processor_class",
-        "transformers_version",
-        "num_query_tokens",
-        "image_token",
         "patch_size",
+        "image_seq_length",
+        "num_additional_image_tokens",
+        "vision_feature_select_strategy",
+        "num_image_tokens",
     ),
-    *("image_seq_length", "num_additional_image_tokens", "vision_feature_select_strategy", "num_image_tokens"),
     *("chat_template", "tokenizer_class"),
 }
 
@@ -159,13 +158,7 @@ def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, 
     v = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     v |= {k: value for k, value in values.items() if value is not None}
     size = [image_size, (image_size,) * 2, [image_size] * 2]
-    known = {
-        "mean",
-        "std",
-        "interpolation",
-        "resize_mode",
-        "fill_color",
-    }  # the last is for a resize_mode that is not there
+    known = {"mean", "std", "interpolation", "resize_mode", "fill_color"}  # the last of a resize_mode that is refused
     refuse_unknown(values, "open_clip_config.json: preprocess_cfg", known, only={"mode": ("RGB",), "size": size})
     if v["resize_mode"] not in ("shortest", "squash"):
         raise UserError(f"preprocess_cfg.resize_mode is {v['resize_mode']!r}; shortest and squash are supported.")
