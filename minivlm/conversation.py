@@ -191,12 +191,12 @@ def ids_behind(seam: str, pieces: Sequence[str], processor: Processor) -> list[i
 def end_token(template: ChatTemplate, processor: Processor) -> int:
     if template.end and (own := processor.tokenizer.token_to_id(template.end)) is not None:
         return own
-    if processor.end_token is None:
+    if processor.answer_end is None:
         named = f" ({template.end})" if template.end else ""
         raise UserError(
             f"the tokeniser has no token for the end of an answer{named}: choose another chat template by --chat."
         )
-    return processor.end_token
+    return processor.answer_end
 
 
 def endings(processor: Processor, end_tokens: Sequence[int]) -> dict[str, Sequence]:

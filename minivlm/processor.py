@@ -66,6 +66,7 @@ class ProcessorConfig:
     ] = "plain"
     chat_format: ChatTemplate | None = None  # chat="own": what the model was published with
     system: str | None = None  # what is said before a conversation without a system's turn; None: as the template says
+    answer_end: int | None = None  # the model's end token, where the tokeniser puts none behind a text
     tidy: bool = False  # a text that is said has no space before . , ? ! and around ' (tokenisers that split them off)
     tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
 
@@ -338,6 +339,11 @@ class Processor:
     @property
     def end_token(self) -> int | None:
         return self.frame[1]
+
+    @property
+    def answer_end(self) -> int | None:
+        """The token that ends an answer, where its chat template names none."""
+        return self.config.answer_end if self.end_token is None else self.end_token
 
     @cached_property
     def frame(self) -> tuple[int | None, int | None]:

@@ -15,10 +15,14 @@ from minivlm.conversation import (
     encode_conversation,
     endings,
     show_sample,
+    with_chat,
     with_images,
 )
 from minivlm.errors import UserError
+from minivlm.layers.language_model import LanguageModelConfig
+from minivlm.pretrained import language
 from minivlm.processor import Processor, ProcessorConfig
+from minivlm.recipes.parts import eyes_and_words
 
 TEXTS = [
     "is there a red circle? yes",
@@ -181,6 +185,17 @@ def test_the_name_of_a_missing_end_token_is_told(chatml):
 def test_a_template_falls_back_on_the_tokenisers_own_end(plain):
     processor = Processor(plain.tokenizer, replace(plain.config, chat="vicuna"))
     assert encode_conversation(QA, processor).tokens[-1] == plain.end_token
+
+
+def test_an_answer_ends_with_the_models_own_end_where_neither_template_nor_tokeniser_has_one(chatml, tmp_path):
+    """GPT-2, Pythia and LLaMA as they are published: no chat template, and nothing is put behind a text."""
+    end = chatml.tokenizer.token_to_id("<|endoftext|>")
+    sizes = {"vocab_size": chatml.vocab_size, "context": 64, "width": 8, "depth": 1, "heads": 2}
+    config = LanguageModelConfig(**sizes, end_tokens=(10**6, end))
+    base = language.read_processor(tmp_path, config, chatml.tokenizer)
+    assert base.end_token is None and encode_conversation(QA, base).tokens[-1] == end
+    eyes = Processor(None, ProcessorConfig(image_size=32))
+    assert encode_conversation(QA, with_chat(eyes_and_words(eyes, base), "vicuna")).tokens[-1] == end
 
 
 # ----------------------------------------------------------------------------------------------------------- what is cut

@@ -348,7 +348,7 @@ def write_chat_template(processor: Processor) -> dict[str, str]:
     start = template.start
     if start is None:
         start = "" if processor.start_token is None else processor.tokenizer.id_to_token(processor.start_token)
-    own_end = None if processor.end_token is None else processor.tokenizer.id_to_token(processor.end_token)
+    own_end = None if processor.answer_end is None else processor.tokenizer.id_to_token(processor.answer_end)
     known = template.end is not None and processor.tokenizer.token_to_id(template.end) is not None
     end = (template.end if known else own_end) or ""
     whole = replace(template, start=start, end=end, default_system=told)

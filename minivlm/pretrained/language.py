@@ -61,9 +61,11 @@ def kind_of(config: LanguageModelConfig) -> str:
 
 def read_processor(directory: Path, config: LanguageModelConfig, source: Tokenizer | bytes | None) -> Processor:
     """For texts alone. source: the tokeniser, as `Processor` takes it."""
-    check_vocabulary(vocabulary(source, directory), config)
+    vocab = vocabulary(source, directory)
+    check_vocabulary(vocab, config)
     pad = preprocessing.read_pad_token(directory, config.pad_token)
-    processor = Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
+    end = answer_end(vocab, config)
+    processor = Processor(source, ProcessorConfig(context=config.context, pad_token=pad, answer_end=end))
     return with_chat_template(processor, directory)
 
 
@@ -95,6 +97,11 @@ def vocabulary(source: Tokenizer | bytes | None, directory: Path) -> Vocabulary:
     except (KeyError, TypeError, ValueError) as error:
         path = directory / "tokenizer.json"
         raise UserError(f"{path} cannot be read as a tokeniser ({type(error).__name__}: {error}).") from error
+
+
+def answer_end(vocab: Vocabulary, config: LanguageModelConfig) -> int | None:
+    """The first of the model's end tokens that the tokeniser has."""
+    return next((end for end in config.end_tokens if end in vocab.values()), None)
 
 
 def check_vocabulary(vocab: Vocabulary, config: LanguageModelConfig, mark: str | None = None) -> None:

@@ -199,6 +199,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
             image_token=mark,
             image_tokens=config.image_tokens,
             chat=chat,
+            answer_end=language.answer_end(vocab, config.language),
         ),
     )
     return with_chat_template(processor, directory, framed=True)

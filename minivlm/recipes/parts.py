@@ -57,7 +57,7 @@ def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[L
 def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
     """Pictures as `eyes` prepares them, texts and conversations as `words` does. fields: of its config that are neither's,
     such as image_tokens and context."""
-    names = ("pad_token", "chat", "chat_format", "system", "image_token")
+    names = ("pad_token", "answer_end", "chat", "chat_format", "system", "image_token")
     spoken = {name: getattr(words.config, name) for name in names}
     config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
     return Processor(words.tokenizer, config)
