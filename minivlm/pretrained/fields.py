@@ -65,8 +65,8 @@ def refuse_unknown(
     for name, value in values.items():
         if only and name in only:
             if value is not None and value not in only[name]:
-                supported = " and ".join(repr(v) for v in only[name])
-                raise UserError(f"{where} has {name} = {value!r}, which is not supported; {supported} is.")
+                supported = " or ".join(repr(v) for v in only[name])
+                raise UserError(f"{where} has {name} = {value!r}, which is not supported; it must be {supported}.")
         elif name not in known and is_on(value):
             raise UserError(
                 f"{where} has {name} = {shown(value)}, which is not known here and may change what comes out."

@@ -37,7 +37,7 @@ def test_what_is_on_and_not_known_is_refused():
     for value in (True, 1, "on", [0], {"a": None}):
         with pytest.raises(UserError, match=r"f has e = .*, which is not known here and may change what comes out"):
             refuse_unknown({"e": value}, "f", known.fields)
-    with pytest.raises(UserError, match="f has d = 'z', which is not supported; 'x' and 'y' is"):
+    with pytest.raises(UserError, match="f has d = 'z', which is not supported; it must be 'x' or 'y'"):
         refuse_unknown({"d": "z"}, "f", known.fields, only=known.only)
 
 
