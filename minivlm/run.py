@@ -54,10 +54,18 @@ class Run:
             return self
         self.was_there = self.directory.is_dir()
         self.locks.append(take_lock(self.directory))
-        for path in [*self.checkpoints.glob(".step-*")]:  # of a process that was killed
+        self.sweep()
+        return self
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had begun to write."""
+        for path in [*self.checkpoints.glob(".step-*")]:
             if not foreign_files(path):
                 shutil.rmtree(path)
-        return self
+        if not (self.directory / checkpoint.UNFINISHED).exists():  # else it is put in place when the model is read
+            for path in [*self.directory.glob(".*.tmp")]:
+                if OWN.fullmatch(path.name):
+                    path.unlink()
 
     def __exit__(self, *error) -> None:
         if not self.locks:

@@ -6,17 +6,16 @@ Only what a run wrote is ever moved, and nothing is deleted: out/clip becomes ou
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO
 
 from minivlm.errors import UserError
 from minivlm.files import hold, open_lock, parse_json, read_bytes
-from minivlm.pretrained.names import listed
 
 LOCK = ".lock"
 MODEL = r"\.?(config\.json|tokenizer\.json|model\.safetensors|unfinished\.json)(\.\d+\.tmp)?"
@@ -43,8 +42,8 @@ def check_out(out: str, reads: Mapping[str, str], *, resume: bool = False) -> No
             check_apart(out, option, path)
         if strangers := foreign(Path(out)):
             raise UserError(
-                f"--out {out} holds what no run wrote ({listed(strangers, 3)}), and it is not touched: choose another "
-                "--out, a directory that is new or empty."
+                f"--out {out} holds what no run wrote ({strangers}), and it is not touched: choose another --out, a "
+                "directory that is new or empty."
             )
     except OSError as error:
         raise UserError(f"--out {shown(out)} cannot be used: {error.strerror}.") from None
@@ -91,22 +90,24 @@ def is_inside(inner: str, outer: str) -> bool:
     return any(same(one) for one in (place, *place.parents))
 
 
-def foreign(directory: Path) -> list[str]:
-    """What lies in `directory` and was not written by a run; all of it, if no run has left its marks."""
-    inside = everything(directory)
-    others = [place for place in inside if not OWN.fullmatch(place)]
-    return others if others or not inside or has_marks(directory) else inside
+def foreign(directory: Path, most: int = 3) -> str:
+    """What lies in `directory` and was not written by a run, some of it by name; all counts, if no run has left its marks.
+    An empty string: nothing."""
+    own = OWN.fullmatch if has_marks(directory) else lambda place: None
+    found = [
+        *islice((place for place in everything(directory) if not own(place)), most + 1)
+    ]  # a home is not walked through
+    return ", ".join(found[:most]) + (" …" if found[most:] else "")
 
 
-def everything(directory: Path) -> list[str]:
+def everything(directory: Path) -> Iterator[str]:
     """The paths in `directory` by which one would miss it; a run that ended before its first step has none."""
-    places = [
-        os.path.relpath(os.path.join(folder, name), directory)
-        for folder, folders, files in os.walk(directory)
-        for name in [*folders, *files]
-    ]
-    empty = lambda place: place == "log.jsonl" and not os.path.getsize(directory / place)
-    return [Path(p).as_posix() for p in places if p not in (LOCK, ".DS_Store", "checkpoints") and not empty(p)]
+    for folder, folders, files in os.walk(directory):
+        for name in [*folders, *files]:
+            place = Path(folder, name).relative_to(directory).as_posix()
+            empty = place == "log.jsonl" and not os.path.getsize(directory / place)
+            if place not in (LOCK, ".DS_Store", "checkpoints") and not empty:
+                yield place
 
 
 def has_marks(directory: Path) -> bool:
@@ -130,12 +131,12 @@ def begins_with(path: Path, key: str) -> bool:
 
 def set_aside(directory: Path) -> Path | None:
     """Rename an earlier run that stands in the way, so that no slip of the fingers costs a training. None: there is none."""
-    if not everything(directory):
+    if not any(everything(directory)):
         return None
     if strangers := foreign(directory):
-        raise UserError(f"{directory} holds what no run wrote ({listed(strangers, 3)}): choose another --out.")
+        raise UserError(f"{directory} holds what no run wrote ({strangers}): choose another --out.")
     real = Path(os.path.realpath(directory))  # a link stays, and what it leads to moves
-    names = itertools.chain([f"{real.name}.previous"], (f"{real.name}.previous-{i}" for i in itertools.count(2)))
+    names = chain([f"{real.name}.previous"], (f"{real.name}.previous-{i}" for i in count(2)))
     previous = next(place for name in names if not os.path.lexists(place := real.with_name(name)))
     try:
         if is_inside(os.getcwd(), str(real)):

@@ -170,8 +170,15 @@ def test_leftovers_of_a_killed_process_are_swept_up_when_the_next_begins(tmp_pat
     assert not foreign(tmp_path)  # a run with such leftovers is a run
     with Run(tmp_path, write=False):
         assert leftover.exists()  # only the process that writes sweeps
+    beside, plan = tmp_path / ".model.safetensors.12345.tmp", tmp_path / ".unfinished.json"
+    beside.touch()
+    plan.touch()
     with Run(tmp_path):
         assert not leftover.exists() and not other.exists()
+        assert beside.exists()  # a part of a model that is whole, and will be put in place
+    plan.unlink()
+    with Run(tmp_path):
+        assert not beside.exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path, small):

@@ -166,6 +166,13 @@ def test_a_read_only_place_is_refused(monkeypatch):
         pass
 
 
+def test_a_home_is_refused_without_a_walk_through_it(monkeypatch):
+    folders = [(".", [], [f"{i}.txt"]) for i in range(9)]
+    walked = []
+    monkeypatch.setattr(os, "walk", lambda top: (walked.append(one) or one for one in folders))
+    assert run_directory.foreign(Path(".")) == "0.txt, 1.txt, 2.txt …" and len(walked) == 4
+
+
 def test_two_processes_with_one_directory_are_one_too_many():
     with Run("out/clip"):
         sentence = rf"another process is writing to out/clip \(process {os.getpid()} on"
