@@ -186,7 +186,14 @@ def test_the_processor_reaches_transformers(tmp_path, images):
     vision = VisionConfig(width=20, depth=2, heads=2, image_size=24, patch_size=8, activation="quick_gelu")
     config = LLaVAConfig(vision=vision, language=language, image_token=mark)
     about = ProcessorConfig(
-        image_size=24, resize_to=24, context=64, pad_token="<pad>", image_tokens=9, chat="vicuna", image_token="<image>"
+        image_size=24,
+        resize_to=24,
+        context=64,
+        pad_token="<pad>",
+        image_tokens=9,
+        chat="vicuna",
+        image_token="<image>",
+        answer_end=2,
     )
     ours = Processor(tokenizer, about)
     LLaVA(config).save_pretrained(tmp_path, processor=ours, layout="hf")

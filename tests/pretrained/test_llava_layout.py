@@ -250,7 +250,7 @@ def test_the_processor_there_and_back(tmp_path):
     ours = processor()
     save(tmp_path, LLaVA(CONFIG), ours, layout="hf")
     _, back = load(tmp_path)
-    assert back.config == ours.config
+    assert back.config == replace(ours.config, answer_end=CONFIG.language.end_tokens[0])
     picture = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     assert torch.equal(back.images([picture]), ours.images([picture]))
     a, nothing = (back.tokenizer.token_to_id(t) for t in ("▁a", "▁"))
