@@ -59,11 +59,10 @@ class ContrastRecipe(Recipe):
         if is_world(directory):
             return suited(self, directory, data=replace(self.data, directory=directory))
         data = PairsConfig(directory=directory, augment=True, vocab_size=4096)
-        if isinstance(self.model.vision, EfficientNetConfig):
-            return suited(
-                PHOTOGRAPHS, directory, summary=f"{self.summary}, on {directory}", data=data, model=self.model
-            )
-        return suited(PHOTOGRAPHS, directory, summary=f"a small CLIP on {directory}", data=data)
+        own = {ResNetConfig: "a small CLIP with a ResNet", EfficientNetConfig: "ALIGN: an EfficientNet and a BERT"}
+        if (what := own.get(type(self.model.vision))) is None:
+            return suited(PHOTOGRAPHS, directory, summary=f"a small CLIP on {directory}", data=data)
+        return suited(PHOTOGRAPHS, directory, summary=f"{what}, on {directory}", data=data, model=self.model)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Contrast:
         """Open the data (the shapes world is made if it is missing), take a checkpoint's tokeniser or train one, build."""
