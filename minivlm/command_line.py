@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         for word in argv:
-            if word.startswith("--") and (option := word.partition("=")[0]) not in self._option_string_actions:
+            option = word.partition("=")[0]
+            if word.startswith("--") and " " not in option and option not in self._option_string_actions:
                 raise UserError(f"unknown option {option}.{nearest(option, self._option_string_actions)}")
         return super().parse_args(argv)
 

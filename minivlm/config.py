@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -38,7 +39,7 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
             raise UserError(f"{where} has an unknown field {name!r} for {cls.__name__}.{nearest(name, hints)}")
     if missing := [name for name in hints if name not in values]:
         raise UserError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} needs.")
-    fields = {name: coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    fields = {name: read_field(name, hints[name], value, f"{where}.{name}") for name, value in values.items()}
     try:
         return cls(**fields)
     except (ValueError, ArithmeticError) as error:  # fields that are right one by one but not together
@@ -73,6 +74,20 @@ def alternatives(hint: Any) -> tuple:
     """(int, NoneType) for `int | None`, (int,) for `int`."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
+
+
+SIZES = re.compile(  # names of fields of which there is at least one
+    r"((mlp|head|embed|output|pooled|embedding|context|joint)_)?width|(decoder_)?depth|((kv|joint)_)?heads"
+    r"|vocab_size|context|image_size|patch_size|resize_to|stem_channels|queries|latents|tiles|rank"
+)
+
+
+def read_field(name: str, hint: Any, value: Any, where: str) -> Any:
+    """The value of a field called so, as `coerce` reads it. UserError for a size below 1."""
+    value = coerce(hint, value, where)
+    if SIZES.fullmatch(name) and isinstance(value, int) and value < 1:
+        raise UserError(f"{where} is {value}, but must be at least 1.")
+    return value
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:

@@ -1,10 +1,37 @@
 """The command line of train.py: names, overrides, mistakes."""
 
+import json
+
 import pytest
+from PIL import Image
 
 from minivlm import config, recipes
 from minivlm.errors import UserError
 from minivlm.recipes.base import split_arguments
+
+
+def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
+    lines = (json.dumps({"image": f"{i}.png", "caption": "a"}) + "\n" for i in range(40))
+    (tmp_path / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    for i in range(40):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    for name in ("clip", "clip-resnet", "align"):
+        of = recipes.command_line([name, "--data", str(tmp_path)])[1]
+        assert type(of.model.vision) is type(recipes.RECIPES[name].model.vision)
+        assert of.data.augment and of.batch_size < 40
+
+
+def test_minus_h_is_help_as_everywhere():
+    assert recipes.command_line(["lm", "-h"])[2].help
+
+
+def test_a_file_that_is_called_like_an_option_is_proposed_so_that_it_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-o").mkdir()
+    assert recipes.no_options("python sample.py search -o 'my data' 'a b' --top 8") == (
+        "python sample.py search ./-o 'my data' 'a b' --top 8"
+    )
+    assert recipes.no_options('python sample.py complete out/lm "a b"') == 'python sample.py complete out/lm "a b"'
 
 
 def test_without_arguments_the_default_recipe_as_it_stands():
@@ -55,7 +82,11 @@ def test_a_list_is_given_with_commas_or_as_json():
         (["clip", "--model.vision.deph", "3"], "unknown option --model.vision.deph.*model.vision.depth"),
         (["clip", "--stesp", "3"], "unknown option --stesp.*steps"),
         (["clip", "--steps", "many"], "--steps is 'many', but must be int"),
-        (["clip", "--steps"], "--steps is True, but must be int"),
+        (["clip", "--steps"], "--steps has no value behind it: give it one, or leave it out"),
+        (["clip", "--steps", "3", "--steps=4"], "--steps is given twice, as 3 and as 4"),
+        (["clip", "--model.vision.patch_size", "0"], r"--model\.vision\.patch_size is 0, but must be at least 1"),
+        (["clip", "--model.text.depth", "0"], r"--model\.text\.depth is 0, but must be at least 1"),
+        (["llava", "--lora.rank", "-1"], r"--lora\.rank is -1, but must be at least 1"),
         (["clip", "--seed", "-1", "--steps", "5"], r"^--seed -1: seed is -1, but must be from 0"),
         (["clip", "--seed", str(2**64)], "--seed is a number of 20 digits, but must be int"),
         (["clip", "--seed", "9" * 5000], r"--seed is '9{79}…, but must be int"),
@@ -80,8 +111,6 @@ def test_each_mistake_is_one_sentence(argv, message):
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_goes_through_json_without_loss(name):
-    import json
-
     recipe = recipes.RECIPES[name]
     again = config.from_dict(type(recipe), json.loads(json.dumps(config.to_dict(recipe))))
     assert again == recipe

@@ -246,4 +246,11 @@ def finish(run: Run, work) -> None:
     print(f"{run.directory}/ holds the model, metrics.json and picture.png. Try next:")
     out = f" {run.directory} "
     for command in work.next_commands(run.directory):
-        print(f"  {command.replace(out, f' {shlex.quote(str(run.directory))} ')}")
+        print(f"  {no_options(command.replace(out, f' {shlex.quote(str(run.directory))} '))}")
+
+
+def no_options(command: str) -> str:
+    """The command, in which a file that is called like an option, such as -o, is called ./-o."""
+    words = shlex.split(command)
+    files = [f"./{word}" if word.startswith("-") and os.path.exists(word) else word for word in words]
+    return command if files == words else shlex.join(files)

@@ -109,7 +109,7 @@ def launcher() -> list[str]:
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
     """["clip", "--steps", "5", "--compile"] → (["clip"], {"steps": "5", "compile": True})"""
     words, options = [], {}
-    rest = list(argv)
+    rest = ["--help" if word == "-h" else word for word in argv]
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -117,12 +117,10 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if equals:
-            options[name] = value
-        elif rest and not rest[0].startswith("--"):
-            options[name] = rest.pop(0)
-        else:
-            options[name] = True
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else True
+        if options.setdefault(name, value) != value:
+            raise UserError(f"--{name} is given twice, as {options[name]} and as {value}: which one is meant?")
     return words, options
 
 
@@ -155,7 +153,10 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
         inner = {path[1:]: text for path, text in changes.items() if path[0] == field_name}
         name = prefix + field_name
         if () in inner:
-            new[field_name] = config.coerce(hints[field_name], as_typed(inner[()], hints[field_name]), f"--{name}")
+            typed = as_typed(inner[()], hints[field_name])
+            if typed is True and bool not in config.alternatives(hints[field_name]):
+                raise UserError(f"--{name} has no value behind it: give it one, or leave it out.")
+            new[field_name] = config.read_field(field_name, hints[field_name], typed, f"--{name}")
         else:
             new[field_name] = set_fields(part_of(value, field_name), inner, f"{name}.")
     try:
