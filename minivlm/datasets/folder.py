@@ -259,16 +259,25 @@ def image_of(values: Any, example: str) -> str:
 
 def caption_item(values: dict, directory: Path) -> Item:
     image = image_of(values, EXAMPLE)
-    captions = values.get("captions", values.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    given = [value for name in ("captions", "caption") if (value := values.get(name)) is not None]
+    captions = [c for value in given for c in (value if isinstance(value, list) else [value])]
+    if not given or not all(isinstance(c, str) for c in captions):
         raise ValueError(f'it has no caption: "captions" is a list of strings, "caption" one string, as in {EXAMPLE}')
     captions = [c.strip() for c in captions if c.strip()]
     if not captions:
         raise ValueError("its caption is empty")
-    label = values.get("label")
-    image = find_image(image, directory)
-    return Item(image, captions, None if label is None else unicodedata.normalize("NFC", str(label)), split_of(values))
+    return Item(find_image(image, directory), captions, label_of(values), split_of(values))
+
+
+def label_of(values: dict) -> str | None:
+    """The class that a line names, if it does."""
+    if (label := values.get("label")) is None:
+        return None
+    if not isinstance(label, (str, int, float)) or label != label:
+        raise ValueError(f"its label is {label!r}, but must be a word or a number")
+    if not (name := unicodedata.normalize("NFC", str(label)).strip()):
+        raise ValueError("its label is empty: give it a name, or leave it out")
+    return name
 
 
 def split_of(values: dict) -> str | None:
@@ -283,12 +292,15 @@ def split_of(values: dict) -> str | None:
 def find_image(image: str, directory: Path) -> str:
     """The path below `directory` of an image that a line calls `image`: there, or in its folder images/."""
     path = os.path.normpath(image)
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+    outside = (os.path.normpath(one) for one in (image, image.replace("\\", "/")))
+    if any(os.path.isabs(one) or one.split(os.sep)[0] == os.pardir for one in outside):
         raise ValueError(f"the image {image!r} lies outside the folder; give its path relative to {directory}")
     for folder in ("", "images"):
-        if found := on_disk(os.path.join(folder, path), directory):
-            return found
-    raise ValueError(f"there is no image {readable(image)!r}, neither in {directory} nor in its folder images")
+        for spelling in dict.fromkeys((path, path.replace("\\", "/"))):  # "a\\1.jpg": it was written on Windows
+            if found := on_disk(os.path.join(folder, spelling), directory):
+                return found
+    name = readable(image if len(image) <= 200 else f"{image[:200]}…")
+    raise ValueError(f"there is no image {name!r}, neither in {directory} nor in its folder images")
 
 
 def on_disk(path: str, directory: Path) -> str | None:

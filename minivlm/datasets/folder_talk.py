@@ -347,14 +347,14 @@ def read_questions(file: Path, find, problems: list[str] | None) -> list[Quiz]:
 
 def read_question(values: dict) -> Asked:
     """ValueError says what is wrong. Where there is no "answer", the most frequent one of "answers" is learnt."""
-    text, answers = values.get("question"), values.get("answers", [])
+    text, answers = values.get("question"), values.get("answers")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'it has no "question"; a line looks like {EXAMPLE}')
-    answers = answers if isinstance(answers, list) else [answers]
-    given = [values["answer"]] if "answer" in values else answers
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    given = answers if values.get("answer") is None else [values["answer"]]
     if not given:
         raise ValueError(f"it has no answer; a line looks like {EXAMPLE}")
-    if not all(isinstance(a, (str, int, float)) for a in given + answers):
+    if not all(isinstance(a, (str, int, float)) and a == a for a in given + answers):  # NaN is none
         raise ValueError(f'an answer is a string and "answers" a list of them, as in {EXAMPLE}')
     given, answers = [str(a).strip() for a in given], [str(a).strip() for a in answers]
     if not any(given):
@@ -366,6 +366,10 @@ def read_question(values: dict) -> Asked:
 
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
+TALK_EXAMPLE = (
+    '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"}, '
+    '{"from": "gpt", "value": "a kite"}]}'
+)
 
 
 def read_conversations(file: Path, find, problems: list[str] | None) -> list[Conversation]:
@@ -391,9 +395,9 @@ def read_conversations(file: Path, find, problems: list[str] | None) -> list[Con
 def read_conversation(values: dict, find, name: str) -> Conversation:
     """ValueError or UserError says what is wrong."""
     if not isinstance(values, dict) or not isinstance(values.get("conversations"), list):
-        raise ValueError('it has no list "conversations"')
+        raise ValueError(f'it has no list "conversations"; an entry looks like {TALK_EXAMPLE}')
     check_texts(values)
-    images = values.get("image") or []
+    images = values.get("image") or values.get("images") or []  # some datasets say the one, some the other
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, str) for image in images):
         raise ValueError('its "image" is no file name, and no list of them')
@@ -406,5 +410,5 @@ def read_conversation(values: dict, find, name: str) -> Conversation:
 
 def read_turn(turn) -> Turn:
     if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
-        raise ValueError('a turn looks like {"from": "human", "value": "what is it?"}')
+        raise ValueError('a turn looks like {"from": "human", "value": "what is it?"}, with "gpt" for the answer')
     return Turn(SPEAKERS.get(turn["from"], turn["from"]), turn["value"])

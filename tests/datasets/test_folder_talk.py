@@ -112,6 +112,8 @@ def test_a_conversation_asks_up_to_four_questions_in_any_order(folder):
         ({"image": "0.png", "question": "q", "answers": []}, "it has no answer"),
         ({"image": "0.png", "question": "q", "answer": ["a"]}, "an answer is a string"),
         ({"image": "0.png", "question": "q", "answers": [{"answer": "a"}]}, "an answer is a string"),
+        ({"image": "0.png", "question": "q", "answer": float("nan")}, "an answer is a string"),
+        ({"image": "0.png", "question": "q", "answer": None, "answers": None}, "it has no answer"),
         ({"image": "0.png", "question": "q", "answer": " "}, "its answer is empty"),
         ({"image": "9.png", "question": "q", "answer": "a"}, "there is no image '9.png'"),
         ({"image": "0.png", "question": "q", "answer": "a", "split": "dev"}, "its split is 'dev'"),
