@@ -196,13 +196,15 @@ def read_names(directory: Path) -> dict[str, str]:
 
 YEAR = r"(19|20)\d\d"
 MONTH = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?"
+PREFIXES = r"(?=.*\d)(?=.*[a-f]|0)[0-9a-f]{2}"
+COUNTED = (r"[a-f]\d", r"\d[a-f]")  # c0, c1, c2 or 1a, 1b: of hashes some would be the other way round
 NO_CLASSES = {  # what folders are called → what that looks like
     rf"{YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?([-_ ].*)?)?": "years or days",
     rf"(?i)(photos|pictures|images|bilder|fotos)( from)? {YEAR}": "years or days",
     rf"(?i)(\d\d?[-_. ]*)?({MONTH})([-_. ]*\d*)": "months",
     r"\d{3}([A-Z_]{5}|_\d{4})|DCIM": "the folders of a camera",
     r"(?i)(part|shard|chunk|batch|fold|folder|dir)[-_ ]?\d+|0\d{2,}|\d{5,}": "the numbered parts of a download",
-    r"(?=.*\d)(?=.*[a-f]|0)[0-9a-f]{2}": "months, or the first digits of hashes",
+    PREFIXES: "months, or the first digits of hashes",
     r"(?=.*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*": "hashes",
     r"(train|training|val|valid|validation|test)[-_]?\d+": "the splits of a dataset without classes",
     r"(?i)(jpeg|png)?images?|imgs?|annotations?|segmentation\w*": "parts of a dataset, not classes",
@@ -216,6 +218,8 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
     remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME)"
     for pattern, kind in (NO_CLASSES | (SYNSETS if named else {})).items():
         like = [name for name in names if re.fullmatch(pattern, name)]
+        if pattern == PREFIXES and any(all(re.fullmatch(one, name) for name in names) for one in COUNTED):
+            continue
         if like and 2 * len(like) >= len(names):
             shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
             raise UserError(

@@ -135,6 +135,9 @@ GOOD = {"image": "0.png", "caption": "a rose"}
         ({"image": "0.png", "captions": [1]}, "it has no caption"),
         ({"image": "0.png", "captions": []}, "its caption is empty"),
         ({"image": "0.png", "caption": "  "}, "its caption is empty"),
+        ({"image": "0.png", "caption": "x", "label": " "}, "its label is empty: give it a name"),
+        ({"image": "0.png", "caption": "x", "label": ["x"]}, r"its label is \['x'\], but must be a word or a number"),
+        ({"image": "..\\0.png", "caption": "x"}, "the image .* lies outside the folder"),
         ({"image": "9.png", "caption": "x"}, "there is no image '9.png', neither in"),
         ({"image": "../0.png", "caption": "x"}, "the image '../0.png' lies outside the folder"),
         ({"image": "/etc/0.png", "caption": "x"}, "the image '/etc/0.png' lies outside the folder"),
@@ -149,6 +152,18 @@ def test_a_broken_line_is_named_by_its_number(captions, line, message):
     write_lines(captions, GOOD, "", line)
     with pytest.raises(UserError, match=r"captions\.jsonl, line 3: " + message):
         pairs_of(captions)
+
+
+def test_all_captions_of_a_line_count_and_null_is_none_of_them(captions):
+    write_lines(captions, {"image": "0.png", "captions": ["a"], "caption": "b"})
+    assert pairs_of(captions).all_captions(0) == ["a", "b"]
+    write_lines(captions, {"image": "0.png", "captions": None, "caption": "b", "label": None, "split": None})
+    assert pairs_of(captions).all_captions(0) == ["b"]
+
+
+def test_a_path_may_be_written_as_windows_does(captions):
+    write_lines(captions, {"image": "images\\0.png", "caption": "a"})
+    assert pairs_of(captions).key(0) == "images/0.png"
 
 
 def test_a_line_that_is_not_utf8_is_named(captions):
@@ -362,6 +377,14 @@ def test_every_ending_that_pillow_reads_is_a_picture_and_the_rest_is_counted(tmp
     assert note == (
         "8 files are passed over: 2 .mp4, 2 without an ending, 2 that are no regular files, 1 .db, 1 link to a folder."
     )
+
+
+@pytest.mark.parametrize("names", [("c0", "c1", "c2"), ("1a", "1b", "2a"), ("0", "1", "10"), ("cafe", "dead")])
+def test_classes_that_are_counted_are_no_first_digits_of_hashes(tmp_path, names):
+    for name in names:
+        for i in range(9):
+            save(tmp_path / name / f"{i}.png", size=(4, 4))
+    assert pairs_of(tmp_path).classes == sorted(names)
 
 
 @pytest.mark.parametrize(
