@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minivlm import checkpoint, config
 from minivlm.errors import UserError
+from minivlm.files import open_regular
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
 from minivlm.run_directory import LOCK, OWN, is_at, set_aside, take_lock
@@ -123,9 +124,11 @@ class Run:
     def latest(self) -> Path:
         if found := self.all():
             return found[-1]
+        broken = [why for _, why in self.examined()]
+        told = f" ({broken[-1]})" if broken else ""
         raise UserError(
-            f"there is no {'complete ' if self.examined() else ''}checkpoint in {self.checkpoints} to resume from; leave "
-            "out --resume to start."
+            f"there is no {'complete ' if broken else ''}checkpoint in {self.checkpoints} to resume from{told}; leave out "
+            "--resume to start."
         )
 
     def best(self) -> Path:
@@ -183,10 +186,10 @@ def read_record(path: Path) -> dict:
 
 def open_tensors(path: Path):
     """The safetensors file, its header read and held against its size."""
+    with open_regular(path):  # a pipe would be waited for without end
+        pass
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error}).") from None
 

@@ -259,7 +259,8 @@ def test_a_fingerprint_reads_texts_whole_and_leaves_out_what_is_hidden(tmp_path)
     before = fingerprint(tmp_path)
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache/x.bin").write_text("x")
-    (tmp_path / "README.md").write_text("x")
+    for name in ("README.md", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_text("x")
     assert fingerprint(tmp_path) == before
     (tmp_path / "captions.jsonl").write_text("a" * 20_000 + "rot" + "a" * 20_000)
     assert changes(before, fingerprint(tmp_path)) == ["*.jsonl: the names or the contents of its 1 files"]

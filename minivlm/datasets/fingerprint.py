@@ -11,6 +11,7 @@ from minivlm.files import open_regular
 
 TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 ENDS = 4096  # bytes at either end of any other file
+WINDOWS = ("thumbs.db", "desktop.ini")  # what looking at a folder there leaves behind
 
 
 def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
@@ -23,7 +24,7 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
-            if not name.startswith(".") and path.suffix != ".md" and (content := ends_of(path)) is not None:
+            if is_data(path) and (content := ends_of(path)) is not None:
                 inside = path.relative_to(root)
                 kind = f"{inside.parts[0]}/*{path.suffix}" if len(inside.parts) > 1 else f"*{path.suffix}"
                 size, content = content
@@ -31,6 +32,10 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
                 crc = zlib.crc32(content, zlib.crc32(os.fsencode(inside), zlib.crc32(str(size).encode(), crc)))
                 groups[kind] = [count + 1, total + size, crc]
     return groups
+
+
+def is_data(path: Path) -> bool:
+    return not path.name.startswith(".") and path.suffix != ".md" and path.name.lower() not in WINDOWS
 
 
 def ends_of(path: Path) -> tuple[int, bytes] | None:
