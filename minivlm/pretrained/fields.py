@@ -22,6 +22,7 @@ COMMON = {
     *("attention_dropout", "activation_dropout", "dropout", "dropout_rate", "hidden_dropout", "hidden_dropout_prob"),
     *("attention_probs_dropout_prob", "classifier_dropout", "resid_pdrop", "embd_pdrop", "emb_pdrop", "attn_pdrop"),
     *("layerdrop", "drop_connect_rate", "transformers.js_config", "unsloth_fixed", "unsloth_version", "resume_path"),
+    *("custom_pipelines", "_flash_attn_2_enabled", "model_max_length", "license"),
 }
 
 

@@ -62,3 +62,19 @@ def test_the_field_and_its_file_are_named(tmp_path):
     path.write_text(json.dumps({"model_type": "llama", "attn_logit_softcapping": 50.0}))
     with pytest.raises(UserError, match=r"config\.json has attn_logit_softcapping = 50\.0, which is not known here"):
         read(tmp_path, "llama")
+
+
+HARMLESS = {  # of dolly-v2, of files of transformers 4.35, of galactica
+    "gpt_neox": {
+        "custom_pipelines": {"text-generation": {"impl": "instruct_pipeline.InstructionTextGenerationPipeline"}}
+    },
+    "llama": {"_flash_attn_2_enabled": True, "model_max_length": 4096},
+    "opt": {"learned_embeddings": True, "scale_embeddings": False, "layer_norm_elementwise_affine": True},
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_published_files_say_beside_the_matter_is_no_obstacle(kind):
+    check_config(HARMLESS[kind], "config.json", module_of(kind).known({"model_type": kind}))
+    with pytest.raises(UserError, match="scale_embeddings = True"):
+        check_config({"scale_embeddings": True}, "config.json", module_of("opt").known({"model_type": "opt"}))
