@@ -106,6 +106,7 @@ def everything(directory: Path) -> Iterator[str]:
         for name in [*folders, *files]:
             place = Path(folder, name).relative_to(directory).as_posix()
             empty = place == "log.jsonl" and not os.path.getsize(directory / place)
+            empty |= place.endswith(".tmp") and OWN.fullmatch(place) is not None  # killed before its first line
             if place not in (LOCK, ".DS_Store", "checkpoints") and not empty:
                 yield place
 

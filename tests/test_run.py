@@ -14,7 +14,7 @@ from torch import nn
 from minivlm import training
 from minivlm.errors import UserError
 from minivlm.run import Run, read_record, restore, restore_random, restore_weights
-from minivlm.run_directory import foreign
+from minivlm.run_directory import check_out, foreign
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,14 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_was_saved(call, a
         restore(again.latest(), *small)
         save(again, 4, small, 0.4)
         assert names(again) == ["step-000004"]
+
+
+def test_a_run_that_was_killed_while_its_log_was_begun_can_be_started_again(tmp_path):
+    (tmp_path / ".log.jsonl.12345.tmp").touch()
+    (tmp_path / ".lock").touch()
+    check_out(str(tmp_path), {})
+    with Run(tmp_path) as run:
+        assert run.set_aside() is None and [one.name for one in tmp_path.iterdir()] == [".lock"]
 
 
 def test_leftovers_of_a_killed_process_are_swept_up_when_the_next_begins(tmp_path):
