@@ -21,6 +21,14 @@ def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
         assert of.data.augment and of.batch_size < 40
 
 
+def test_a_folder_that_gives_nothing_to_train_on_is_told_so(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    line = {"image": "a.png", "caption": "a", "split": "test"}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    with pytest.raises(UserError, match="in its val and test split, and nothing to train on: give some"):
+        recipes.command_line(["clip", "--data", str(tmp_path)])
+
+
 def test_minus_h_is_help_as_everywhere():
     assert recipes.command_line(["lm", "-h"])[2].help
 

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from minivlm.datasets.class_folders import SPLIT_NAMES, read_class_folders
-from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
-from minivlm.datasets.judge import check_pictures
+from minivlm.datasets.images import ImageCache, cache_folder, read_image
+from minivlm.datasets.judge import check_headers, check_pictures
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.errors import UserError
@@ -91,8 +91,7 @@ class FolderPairs(Pairs):
             self.skipped = self.cache.errors
             items = skip_broken(items, self.skipped, self.notes)
         else:
-            for item in items:
-                check_header(self.directory / item.image)
+            check_headers(self.directory, [item.image for item in items], split)
         self.items = items
         names = sorted({item.label for item in everything if item.label is not None})
         self.classes = names or None

@@ -37,8 +37,8 @@ from minivlm.datasets.folder import (
     skip_broken,
     split_of,
 )
-from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
-from minivlm.datasets.judge import Problem, check_pictures, leave_out
+from minivlm.datasets.images import ImageCache, cache_folder, read_image
+from minivlm.datasets.judge import Problem, check_headers, check_pictures, leave_out
 from minivlm.datasets.talk import Question, Talk, ask_for_caption
 from minivlm.errors import UserError
 from minivlm.files import check_texts, parse_json, read_bytes
@@ -191,8 +191,7 @@ class FolderEntries:
                 self.skipped = self.cache.errors
                 entries = skip_broken(entries, self.skipped, self.notes)
         else:
-            for image in images:
-                check_header(self.directory / image)
+            check_headers(self.directory, images, split)
         self.entries = entries
         self.one_picture_each = all(len(entry.images) == 1 for entry in entries)
 

@@ -6,10 +6,10 @@ what is judged by, the same is an error, and it is told before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from minivlm.conversation import IGNORED, MARK, Turn, encode_conversation, template_of, with_images
-from minivlm.datasets.images import in_parallel, read_image
+from minivlm.datasets.images import check_header, in_parallel, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_marks
 
@@ -99,17 +99,26 @@ def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
 
 def check_pictures(directory, images: Sequence[str], split: str) -> None:
     """UserError unless every image of a held-out split can be decoded: a score is of all of them."""
+    look = lambda image: why_not(read_image, directory / image)
+    refuse_unreadable(in_parallel(look, list(dict.fromkeys(images)), f"decoding {split} images"), split)
 
-    def problem(image: str) -> str | None:
-        try:
-            read_image(directory / image)
-        except UserError as error:
-            return str(error)
-        return None
 
-    problems = [p for p in in_parallel(problem, list(dict.fromkeys(images)), f"decoding {split} images") if p]
-    if problems:
+def check_headers(directory, images: Iterable[str], split: str) -> None:
+    """The same of the beginnings of the files alone, which is quick."""
+    refuse_unreadable((why_not(check_header, directory / image) for image in images), split)
+
+
+def why_not(look: Callable, path) -> str | None:
+    try:
+        look(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def refuse_unreadable(problems: Iterable[str | None], split: str) -> None:
+    if found := [problem for problem in problems if problem]:
         raise UserError(
-            f"{len(problems)} of the {split} images cannot be read, and a score is of all of them: mend them or leave "
-            f"them out. {' '.join(problems[:SHOWN])}"
+            f"{len(found)} of the {split} images cannot be read, and a score is of all of them: mend them or leave "
+            f"them out. {' '.join(found[:SHOWN])}"
         )

@@ -41,6 +41,11 @@ def check_suits(recipe: Recipe, directory: str | Path) -> int:
         return ENDLESS  # it is made when training starts
     found = contents(directory)
     kind = next((kind for kind in recipe.learns_from if found["train"][kind]), None)
+    if not found["train"] and (others := [split for split in SPLITS[1:] if found[split]]):
+        raise UserError(
+            f"{directory} holds {told(found[others[0]])} in its {' and '.join(others)} split, and nothing to train on: "
+            "give some of them the split 'train' in their files."
+        )
     if kind is None and found["train"]["classes"]:
         read_entries(Path(directory))  # it may say why their names are none
     if kind is None:
