@@ -29,6 +29,17 @@ def test_a_folder_that_gives_nothing_to_train_on_is_told_so(tmp_path):
         recipes.command_line(["clip", "--data", str(tmp_path)])
 
 
+def test_a_class_name_too_long_to_judge_by_is_refused_before_the_first_step(tmp_path):
+    name = "".join(chr(97 + (7 * i + i * i) % 26) for i in range(150))  # no two parts of it alike, so hardly merged
+    lines = [{"image": f"{i}.png", "caption": "a b", "label": name if i % 2 else "cat"} for i in range(20)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    recipe = recipes.command_line(["clip", "--data", str(tmp_path)])[1]
+    with pytest.raises(UserError, match=r"makes a sentence of \d+ tokens, but the model reads 64: shorten the name"):
+        recipe.start(quiet=True)
+
+
 def test_minus_h_is_help_as_everywhere():
     assert recipes.command_line(["lm", "-h"])[2].help
 

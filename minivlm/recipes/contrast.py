@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.transforms import TrainTransform
+from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.efficientnet import EfficientNetConfig
 from minivlm.layers.resnet import ResNetConfig
@@ -71,6 +73,7 @@ class ContrastRecipe(Recipe):
         check_suits(self, directory)
         train = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(train), self.batch_size, "training images", directory)
+        classes = train.classes or []
         if self.data.wrong_captions:
             train = NoisyPairs(train, self.data.wrong_captions, seed=self.seed)
         if checkpoint is not None:
@@ -80,10 +83,26 @@ class ContrastRecipe(Recipe):
             processor = Processor.train(
                 list(train.texts()), vocab_size=self.data.vocab_size, image_size=size, context=context
             )
+        check_classes(classes, processor, directory)
         text = replace(self.model.text, vocab_size=processor.vocab_size)
         if isinstance(text, TextConfig):
             text = replace(text, end_token=processor.end_token)
         return Contrast(self, train, processor, build(CLIP, replace(self.model, text=text), seed=self.seed))
+
+
+def check_classes(classes: Sequence[str], processor: Processor, directory: str) -> None:
+    """UserError, before the first step, for a class whose name does not fit into the sentences that judge by it."""
+    for name in classes:
+        longest = max(map(len, processor.encode([template.format(name) for template in TEMPLATES])))
+        if longest > processor.context:
+            raise UserError(
+                f"the class {shortened(name)!r} of {directory} makes a sentence of {longest} tokens, but the model reads "
+                f"{processor.context}: shorten the name, or give a larger --model.text.context."
+            )
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:40]}…"
 
 
 class Contrast(Work):
