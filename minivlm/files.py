@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -134,7 +134,13 @@ def check_text(text: str) -> None:
 
 
 def valid_text(text: str) -> str:
-    """The text itself. UserError if it is none, as in `check_text`."""
+    """The text itself. UserError if it is none, as in `check_text`.
+
+    Where the locale is ASCII a command line comes with UTF-8 by the byte, which is put together.
+    """
+    if not text.isascii():
+        with suppress(UnicodeError):
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8")
     try:
         check_text(text)
     except ValueError as error:

@@ -283,3 +283,9 @@ def test_what_is_no_text_is_refused_in_one_sentence(trained, text):
         with pytest.raises(UserError, match=r"is no valid text: it holds (half a surrogate|a byte that is no UTF-8)"):
             ask()
     assert trained.text(["a\x00b"])[1].any()
+
+
+def test_words_of_an_ascii_command_line_are_put_together():
+    p = Processor.train(["é → 左"], image_size=8, context=16)
+    by_the_byte = "é → 左".encode().decode("ascii", "surrogateescape")  # what sys.argv holds there
+    assert p.encode([by_the_byte]) == p.encode(["é → 左"])
