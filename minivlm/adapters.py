@@ -46,7 +46,7 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
     layers, learns = lora_layers(model), [name for name, p in model.named_parameters() if p.requires_grad]
     if any(".base." in name for name in learns):
         raise ValueError(
-            "biases of layers with LoRA are trained as well, which is not written: merge_lora, and save the whole"
+            "biases of layers with LoRA are trained too, which an adapter of ours cannot store: merge_lora, and save the model"
         )
     if not layers or any(layer.lora_a.out_features != config.rank for layer in layers.values()):
         raise ValueError(f"the model has no LoRA layers of rank {config.rank} to save")
@@ -120,7 +120,7 @@ def published_rows(model: nn.Module) -> list[Row] | None:
 
 
 def tables_to_read(model: nn.Module) -> list[list[Row] | None]:
-    """Our names, and those of every publisher of such models, also where a field of the config is beyond his."""
+    """Our names, and those of each published layout of such models, even if it cannot express every field of the config."""
     kinds = ["open_clip"] if type(model.config).__name__ == "CLIPConfig" else []
     try:
         nearest = published_rows(model) or rows_of(pretrained.kind_of(model.config), model.config)
@@ -145,7 +145,7 @@ def modern(rows: list[Row]) -> list[Row]:
 
 
 def module_paths(name: str, rows: list[Row] | None) -> list[str]:
-    """What transformers calls the module that has the weight of ours, if the weight is a module's own there."""
+    """The names that transformers has for our module; none if its weight is not a module's own there."""
     if rows is None:
         return [name]
     try:
@@ -289,7 +289,7 @@ def promised(places: Mapping[str, list[Slot]], config: PeftConfig) -> dict[tuple
 
 
 def shared_parameters(model: nn.Module, found: Mapping[tuple[str, str], Tensor]) -> list[str]:
-    """Those that are trained as a whole, and stand in several places: peft trains a copy, for the one place alone."""
+    """Parameters that are trained whole and are shared by several modules: peft trains a copy for one module alone."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     named = {name.replace(".base.", "."): id(p) for name, p in model.named_parameters()}
     return [name for name, kind in found if not kind and uses[named[name]] > 1]

@@ -70,15 +70,15 @@ class Model(nn.Module):
         return total
 
     def check_parts(self, samples: int, size: int) -> None:
-        """UserError where batch norm that is trained would see less than all of the samples."""
+        """UserError if batch norm that is trained would normalise over a part of the samples."""
         if size < samples and (norms := batch_norms(self)):
             raise UserError(
-                f"{norms} takes its mean over the whole batch, of which --micro_batch {size} shows it a part: leave "
-                "--micro_batch out, or take a model without batch norm, such as clip."
+                f"{norms} normalises over the whole batch, but sees a part of it with --micro_batch {size}: leave out "
+                "--micro_batch, or take a model without batch norm, such as clip."
             )
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each of the `losses` is a mean over, by name: how many there are in the batch. "samples": of all others."""
+        """How many terms each of the `losses` is a mean over, by name. "samples" holds for all others."""
         first = first_of(batch)
         counts = {"samples": torch.full((), len(first), device=first.device)}
         if "labels" in batch:
@@ -86,7 +86,7 @@ class Model(nn.Module):
         return counts
 
     def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-        """A batch in parts of `size` samples. `where` says where labels are in the whole batch, and stays behind."""
+        """Yields a batch in parts of `size` samples, without `where`, whose indices are those of the whole batch."""
         for i in range(0, len(first_of(batch)), size):
             yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
 
@@ -112,13 +112,13 @@ class Model(nn.Module):
 
 
 def batch_norms(model: nn.Module) -> str:
-    """Where there is batch norm that is trained, in words; an empty string where there is none."""
+    """The batch norm layers that are trained, in words; an empty string if there are none."""
     found = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.training]
     return f"batch norm ({found[0]}{f' and {len(found) - 1} more' if found[1:] else ''})" if found else ""
 
 
 def first_of(batch: dict[str, Tensor]) -> Tensor:
-    """One that has a row for every sample: the tokens, or where there are none, whatever comes first."""
+    """A tensor with a row for each sample: the tokens, or without tokens the first tensor."""
     return batch["tokens"] if "tokens" in batch else next(iter(batch.values()))
 
 
@@ -139,7 +139,7 @@ class Speaks:
         return self.speak(generation.generate, tokens, mask, **options)
 
     def stream(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
-        """`generate`, token by token: each (B,). Without beams, which know their answer at the end only."""
+        """`generate`, token by token: each (B,). Without beam search, whose answer is known only at the end."""
         return self.speak(generation.stream, tokens, mask, **{"num_beams": 1, **options})
 
     def speak(
@@ -167,5 +167,5 @@ class Speaks:
 
     @property
     def endings(self) -> dict[str, Any]:
-        """Which tokens end an answer, and what stands behind it."""
+        """Options: the tokens that end an answer, and the one that pads it."""
         return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}

@@ -45,7 +45,7 @@ def leave_out(
 
 
 def sources(base: Any, given: Any, where: str) -> dict[str, dict[str, Any]]:
-    """What config.json says of the parts, those that the user says lie elsewhere as he says. {…, "asked": did he?}"""
+    """The base of each part, from config.json, or from the user where `given` names another. "asked": whether it does."""
     if not isinstance(base, dict) or not base:
         raise UserError(f"{where} names the base {base!r} in a way that cannot be read: write it again.")
     for part, about in base.items():
@@ -74,7 +74,7 @@ def bring_back(
     for part, about in base.items():
         wanted = getattr(config, CONFIGS[part], None)
         if wanted is None:
-            raise UserError(f"{where} names the base {part!r}, which its model has not.")
+            raise UserError(f"{where} names the base {part!r}, but its model has no such part.")
         found = find_part(about["source"], part, where, above, asked=about["asked"])
         if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_MARKS:
             found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image

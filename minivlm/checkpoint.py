@@ -79,7 +79,9 @@ def save(
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
     if not lora_is_told(model):
-        raise UserError("the model has adapters that its config cannot tell: call save_adapter, or merge_lora before.")
+        raise UserError(
+            "the model has LoRA layers that its config does not describe: call save_adapter, or merge_lora before."
+        )
     tensors, about = plain_tensors(model), None
     if base:
         from minivlm.bases import leave_out
@@ -151,8 +153,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_all(directory: Path, files: Mapping[str, Callable[[Path], None] | None]) -> None:
     """`write_atomically` for several files of one directory, which change all at once; those with None go.
 
-    When all are safe on the disk beside their places, a list of them is put down: up to that instant the old files count,
-    and from then on the new ones. Where the program ends before these are in place, the next to open the directory goes on.
+    When all are safe on the disk under temporary names, a list of them is written: up to that instant the old files count,
+    and from then on the new ones. If the program ends before it has renamed them all, whoever opens the directory next does.
     """
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
     plan = directory / UNFINISHED
@@ -187,7 +189,7 @@ def write_all(directory: Path, files: Mapping[str, Callable[[Path], None] | None
 
 
 def finish_writing(directory: Path) -> None:
-    """Put in place what a `write_all` that was broken off had already written. UserError where that cannot be done."""
+    """Rename what an interrupted `write_all` had written. UserError where that cannot be done."""
     plan = directory / UNFINISHED
     if not os.path.lexists(plan):
         return
@@ -195,7 +197,7 @@ def finish_writing(directory: Path) -> None:
     for name, temporary in renamed.items():
         ours = temporary is None or re.fullmatch(rf"\.{re.escape(name)}\.\d+\.tmp", str(temporary))
         if not ours or Path(name).name != name:
-            raise UserError(f"{plan} is no list of files that are being written: remove it.")
+            raise UserError(f"{plan} is not a list of files to be renamed: remove it.")
     try:
         flush_to_disk(directory)
         for name, temporary in renamed.items():
@@ -208,8 +210,8 @@ def finish_writing(directory: Path) -> None:
         plan.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"the program that wrote {directory} was broken off, and what it had written cannot be put in place: "
-            f"{error.strerror or error}. Write to {directory} must be possible once, or write it again."
+            f"the program that wrote {directory} was interrupted, and its files cannot be renamed now: "
+            f"{error.strerror or error}. Make {directory} writable once, or save the model again."
         ) from error
 
 
@@ -421,13 +423,13 @@ class Unfilled(torch.overrides.TorchFunctionMode):
 
 
 def refuse_no_numbers(tensors: Mapping[str, Tensor], where: str, few: int = 16) -> None:
-    """UserError for weights that are NaN or infinite. A few of each tensor are looked at: all would mean to read the file."""
+    """UserError for weights that are NaN or infinite. It checks the ends of each tensor: to check all is to read the file."""
     floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
     floats = {n: (t.T if t.ndim == 2 and not t.is_contiguous() else t).flatten() for n, t in floats.items()}
     broken = [n for n, t in floats.items() if not (t[:few].isfinite().all() and t[-few:].isfinite().all())]
     if broken:
         raise UserError(
-            f"{where} holds what is no number (NaN or infinity) in {len(broken)} tensors ({listed(broken)})."
+            f"{where} holds NaN or infinity in {len(broken)} tensors ({listed(broken)}): copy or download it again."
         )
 
 
@@ -437,7 +439,9 @@ def stored_dtype(tensors: Iterable[Tensor], declared: torch.dtype | None, where:
     tensors = list(tensors)
     found = dict.fromkeys(t.dtype for t in tensors if t.is_floating_point())
     if odd := [str(dtype).removeprefix("torch.") for dtype in found if dtype not in FLOATS]:
-        raise UserError(f"{where} holds weights in {', '.join(odd)}, in which nothing can be computed here.")
+        raise UserError(
+            f"{where} holds weights in {', '.join(odd)}, which is not supported: save them as floating-point."
+        )
     told = declared if binding or (len(found) > 1 and declared in [*found, torch.float32]) else None
     return told or main_dtype(tensors)
 

@@ -58,7 +58,7 @@ def template_of(processor: Processor) -> ChatTemplate:
     config = processor.config
     if config.chat == "unknown":
         raise UserError(
-            "the model's chat template is none that is known here: choose the one that it was trained with by --chat; "
+            "the model's chat template is not recognised: choose the one that it was trained with by --chat; "
             f"there are {', '.join(CHOICES)}."
         )
     template = config.chat_format if config.chat == "own" else TEMPLATES[config.chat]

@@ -348,7 +348,7 @@ def check(decoding: Decoding, options: Options, prompt: Tensor | None, decode: D
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}, but the decoding has {len(decoding.logits)} rows")
     if decoding.logits.isnan().any():
         raise UserError(
-            "the model foretells what is no number (NaN): its weights are broken, or too large for float16."
+            "the logits of the model are NaN: its weights are damaged, or its activations overflow in float16."
         )
 
 

@@ -196,7 +196,7 @@ class ChunkedSoftmaxLoss(torch.autograd.Function):
 
 
 def in_parts(function: Callable, *tensors: Tensor | None, size: int | None) -> Tensor | tuple[Tensor, ...]:
-    """function(*tensors), with activations of only `size` rows at a time: those of the others are made again in backward.
+    """function(*tensors) that keeps the activations of `size` rows at a time; backward computes those of the others again.
 
     Every tensor is (B, …), or None. function gives tensors of as many rows as it is given, which are put together, or sums
     (), which are added. None, or all rows at once: it is simply called. Random layers see the same numbers both times. Gao
@@ -214,7 +214,7 @@ def in_parts(function: Callable, *tensors: Tensor | None, size: int | None) -> T
 
 
 def backward(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of the sum of losses, which are returned, detached."""
+    """Backpropagates the sum of the losses; returns them detached."""
     sum(losses.values()).backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -234,8 +234,8 @@ def backward_with_gradient_cache(
 
 
 def mean(total: Tensor, count: Tensor | int) -> Tensor:
-    """total / count, where the count is that of the whole batch: the mean over processes of what they get is the sum of all
-    by the count of all. 0 where nothing is counted."""
+    """total / count of the whole batch: the mean of it over the processes is the sum of all totals by the sum of all counts.
+    0 where nothing is counted."""
     if is_distributed():
         count = per_process(count if torch.is_tensor(count) else torch.full((), count, device=total.device))
         return total / torch.where(count > 0, count, 1.0)
@@ -257,7 +257,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, a loss is of this process's rows alone: for those who count the rows of all themselves."""
+    """Inside, losses ignore the other processes: for a caller that counts the rows of all processes itself."""
     token = _ALONE.set(True)
     try:
         yield
@@ -266,13 +266,13 @@ def alone() -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    """Is this a step of several processes? What is computed without gradients, as in validation, is of one process alone."""
+    """Whether several processes share this step. What is computed without gradients, such as validation, is not shared."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and torch.is_grad_enabled() and not _ALONE.get()
 
 
 def processes() -> int:
-    """How many share the batch."""
+    """How many processes share the batch."""
     return dist.get_world_size() if is_distributed() else 1
 
 

@@ -35,8 +35,8 @@ class Row:
 
 def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int = 8) -> Image.Image:
     """All rows on one picture, text on the left. Each image fits into a square of `tile` pixels; a row of more than
-    `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width. Signs that
-    no font has are written as their numbers, and a last line says so."""
+    `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width. Characters
+    that no font has are written as their code points, and a last line says so."""
     texts = [title, *(text for row in rows for text in (row.text, row.detail, *row.notes))]
     escaped = any(legible(text).count("\\") > text.count("\\") for text in texts)
     rows, title = [spell_out(row) for row in rows], legible(title)
@@ -65,7 +65,7 @@ def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int
     return page
 
 
-ESCAPED = "Signs that no font of this system has are written as their numbers, such as \\u732b."
+ESCAPED = "Characters that no font of this system has are written as their code points, such as \\u732b."
 
 
 def spell_out(row: Row) -> Row:

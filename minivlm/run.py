@@ -79,7 +79,7 @@ class Run:
             self.directory.rmdir()  # it was refused before it began
 
     def set_aside(self) -> Path | None:
-        """Where an earlier run that stood in the way is now."""
+        """Moves an earlier run out of the way; returns where to, or None if there was none."""
         if (previous := set_aside(self.directory)) is not None:
             (previous / LOCK).unlink(missing_ok=True)
             self.locks.append(take_lock(self.directory))
@@ -155,7 +155,7 @@ class Run:
 
 
 def foreign_files(path: Path) -> list[str]:
-    """What a user has put into a checkpoint: with that in it, it is not deleted."""
+    """Files in a checkpoint that no run writes. A checkpoint that holds some is never deleted."""
     return [one.name for one in path.iterdir() if not OWN.fullmatch(f"checkpoints/step-1/{one.name}")]
 
 
@@ -224,8 +224,8 @@ def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> i
 
 
 def restore_random(path: Path, device: torch.device, rank: int, world: int) -> str:
-    """Each of `world` processes goes on with the random state that it had. Where they were another number, or on another kind
-    of device, all begin anew, from the step; that is returned, to be told."""
+    """Gives each of `world` processes the random state that it had. If their number or kind of device is another one, seeds
+    them all from the step instead, and returns a note that says so."""
     where = path / "training.safetensors"
     file = open_tensors(where)
     older = {"random.cpu": "random.0.cpu", "random.cuda.0": "random.0.cuda"}  # as earlier versions wrote them

@@ -221,7 +221,7 @@ ENDED = "a process has ended"
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """What ends one process ends all of them, and is told by that one alone: the others fall silent."""
+    """An error in one process ends all of them; only that process reports it."""
     try:
         yield
     except Exception:
@@ -232,7 +232,7 @@ def ending_together() -> Iterator[None]:
 
 @contextmanager
 def told_by_first() -> Iterator[None]:
-    """Inside, all processes make the same mistake before they have met, such as that of a command line: one tells it."""
+    """For errors that all processes make alike, such as a mistake in the command line: the first process reports it."""
     try:
         yield
     except UserError:
@@ -242,13 +242,13 @@ def told_by_first() -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of this process: of the CPU, and where there is one, of its GPU."""
+    """The random state of this process: of the CPU, and of its GPU if it has one."""
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
-    """Of all processes, in rank order; all of them have to ask."""
+    """The random states of all processes, in rank order. A collective: all processes call it."""
     own = random_state(device)
     if not several():
         return [own]
@@ -266,7 +266,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def several() -> bool:
-    """Do several processes train together?"""
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -287,16 +287,16 @@ def check_batch(name: str, batch_size: int, world: int) -> None:
 
 
 def whole_batch_norm(model: Model, device: torch.device, world: int) -> Model:
-    """The model, whose batch norm, where it is trained, counts the batch of all processes (PyTorch's SyncBatchNorm).
+    """The model, with PyTorch's SyncBatchNorm in place of batch norm that is trained: it normalises over all processes.
 
-    UserError where there is no such thing, which is on all devices but CUDA's.
+    UserError on devices other than CUDA, for which there is none.
     """
     if world == 1 or not (norms := batch_norms(model)):
         return model
     if device.type != "cuda":
         raise UserError(
-            f"{norms} takes its mean over the whole batch, which {world} processes can share on CUDA devices alone "
-            f"(SyncBatchNorm), not on {device.type}: start one process, or take a model without batch norm, such as clip."
+            f"{norms} normalises over the whole batch, which {world} processes share on CUDA alone (SyncBatchNorm), not "
+            f"on {device.type}: start one process, or take a model without batch norm, such as clip."
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

@@ -302,7 +302,7 @@ def test_what_was_broken_off_and_cannot_be_put_in_place_is_one_sentence(processo
     (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps({"config.json": ".config.json.7.tmp"}))
     (tmp_path / ".config.json.7.tmp").write_text("{}")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="was broken off, and what it had written cannot be put in place"):
+    with pytest.raises(UserError, match="was interrupted, and its files cannot be renamed now"):
         load(tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_what_was_broken_off_and_cannot_be_put_in_place_is_one_sentence(processo
 def test_a_planted_list_of_files_moves_nothing(entry, processor, tmp_path):
     save(tmp_path, CLIP(CONFIG), processor)
     (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps(entry))
-    with pytest.raises(UserError, match="is no list of files that are being written: remove it"):
+    with pytest.raises(UserError, match="is not a list of files to be renamed: remove it"):
         load(tmp_path)
 
 

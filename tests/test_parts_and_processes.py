@@ -117,9 +117,11 @@ def unordered(rows: Tensor) -> Tensor:
 def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path, name):
     work = small_work(name, small_world(tmp_path, train=8), batch_size=8)
     model, on = work.model, lambda device, world: training.whole_batch_norm(model, torch.device(device), world)
-    with pytest.raises(UserError, match=r"batch norm \(vision\..* and \d+ more\) .*--micro_batch 3 shows it a part"):
+    with pytest.raises(
+        UserError, match=r"batch norm \(vision\..* and \d+ more\) .*sees a part of it with --micro_batch 3"
+    ):
         model.backward_in_parts(work.batch(0), 3)
-    with pytest.raises(UserError, match=r"batch norm .* 2 processes can share on CUDA devices alone .*not on cpu"):
+    with pytest.raises(UserError, match=r"batch norm .* 2 processes share on CUDA alone .*not on cpu"):
         on("cpu", 2)
     assert on("cpu", 1) is model and model.backward_in_parts(work.batch(0), 8)
     synced = on("cuda", 2)

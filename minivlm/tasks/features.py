@@ -71,7 +71,7 @@ def finite(numbers: Tensor, model) -> Tensor:
     """The same numbers. UserError if some are none: a picture or text would be found, or not, by chance."""
     if not numbers.isfinite().all():
         raise UserError(
-            f"this {type(model).__name__} answers with what is no number (NaN or infinity): its weights are broken, or too "
-            f"large for {str(model.dtype).removeprefix('torch.')}."
+            f"the output of this {type(model).__name__} is NaN or infinite: its weights are damaged, or its activations "
+            f"overflow in {str(model.dtype).removeprefix('torch.')}."
         )
     return numbers

@@ -63,9 +63,7 @@ def test_a_template_in_a_hundred_other_words_is_the_same(tmp_path):
 def test_another_is_refused_where_a_chat_is_asked_for(tmp_path, name):
     processor = published(tmp_path, UNKNOWN[name])
     assert processor.config.chat == "unknown"
-    with pytest.raises(
-        UserError, match=r"none that is known here: choose the one .* by --chat; there are plain, vicuna, "
-    ):
+    with pytest.raises(UserError, match=r"is not recognised: choose the one .* by --chat; there are plain, vicuna, "):
         encode_conversation(WHO, processor, prompt=True)
     assert encode_conversation(WHO, with_chat(processor, "chatml"), prompt=True).tokens
 
