@@ -308,7 +308,10 @@ class Processor:
         from tokenizers import Tokenizer
 
         if self.source is None:
-            raise UserError("there is no tokeniser beside these weights (tokenizer.json), so only images can be read.")
+            raise UserError(
+                "there is no tokeniser beside these weights, so texts cannot be read: a tokenizer.json is wanted, which "
+                "transformers makes of other forms (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
+            )
         if isinstance(self.source, bytes):
             try:
                 tokenizer = Tokenizer.from_buffer(self.source)
