@@ -383,7 +383,7 @@ def edit_weights(directory: Path, edit) -> None:
         (lambda v: v["config"]["text"].pop("width"), r"config\.text lacks width"),
         (lambda v: v["config"].update(embed_width="12"), r"embed_width is '12', but must be int"),
         (lambda v: v["config"]["text"].update(heads=3), r"no model that can be built: width 16 is not a multiple of 3"),
-        (lambda v: v["config"]["text"].update(heads=0), r"no model that can be built"),
+        (lambda v: v["config"]["text"].update(heads=0), r"config\.text\.heads is 0, but must be at least 1"),
         (lambda v: v["config"]["vision"].update(image_size=17), r"image_size 17 is not a multiple"),
         (lambda v: v.update(config=[1]), r"config is \[1\], but must be an object"),
         (lambda v: v["processor"].update(crop="left"), r"processor\.crop is 'left'"),
