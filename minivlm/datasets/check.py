@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.contents import available
 from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
 from minivlm.datasets.folder_talk import find_talk, read_entries
@@ -30,6 +31,7 @@ from minivlm.datasets.judge import conversation_problem, document_problem, quest
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.talk import is_talk
 from minivlm.errors import UserError, run_command_line
+from minivlm.files import readable
 
 SHORT_CONTEXT, CONTEXT, IMAGE_TOKENS = 32, 192, 36  # what is assumed; the last two are those of `train.py llava`
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> None:
     else:
         items = read_folder(args.directory, problems, notes) if has_pairs(args.directory) else []
         read = folder_reader(args.directory)
+        notes += unnamed(args.directory, items)
         items = without_broken(items, args.directory, problems)
         judge_talk(args, problems)
         judge_documents(args, problems)
@@ -92,6 +95,17 @@ def has_pairs(directory: Path) -> bool:
     if not find_talk(directory) or (directory / "captions.jsonl").exists():
         return True
     return any(len(entry.images) == 1 for entry in read_entries(directory, []))
+
+
+def unnamed(directory: Path, items: list[Item]) -> list[str]:
+    """A sentence on images that lie in the folder without a line about them; those beside class folders are told by these."""
+    if is_interleaved(directory) or not (find_talk(directory) or (directory / "captions.jsonl").exists()):
+        return []
+    entries = read_entries(directory, []) if find_talk(directory) else []
+    named = {image for one in (*items, *entries) for image in one.images}
+    left = [name for name in list_folder(directory).pictures if name not in named]
+    shown = ", ".join(map(readable, left[:3])) + (" …" if len(left) > 3 else "")
+    return [f"Images that no line names, and that are not used: {len(left)} ({shown})."] if left else []
 
 
 def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:

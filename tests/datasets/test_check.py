@@ -111,6 +111,14 @@ def test_every_problem_is_named(folder, capsys):
     assert lines[1].split() == ["train", "3", "3", "2"]
 
 
+def test_images_without_a_line_are_counted_and_named(folder, capsys):
+    assert not any("that no line names" in line for line in run(capsys, folder)[1])
+    (folder / "more").mkdir()
+    Image.new("RGB", (50, 70)).save(folder / "more" / "new.png")
+    said = run(capsys, folder)[1]
+    assert "Images that no line names, and that are not used: 1 (more/new.png)." in said
+
+
 def test_a_folder_of_broken_lines_alone_is_all_problems(folder, capsys):
     (folder / "captions.jsonl").write_text("{\n[]")
     code, lines = run(capsys, folder)
