@@ -135,7 +135,7 @@ def make_lora(values: dict[str, Any], where: str) -> LoRAConfig:
     (Kalajdzievski 2023)."""
     theirs = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     fields = {"rank": 8, "alpha": 8.0, **{ours: values[name] for ours, name in theirs.items() if name in values}}
-    config = configs.from_dict(LoRAConfig, {"dropout": 0.0, **fields, "targets": []}, where)
+    config = configs.from_dict(LoRAConfig, {"dropout": 0.0, **fields, "targets": []}, f"{where}: LoRA")
     if not values.get("use_rslora"):
         return config
     return LoRAConfig(config.rank, config.alpha * config.rank**0.5, config.dropout, ())

@@ -147,7 +147,7 @@ def test_sizes_that_do_not_fit_are_refused(world, tmp_path):
     ("save_every", "message"),
     [
         (40, r"not finite at step \d+.*learning rate.*gradient norm.*train/"),
-        (1, r"after step 1, learning rate 1\.00e\+30: .*NaN or infinity"),  # seen before the next loss is
+        (1, r"after step 1, learning rate 1\.00e\+30: .*NaN or infinite"),  # seen before the next loss is
     ],
 )
 def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoints(world, tmp_path, save_every, message):

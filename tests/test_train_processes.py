@@ -35,12 +35,21 @@ def world(tmp_path_factory):
     return directory
 
 
+def free_ports(n: int) -> list[str]:
+    found = [socket.socket() for _ in range(n)]
+    for one in found:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in found]
+    for one in found:
+        one.close()
+    return ports
+
+
 def two(what: str, *words) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of two processes that do `what`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ports = free_ports(3)
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports)}
+    group["OMP_NUM_THREADS"] = "1"
     command, pipes = [sys.executable, __file__, what, *map(str, words)], {"stdout": -1, "stderr": -1, "text": True}
     running = [
         subprocess.Popen(command, env={**os.environ, **group, "PYTHONPATH": str(ROOT), "RANK": rank}, **pipes)
@@ -134,10 +143,20 @@ def resume(world: str, out: str) -> None:
 
     Contrast.validate = validate
     dist.all_reduce, dist.all_gather, dist.barrier = map(noted, (dist.all_reduce, dist.all_gather, dist.barrier))
-    short = {"steps": 4, "save_every": 2}
-    train.main(arguments(world, f"{out}/once", **short))
-    train.main(arguments(world, f"{out}/twice", **short, stop_at=2))
-    train.main(["clip", "--resume", "--out", f"{out}/twice", "--device", "cpu", "--precision", "fp32"])
+    short, resumed = {"steps": 4, "save_every": 2}, ["--device", "cpu", "--precision", "fp32", "--resume"]
+    for port, argv in zip(
+        os.environ[
+            "PORTS"
+        ].split(),  # one each: the faster process would meet the group that the other has not left yet
+        (
+            arguments(world, f"{out}/once", **short),
+            arguments(world, f"{out}/twice", **short, stop_at=2),
+            ["clip", "--out", f"{out}/twice", *resumed],
+        ),
+        strict=True,
+    ):
+        os.environ["MASTER_PORT"] = port
+        train.main(argv)
     assert all(group() is None for group in groups), "what holds a group keeps its threads, which may abort the process"
     Path(f"{out}/times-{os.environ['RANK']}.json").write_text(json.dumps(times), encoding="utf-8")
 
