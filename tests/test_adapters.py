@@ -291,7 +291,7 @@ def test_a_head_that_is_the_embedding(saved):
             r"4 of another shape .*q_proj.lora_A.weight is \(3, 16\) instead of \(2, 16\)",
         ),
         ({"init_lora_weights": "pissa_niter_4"}, "asks for init_lora_weights = 'pissa_niter_4'"),
-        ({"r": "8"}, "adapter_config.json.rank is '8', but must be int"),
+        ({"r": "8"}, "LoRA.rank is '8', but must be int"),
         ({"r": 0}, "LoRA.rank is 0, but must be at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else str(*value),
