@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
-from minivlm.errors import UserError
+from minivlm.errors import Note, UserError
 from minivlm.files import read_text
 from minivlm.pretrained.files import read_json
 from minivlm.special_tokens import MARK, TAG, Markup
@@ -342,6 +343,9 @@ def write_chat_template(processor: Processor) -> dict[str, str]:
     in front of all words, and where ours is not known."""
     config = processor.config
     template = config.chat_format if config.chat == "own" else TEMPLATES.get(config.chat)
+    if config.chat == "unknown":
+        said = "the chat template of this model is not recognised, and not written: copy it from where the model comes from."
+        warnings.warn(Note(said), stacklevel=2)
     if processor.source is None or template is None or template.framed or template.caption is not None:
         return {}
     told = template.default_system if config.system is None else config.system or None

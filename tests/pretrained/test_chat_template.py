@@ -11,10 +11,10 @@ from minivlm import LanguageModel
 from minivlm.chat_templates import TEMPLATES
 from minivlm.checkpoint import load, save
 from minivlm.conversation import Turn, encode_conversation, endings, template_of, with_chat
-from minivlm.errors import UserError
+from minivlm.errors import Note, UserError
 from minivlm.layers import LanguageModelConfig
 from minivlm.pretrained import chat_template
-from minivlm.pretrained.chat_template import find_source, with_chat_template
+from minivlm.pretrained.chat_template import find_source, with_chat_template, write_chat_template
 from minivlm.processor import Processor, ProcessorConfig
 from minivlm.tasks import Chat, complete
 
@@ -66,6 +66,12 @@ def test_another_is_refused_where_a_chat_is_asked_for(tmp_path, name):
     with pytest.raises(UserError, match=r"is not recognised: choose the one .* by --chat; there are plain, vicuna, "):
         encode_conversation(WHO, processor, prompt=True)
     assert encode_conversation(WHO, with_chat(processor, "chatml"), prompt=True).tokens
+
+
+def test_one_that_is_not_recognised_is_not_written_and_that_is_said(tmp_path):
+    processor = published(tmp_path, next(iter(UNKNOWN.values())))
+    with pytest.warns(Note, match="is not recognised, and not written: copy it"):
+        assert write_chat_template(processor) == {}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
