@@ -367,7 +367,7 @@ def load_speaker(options: argparse.Namespace) -> tuple:
     """The same, in the precision asked for, and asked in the way asked for.
 
     On a CPU a small model speaks in fp32 unless another precision is asked for: it costs little there, and in half
-    precision the two likeliest words are often equal, so that rounding chooses the answer.
+    precision the two likeliest words may come out equal, so that rounding chooses the answer.
     """
     import torch
 

@@ -94,9 +94,8 @@ def foreign(directory: Path, most: int = 3) -> str:
     """What lies in `directory` and was not written by a run, some of it by name; all counts, if no run has left its marks.
     An empty string: nothing."""
     own = OWN.fullmatch if has_marks(directory) else lambda place: None
-    found = [
-        *islice((place for place in everything(directory) if not own(place)), most + 1)
-    ]  # a home is not walked through
+    # No more than are shown, and one: a home is not walked through.
+    found = [*islice((place for place in everything(directory) if not own(place)), most + 1)]
     return ", ".join(found[:most]) + (" …" if found[most:] else "")
 
 

@@ -9,7 +9,7 @@ A model that is shown a picture in the middle of a text learns from what follows
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from minivlm.conversation import IGNORED, MARK, Sample
 from minivlm.datasets.folder import find_image, read_lines
 from minivlm.datasets.folder_talk import Entry, FolderEntries
-from minivlm.datasets.judge import check_pictures, document_problem, leave_out
+from minivlm.datasets.judge import check_pictures, leave_out
 from minivlm.errors import UserError
 from minivlm.processor import Processor
 
@@ -106,6 +106,18 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
     tokens = [*start, *body[min(surplus, first) :]][:context]
     labels = [t if i > tokens.index(mark) and t not in pictures else IGNORED for i, t in enumerate(tokens)]
     return Sample(tokens, labels, [], surplus)
+
+
+def document_problem(processor) -> Callable[[str], str | None]:
+    """A document → why nothing can be learnt from it (as in judge.py): a token has to fit behind its first image."""
+
+    def problem(text: str) -> str | None:
+        labels = encode_document(text, processor, context=processor.context).labels
+        if all(label == IGNORED for label in labels):
+            return f"no text behind the first image lies within the context of {processor.context} tokens."
+        return None
+
+    return problem
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

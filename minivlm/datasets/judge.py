@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from minivlm.conversation import IGNORED, MARK, Turn, encode_conversation, template_of, with_images
+from minivlm.conversation import MARK, Turn, encode_conversation, template_of, with_images
 from minivlm.datasets.images import check_header, in_parallel, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_marks
@@ -64,19 +64,6 @@ def question_problem(text: str, images: int, processor, *, context: int | None) 
     if length <= room:
         return None
     return f"the question has {length} tokens, of which {room} fit" + (" with an answer." if context else ".")
-
-
-def document_problem(processor) -> Callable[[str], str | None]:
-    """The same of a document (datasets/interleaved.py), of which at least a word has to fit behind its first image."""
-    from minivlm.datasets.interleaved import encode_document
-
-    def problem(text: str) -> str | None:
-        labels = encode_document(text, processor, context=processor.context).labels
-        if all(label == IGNORED for label in labels):
-            return f"no text behind the first image lies within the context of {processor.context} tokens."
-        return None
-
-    return problem
 
 
 def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:

@@ -46,15 +46,8 @@ STANDARD = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # wher
 WITHOUT_EFFECT = {  # on the tokens of an answer
     *("_from_model_config", "transformers_version", "bos_token_id", "do_sample", "use_cache", "cache_implementation"),
     *("cache_config", "max_cache_len", "return_dict_in_generate", "output_scores", "output_logits"),
-    *(
-        "output_attentions",
-        "output_hidden_states",
-        "compile_config",
-        "disable_compile",
-        "low_memory",
-        "prefill_chunk_size",
-        "is_assistant",
-    ),
+    *("output_attentions", "output_hidden_states", "compile_config", "disable_compile", "low_memory"),
+    *("prefill_chunk_size", "is_assistant"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind"),
     *("assistant_lookbehind", "assistant_early_exit", "continuous_batching_config", "max_matching_ngram_size"),
     *("chat_format", "max_window_size", "trust_remote_code", "task_specific_params"),

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from minivlm.conversation import IGNORED, Sample, collate
-from minivlm.datasets.interleaved import Interleaved, encode_document
-from minivlm.datasets.judge import document_problem
+from minivlm.datasets.interleaved import Interleaved, document_problem, encode_document
 from minivlm.errors import UserError
 from minivlm.evaluate.language import entropy, learnt
 from minivlm.losses import labelled
