@@ -113,11 +113,11 @@ def search_arguments(parser: Parser) -> None:
 def search(options: argparse.Namespace) -> None:
     from minivlm import tasks
     from minivlm.datasets.class_folders import passed_over
-    from minivlm.tasks.image_index import look
+    from minivlm.tasks.image_index import list_files
 
     if options.save:
         check_picture_name(options.save)
-    report_passed_over(passed_over([look(Path(options.directory))], irregular=False))
+    report_passed_over(passed_over([list_files(Path(options.directory))], irregular=False))
     named = os.path.exists(options.query) and not os.path.isdir(options.query)
     query = Path(options.query) if named else options.query
     if options.rerank and isinstance(query, Path):
@@ -372,7 +372,7 @@ def load_speaker(options: argparse.Namespace) -> tuple:
     import torch
 
     from minivlm.conversation import with_chat
-    from minivlm.tasks.speak import check_answerer
+    from minivlm.tasks.generate import check_answerer
 
     model, processor = load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
     if options.dtype is None and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= SMALL:

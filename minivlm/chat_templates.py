@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minivlm.errors import UserError, nearest
-from minivlm.special_tokens import MARK, Markup, split_marks
+from minivlm.special_tokens import PLACEHOLDER, Markup, split_marks
 
 DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
 
@@ -41,12 +41,12 @@ class ChatTemplate:
     def ask(self, text: str, system: Sequence[str] = ()) -> list[str]:
         """A user's turn as it is written, in pieces (see `minivlm.special_tokens`). system: what stands inside of it."""
         asked = text.lstrip()
-        while asked.startswith(MARK):
-            asked = asked.removeprefix(MARK).lstrip()
+        while asked.startswith(PLACEHOLDER):
+            asked = asked.removeprefix(PLACEHOLDER).lstrip()
         form = self.caption if self.caption and asked == self.describe else self.user
         pictures = []
         if "{pictures}" in form:
-            pictures = [Markup(MARK)] * (text.count(MARK) - asked.count(MARK))
+            pictures = [Markup(PLACEHOLDER)] * (text.count(PLACEHOLDER) - asked.count(PLACEHOLDER))
             text = asked
         before, behind = form.split("{}") if "{}" in form else (form, "")
         first, _, second = before.partition("{pictures}")

@@ -75,7 +75,7 @@ def save(
 
     All files change at once: whenever this is broken off, the old model is there or the new one (see `write_all`).
     layout="hf": what transformers reads.
-    base: frozen parts that are not stored, and where they come from: {"language_model": "out/lm"} (see `minivlm.bases`).
+    base: frozen parts that are not stored, and where they come from (see `minivlm.external_weights`).
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
     if not lora_is_told(model):
@@ -84,7 +84,7 @@ def save(
         )
     tensors, about = plain_tensors(model), None
     if base:
-        from minivlm.bases import leave_out
+        from minivlm.external_weights import leave_out
 
         if layout != "minivlm":
             raise UserError(f"layout={layout!r} stores a model whole: leave out its base.")
@@ -369,7 +369,7 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **told)
     if "base" not in values:
         return described
-    from minivlm.bases import bring_back, sources
+    from minivlm.external_weights import bring_back, sources
 
     parts = sources(values["base"], base, str(directory))
     prepare = lambda weights: bring_back(weights, parts, config, str(directory), above)

@@ -24,7 +24,7 @@ from minivlm.chat_templates import (
     check_chat_name,
 )
 from minivlm.errors import UserError
-from minivlm.special_tokens import MARK, Markup, as_text, without_marks
+from minivlm.special_tokens import PLACEHOLDER, Markup, as_text, without_marks
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
@@ -35,7 +35,7 @@ IGNORED = -100  # the label of a token that is not learnt
 
 def with_images(text: str, images: int = 1) -> str:
     """The text, all of it words, with its pictures in front, each on a line of its own, as LLaVA was trained."""
-    return f"{MARK}\n" * images + as_text(text)
+    return f"{PLACEHOLDER}\n" * images + as_text(text)
 
 
 def with_chat(processor: Processor, chat: str | None = None, system: str | None = None) -> Processor:
@@ -133,7 +133,7 @@ def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Proces
 def write_framed(turns: Sequence[Turn], template: ChatTemplate, processor: Processor, sample: Sample) -> None:
     """Pictures, then all up to the user's last word as one text, then the answer to that."""
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
-    pictures = sum(turn.text.count(MARK) for turn in turns)
+    pictures = sum(turn.text.count(PLACEHOLDER) for turn in turns)
     text = " ".join(without_marks(turn.text) for turn in turns[: last + 1])
     places = [processor.image_token_id] * processor.config.image_tokens * pictures  # none: the model puts them in front
     append(sample, places + processor.ids([text], frame=True), "user")
@@ -159,8 +159,10 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
             raise UserError(f"turn {number} is the system's, which can only stand at the beginning.")
         if number > 1 and turn.role == roles[number - 2]:
             raise UserError(f"turns {number - 1} and {number} are both the {turn.role}'s: join them into one.")
-        if turn.role != "user" and MARK in turn.text:
-            raise UserError(f"turn {number} has an {MARK} mark, but only what the user says comes with pictures.")
+        if turn.role != "user" and PLACEHOLDER in turn.text:
+            raise UserError(
+                f"turn {number} has an {PLACEHOLDER} mark, but only what the user says comes with pictures."
+            )
         if turn.role == "assistant" and not turn.text.strip():
             raise UserError(f"turn {number}, the assistant's, is empty: an answer has at least one word.")
     spoken = [role for role in roles if role != "system"]
@@ -170,10 +172,10 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
         raise UserError("there is nothing to be answered: the user has the last word of a prompt.")
     if not prompt and "assistant" not in spoken:
         raise UserError("there is nothing to learn in this conversation: the assistant says nothing.")
-    marks = sum(turn.text.count(MARK) for turn in turns)
+    marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
     if images is not None and marks != images:
         raise UserError(
-            f"the number of {MARK} marks in the conversation is {marks}, but that of its images is {images}."
+            f"the number of {PLACEHOLDER} marks in the conversation is {marks}, but that of its images is {images}."
         )
 
 

@@ -164,7 +164,7 @@ def speak(
     decode: Decode | None,
     look: int,
 ) -> Iterator[Tensor]:
-    """Token after token, (B,) each, until all rows have ended, which is looked at after every `look` tokens."""
+    """Token after token, (B,) each, until all rows have ended, which is looked at after every `image_features` tokens."""
     B, device = len(decoding.logits), decoding.logits.device
     ends = torch.tensor(options.end_tokens, dtype=torch.int64, device=device)
     uniform = draw(options.seed, B, options.max_new_tokens).to(device) if options.temperature > 0 else None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minivlm.chat_templates import TEMPLATES, ChatTemplate
 from minivlm.errors import UserError
-from minivlm.special_tokens import MARK, WORD, Markup, SpecialTokens, Text, split_marks
+from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Text, split_marks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -229,7 +229,7 @@ class Processor:
         the words of this model."""
         mark = self.config.image_token
         if not isinstance(text, str):
-            return [Markup(mark) if isinstance(piece, Markup) and piece == MARK else piece for piece in text]
+            return [Markup(mark) if isinstance(piece, Markup) and piece == PLACEHOLDER else piece for piece in text]
         if isinstance(text, Markup):
             return [text]
         if self.config.image_tokens:

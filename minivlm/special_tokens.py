@@ -23,7 +23,7 @@ from minivlm.files import valid_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MARK = "<image>"  # where a picture stands in a prompt
+PLACEHOLDER = "<image>"  # where a picture stands in a prompt
 TAG = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # what a special token that is not called so looks like
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # stands for a byte of a sign that has no token
 WORD = "\ufdd0"  # in a mark that is a word, behind its first sign; a code point that stands for no character
@@ -38,12 +38,12 @@ Text = str | Sequence[str]  # one string, or pieces of Markup and text
 
 def as_text(text: str) -> str:
     """The text for a place where `<image>` marks a picture: here it is a word, like all others."""
-    return text.replace(MARK, MARK[0] + WORD + MARK[1:])
+    return text.replace(PLACEHOLDER, PLACEHOLDER[0] + WORD + PLACEHOLDER[1:])
 
 
 def split_marks(text: str, *marks: str) -> list[str]:
     """A prompt as pieces: its marks (without any: `<image>`) are Markup, all else is text."""
-    marks = marks or (MARK,)
+    marks = marks or (PLACEHOLDER,)
     pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
     return [Markup(piece) if i % 2 else piece.replace(WORD, "") for i, piece in enumerate(pieces)]
 

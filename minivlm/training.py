@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minivlm.base import Model, batch_norms
 from minivlm.checkpoint import write_atomically
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
@@ -32,6 +31,7 @@ from minivlm.layers.perceiver import PerceiverResampler
 from minivlm.layers.qformer import QFormer
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.transformer import Transformer
+from minivlm.model import Model, batch_norms
 from minivlm.models.fusion import ViLBERT
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

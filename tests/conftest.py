@@ -17,13 +17,13 @@ def the_same_random_numbers():
 @pytest.fixture(scope="module")
 def little_to_judge_by():
     """Runs of a few steps are judged by a few samples of the shapes world."""
-    from minivlm.datasets import shapes, shapes_talk
+    from minivlm.datasets.shapes import conversations, world
 
     language, few_shot = (importlib.import_module(f"minivlm.evaluate.{name}") for name in ("language", "few_shot"))
     with pytest.MonkeyPatch.context() as patch:
-        few = {name: split._replace(n=split.n and min(split.n, 64)) for name, split in shapes.SPLITS.items()}
-        patch.setattr(shapes, "SPLITS", few)
-        patch.setattr(shapes_talk, "QUESTIONS", {"train": 0, "val": 6, "test": 12, "unseen": 6})
+        few = {name: split._replace(n=split.n and min(split.n, 64)) for name, split in world.SPLITS.items()}
+        patch.setattr(world, "SPLITS", few)
+        patch.setattr(conversations, "QUESTIONS", {"train": 0, "val": 6, "test": 12, "unseen": 6})
         for name, most in (("HELD_OUT", 60), ("EPISODES", 20), ("TOLD", 300), ("QUESTIONS", 40)):
             patch.setattr(language, name, most)
         patch.setattr(few_shot, "EPISODES", 6)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minivlm.datasets.shapes_negatives import agrees
-from minivlm.datasets.shapes_scenes import COLOURS
-from minivlm.datasets.shapes_text import parse
+from minivlm.datasets.shapes.negatives import agrees
+from minivlm.datasets.shapes.scenes import COLOURS
+from minivlm.datasets.shapes.text import parse
 
 
 class Oracle(nn.Module):
@@ -28,7 +28,7 @@ class Oracle(nn.Module):
                 self.number[pixels.tobytes()] = len(self.scenes)
                 self.scenes.append(scene.objects)
 
-    def look(self, images):
+    def image_features(self, images):
         self.looked += len(images)
         pixels = images.permute(0, 2, 3, 1).to(torch.uint8).numpy()
         return torch.tensor([self.number[image.tobytes()] for image in pixels], dtype=torch.float32).view(-1, 1, 1)
@@ -42,7 +42,7 @@ class Oracle(nn.Module):
 
     def encode_image(self, images=None, *, features=None):
         """Two queries, of which the second one is blind."""
-        seen = self.colours(self.shown(self.look(images) if features is None else features))
+        seen = self.colours(self.shown(self.image_features(images) if features is None else features))
         return torch.stack([seen, F.normalize(torch.ones_like(seen), dim=-1)], dim=1)
 
     def encode_text(self, tokens, mask):
@@ -54,7 +54,7 @@ class Oracle(nn.Module):
     def match(self, images, tokens, mask, *, features=None):
         self.matched += len(tokens)
         assert mask[:, -1].any()  # no more padding than the longest needs
-        many = self.shown(self.look(images) if features is None else features)
+        many = self.shown(self.image_features(images) if features is None else features)
         texts = self.processor.read(tokens, mask)
         fits = [
             all(any(agrees(said, thing) for thing in objects) for said in parse(text))

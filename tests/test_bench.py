@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minivlm.bench import blip2, clip, contest, llava, loss, main, speaking
+from minivlm.bench import blip2, clip, contest, generation, llava, loss, main
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, VisionConfig
 from minivlm.losses import next_token_loss
@@ -91,8 +91,8 @@ class TestLLaVA:
         return str(tmp_path)
 
     def test_speaks_64_tokens_and_tells_how_long_they_took(self, directory):
-        model = speaking.load_minivlm(directory, torch.float32)
-        speak = speaking.speak_minivlm(directory, torch.float32, 2, 256)
+        model = generation.load_minivlm(directory, torch.float32)
+        speak = generation.speak_minivlm(directory, torch.float32, 2, 256)
         start = time.perf_counter()
         spoken = speak()
         passed = time.perf_counter() - start
@@ -102,7 +102,7 @@ class TestLLaVA:
         assert 0.5 * passed < spoken["first"] + 63 * spoken["step"] < passed
 
     def test_learns_with_its_tower_frozen_from_the_words_alone(self, directory):
-        model = speaking.load_minivlm(directory, torch.float32)
+        model = generation.load_minivlm(directory, torch.float32)
         images, tokens, labels = llava.llava_inputs()
         assert (labels != -100).sum() == 8 * 64 and not (labels == llava.IMAGE_TOKEN).any()
         states = model.language_model.states(model.embed(images, tokens))
@@ -118,7 +118,7 @@ class TestLLaVA:
             "minivlm": dict(values=(turn(0.2, 0.01, said), turn(0.2, 0.01, said))),
             "transformers": dict(values=(turn(0.3, 0.02, said), turn(0.3, 0.02, [[2] * 4 + [1] * 60]))),
         }
-        speaking.print_speaking(rows, 1)
+        generation.print_speaking(rows, 1)
         out = capsys.readouterr().out
         assert "a token: minivlm takes 1/2.00" in out and "the first token: minivlm takes 1/1.50" in out
         assert "60 of 64 tokens are those of transformers" in out and "100.0" in out
@@ -130,7 +130,7 @@ def test_a_blip2_speaks_the_same_in_transformers_and_here(lm, tmp_path):
     language = replace(blip2.LANGUAGE_MODELS[lm](), width=64, depth=2, mlp_width=24)
     blip2.save_model(str(tmp_path), language)
     options = (str(tmp_path), torch.float32, 1, blip2.QUERIES)
-    ours, theirs = speaking.speak_minivlm(*options)(), speaking.speak_transformers(*options, "sdpa")()
+    ours, theirs = generation.speak_minivlm(*options)(), generation.speak_transformers(*options, "sdpa")()
     assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == 64
     assert theirs["first"] > 0 and theirs["step"] > 0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minivlm.bench import flamingo, speaking
+from minivlm.bench import flamingo, generation
 from minivlm.layers import LanguageModelConfig, VisionConfig
 
 
@@ -49,10 +49,10 @@ def test_an_idefics_speaks_the_same_in_transformers_and_here(tmp_path, monkeypat
     vision = VisionConfig(width=24, depth=1, heads=2, image_size=224, patch_size=56, activation="quick_gelu")
     llama = dict(rope_theta=1e4, positions="none", norm="rmsnorm", activation="silu", gated_mlp=True)
     bare = dict(qkv_bias=False, out_bias=False, mlp_bias=False)
-    sizes = dict(width=32, depth=4, heads=2, mlp_width=48, vocab_size=speaking.VOCABULARY, context=128)
+    sizes = dict(width=32, depth=4, heads=2, mlp_width=48, vocab_size=generation.VOCABULARY, context=128)
     monkeypatch.setattr(flamingo.llava, "sizes", lambda: (vision, LanguageModelConfig(**sizes, **llama, **bare)))
     flamingo.save_model(str(tmp_path))
     ours = flamingo.speak_minivlm(str(tmp_path), torch.float32, 2)()
     theirs = flamingo.speak_transformers(str(tmp_path), torch.float32, 2, "sdpa")()
-    assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == speaking.NEW_TOKENS
+    assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == generation.NEW_TOKENS
     assert len({*map(tuple, ours["tokens"])}) == 2  # the pictures and words of the rows differ

@@ -9,7 +9,7 @@ from minivlm import recipes
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.work import Work
 from tests.test_train_blip2 import bases, world  # noqa: F401
-from tests.test_train_speak import arguments
+from tests.test_train_captioner import arguments
 
 
 class Sentences(Work):

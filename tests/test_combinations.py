@@ -34,7 +34,7 @@ from minivlm.layers.tower import places_of
 from minivlm.testing import assert_gradient_reaches
 from tests.speakers import language, processor
 
-MARK, VOCAB = processor().image_token_id, processor().vocab_size
+PLACEHOLDER, VOCAB = processor().image_token_id, processor().vocab_size
 TOWERS = {
     "vit": VisionConfig(width=16, depth=2, heads=2, image_size=32, patch_size=16),
     "resnet": ResNetConfig(blocks=(1, 1, 1, 1), width=8, output_width=12, heads=4, image_size=32),
@@ -65,7 +65,7 @@ def captioner(vision, words):
 
 def llava(projector):
     def build(vision, words):
-        return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=MARK, projector=projector)
+        return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, projector=projector)
 
     return build
 
@@ -74,20 +74,20 @@ def llava_of_latents(vision, words):
     places = places_of(vision, LAYERS)
     sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), places=places)
     changes = dict(projector="resampler", resampler=PerceiverConfig(**sizes))
-    return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=MARK, **changes)
+    return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, **changes)
 
 
 def blip2(vision, words):
     places = places_of(vision, LAYERS)
     qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), places=places)
     seeing = dict(vision=vision, vision_layers=LAYERS, class_token=False, vision_norm=False)
-    return BLIP2, BLIP2Config(**seeing, qformer=qformer, language=words, image_token=MARK)
+    return BLIP2, BLIP2Config(**seeing, qformer=qformer, language=words, image_token=PLACEHOLDER)
 
 
 def flamingo(vision, words):
     resampler = PerceiverConfig(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision))
     seeing = dict(vision=vision, vision_layers=LAYERS, class_token=False, vision_norm=False)
-    return Flamingo, FlamingoConfig(**seeing, resampler=resampler, language=words, image_token=MARK)
+    return Flamingo, FlamingoConfig(**seeing, resampler=resampler, language=words, image_token=PLACEHOLDER)
 
 
 CONNECTORS = {
@@ -111,9 +111,9 @@ def batch(model, words):
     """Two pictures, two texts in which they stand, and what is to be said."""
     tokens = torch.randint(4, 60, (2, 7))
     if not isinstance(model, ImageCaptioningModel):
-        marks = torch.full((2, model.config.image_tokens), MARK)
+        marks = torch.full((2, model.config.image_tokens), PLACEHOLDER)
         tokens = torch.cat([tokens[:, :1], marks, tokens[:, 1:]], dim=1)
-    labels = tokens.masked_fill(tokens == MARK, -100) if words == "lm" else torch.randint(4, 60, (2, 5))
+    labels = tokens.masked_fill(tokens == PLACEHOLDER, -100) if words == "lm" else torch.randint(4, 60, (2, 5))
     return {"tokens": tokens, "labels": labels, "images": torch.randn(2, 3, 32, 32)}
 
 
@@ -196,7 +196,9 @@ def test_a_stored_config_that_cannot_be_combined_is_a_sentence():
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_all_of_a_tower_is_asked_when_its_last_layer_is_read(tower):
-    model = LLaVA(LLaVAConfig(vision=TOWERS[tower], language=LANGUAGES["lm"], image_token=MARK, vision_layers=(-1,)))
+    model = LLaVA(
+        LLaVAConfig(vision=TOWERS[tower], language=LANGUAGES["lm"], image_token=PLACEHOLDER, vision_layers=(-1,))
+    )
     unread = ("norm", "attention_pool")  # what makes one vector of them
     for name, p in model.vision.named_parameters():
         if name.endswith("expand.norm.weight") and tower == "resnet":

@@ -22,7 +22,7 @@ from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.pretrained import language
 from minivlm.processor import Processor, ProcessorConfig
-from minivlm.recipes.parts import eyes_and_words
+from minivlm.recipes.parts import join_processors
 
 TEXTS = [
     "is there a red circle? yes",
@@ -195,7 +195,7 @@ def test_an_answer_ends_with_the_models_own_end_where_neither_template_nor_token
     base = language.read_processor(tmp_path, config, chatml.tokenizer)
     assert base.end_token is None and encode_conversation(QA, base).tokens[-1] == end
     eyes = Processor(None, ProcessorConfig(image_size=32))
-    assert encode_conversation(QA, with_chat(eyes_and_words(eyes, base), "vicuna")).tokens[-1] == end
+    assert encode_conversation(QA, with_chat(join_processors(eyes, base), "vicuna")).tokens[-1] == end
 
 
 # ----------------------------------------------------------------------------------------------------------- what is cut

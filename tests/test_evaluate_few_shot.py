@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from minivlm import evaluate
-from minivlm.datasets.shapes_shots import Shot, ShotEpisode, shot_episodes
+from minivlm.datasets.shapes.shots import Shot, ShotEpisode, shot_episodes
 from minivlm.errors import UserError
 from minivlm.metrics import Score
 from minivlm.tasks.few_shot import LEAD

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minivlm.conversation import IGNORED, Turn
-from minivlm.datasets.shapes_episodes import document, documents, few_shot, words
-from minivlm.datasets.shapes_questions import judge
+from minivlm.datasets.shapes.episodes import document, documents, few_shot, words
+from minivlm.datasets.shapes.questions import judge
 from minivlm.layers import LanguageModel, LanguageModelConfig
 from minivlm.processor import Processor
 

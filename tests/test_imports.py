@@ -77,8 +77,8 @@ def name(path: Path) -> str:
 def test_a_layer_imports_torch_and_other_layers(path):
     """Language models are bricks that are models as well: they have a loss, a directory, and they speak; BERT is a model.
     Ids that the table of tokens has no row for, and pictures that no grid of patches fits, are a user's."""
-    speaks = {"base", "generation", "losses"}
-    more = {"language_model.py": speaks, "t5.py": speaks, "bert.py": {"base"}}
+    speaks = {"model", "generation", "losses"}
+    more = {"language_model.py": speaks, "t5.py": speaks, "bert.py": {"model"}}
     more |= {"vocabulary.py": {"errors", "precision"}, "vit.py": {"errors"}, "resnet.py": {"errors"}}
     more = more.get(path.name, set())
     assert {m.partition(".")[0] for m in imports(path, inside_functions=True)} <= {"layers"} | more
@@ -103,12 +103,12 @@ def test_the_engine_that_speaks_knows_no_model():
 def test_a_model_imports_layers_and_losses(path):
     """Reading and writing a directory is a verb of every model, so its base reaches for `checkpoint` when asked to."""
     assert {m.partition(".")[0] for m in imports(path, inside_functions=True)} <= {
-        *("base", "errors", "generation", "layers", "losses", "models")
+        *("model", "errors", "generation", "layers", "losses", "models")
     }
 
 
 def test_the_base_of_all_models_reaches_for_directories_only_when_asked_to():
-    [path] = files("base.py")
+    [path] = files("model.py")
     assert imports(path, inside_functions=False) == {"errors", "generation", "losses"}  # which know no model
     assert imports(path, inside_functions=True) == {"errors", "generation", "losses", "checkpoint"}
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from minivlm.datasets.shapes_scenes import draw_scenes
-from minivlm.datasets.shapes_text import canonical
+from minivlm.datasets.shapes.scenes import draw_scenes
+from minivlm.datasets.shapes.text import canonical
 from minivlm.errors import UserError
 from minivlm.metrics import Score, scene_match
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm import checkpoint, training
 from minivlm.errors import UserError
-from minivlm.models import matching
+from minivlm.models import image_text_matching
 from minivlm.recipes import RECIPES
 from tests import speakers
 from tests.small_recipes import small_work, small_world
@@ -171,7 +171,7 @@ def main(directory: Path) -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
-    matching.hard_negatives = likeliest
+    image_text_matching.hard_negatives = likeliest
     small_world(directory)
     works = {
         case: small_work(recipe, directory, batch_size=B, **changes)

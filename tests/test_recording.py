@@ -54,7 +54,7 @@ def test_a_model_that_speaks_says_the_same_and_every_step_is_kept(config):
 
 def test_the_weights_of_a_cached_step_are_the_last_row_of_the_whole():
     model, tokens = LanguageModel(GPT2).eval(), torch.randint(30, (2, 6))
-    decoding = model.begin(tokens[:, :5], room=1)
+    decoding = model.prefill(tokens[:, :5], room=1)
     with record_attention(model) as steps:
         decoding.step(tokens[:, 5])
     with record_attention(model) as whole:

@@ -8,7 +8,7 @@ from sentencepiece import llama_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minivlm.conversation import Turn, encode_conversation, with_images
-from minivlm.datasets.holes import with_holes
+from minivlm.datasets.span_corruption import with_holes
 from minivlm.processor import Processor, ProcessorConfig
 from minivlm.special_tokens import Markup, as_text, split_marks
 

@@ -18,7 +18,7 @@ from minivlm import checkpoint, training
 from minivlm import run as run_module
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
-from minivlm.recipes.contrast import Contrast
+from minivlm.recipes.clip import Contrast
 
 ROOT = Path(train.__file__).parent
 TINY = {

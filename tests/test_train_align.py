@@ -44,4 +44,4 @@ def test_a_run_on_noisy_captions_leaves_a_tower_that_others_read(tmp_path, capsy
     reader = LLaVA(LLaVAConfig(vision=model.config.vision, language=language, image_token=5))
     reader.vision.load_state_dict(model.vision.state_dict())
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(reader.eval().look(images), model.vision.features(images, layer=-2))
+    assert torch.equal(reader.eval().image_features(images), model.vision.features(images, layer=-2))

@@ -15,14 +15,14 @@ import train
 from minivlm import recipes, tasks
 from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
-from minivlm.datasets.shapes_negatives import is_true
-from minivlm.datasets.shapes_questions import true_questions
+from minivlm.datasets.shapes.negatives import is_true
+from minivlm.datasets.shapes.questions import true_questions
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.recipes.capfilt import PROPOSED, WEB, Bootstrapped, Judged, judge
-from tests.test_train_speak import SHORT, arguments, weights
+from tests.test_train_captioner import SHORT, arguments, weights
 
 SIZES = {"text.width": 16, "text.depth": 2, "text.heads": 2, "embed_width": 8, "vocab_size": 400}
 TINY = SHORT | SIZES | {"optimiser.warmup": 0}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import minivlm
 import train
 from minivlm import evaluate, recipes, tasks, training
-from minivlm.datasets.holes import HOLES
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
-from minivlm.datasets.shapes_talk import ShapesTalk
+from minivlm.datasets.shapes.conversations import ShapesConversations
+from minivlm.datasets.span_corruption import HOLES
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.layers.bert import BERT, BERTConfig
@@ -26,7 +26,7 @@ from minivlm.models.blip2 import BLIP2
 from minivlm.models.blip2_stage1 import BLIP2Stage1
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
-from tests.test_train_speak import SHORT, arguments, weights
+from tests.test_train_captioner import SHORT, arguments, weights
 
 QFORMER = {f"qformer.{k}": v for k, v in dict(width=16, depth=2, heads=2, queries=3).items()}
 STAGE1 = SHORT | QFORMER | {"embed_width": 8, "optimiser.warmup": 0}
@@ -66,7 +66,7 @@ def photos(tmp_path_factory):
 def bases(world, tmp_path_factory):
     """Eyes and two language models as they are born, each in a directory of its own."""
     out = tmp_path_factory.mktemp("bases")
-    words = list(ShapesTalk(world, "train").texts())
+    words = list(ShapesConversations(world, "train").texts())
     ids = Processor.train(words, vocab_size=400, image_size=32, context=40)
     vision = VisionConfig(image_size=32, patch_size=16, width=12, depth=2, heads=2)
     text = TextConfig(width=16, depth=1, heads=2, vocab_size=ids.vocab_size, context=40, end_token=ids.end_token)

@@ -14,7 +14,7 @@ import train
 from minivlm import recipes
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
-from minivlm.datasets.shapes_shots import Named
+from minivlm.datasets.shapes.shots import Named
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig
 from minivlm.layers.resnet import ResNetConfig
@@ -23,7 +23,7 @@ from minivlm.recipes.lessons import lesson_sample
 from minivlm.run_directory import foreign
 from minivlm.testing import assert_same
 from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
-from tests.test_train_speak import SHORT, arguments, weights
+from tests.test_train_captioner import SHORT, arguments, weights
 
 RESAMPLER = {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2, latents=3).items()}
 FLAMINGO = SHORT | RESAMPLER | {"optimiser.warmup": 0}
@@ -287,7 +287,7 @@ class TestClasses:
         work.prepare(torch.device("cpu"), torch.float32)
         seen = work.batch(0)
         assert torch.equal(seen["tokens"], batch["tokens"]) and "images" not in seen
-        assert_same(seen["features"], work.model.look(batch["images"]))
+        assert_same(seen["features"], work.model.image_features(batch["images"]))
         loss, again = (sum(work.model.losses(**given).values()) for given in (batch, seen))
         assert_same(loss, again)
 

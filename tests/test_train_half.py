@@ -15,8 +15,8 @@ from minivlm.precision import as_stored, hold_for_training
 from tests import test_train_blip, test_train_blip2, test_train_fusion
 from tests.speakers import flamingo, llava
 from tests.test_train_blip2 import bases, losses, world  # noqa: F401
+from tests.test_train_captioner import SHORT, arguments, weights
 from tests.test_train_flamingo import RESAMPLER
-from tests.test_train_speak import SHORT, arguments, weights
 
 SLOW = SHORT | {"optimiser.learning_rate": 2e-5, "optimiser.warmup": 1, "optimiser.weight_decay": 0.0, "steps": 2}
 SLOW |= {"save_every": 2}

@@ -125,7 +125,7 @@ def test_a_batch_that_they_cannot_share_is_refused_before_the_start():
 def resume(world: str, out: str) -> None:
     import torch.distributed as dist
 
-    from minivlm.recipes.contrast import Contrast
+    from minivlm.recipes.clip import Contrast
 
     groups: list[weakref.ref] = []
     times: dict[str, list] = {"collectives": [], "validations": []}
@@ -162,7 +162,7 @@ def resume(world: str, out: str) -> None:
 
 
 def mistake(world: str, out: str) -> None:
-    from minivlm.recipes.contrast import Contrast
+    from minivlm.recipes.clip import Contrast
 
     original = Contrast.batch
 

@@ -15,7 +15,7 @@ import train
 from minivlm import recipes, training
 from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.errors import UserError
-from minivlm.recipes.contrast import Contrast
+from minivlm.recipes.clip import Contrast
 from minivlm.run import Run
 
 HOW = ["--device", "cpu", "--precision", "fp32"]

@@ -12,12 +12,12 @@ import minivlm
 import train
 from minivlm import evaluate, recipes, tasks, training
 from minivlm.conversation import IGNORED
-from minivlm.datasets.holes import HOLES
 from minivlm.datasets.shapes import make_shapes
-from minivlm.datasets.shapes_episodes import words
+from minivlm.datasets.shapes.episodes import words
+from minivlm.datasets.span_corruption import HOLES
 from minivlm.errors import UserError
 from minivlm.layers import T5
-from tests.test_train_speak import LM, arguments
+from tests.test_train_captioner import LM, arguments
 
 TEXTS = LM | {"optimiser.learning_rate": 0.03}  # four steps have to beat a guess
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without bei
 
 from minivlm.datasets.folder import read_lines  # noqa: E402, RUF100
 from minivlm.datasets.images import extensions  # noqa: E402, RUF100
-from minivlm.datasets.interleaved import FILE, MARK  # noqa: E402, RUF100
+from minivlm.datasets.interleaved import FILE, PLACEHOLDER  # noqa: E402, RUF100
 from minivlm.datasets.official import command_line, place, write_lines  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
 from minivlm.files import parse_json, read_bytes  # noqa: E402, RUF100
@@ -102,7 +102,7 @@ def segments(values) -> Iterator[dict]:
 
 def as_text(text: str | None) -> list[dict]:
     """A web page may hold our mark as words; there it stands for no picture."""
-    words = (text or "").replace(MARK, " ").strip()
+    words = (text or "").replace(PLACEHOLDER, " ").strip()
     return [{"text": words}] if words else []
 
 

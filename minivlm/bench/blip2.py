@@ -8,7 +8,7 @@ import tempfile
 import torch
 
 from minivlm.bench.contest import compare, precisions
-from minivlm.bench.speaking import (
+from minivlm.bench.generation import (
     IMAGE_TOKEN,
     NEW_TOKENS,
     VOCABULARY,

@@ -18,7 +18,7 @@ from torch import Tensor
 from minivlm import checkpoint
 from minivlm.bench import llava
 from minivlm.bench.contest import compare, precisions, training_step
-from minivlm.bench.speaking import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
+from minivlm.bench.generation import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
 from minivlm.errors import UserError
 from minivlm.layers import T5, PerceiverConfig, QFormerConfig
 from minivlm.metrics import Score
@@ -102,7 +102,7 @@ def train(build: Callable, arguments: tuple, precision: str, B: int, words: int)
     model.freeze("vision")
     images, tokens = prompt(model, B, words)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        features = model.look(images)
+        features = model.image_features(images)
     labels = tokens.clone()
     labels[:, :-words] = -100  # the picture's places
     if isinstance(model.language_model, T5):
@@ -124,16 +124,16 @@ def examine(directory: str, data: str) -> Sizes:
 
     UserError: a model that does not converse about pictures, and data without questions.
     """
-    from minivlm.datasets.talk import open_talk
+    from minivlm.datasets.conversations import open_conversations
     from minivlm.evaluate import ask
     from minivlm.metrics import vqa_accuracy
-    from minivlm.tasks.speak import check_answerer
+    from minivlm.tasks.generate import check_answerer
 
     model, processor = checkpoint.load(directory)
     if not isinstance(model, SpeakingModel):
         raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector; take a LLaVA or BLIP-2.")
     check_answerer(model, processor, images=1)
-    talk = open_talk(data, "test", image_size=processor.image_size)
+    talk = open_conversations(data, "test", image_size=processor.image_size)
     if not (questions := talk.questions()):
         raise UserError(f"{data} holds no questions to judge by; give --data with a folder that has some.")
     return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, talk, questions))["accuracy"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minivlm.bench import llava
 from minivlm.bench.contest import compare, import_peer, precisions, print_ratios
-from minivlm.bench.speaking import (
+from minivlm.bench.generation import (
     IMAGE_TOKEN,
     NEW_TOKENS,
     WORDS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minivlm.bench.contest import compare, precisions, print_ratios, training_step
-from minivlm.bench.speaking import (
+from minivlm.bench.generation import (
     IMAGE_TOKEN,
     NEW_TOKENS,
     VOCABULARY,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from minivlm.datasets.talk import Question
+from minivlm.datasets.conversations import Question
 from minivlm.metrics.vqa import agreement, normalise
 
 

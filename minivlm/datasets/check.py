@@ -23,13 +23,13 @@ import numpy as np
 
 from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.contents import available
+from minivlm.datasets.conversations import is_talk
 from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
-from minivlm.datasets.folder_talk import find_talk, read_entries
+from minivlm.datasets.folder_conversations import find_talk, read_entries
 from minivlm.datasets.images import in_parallel, read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.talk import is_talk
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import readable
 

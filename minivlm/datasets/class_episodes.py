@@ -26,10 +26,10 @@ from minivlm.datasets.class_folders import (
     subfolders,
 )
 from minivlm.datasets.folder import choose_split
-from minivlm.datasets.folder_talk import find_talk
+from minivlm.datasets.folder_conversations import find_talk
 from minivlm.datasets.images import read_image
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_shots import Lessons, Shot, ShotEpisode
+from minivlm.datasets.shapes.shots import Lessons, Shot, ShotEpisode
 from minivlm.errors import UserError
 
 

@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 
 from minivlm.datasets.class_episodes import find_classes, is_class_folder
+from minivlm.datasets.conversations import is_talk
 from minivlm.datasets.folder import SPLITS, choose_split
-from minivlm.datasets.folder_talk import Conversation, Quiz, read_entries
+from minivlm.datasets.folder_conversations import Conversation, Quiz, read_entries
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_talk import ShapesTalk
-from minivlm.datasets.talk import is_talk
+from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.errors import UserError
 
 # What can be learnt from, and how it is called in a sentence. Several may be true of one folder.
@@ -145,7 +145,7 @@ def count_classes(directory: Path, found: Contents) -> None:
 
 def world_contents(directory: Path) -> Contents:
     """All but documents and class folders; its texts and lessons have no end."""
-    n = len(ShapesTalk(directory, "train"))
+    n = len(ShapesConversations(directory, "train"))
     kinds = [kind for kind in KINDS if kind not in ("documents", "classes")]
     return {split: Counter(dict.fromkeys(kinds, n)) | Counter(texts=10**6) for split in SPLITS}
 

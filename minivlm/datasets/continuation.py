@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.conversation import IGNORED, Turn
-from minivlm.datasets.shapes_episodes import words as words_of
+from minivlm.datasets.shapes.episodes import words as words_of
 from minivlm.processor import Processor
 
 ASKS = ("?", ":")  # what a word ends with that is followed by an answer

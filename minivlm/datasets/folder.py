@@ -187,7 +187,7 @@ def read_folder(directory: Path, problems: list[str] | None = None, notes: list[
         raise UserError(f"There is no folder {directory}.")
     if (directory / "captions.jsonl").exists():
         return read_captions(directory, problems)
-    from minivlm.datasets.folder_talk import find_talk, read_items
+    from minivlm.datasets.folder_conversations import find_talk, read_items
 
     if find_talk(directory):
         return read_items(directory, problems)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from minivlm.conversation import IGNORED, MARK, Sample
+from minivlm.conversation import IGNORED, PLACEHOLDER, Sample
 from minivlm.datasets.folder import find_image, read_lines
-from minivlm.datasets.folder_talk import Entry, FolderEntries
+from minivlm.datasets.folder_conversations import Entry, FolderEntries
 from minivlm.datasets.judge import check_pictures, leave_out
 from minivlm.errors import UserError
 from minivlm.processor import Processor
@@ -74,15 +74,15 @@ class Interleaved(FolderEntries):
 
     def texts(self) -> Iterator[str]:
         """All words of the split, each text once: what a tokeniser and a language model are trained on."""
-        yield from dict.fromkeys(piece for entry in self.entries for piece in entry.pieces if piece != MARK)
+        yield from dict.fromkeys(piece for entry in self.entries for piece in entry.pieces if piece != PLACEHOLDER)
 
 
 def ahead(pieces: list[str]) -> list[str]:
     """[text, mark, other text] → [mark, text, other text]: each picture before the text that it stood behind."""
     moved, text = [], []
     for piece in pieces:
-        if piece == MARK:
-            moved.append(MARK)
+        if piece == PLACEHOLDER:
+            moved.append(PLACEHOLDER)
         else:
             moved, text = moved + text, [piece]
     return moved + text
@@ -100,7 +100,9 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
     start, end = ([] if token is None else [token] for token in processor.frame)
     body = [*processor.ids(text), *end]
     if mark not in body:
-        raise ValueError(f"a document has an {MARK} mark for each of its pictures, but here is none: {text[:40]!r}")
+        raise ValueError(
+            f"a document has an {PLACEHOLDER} mark for each of its pictures, but here is none: {text[:40]!r}"
+        )
     first = next(i for i, token in enumerate(body) if token in pictures)
     surplus = 0 if context is None else max(0, len(start) + len(body) - context)
     tokens = [*start, *body[min(surplus, first) :]][:context]
@@ -150,19 +152,19 @@ def read_document(values: Any, find) -> Document:
     for segment in values:
         if "image" in segment:
             images.append(find(segment["image"]))
-            pieces.append(MARK)
+            pieces.append(PLACEHOLDER)
             continue
-        if MARK in segment["text"]:
+        if PLACEHOLDER in segment["text"]:
             raise ValueError(
-                f"a text has an {MARK} mark, so there are more marks than images: a picture is a segment, as in "
+                f"a text has an {PLACEHOLDER} mark, so there are more marks than images: a picture is a segment, as in "
                 f"{EXAMPLE}"
             )
         text = " ".join(segment["text"].split())
-        if text and pieces and pieces[-1] != MARK:
+        if text and pieces and pieces[-1] != PLACEHOLDER:
             pieces[-1] += f" {text}"
         elif text:
             pieces.append(text)
-    if not any(piece != MARK for piece in pieces):
+    if not any(piece != PLACEHOLDER for piece in pieces):
         raise ValueError("it has no text")
     return Document(images, None, images[0] if images else "", pieces)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from minivlm.conversation import MARK, Turn, encode_conversation, template_of, with_images
+from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, template_of, with_images
 from minivlm.datasets.images import check_header, in_parallel, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_marks
@@ -29,7 +29,7 @@ def conversation_problem(processor, *, alone: bool = False) -> Problem:
     def whole(turns: Sequence[Turn]) -> str | None:
         first = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
         read = "".join(turn.text for turn in (turns if template.framed else turns[: first + 1]))
-        images = sum(turn.text.count(MARK) for turn in turns) * (processor.config.image_tokens + 2)
+        images = sum(turn.text.count(PLACEHOLDER) for turn in turns) * (processor.config.image_tokens + 2)
         if read.isascii() and len(read) + images + frame <= context:  # no tokeniser makes more of it than its letters
             return None
         try:
@@ -43,7 +43,7 @@ def conversation_problem(processor, *, alone: bool = False) -> Problem:
 
 def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
     """Every question with its answer, and all images of the conversation."""
-    marks = sum(turn.text.count(MARK) for turn in turns)
+    marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
     spoken = [turn for turn in turns if turn.role != "system"]
     pairs = zip(spoken[::2], spoken[1::2], strict=False)
     return [[Turn("user", with_images(without_marks(q.text), marks)), answer] for q, answer in pairs]
@@ -55,7 +55,7 @@ def question_problem(text: str, images: int, processor, *, context: int | None) 
     if context is None:
         length, room = len(processor.encode([text])[0]), processor.context
     else:
-        asked = text if MARK in text else with_images(text, images)
+        asked = text if PLACEHOLDER in text else with_images(text, images)
         try:
             length = len(encode_conversation([Turn("user", asked)], processor, images=images, prompt=True).tokens)
         except UserError as error:

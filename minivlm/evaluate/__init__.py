@@ -14,9 +14,17 @@ from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
+from minivlm.evaluate.generation import (
+    FREE_ANSWERS,
+    ask,
+    captions,
+    check_questions,
+    speech,
+    speech_picture,
+    words_right,
+)
 from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
-from minivlm.evaluate.speak import FREE_ANSWERS, ask, captions, check_questions, speech, speech_picture, words_right
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 from minivlm.tasks.choose import chooses

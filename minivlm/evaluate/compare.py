@@ -13,7 +13,7 @@ import torch
 from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
-from minivlm.datasets.shapes_text import parse
+from minivlm.datasets.shapes.text import parse
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
 from minivlm.pictures import Row, sheet

@@ -19,8 +19,8 @@ import numpy as np
 
 from minivlm.datasets.class_episodes import class_episodes
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_episodes import new_words
-from minivlm.datasets.shapes_shots import ShotEpisode, shot_episodes
+from minivlm.datasets.shapes.episodes import new_words
+from minivlm.datasets.shapes.shots import ShotEpisode, shot_episodes
 from minivlm.errors import UserError
 from minivlm.evaluate.language import new_words as new_words_in_text
 from minivlm.metrics import Score

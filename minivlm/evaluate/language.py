@@ -18,14 +18,14 @@ from torch import Tensor
 
 from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversation
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
+from minivlm.datasets.conversations import Question, open_texts
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_episodes import document, few_shot, held_out_scenes
-from minivlm.datasets.shapes_questions import judge
-from minivlm.datasets.shapes_text import canonical
-from minivlm.datasets.talk import Question, open_texts
+from minivlm.datasets.shapes.episodes import document, few_shot, held_out_scenes
+from minivlm.datasets.shapes.questions import judge
+from minivlm.datasets.shapes.text import canonical
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
-from minivlm.tasks.speak import beginning, has_encoder, model_inputs
+from minivlm.tasks.generate import beginning, has_encoder, model_inputs
 
 Document = str | list[Turn]  # a text, or a conversation
 HELD_OUT = 500  # documents of the shapes world

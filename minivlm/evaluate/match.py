@@ -1,7 +1,7 @@
 """A model that matches is judged by whether it hears the one word that makes a caption false; and if it compares as well,
 by whether a search gets better when the best few that comparing found are put in order by matching.
 
-matching, colour   of true captions and of those false by one attribute (datasets/shapes_negatives.py), how many are told
+matching, colour   of true captions and of those false by one attribute (datasets/shapes/negatives.py), how many are told
                    apart at probability 1/2; both count alike, so that always saying yes is worth 50 %
 R@1 re-ranked      the first of the RERANK most similar ones after sorting them by matching
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
-from minivlm.datasets.shapes_negatives import one_attribute_negatives
+from minivlm.datasets.shapes.negatives import one_attribute_negatives
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.features import can_compare, inference, to_tokens
-from minivlm.tasks.match import RERANK, look_at_all, match_all, match_pairs
+from minivlm.tasks.match import RERANK, features_of_all, match_all, match_pairs
 
 SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 AT_A_TIME = 250  # pictures in memory
@@ -46,7 +46,7 @@ def matching(model, processor, directory: str | Path) -> dict[str, Score]:
 def look_at_split(model, processor, pairs: Pairs) -> Tensor:
     """(N, L, C): what the frozen tower sees of every picture of a split."""
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_A_TIME))
-    return torch.cat([look_at_all(list(pairs.images(part)), model, processor) for part in parts])
+    return torch.cat([features_of_all(list(pairs.images(part)), model, processor) for part in parts])
 
 
 def matching_accuracy(model, processor, directory: str | Path) -> float:

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minivlm.base import Model
 from minivlm.layers.attention import KeysValues
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import ACTIVATIONS
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from minivlm.base import Model, Speaks
-from minivlm.layers.decoder import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.initialise import initialise_linears, normal
+from minivlm.layers.packed_decoding import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
+from minivlm.model import Model, Speaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class LanguageModel(PackingModel, Speaks, Model):
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,

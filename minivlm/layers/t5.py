@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.base import Model, Speaks
 from minivlm.layers.attention import Attention, KeysValues
-from minivlm.layers.decoder import PackedT5, PackingModel
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
 from minivlm.layers.mlp import Activation
+from minivlm.layers.packed_decoding import PackedT5, PackingModel
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
+from minivlm.model import Model, Speaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class T5(PackingModel, Speaks, Model):
 
     config_class = T5Config
     packed_class = PackedT5
-    goes_on = False
+    continues_prompt = False
     fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: what it gives passes 65,504
 
     def __init__(self, config: T5Config, *, seed: int = 0):
@@ -173,7 +173,7 @@ class T5(PackingModel, Speaks, Model):
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,

@@ -57,7 +57,7 @@ def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
 
 
 def features_of(config: TowerConfig, layers: Sequence[int]) -> tuple[int, int]:
-    """(N, C) of what `look` gives of these layers, class token aside. ValueError: layers whose grids differ."""
+    """(N, C) of what `image_features` gives of these layers, class token aside. ValueError: layers whose grids differ."""
     counts, widths = zip(*map(config.features_at, layers), strict=True)
     if len(set(counts)) > 1:
         raise ValueError(f"the features of layers {tuple(layers)} do not lie side by side: their grids differ")
@@ -78,7 +78,7 @@ def places_of(config: TowerConfig, layers: Sequence[int]) -> int:
     return 0 if isinstance(config, VisionConfig) else features_of(config, layers)[0]
 
 
-def look(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
+def tower_features(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
     """images (…, 3, H, W) → (M, N, C): of each picture the features after these layers, several side by side.
 
     class_token: keep it, in front of the patches. A frozen tower keeps no activations, since nothing asks for gradients.

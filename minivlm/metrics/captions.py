@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from minivlm.datasets.shapes_text import parse
+from minivlm.datasets.shapes.text import parse
 from minivlm.errors import UserError
 from minivlm.metrics.score import Score
 

@@ -16,7 +16,7 @@ from minivlm.errors import UserError
 from minivlm.metrics.score import Score
 
 if TYPE_CHECKING:
-    from minivlm.datasets.talk import Question
+    from minivlm.datasets.conversations import Question
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -28,10 +28,10 @@ from minivlm.layers.language_model import to_the_left
 from minivlm.layers.position import place
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
-from minivlm.models.matching import Matching
+from minivlm.models.image_text_matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
-from minivlm.models.querying import SeeingConfig, SeeingModel
 from minivlm.models.speaking import SpeaksItself
+from minivlm.models.vision_features import SeeingConfig, SeeingModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
 
     tokens are what is said, and labels the same with −100 = not counted; with roles="answer", tokens are questions and
     labels (B, T') answers that begin with the decode token. Wherever it takes images, `features` (B, N, C) may be given in
-    their place: what `look` gives, for those who have it.
+    their place: what `image_features` gives, for those who have it.
     """
 
     config_class = BLIPConfig
@@ -147,7 +147,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         features: Tensor | None = None,
     ) -> BLIPOutput:
         c = self.config
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         pairs, logits, loss, compared = len(tokens) == len(features), None, None, None
         if c.compares:
             compared = (
@@ -169,7 +169,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
 
     def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length: of the class token, or of all features on average where there is none."""
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         return F.normalize(self.vision_projection(self.whole(features)), dim=-1)
 
     def whole(self, features: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
     ) -> Tensor:
         """Does text i tell what picture i shows?  → logits (B, 2) of no and yes."""
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         return self.match_head(self.fuse(features, tokens, mask)[:, 0])
 
     def fuse(self, features: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -222,7 +222,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         """
         c, losses, split = self.config, {}, partial(in_parts, size=micro_batch)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        seen = split(self.look, images) if features is None else features
+        seen = split(self.image_features, images) if features is None else features
         if c.compares:
             losses["contrast"], *alike = self.compare(images, seen, tokens, mask, split)
             nearly = None if false is None else (false, false_mask)
@@ -276,7 +276,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
     # ---- speaking --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self,
         images: Tensor | None,
         tokens: Tensor,
@@ -295,7 +295,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
             tokens = tokens[..., 0]
         if (T := tokens.shape[1]) + room > (context := self.config.text.context):
             raise ValueError(f"a text of {T} tokens and {room} new ones do not fit the context of {context}")
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         c, read, read_mask = self.config, place(features, self.places), None
         if self.is_question(tokens):
             read, read_mask = self.fuse(features, tokens, mask), None if c.reads_padding else mask
@@ -332,7 +332,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
 
         most: only so many answers are judged as a whole, those whose first word is likeliest; the others are −∞.
         """
-        read = self.fuse(self.look(images) if features is None else features, tokens, mask)
+        read = self.fuse(self.image_features(images) if features is None else features, tokens, mask)
         B, A = len(read), len(answers)
         answers = begin_with(self.config.decode_token, answers)
         first = self.head(self.tell(answers[:1, :1].expand(B, -1), None, read, mask))[:, 0]  # (B, V)
@@ -346,7 +346,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         return torch.full((B, A), -torch.inf, device=total.device).scatter(1, chosen, total)
 
     @property
-    def goes_on(self) -> bool:
+    def continues_prompt(self) -> bool:
         return self.config.roles != "answer"
 
     @property

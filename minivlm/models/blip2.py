@@ -21,8 +21,8 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.t5 import T5, T5Config, T5Decoding
 from minivlm.losses import next_token_loss
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.querying import QueryingConfig, QueryingModel
 from minivlm.models.speaking import fill, make_room
+from minivlm.models.vision_features import QueryingConfig, QueryingModel
 
 __all__ = ["BLIP2", "BLIP2Config", "BLIP2Stage1", "BLIP2Stage1Config"]
 
@@ -42,7 +42,7 @@ class BLIP2(QueryingModel):
     """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
 
     A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
-    to say. −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
+    to say. −100 = not counted. features (B · I, N, C): what `image_features` gives, for those who have it already.
     """
 
     config_class = BLIP2Config
@@ -56,8 +56,8 @@ class BLIP2(QueryingModel):
         self.language_model = kind(c.language, seed=seed)
 
     @property
-    def goes_on(self) -> bool:
-        return self.language_model.goes_on
+    def continues_prompt(self) -> bool:
+        return self.language_model.continues_prompt
 
     @property
     def first_token(self) -> int:
@@ -116,11 +116,11 @@ class BLIP2(QueryingModel):
         return torch.cat([seen, x], dim=1), mask
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int
     ) -> LMDecoding | T5Decoding:
         """Read pictures and a prompt, in which a picture is one mark, or all its placeholders, or where there is none at
-        all stands in front; see `LanguageModel.begin`."""
+        all stands in front; see `LanguageModel.prefill`."""
         mark, Q = self.config.image_token, self.config.image_tokens
         if images is not None and mark is not None:
             pictures = images.flatten(0, -4).shape[0]
@@ -131,4 +131,4 @@ class BLIP2(QueryingModel):
             pad = self.config.language.pad_token
             tokens, mask = make_room(tokens, mask, pictures, mark=mark, copies=Q, pad=pad)
         x, mask = self.embed(images, tokens, mask)
-        return self.language_model.begin(mask=mask, embeddings=x, room=room)
+        return self.language_model.prefill(mask=mask, embeddings=x, room=room)

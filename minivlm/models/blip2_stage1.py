@@ -23,9 +23,9 @@ from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormerConfig, QFormerOutput
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
-from minivlm.models.matching import Matching
-from minivlm.models.querying import QueryingConfig, QueryingModel
+from minivlm.models.image_text_matching import Matching
 from minivlm.models.speaking import KeepingDecoding, SpeaksItself
+from minivlm.models.vision_features import QueryingConfig, QueryingModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class BLIP2Stage1Output:
 class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
-    Wherever it takes images, `features` (B, N, C) may be given in their place: what `look` gives, for those who have it.
+    Wherever it takes images, `features` (B, N, C), as `image_features` gives them, may be given in their place.
     """
 
     config_class = BLIP2Stage1Config
-    goes_on = True
+    continues_prompt = True
 
     def __init__(self, config: BLIP2Stage1Config, *, seed: int = 0):
         super().__init__(config, seed=seed)
@@ -93,7 +93,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
     def forward(
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
     ) -> BLIP2Stage1Output:
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         image_vectors, text_vectors = self.encode_image(features=features), self.encode_text(tokens, mask)
         logits = self.scale() * self.similarity(image_vectors, text_vectors)
         losses = self.losses(tokens, mask, features=features) if len(tokens) == len(features) else {}
@@ -112,7 +112,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
     ) -> Tensor:
         """Does text i tell what picture i shows?  → logits (B, 2) of no and yes, the mean of what all queries say."""
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         return self.match_head(self.qformer(features, tokens, mask, see="bidirectional").queries).mean(dim=1)
 
     # ---- its three losses ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         """
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         split, nearly = partial(in_parts, size=micro_batch), None if false is None else (false, false_mask)
-        features = split(self.look, images) if features is None else features
+        features = split(self.image_features, images) if features is None else features
         vectors, total = split(self.queried, features, tokens, mask)
         texts = split(self.encode_text, tokens, mask)
         contrast, *alike = self.contrast(vectors, texts, smoothing=self.config.label_smoothing)
@@ -167,7 +167,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
     # ---- speaking ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self,
         images: Tensor | None,
         tokens: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.projector import LinearProjector
-from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.tower import TowerConfig, make_tower, tower_features
 from minivlm.losses import next_token_loss
 from minivlm.models.speaking import SpeakingModel, check_decoder
 
@@ -83,12 +83,12 @@ class ImageCaptioningModel(SpeakingModel):
             raise ValueError(
                 f"images are {tuple(images.shape)}, but tokens {tuple(tokens.shape)} need one picture a row"
             )
-        seen = self.projector(look(self.vision, images, [self.config.vision_layer]))  # (B, N, D)
+        seen = self.projector(tower_features(self.vision, images, [self.config.vision_layer]))  # (B, N, D)
         x = torch.cat([seen, self.language_model.embed(tokens)], dim=1)
         return x, None if mask is None else torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1)
 
     @torch.no_grad()
-    def begin(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+    def prefill(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Read pictures and beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         x, mask = self.embed(images, tokens, mask)
-        return self.language_model.begin(mask=mask, embeddings=x, room=room)
+        return self.language_model.prefill(mask=mask, embeddings=x, room=room)

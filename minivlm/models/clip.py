@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.base import Model
 from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.layers.efficientnet import EFFICIENTNET_SIZES
 from minivlm.layers.initialise import initialise_linears, normal
@@ -29,6 +28,7 @@ from minivlm.layers.text import TextConfig, TextTransformer
 from minivlm.layers.tower import TowerConfig, initialise_tower, new_tower
 from minivlm.layers.vit import VIT_SIZES
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

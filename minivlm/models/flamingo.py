@@ -25,8 +25,8 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.layers.tower import features_of
 from minivlm.losses import next_token_loss
-from minivlm.models.querying import SeeingConfig, SeeingModel
 from minivlm.models.speaking import check_decoder
+from minivlm.models.vision_features import SeeingConfig, SeeingModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Flamingo(SeeingModel):
 
     The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
     Or images (M, 3, H, W): one for each mark, in reading order; a GPU is waited for to count these.
-    labels (B, T): the tokens, −100 = not counted. features (B, I, N, C) or (M, N, C): what `look` gives of the images, for
+    labels (B, T): the tokens, −100 = not counted. features (B, I, N, C) or (M, N, C): as `image_features` gives, for
     those who have it already. Raises ValueError for a mark without an image.
     """
 
@@ -127,7 +127,7 @@ class Flamingo(SeeingModel):
             self.check_marks(tokens, 0)
             return GatedReading(self.gated, c.places, [None] * len(self.gated), None)
         if features is None:
-            features = self.look(images).unflatten(0, images.shape[:-3])  # ([B, I or] M, N, C)
+            features = self.image_features(images).unflatten(0, images.shape[:-3])  # ([B, I or] M, N, C)
         seen = self.resample(features.flatten(0, -3))  # (M, L, C)
         seen = seen.unflatten(0, features.shape[:2]) if features.dim() == 4 else self.deal(seen, tokens)
         if len(seen) != len(tokens):
@@ -163,14 +163,14 @@ class Flamingo(SeeingModel):
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
-        """Read pictures and a prompt; see `LanguageModel.begin`. What follows sees what the prompt's last token saw."""
+    def prefill(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+        """Read pictures and a prompt; see `LanguageModel.prefill`. What follows sees what the prompt's last token saw."""
         if mask is not None and not mask.all():
             marked, mask = to_the_left(tokens[..., None], mask)
             tokens = marked[..., 0]
         between = self.read(images, tokens, mask)
         x = self.language_model.embed(tokens)
-        return self.language_model.begin(mask=mask, embeddings=x, room=room, between=between)
+        return self.language_model.prefill(mask=mask, embeddings=x, room=room, between=between)
 
 
 class GatedReading:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.base import Model
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.regions import WHOLE, grid_cells, pool_regions
-from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.tower import TowerConfig, make_tower, tower_features
 from minivlm.layers.transformer import TransformerConfig
+from minivlm.model import Model
 from minivlm.models.fusion_losses import (
     AnswerLoss,
     answer_loss,
@@ -70,7 +70,7 @@ class FusionOutput:
 class FusionModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput`.
 
-    features (B, R, C) may be given in place of images, or as images: what `look` gives, or a detector. boxes (B, R, 4)
+    features (B, R, C) may be given in place of images: of `image_features` or a detector. boxes (B, R, 4)
     say where they are from; without, they are a square grid, as a tower's, or their place is not known. With images,
     boxes are the regions that are looked at. region_mask (B, R): True = a real region.
     Raises UserError for boxes outside the picture.
@@ -148,7 +148,7 @@ class FusionModel(Model):
 
     # ---- from pixels to states ---------------------------------------------------------------------------------------
 
-    def look(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) → (B, N, C), a grid of features. What is (B, R, C) already comes back as it is."""
         if images.dim() == 3:
             return images
@@ -157,13 +157,13 @@ class FusionModel(Model):
                 f"this {type(self).__name__} has no vision tower: it reads features (B, R, {self.config.region_width}) "
                 "of regions that a detector has found, not pixels."
             )
-        return look(self.vision, images, [self.config.vision_layer])
+        return tower_features(self.vision, images, [self.config.vision_layer])
 
     def see(
         self, images: Tensor | None, features: Tensor | None = None, boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Features (B, R, C) and boxes (B, R, 4) of the regions."""
-        grid = self.look(images) if features is None else features
+        grid = self.image_features(images) if features is None else features
         if boxes is None:
             square = math.isqrt(grid.shape[1]) ** 2 == grid.shape[1]
             cells = grid_cells(grid.shape[1], device=grid.device) if square else grid.new_tensor([WHOLE])

@@ -20,7 +20,7 @@ from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
-from minivlm.layers.tower import TowerConfig, check_reader, features_of, look, make_tower
+from minivlm.layers.tower import TowerConfig, check_reader, features_of, make_tower, tower_features
 from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
 
@@ -72,7 +72,7 @@ class LLaVA(SpeakingModel):
     """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No picture at all: None.
 
     With tiles, each picture is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
-    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): what `look` gives, for those who have it already.
+    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): as `image_features` gives them.
     """
 
     config_class = LLaVAConfig
@@ -114,24 +114,24 @@ class LLaVA(SpeakingModel):
         x = self.language_model.embed(tokens)
         if images is None and features is None:
             return fill(x, tokens == self.config.image_token, x.new_empty(0, x.shape[-1]))
-        seen = self.projector(self.look(images) if features is None else features)  # (B·I, N, D)
+        seen = self.projector(self.image_features(images) if features is None else features)  # (B·I, N, D)
         return fill(x, tokens == self.config.image_token, seen.flatten(0, 1))
 
-    def look(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower sees, before the projector."""
-        return look(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
+        return tower_features(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
-        """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.begin`."""
+    def prefill(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+        """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.prefill`."""
         c = self.config
         if images is not None:
             pictures = images.flatten(0, -4).shape[0] // c.views
             pad = c.language.pad_token
             tokens, mask = make_room(tokens, mask, pictures, mark=c.image_token, copies=c.image_tokens, pad=pad)
-        return self.language_model.begin(mask=mask, embeddings=self.embed(images, tokens), room=room)
+        return self.language_model.prefill(mask=mask, embeddings=self.embed(images, tokens), room=room)
 
     def merge_lora(self) -> None:
         """The adapters become part of the language model's weights."""

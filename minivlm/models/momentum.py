@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.losses import full_precision, gather
-from minivlm.models.matching import first_row
+from minivlm.models.image_text_matching import first_row
 
 COPIED = ("vision", "encoder", "vision_projection", "text_projection")
 
@@ -49,8 +49,9 @@ class MomentumConfig:
 
 
 class Momentum(nn.Module):
-    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `look` and `whole`. embed_width: E, of the vectors that are
-    compared."""
+    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `image_features` and `whole`.
+
+    embed_width: E, of the vectors that are compared."""
 
     follows = True  # it learns without gradients (see `minivlm.precision`)
 
@@ -76,7 +77,7 @@ class Momentum(nn.Module):
         self, model: nn.Module, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What the copy makes of pictures, or of what the model's tower saw of them, and of texts: (B, E) each, unit length."""
-        seen = model.whole(features if images is None else model.look(images, self.copies["vision"]))
+        seen = model.whole(features if images is None else model.image_features(images, self.copies["vision"]))
         images = self.copies["vision_projection"](seen)
         texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)

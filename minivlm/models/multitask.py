@@ -80,7 +80,7 @@ class MultitaskConfig:
 class MultitaskVLM(SpeaksItself, SpeakingModel):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
-    features (B, N, C) may be given in place of images: what `look` gives.
+    features (B, N, C) may be given in place of images: what `image_features` gives.
     """
 
     config_class = MultitaskConfig
@@ -102,8 +102,8 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
     def vision(self) -> nn.Module:
         return self.encoder.vision
 
-    def look(self, images: Tensor) -> Tensor:
-        return self.encoder.look(images)
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.encoder.image_features(images)
 
     def forward(
         self,
@@ -183,7 +183,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
         split = partial(in_parts, size=micro_batch)
-        features = split(self.look, images) if features is None else features
+        features = split(self.image_features, images) if features is None else features
         losses, tasks, vectors = {}, self.config.tasks, None
         if "caption" in tasks:
             total, vectors = split(self.caption_total, features, tokens, mask)
@@ -228,7 +228,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
+    def prefill(
         self,
         images: Tensor | None,
         tokens: Tensor,

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm import generation
-from minivlm.base import Model, Speaks
 from minivlm.layers.language_model import LanguageModelConfig
+from minivlm.model import Model, Speaks
 
 
 class SpeakingModel(Speaks, Model):
-    """It has a `language_model`, and a `begin(images, tokens, mask, room=…)` that gives a `generation.Decoding`."""
+    """It has a `language_model`, and a `prefill(images, tokens, mask, room=…)` that gives a `generation.Decoding`."""
 
     def generate(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
         """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""

@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minivlm.base import Model
 from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.projector import LinearProjector
-from minivlm.layers.tower import TowerConfig, look, make_tower
+from minivlm.layers.tower import TowerConfig, make_tower, tower_features
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.model import Model
 from minivlm.models.fusing import FusionOutput
 from minivlm.models.fusion_losses import AnswerLoss, answer_loss, chance_answer_loss
 
@@ -49,7 +49,7 @@ class VQAConfig:
 class VQAModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput` with logits["answers"] (B, A).
 
-    features (B, N, C) may be given in place of images: what `look` gives.
+    features (B, N, C) may be given in place of images: what `image_features` gives.
     """
 
     config_class = VQAConfig
@@ -71,16 +71,16 @@ class VQAModel(Model):
     def forward(
         self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
     ) -> FusionOutput:
-        features = self.look(images) if features is None else features
+        features = self.image_features(images) if features is None else features
         seen = self.picture_norm(self.projector(features) + self.position_embedding)  # (B, N, D)
         asked = self.bert(tokens, mask).hidden  # (B, T, D)
         words = self.norm(self.fusion(asked, seen, mask=mask))
         pooled = words[:, 0]
         return FusionOutput({"answers": self.answer_head(pooled)}, words, seen, pooled)
 
-    def look(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) → (B, N, C): what the tower sees."""
-        return look(self.vision, images, [self.config.vision_layer])
+        return tower_features(self.vision, images, [self.config.vision_layer])
 
     def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
         """Logits of all answers, (B, A)."""

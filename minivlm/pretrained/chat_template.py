@@ -23,7 +23,7 @@ from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
 from minivlm.errors import Note, UserError
 from minivlm.files import read_text
 from minivlm.pretrained.files import read_json
-from minivlm.special_tokens import MARK, TAG, Markup
+from minivlm.special_tokens import PLACEHOLDER, TAG, Markup
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
@@ -137,14 +137,14 @@ json.dump(answers, sys.stdout)
 Render = Callable[[Sequence[Sequence[Turn]]], list[str | None]]  # conversations → what is written, None: it is refused
 
 
-def renderer(source: str, tokens: dict[str, str], image_token: str = MARK) -> Render:
+def renderer(source: str, tokens: dict[str, str], image_token: str = PLACEHOLDER) -> Render:
     """Conversations, each up to the assistant's next word if the user has the last one → what the template writes."""
 
     def render(conversations: Sequence[Sequence[Turn]]) -> list[str | None]:
         strings = [probe(turns, lambda turn: turn.text) for turns in conversations]
         parts = [probe(turns, typed) for turns in conversations]
         answers = [
-            text and text.replace(image_token, MARK)
+            text and text.replace(image_token, PLACEHOLDER)
             for text in run(source, json.dumps(tokens), json.dumps(strings + parts))
         ]
         pairs = zip(answers[: len(strings)], answers[len(strings) :], conversations, strict=True)
@@ -160,8 +160,8 @@ def probe(turns: Sequence[Turn], content: Callable[[Turn], Any]) -> dict[str, An
 
 def typed(turn: Turn) -> list[dict[str, str]]:
     """A turn as templates of models that see want it: pictures first, then the text."""
-    pictures = [{"type": "image"}] * turn.text.count(MARK)
-    return [*pictures, {"type": "text", "text": turn.text.replace(f"{MARK}\n", "").replace(MARK, "")}]
+    pictures = [{"type": "image"}] * turn.text.count(PLACEHOLDER)
+    return [*pictures, {"type": "text", "text": turn.text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "")}]
 
 
 @lru_cache(maxsize=16)
@@ -204,7 +204,7 @@ PROBES = (  # in the order in which `derive` asks for them; the last ones only t
     (USER, ANSWER, SECOND, LAST),
     (SYSTEM, USER),
     (Turn("user", f"  {U} \n"),),
-    (Turn("user", f"{MARK}\n{U}"),),
+    (Turn("user", f"{PLACEHOLDER}\n{U}"),),
     (USER, ANSWER, SECOND, LAST, Turn("user", "and now?")),
     (SYSTEM, USER, ANSWER, SECOND),
     (Turn("system", "You are terse."), Turn("user", "why is it red?\nand round?")),
@@ -237,7 +237,7 @@ def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) ->
         trim=padded == f"{opening}{U}{prompt}",
         end_is_read=end is not None,
     )
-    if shown == f"{opening}{MARK}{U}{prompt}":
+    if shown == f"{opening}{PLACEHOLDER}{U}{prompt}":
         template = replace(template, user=f"{before_user}{{pictures}}{{}}{prompt}")
     written = dict(zip(PROBES, render(PROBES), strict=True))
     forms = system_forms(template, opening, told, start) if once(told, S, U) else []
@@ -376,7 +376,7 @@ def source_of(template: ChatTemplate, mark: str) -> str:
         end = "{% if loop.last %}" + end + "{% endif %}"
     return "".join(
         (
-            WORDS.replace("MARK", spelt(mark if pictures else f"{mark}\n")),
+            WORDS.replace("PLACEHOLDER", spelt(mark if pictures else f"{mark}\n")),
             "{% if messages[0]['role'] == 'system' %}{% set told = words(messages[0]['content']) %}",
             "{% set rest = messages[1:] %}{% else %}",
             f"{{% set told = {'none' if template.default_system is None else spelt(template.default_system)} %}}",
@@ -394,7 +394,7 @@ def source_of(template: ChatTemplate, mark: str) -> str:
 
 WORDS = (  # of a turn that is a string, or a list of pictures and texts
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content %}{% if part['type'] == 'image' %}{{ MARK }}{% endif %}{% endfor %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}{{ PLACEHOLDER }}{% endif %}{% endfor %}"
     "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% endmacro %}"
 )

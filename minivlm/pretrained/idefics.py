@@ -24,7 +24,7 @@ from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
 model_class = Flamingo
-MARK, FENCE = "<image>", "<fake_token_around_image>"
+PLACEHOLDER, FENCE = "<image>", "<fake_token_around_image>"
 TURN_END = "<end_of_utterance>"  # of the instructed models
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -225,9 +225,13 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
     """IdeficsImageProcessor's pictures: squashed into a square, CLIP's colours. A picture is one mark in the text."""
     source = preprocessing.read_tokenizer(directory, "LlamaTokenizer")
     vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.language, MARK)
-    if vocab and vocab.get(MARK) != config.image_token:
-        its = f"gives {MARK!r} the id {vocab[MARK]}" if MARK in vocab else f"has no token {MARK!r}"
+    language.check_vocabulary(vocab, config.language, PLACEHOLDER)
+    if vocab and vocab.get(PLACEHOLDER) != config.image_token:
+        its = (
+            f"gives {PLACEHOLDER!r} the id {vocab[PLACEHOLDER]}"
+            if PLACEHOLDER in vocab
+            else f"has no token {PLACEHOLDER!r}"
+        )
         raise UserError(f"the tokeniser in {directory} {its}, but by its config.json it is {config.image_token}.")
     _, about = preprocessing.find_images(directory)
     size = about.get("image_size") or config.vision.image_size
@@ -237,7 +241,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConf
             **preprocessing.read_images(directory, size, preprocessing.BLIP_IMAGES, more=("image_size",)),
             context=config.language.context,
             pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
-            image_token=MARK,
+            image_token=PLACEHOLDER,
             image_tokens=1,
             image_fence=FENCE if FENCE in vocab else None,
             chat="idefics-instruct" if TURN_END in vocab else "idefics",

@@ -33,7 +33,7 @@ from minivlm.processor import Processor
 
 model_class = Flamingo
 CHECKPOINT = "checkpoint.pt"
-CHUNK, MARK, PAD = "<|endofchunk|>", "<image>", "<PAD>"  # added to the language model's words, in this order
+CHUNK, PLACEHOLDER, PAD = "<|endofchunk|>", "<image>", "<PAD>"  # added to the language model's words, in this order
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def read(directory: Path) -> pretrained.Published:
     config = FlamingoConfig(
         **read_seeing(trained, clip.config.vision, directory / CHECKPOINT),
         **read_gated(language, places, directory / CHECKPOINT),
-        image_token=tokens[MARK],
+        image_token=tokens[PLACEHOLDER],
     )
 
     def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -212,14 +212,19 @@ def read_processor(
     if not vocab:
         raise UserError(f"{directory} has no tokenizer.json, without which the image token is not known.")
     pad = preprocessing.read_pad_token(directory, PAD)
-    new = [token for token in (CHUNK, MARK, pad) if token not in vocab]
+    new = [token for token in (CHUNK, PLACEHOLDER, pad) if token not in vocab]
     tokens = {**vocab, **{token: len(vocab) + i for i, token in enumerate(new)}}
     pictures = {
         name: getattr(clip.processor.config, name) for name in ("image_size", "resize", "resize_to", "resample")
     }
     pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std", "pad_color")}
     config = replace(
-        speaker.processor.config, **pictures, pad_token=pad, image_token=MARK, image_tokens=1, chat="openflamingo"
+        speaker.processor.config,
+        **pictures,
+        pad_token=pad,
+        image_token=PLACEHOLDER,
+        image_tokens=1,
+        chat="openflamingo",
     )
     processor = Processor(source, config)
     if new:

@@ -15,14 +15,14 @@ from minivlm.recipes.base import Options, Recipe, dotted_names, launcher, overri
 from minivlm.recipes.blip import BLIP_RECIPES
 from minivlm.recipes.blip2 import BLIP2_RECIPES
 from minivlm.recipes.capfilt import CAPFILT_RECIPES
-from minivlm.recipes.contrast import CONTRAST_RECIPES
+from minivlm.recipes.captioner import CAPTIONER_RECIPES
+from minivlm.recipes.clip import CONTRAST_RECIPES
 from minivlm.recipes.flamingo import FLAMINGO_RECIPES
 from minivlm.recipes.fusion import FUSION_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
 from minivlm.recipes.llava import LLAVA_RECIPES
 from minivlm.recipes.multitask import MULTITASK_RECIPES
 from minivlm.recipes.resuming import data_directory, data_directory_of, refuse_changes, with_directory
-from minivlm.recipes.speak import CAPTIONER_RECIPES
 from minivlm.recipes.t5 import T5_RECIPES
 from minivlm.run_directory import check_out
 

@@ -53,7 +53,7 @@ class Recipe:
         return {}
 
     def base(self) -> dict[str, str]:
-        """Frozen parts that the model is stored without, and where they come from (see `minivlm.bases`)."""
+        """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""
         return {}
 
     def is_time_to_save(self, step: int) -> bool:

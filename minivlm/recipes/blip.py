@@ -16,12 +16,12 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
+from minivlm.datasets.conversations import open_conversations
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_negatives import changed
-from minivlm.datasets.talk import open_talk
+from minivlm.datasets.shapes.negatives import changed
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.tower import features_of, places_of
@@ -32,7 +32,7 @@ from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.blip2 import Stage1
-from minivlm.recipes.parts import load_eyes, take
+from minivlm.recipes.parts import load_vision_model, take
 from minivlm.recipes.shared import build, check_fills_a_batch, check_suits, make_world_if_missing, suited
 from minivlm.training import OptimiserConfig
 
@@ -92,7 +92,7 @@ class BLIPRecipe(Recipe):
 
     def open(self, checkpoint: Path | None, *, quiet: bool) -> tuple[BLIP, Processor, Pairs]:
         """Model, processor, and the captions that are learnt from."""
-        eyes, seen = (None, None) if self.vision_from is None or checkpoint else load_eyes(self.vision_from)
+        eyes, seen = (None, None) if self.vision_from is None or checkpoint else load_vision_model(self.vision_from)
         size = seen.image_size if seen else self.vision.image_size
         make_world_if_missing(self.directory, size, quiet=quiet)
         check_suits(self, self.directory)
@@ -113,7 +113,7 @@ class BLIPRecipe(Recipe):
     def compose(self, eyes: torch.nn.Module | None, seen: Processor | None) -> tuple[BLIP, Processor]:
         """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
         size, context = self.vision.image_size, self.text.context
-        talk = open_talk(self.directory, "train", image_size=None)
+        talk = open_conversations(self.directory, "train", image_size=None)
         words = Processor.train(talk.texts(), vocab_size=self.vocab_size, image_size=size, context=context)
         words.tokenizer.add_special_tokens([DECODE, ENCODE])
         sees = seen.config if seen else words.config
@@ -154,8 +154,8 @@ class BLIPWork(Stage1):
         origins = {"vision": eyes, "decoder": "new; shares all but self-attention with the encoder"}
         super().__init__(recipe, model, processor, train, origins)
         asks = recipe.questions and not recipe.wrong and model.config.answers and is_world(recipe.directory)
-        self.talk = open_talk(recipe.directory, "train", image_size=None) if asks else None
-        self.val = open_talk(recipe.directory, "val", image_size=processor.image_size)
+        self.talk = open_conversations(recipe.directory, "train", image_size=None) if asks else None
+        self.val = open_conversations(recipe.directory, "val", image_size=processor.image_size)
         self.describes = any(map(self.val.captions, range(len(self.val))))
         if not self.describes:
             self.score_name = "text→image Recall@1 re-ranked"

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import IGNORED, MARK, Sample, encode_conversation, template_of, with_chat
+from minivlm.conversation import IGNORED, PLACEHOLDER, Sample, encode_conversation, template_of, with_chat
 from minivlm.datasets.continuation import collate_pairs
 from minivlm.datasets.folder import open_pairs
-from minivlm.datasets.holes import HOLES, with_holes
 from minivlm.datasets.judge import conversation_problem, exchanges
 from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.span_corruption import HOLES, with_holes
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
@@ -33,12 +33,13 @@ from minivlm.layers.tower import features_of, places_of
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.querying import SeeingConfig
+from minivlm.models.vision_features import SeeingConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import look_once, measure_once
+from minivlm.recipes.captioner import ConversationsConfig, open_train
+from minivlm.recipes.frozen import compute_features_once, measure_once
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import eyes_and_words, load_eyes, reading, take, with_image_token
+from minivlm.recipes.parts import join_processors, load_vision_model, reading, take, with_image_token
 from minivlm.recipes.shared import (
     build,
     check_fills_a_batch,
@@ -48,7 +49,6 @@ from minivlm.recipes.shared import (
     next_training,
     suited,
 )
-from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.special_tokens import Markup, as_text, without_marks
 from minivlm.training import OptimiserConfig
@@ -103,7 +103,7 @@ class BLIP2Stage1Recipe(Recipe):
 
     def compose(self) -> tuple[BLIP2Stage1, Processor]:
         """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token."""
-        clip, processor = load_eyes(self.vision_from)
+        clip, processor = load_vision_model(self.vision_from)
         bert = None
         if self.bert_from is not None:
             bert, words = load(self.bert_from)
@@ -156,7 +156,7 @@ class Stage1(Work):
     def prepare(self, device: torch.device, precision: torch.dtype) -> None:
         first = (self.train.images([i])[0] for i in range(self.n))
         measure_once(self.model, self.processor, first, device, precision)
-        self.features = look_once(self.model, self.processor, self.n, self.train.images, device, precision)
+        self.features = compute_features_once(self.model, self.processor, self.n, self.train.images, device, precision)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """tokens and mask (B/W, T), false ones, and images or their features, of process `rank` of W."""
@@ -222,7 +222,7 @@ class BLIP2Recipe(Recipe):
     vision_layers: tuple[int, ...] = (-2,)
     qformer: QFormerConfig = QUERIES
     holes: float = 0.75  # share of the samples in which a T5 that knows holes is asked all questions at once, not one
-    data: TalkConfig = field(default_factory=TalkConfig)
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
 
     @property
     def speaker(self) -> str:
@@ -255,7 +255,7 @@ class BLIP2Recipe(Recipe):
     def compose(self) -> tuple[BLIP2, Processor]:
         """Eyes, Q-Former and language model put together, with a new projection between the last two."""
         if self.from_scratch:
-            eyes, seen = load_eyes(self.vision_from)
+            eyes, seen = load_vision_model(self.vision_from)
             parts = querying(eyes, self.qformer, self.vision_layers)
         else:
             eyes, seen = load(self.starts_from)
@@ -277,7 +277,7 @@ class BLIP2Recipe(Recipe):
         if not self.from_scratch:
             wanted = model.qformer.state_dict()  # the text's half stays behind
             model.qformer.load_state_dict({name: eyes.qformer.state_dict()[name] for name in wanted})
-        processor = eyes_and_words(seen, words, image_tokens=config.image_tokens, context=speaker.config.context)
+        processor = join_processors(seen, words, image_tokens=config.image_tokens, context=speaker.config.context)
         if self.lm == "t5" and processor.config.chat == "plain":
             processor = Processor(words.tokenizer, replace(processor.config, chat="encoder"))
         return model, processor
@@ -322,10 +322,10 @@ class BLIP2Work(PrefixWork):
         return self.all_answers(index, rng) if whole else self.one_answer(index, rng)
 
     def all_answers(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """A conversation with a hole for every answer, and the answers (datasets/holes.py)."""
+        """A conversation with a hole for every answer, and the answers (datasets/span_corruption.py)."""
         turns = self.train.conversation(index, rng)
-        marks = sum(turn.text.count(MARK) for turn in turns)
-        places = self.processor.ids([Markup(MARK)]) * marks
+        marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+        places = self.processor.ids([Markup(PLACEHOLDER)]) * marks
         pieces = [as_text(without_marks(turn.text)) for turn in turns]
         read, said = with_holes(pieces, self.processor, context=self.processor.context - len(places))
         return places + read, said

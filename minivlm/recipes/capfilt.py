@@ -20,7 +20,7 @@ import torch
 from minivlm.checkpoint import load
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
-from minivlm.datasets.shapes_negatives import is_true
+from minivlm.datasets.shapes.negatives import is_true
 from minivlm.errors import UserError
 from minivlm.metrics import Score
 from minivlm.models.blip import BLIP
@@ -29,8 +29,8 @@ from minivlm.processor import Processor
 from minivlm.recipes.blip import BLIP_RECIPES, BLIPRecipe, BLIPWork
 from minivlm.recipes.shared import check_fills_a_batch
 from minivlm.tasks.features import to_tokens
-from minivlm.tasks.match import look_at_all, match_pairs
-from minivlm.tasks.speak import caption_all
+from minivlm.tasks.generate import caption_all
+from minivlm.tasks.match import features_of_all, match_pairs
 from minivlm.training import autocast
 
 AT_A_TIME = 256  # pictures
@@ -176,7 +176,7 @@ def bootstrap(recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pai
         captions[PROPOSED] += caption_all(
             [[p] for p in pictures], model, processor, batch_size=AT_A_TIME, seed=seed, **how
         )
-        features = look_at_all(pictures, model, processor, batch_size=AT_A_TIME)
+        features = features_of_all(pictures, model, processor, batch_size=AT_A_TIME)
         pairs = torch.arange(len(pictures))[:, None].expand(-1, 2)
         for origin, said in captions.items():
             words = to_tokens(said[start : start + AT_A_TIME], processor, cut=True)

@@ -19,12 +19,12 @@ from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample
 from minivlm.datasets.class_episodes import is_class_folder
+from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.interleaved import is_interleaved
 from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_shots import MOST_WAYS, Lessons, shot_episodes
-from minivlm.datasets.shapes_talk import ShapesTalk
-from minivlm.datasets.talk import Talk
+from minivlm.datasets.shapes.conversations import ShapesConversations
+from minivlm.datasets.shapes.shots import MOST_WAYS, Lessons, shot_episodes
 from minivlm.errors import UserError
 from minivlm.layers.gated_cross_attention import GatedConfig
 from minivlm.layers.perceiver import PerceiverConfig
@@ -32,12 +32,20 @@ from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
+from minivlm.recipes.captioner import ConversationsConfig, open_train
 from minivlm.recipes.interleaved import InterleavedWork, gates_text
 from minivlm.recipes.lessons import LessonsWork, lesson_sample
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, reading, resampling, take
+from minivlm.recipes.parts import (
+    LATENTS,
+    join_processors,
+    load_language_model,
+    load_vision_model,
+    reading,
+    resampling,
+    take,
+)
 from minivlm.recipes.shared import SHAPES, build, check_suits, suited
-from minivlm.recipes.speak import TalkConfig, open_train
 from minivlm.recipes.work import Work
 from minivlm.training import OptimiserConfig
 
@@ -62,7 +70,7 @@ class FlamingoRecipe(Recipe):
     chat: str | None = None  # how turns are written, by name; None: as the language model has it
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
     lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
-    data: TalkConfig = field(default_factory=TalkConfig)
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
 
     def needs(self) -> dict[str, str]:
         if self.starts_from is not None:
@@ -82,7 +90,7 @@ class FlamingoRecipe(Recipe):
         )
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Work:
-        model, processor = load(checkpoint) if checkpoint is not None else self.begin()
+        model, processor = load(checkpoint) if checkpoint is not None else self.new_model()
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
         directory = self.data.directory
         if is_interleaved(directory) or is_class_folder(directory):
@@ -104,7 +112,7 @@ class FlamingoRecipe(Recipe):
         frozen = ("vision", "language_model") if self.freeze_vision else ("language_model",)
         return {part: self.origins()[part] for part in frozen}
 
-    def begin(self) -> tuple[Flamingo, Processor]:
+    def new_model(self) -> tuple[Flamingo, Processor]:
         if self.starts_from is None:
             return self.compose()
         model, processor = load(self.starts_from)
@@ -116,8 +124,8 @@ class FlamingoRecipe(Recipe):
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Eyes and language model put together, with a new resampler and new gated layers between them."""
-        clip, eyes = load_eyes(self.vision_from)
-        speaker, words = load_decoder(self.language_from, chat=self.chat, system=self.system)
+        clip, eyes = load_vision_model(self.vision_from)
+        speaker, words = load_language_model(self.language_from, chat=self.chat, system=self.system)
         vision = clip.config.vision
         config = FlamingoConfig(
             **reading(vision, self.vision_layers),
@@ -130,14 +138,14 @@ class FlamingoRecipe(Recipe):
         model = build(Flamingo, config, seed=self.seed)
         take(model.vision, clip.vision)
         take(model.language_model, speaker)
-        return model, eyes_and_words(eyes, words, image_tokens=config.image_tokens, context=speaker.config.context)
+        return model, join_processors(eyes, words, image_tokens=config.image_tokens, context=speaker.config.context)
 
 
 class FlamingoWork(PrefixWork):
-    def __init__(self, recipe: FlamingoRecipe, model: Flamingo, processor: Processor, train: Talk):
+    def __init__(self, recipe: FlamingoRecipe, model: Flamingo, processor: Processor, train: Conversations):
         super().__init__(recipe, model, processor, train, origins=recipe.origins(), answers=True)
         self.shots: dict[str, Score] = {}  # scores by the number of examples, once it has been judged
-        world = isinstance(train, ShapesTalk)
+        world = isinstance(train, ShapesConversations)
         self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
         if self.lessons is not None:
             if len(self.lessons.pictures) < MOST_WAYS:

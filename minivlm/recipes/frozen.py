@@ -16,10 +16,10 @@ AT_A_TIME = 250  # pictures
 MEASURED = 1000  # pictures that tell how large features are
 
 
-def look_once(
+def compute_features_once(
     model, processor, n: int, pictures: Callable[[Sequence[int]], Sequence], device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """(n, N, C) on the CPU: what `model.look` sees of each of n pictures; None where that is more than CACHE_LIMIT.
+    """(n, N, C) on the CPU: what `model.image_features` sees of each of n pictures; None where that is more than CACHE_LIMIT.
 
     pictures: indices → a picture for each.
     """
@@ -29,7 +29,7 @@ def look_once(
     with inference(model), autocast(device, dtype):
         for i in tqdm(range(0, n, AT_A_TIME), desc="image features", unit=" batches", leave=False):
             indices = range(i, min(i + AT_A_TIME, n))
-            seen = model.look(processor.images(list(pictures(indices))).to(device))  # (b · views, N, C)
+            seen = model.image_features(processor.images(list(pictures(indices))).to(device))  # (b · views, N, C)
             seen = seen.reshape(len(indices), -1, seen.shape[-1]).to("cpu", dtype)
             if features is None:
                 if n * seen[0].nbytes > CACHE_LIMIT:

@@ -24,9 +24,9 @@ from minivlm.checkpoint import load
 from minivlm.conversation import IGNORED
 from minivlm.datasets.answers import AnswerList, most_frequent
 from minivlm.datasets.continuation import pad
+from minivlm.datasets.conversations import Conversations, Question
 from minivlm.datasets.masking import hide_regions, hide_words
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.talk import Question, Talk
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.transformer import TransformerConfig
@@ -36,11 +36,11 @@ from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, 
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.contrast import CONTRAST_RECIPES
+from minivlm.recipes.captioner import ConversationsConfig, Speaking, open_train
+from minivlm.recipes.clip import CONTRAST_RECIPES
 from minivlm.recipes.llava import PrefixWork
-from minivlm.recipes.parts import load_eyes, take
+from minivlm.recipes.parts import load_vision_model, take
 from minivlm.recipes.shared import build, suited
-from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.tasks.match import can_match
 from minivlm.training import OptimiserConfig
 
@@ -60,7 +60,7 @@ class FusionRecipe(Recipe):
     learns_from = ("questions about one image each",)
     model: ModelConfig  # tower, vocabulary and answers follow from vision_from and the data
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
-    data: TalkConfig = field(default_factory=TalkConfig)
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
     most_answers: int = 3000  # the most frequent ones are to choose from
     captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
     hide: Literal["words", "either", "both"] = "words"  # of a caption's pair; either: words or regions
@@ -87,7 +87,7 @@ class FusionRecipe(Recipe):
         return suited(self, directory, summary=summary, data=data, vision_from=f"{beside}-clip")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> FusionWork:
-        processor = load(checkpoint)[1] if checkpoint is not None else load_eyes(self.vision_from)[1]
+        processor = load(checkpoint)[1] if checkpoint is not None else load_vision_model(self.vision_from)[1]
         train = open_train(self, processor.image_size, quiet=quiet)
         asked = [train.asked(i, np.random.default_rng(i)) for i in range(len(train))]
         if checkpoint is not None:
@@ -103,9 +103,9 @@ class FusionRecipe(Recipe):
         """model, processor, train, asked → what trains the model."""
         return FusionWork(self, *parts)
 
-    def compose(self, train: Talk, answers: tuple[str, ...]) -> tuple[nn.Module, Processor]:
+    def compose(self, train: Conversations, answers: tuple[str, ...]) -> tuple[nn.Module, Processor]:
         """The tower of a CLIP, a tokeniser of the data's questions, answers and captions, and all else new."""
-        clip, seen = load_eyes(self.vision_from)
+        clip, seen = load_vision_model(self.vision_from)
         sizes = dict(vocab_size=self.data.vocab_size, image_size=seen.image_size, context=self.encoder.text.context)
         words = Processor.train(train.texts(), **sizes)
         words.tokenizer.add_special_tokens([MASK])
@@ -136,7 +136,9 @@ def completed(config: ModelConfig, vision, answers: tuple[str, ...], processor: 
 class FusionWork(PrefixWork):
     """Questions, and in every `captions_every`-th step captions, with what the frozen tower saw."""
 
-    def __init__(self, recipe: FusionRecipe, model, processor: Processor, train: Talk, asked: list[list[Question]]):
+    def __init__(
+        self, recipe: FusionRecipe, model, processor: Processor, train: Conversations, asked: list[list[Question]]
+    ):
         origins = {"vision": recipe.vision_from, "encoder": f"new, tower {recipe.vision_from}"}
         super().__init__(recipe, model, processor, train, origins=origins, answers=True)
         encoder = getattr(model.config, "encoder", model.config)

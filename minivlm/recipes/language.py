@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from minivlm import evaluate
-from minivlm.base import Model
 from minivlm.checkpoint import load
 from minivlm.conversation import DESCRIBE, Turn, collate
 from minivlm.datasets.continuation import split
+from minivlm.datasets.conversations import open_texts
 from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes import is_world
-from minivlm.datasets.shapes_episodes import document, documents, words
-from minivlm.datasets.talk import open_texts
+from minivlm.datasets.shapes.episodes import document, documents, words
 from minivlm.errors import UserError
 from minivlm.evaluate.language import held_out_texts, perplexity, sample, unigram_entropy
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.t5 import T5
 from minivlm.metrics import Score
+from minivlm.model import Model
 from minivlm.pictures import Row, sheet
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
@@ -39,7 +39,7 @@ from minivlm.recipes.shared import (
     suited,
 )
 from minivlm.recipes.work import Work
-from minivlm.tasks.speak import beginning
+from minivlm.tasks.generate import beginning
 from minivlm.training import OptimiserConfig
 
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for

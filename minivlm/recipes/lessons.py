@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from minivlm import evaluate
-from minivlm.conversation import IGNORED, MARK, Sample, collate
+from minivlm.conversation import IGNORED, PLACEHOLDER, Sample, collate
 from minivlm.datasets.class_episodes import class_episodes, class_lessons, read_classes
-from minivlm.datasets.shapes_shots import Named
+from minivlm.datasets.shapes.shots import Named
 from minivlm.errors import UserError
 from minivlm.losses import labelled
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import CACHE_LIMIT, look_once, measure_once
+from minivlm.recipes.frozen import CACHE_LIMIT, compute_features_once, measure_once
 from minivlm.recipes.interleaved import gates_text
 from minivlm.recipes.work import Work
 from minivlm.special_tokens import as_text
@@ -65,7 +65,9 @@ class LessonsWork(Work):
         measure_once(self.model, self.processor, self.paths, device, precision)
         if self.recipe.freeze_vision:
             pictures = lambda indices: [self.paths[i] for i in indices]
-            self.features = look_once(self.model, self.processor, len(self.paths), pictures, device, precision)
+            self.features = compute_features_once(
+                self.model, self.processor, len(self.paths), pictures, device, precision
+            )
         elif 4 * 3 * len(self.paths) * self.processor.image_size**2 <= CACHE_LIMIT:
             self.pixels = self.processor.images(self.paths)
 
@@ -109,9 +111,9 @@ def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
     """A picture and what it is called, one after the other. Learnt is every word that was heard before in the lesson."""
     tokens = [] if processor.start_token is None else [processor.start_token]
     labels, heard = [IGNORED] * len(tokens), set()
-    given = processor.ids(f"{MARK}{LEAD}")
+    given = processor.ids(f"{PLACEHOLDER}{LEAD}")
     for _, word in lesson:
-        whole = processor.ids(f"{MARK}{LEAD} {as_text(word)}{END}")
+        whole = processor.ids(f"{PLACEHOLDER}{LEAD} {as_text(word)}{END}")
         said = whole[len(given) :]
         tokens += whole
         labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))

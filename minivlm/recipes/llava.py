@@ -20,8 +20,8 @@ from torch import Tensor
 from minivlm.adapters import save_adapter
 from minivlm.checkpoint import load
 from minivlm.conversation import Sample, Turn, collate, encode_conversation, template_of, with_chat
+from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.judge import conversation_problem
-from minivlm.datasets.talk import Talk
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.layers.perceiver import PerceiverConfig
@@ -29,10 +29,10 @@ from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
-from minivlm.recipes.frozen import look_once, measure_once
-from minivlm.recipes.parts import LATENTS, eyes_and_words, load_decoder, load_eyes, resampling, take
+from minivlm.recipes.captioner import ConversationsConfig, Speaking, open_train
+from minivlm.recipes.frozen import compute_features_once, measure_once
+from minivlm.recipes.parts import LATENTS, join_processors, load_language_model, load_vision_model, resampling, take
 from minivlm.recipes.shared import next_training, suited
-from minivlm.recipes.speak import Speaking, TalkConfig, open_train
 from minivlm.training import OptimiserConfig
 
 LOOKED_AT = 500  # samples, before the first step, to tell how many are cut
@@ -54,7 +54,7 @@ class LLaVARecipe(Recipe):
     vision_layers: tuple[int, ...] = (-2,)
     tiles: int = 1
     lora: LoRAConfig | None = None  # stage "instruct": None trains the language model itself
-    data: TalkConfig = field(default_factory=TalkConfig)
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
 
     def needs(self) -> dict[str, str]:
         if self.stage == "instruct":
@@ -83,8 +83,8 @@ class LLaVARecipe(Recipe):
 
     def align(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
-        clip, eyes = load_eyes(self.vision_from)
-        speaker, words = load_decoder(self.language_from, chat=self.chat, system=self.system)
+        clip, eyes = load_vision_model(self.vision_from)
+        speaker, words = load_language_model(self.language_from, chat=self.chat, system=self.system)
         vision = clip.config.vision
         reads = resampling(self.resampler, vision, self.vision_layers) if self.projector == "resampler" else None
         config = LLaVAConfig(
@@ -100,7 +100,7 @@ class LLaVARecipe(Recipe):
         take(model.vision, clip.vision)
         take(model.language_model, speaker)
         sees = dict(image_tokens=config.image_tokens, tiles=self.tiles)
-        return model, eyes_and_words(eyes, words, context=speaker.config.context, **sees)
+        return model, join_processors(eyes, words, context=speaker.config.context, **sees)
 
     def instruct(self) -> tuple[LLaVA, Processor]:
         model, processor = load(self.starts_from)
@@ -121,7 +121,9 @@ class PrefixWork(Speaking):
     data have no captions, by its answers all the same.
     """
 
-    def __init__(self, recipe, model, processor: Processor, train: Talk, *, origins: dict[str, str], answers: bool):
+    def __init__(
+        self, recipe, model, processor: Processor, train: Conversations, *, origins: dict[str, str], answers: bool
+    ):
         super().__init__(recipe, model, processor, train)
         self.origins = origins
         if self.val_questions and (answers or not any(map(self.val.captions, range(len(self.val))))):
@@ -144,7 +146,9 @@ class PrefixWork(Speaking):
         learns = any(p.requires_grad for p in self.model.vision.parameters())
         if self.train.one_picture_each and not learns:
             single = lambda indices: [picture for [picture] in self.train.images(indices)]
-            self.features = look_once(self.model, self.processor, len(self.train), single, device, precision)
+            self.features = compute_features_once(
+                self.model, self.processor, len(self.train), single, device, precision
+            )
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         turns, context = self.conversation(index, rng), self.processor.context
@@ -189,7 +193,7 @@ class PrefixWork(Speaking):
 
 
 class LLaVAWork(PrefixWork):
-    def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Talk):
+    def __init__(self, recipe: LLaVARecipe, model: LLaVA, processor: Processor, train: Conversations):
         align = recipe.stage == "align"
         origins = {
             "vision": recipe.vision_from if align else recipe.starts_from,

@@ -22,7 +22,7 @@ from minivlm.processor import Processor
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
 
 
-def load_eyes(source: str) -> tuple[nn.Module, Processor]:
+def load_vision_model(source: str) -> tuple[nn.Module, Processor]:
     """A model that compares pictures with texts, for its vision tower."""
     clip, processor = load(source)
     if not hasattr(clip, "encode_image") or not hasattr(clip, "vision"):
@@ -30,7 +30,9 @@ def load_eyes(source: str) -> tuple[nn.Module, Processor]:
     return clip, processor
 
 
-def load_decoder(source: str, *, chat: str | None = None, system: str | None = None) -> tuple[LanguageModel, Processor]:
+def load_language_model(
+    source: str, *, chat: str | None = None, system: str | None = None
+) -> tuple[LanguageModel, Processor]:
     """A language model that knows the mark `<image>`, and a way to write conversations (see `with_chat`)."""
     speaker, words = load(source)
     if not isinstance(speaker, LanguageModel):
@@ -54,7 +56,7 @@ def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[L
     return with_vocabulary(model, processor.image_token_id + 1), processor
 
 
-def eyes_and_words(eyes: Processor, words: Processor, **fields) -> Processor:
+def join_processors(eyes: Processor, words: Processor, **fields) -> Processor:
     """Pictures as `eyes` prepares them, texts and conversations as `words` does. fields: of its config that are neither's,
     such as image_tokens and context."""
     names = ("pad_token", "answer_end", "chat", "chat_format", "system", "image_token")

@@ -12,7 +12,7 @@ from torch import nn
 
 from minivlm.datasets.contents import FILES, KINDS, contents, told
 from minivlm.datasets.folder import SPLITS, open_pairs
-from minivlm.datasets.folder_talk import read_entries
+from minivlm.datasets.folder_conversations import read_entries
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
-from minivlm.datasets.holes import HOLES, drop, with_holes
-from minivlm.datasets.shapes_episodes import words
+from minivlm.datasets.shapes.episodes import words
+from minivlm.datasets.span_corruption import HOLES, drop, with_holes
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.processor import Processor
 from minivlm.recipes.language import Language, TextsRecipe, prepare_to_copy

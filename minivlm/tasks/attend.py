@@ -30,14 +30,14 @@ from minivlm.models.clip import CLIP
 from minivlm.models.fusion import OneStream, ViLBERT
 from minivlm.models.llava import LLaVA
 from minivlm.models.multitask import MultitaskVLM
-from minivlm.models.querying import QueryingModel
+from minivlm.models.vision_features import QueryingModel
 from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
 from minivlm.tasks.choose import check_chooser, chooses
 from minivlm.tasks.features import inference, to_tokens
+from minivlm.tasks.generate import can_answer, can_see, caption, check_speaker, model_inputs, question_tokens, say
 from minivlm.tasks.match import can_match
-from minivlm.tasks.speak import can_answer, can_see, caption, check_speaker, model_inputs, question_tokens, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,7 +98,7 @@ def queries(images: list, model, processor, prompt: str | None) -> list[Looks]:
     """The last cross-attention of a Q-Former, averaged over its heads."""
     pixels = processor.images(images).to(model.device, model.dtype)
     with inference(model):
-        features = model.look(pixels)
+        features = model.image_features(pixels)
         with record_attention(model.qformer, only=lambda name: name.endswith("cross_attention")) as kept:
             model.qformer(features)
     *_, [last] = kept.values()  # (B, H, Q, S)
@@ -175,7 +175,7 @@ def reading(images: list, model, processor, prompt: str | None) -> list[Looks]:
         tokens = to_tokens([text], processor, cut=prompt is None)[0].to(model.device)  # (1, T)
         pixels = processor.images([image]).to(model.device, model.dtype)
         with inference(model):
-            features = model.look(pixels)  # (1, N, C): in a single stream they stand before the words
+            features = model.image_features(pixels)  # (1, N, C): in a single stream they stand before the words
             with record_attention(model, only=lambda name: fnmatch(name, where)) as kept:
                 made_of_it = read(model, tokens, features)
         T, N = tokens.shape[1], features.shape[1]

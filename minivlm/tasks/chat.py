@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minivlm.conversation import MARK, Turn, as_text, encode_conversation, endings, with_images
+from minivlm.conversation import PLACEHOLDER, Turn, as_text, encode_conversation, endings, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
-from minivlm.tasks.speak import (
+from minivlm.tasks.generate import (
     MAX_NEW_TOKENS,
     Picture,
     can_see,
@@ -80,8 +80,10 @@ class Chat:
         """
         if not text.strip():
             raise UserError("the question is empty; say something.")
-        if MARK in text and can_see(self.model):
-            raise UserError(f"{MARK} marks are put in front of the question by themselves: show the picture, then ask.")
+        if PLACEHOLDER in text and can_see(self.model):
+            raise UserError(
+                f"{PLACEHOLDER} marks are put in front of the question by themselves: show the picture, then ask."
+            )
         exchanges, question, tokens = self.remember(Exchange(self.waiting, text))
         pixels = [p for e in (*exchanges, question) for p in e.pixels]
         check_one_picture([pixels], self.model)

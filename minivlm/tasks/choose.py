@@ -66,7 +66,7 @@ def rank_answers(
 
     UserError: a model that ranks no answers, none to be ranked, and what `check_answerer` and `to_tokens` refuse.
     """
-    from minivlm.tasks.speak import check_answerer
+    from minivlm.tasks.generate import check_answerer
 
     if not hasattr(model, "rank") or not model.config.answers:
         raise UserError(f"{type(model).__name__} ranks no answers; that needs a BLIP that was trained on questions.")

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minivlm.conversation import IGNORED, MARK, shared
+from minivlm.conversation import IGNORED, PLACEHOLDER, shared
 from minivlm.datasets.continuation import pad
 from minivlm.errors import UserError
 from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.features import inference
-from minivlm.tasks.speak import (
+from minivlm.tasks.generate import (
     Picture,
     beginning,
     check_answerer,
@@ -88,8 +88,8 @@ def few_shot_prompt(examples: Sequence[Example], query: Example, processor) -> P
 
 def write_prompt(texts: Sequence[str], query: str, end: str = "") -> list[str]:
     """Each text behind its picture's mark; those of the examples are ended, with the token `end` as well."""
-    examples = [[Markup(MARK), f"{text.strip().removesuffix(END)}{END}", Markup(end)] for text in texts]
-    return [*chain.from_iterable(examples), Markup(MARK), query.strip()]
+    examples = [[Markup(PLACEHOLDER), f"{text.strip().removesuffix(END)}{END}", Markup(end)] for text in texts]
+    return [*chain.from_iterable(examples), Markup(PLACEHOLDER), query.strip()]
 
 
 def shot_prompt(labels: Sequence[str], lead: str = LEAD) -> str:
@@ -120,7 +120,7 @@ def score(
 
 def score_batch(model, processor, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
     pixels = processor.images([image for prompt in prompts for image in prompt.images])
-    features = model.look(pixels.to(model.device, model.dtype))
+    features = model.image_features(pixels.to(model.device, model.dtype))
     features = features.unflatten(0, (len(pixels), -1))  # (M, views, N, C)
     ends = torch.tensor([len(prompt.images) for prompt in prompts]).cumsum(dim=0).tolist()
     rows, said, seen = [], [], []
@@ -181,7 +181,7 @@ def candidate_tokens(prompt: Prompt, candidates: Sequence[str], model, processor
 def check_reader(model, processor) -> None:
     """UserError unless its pictures stand between its words."""
     check_answerer(model, processor, images=1)
-    if places(model) is None or not hasattr(model, "look"):
+    if places(model) is None or not hasattr(model, "image_features"):
         raise UserError(
             f"{type(model).__name__} sees its pictures in front of all words, so it cannot be shown examples: few-shot "
             "needs a model whose pictures stand in the text, as Flamingo."
@@ -203,9 +203,9 @@ def check_texts(examples: Sequence[Example]) -> None:
         name = "the query" if number == len(examples) else f"example {number}"
         if not text.strip():
             raise UserError(f"the text of {name} is empty; say what the picture shows, or how that begins.")
-        if MARK in text:
+        if PLACEHOLDER in text:
             raise UserError(
-                f"the text of {name} has an {MARK} mark, but its one picture stands in front of it: leave it out."
+                f"the text of {name} has an {PLACEHOLDER} mark, but its one picture stands in front of it: leave it out."
             )
 
 

@@ -186,7 +186,7 @@ class IndexWriter:
         with disk_errors(self.path):
             self.file = open(self.path / self.file_name, "xb", buffering=0)
         try:
-            self.begin()
+            self.start()
         except BaseException:  # the old index still stands; leave nothing beside it
             self.file.close()
             (self.path / self.file_name).unlink()
@@ -196,7 +196,7 @@ class IndexWriter:
                 (self.path / self.old.file).unlink(missing_ok=True)
         return self
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """The header and the rows that still hold."""
         names, rows = list(self.kept), list(self.kept.values())
         with disk_errors(self.path):
@@ -321,10 +321,10 @@ def inside(name: object) -> str:
 
 def list_images(directory: Path) -> dict[str, Stamp]:
     """Every image file below `directory`, sorted by name; hidden files and folders are left out."""
-    return stamps(directory, look(directory))
+    return stamps(directory, list_files(directory))
 
 
-def look(directory: Path) -> Listing:
+def list_files(directory: Path) -> Listing:
     """All that is below `directory`. UserError where there are no pictures among it."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; name the folder that holds the pictures.")

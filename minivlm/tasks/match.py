@@ -36,7 +36,7 @@ def match_all(
             raise UserError("a text to match is empty; say what may be in the picture.")
     N, M = len(images), len(texts)
     tokens, mask = to_tokens(texts, processor, cut=cut)
-    features = look_at_all(images, model, processor, batch_size=batch_size)
+    features = features_of_all(images, model, processor, batch_size=batch_size)
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(M)).view(-1, 2)
     return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().view(N, M)
 
@@ -52,13 +52,13 @@ def rerank(
     return [(*found[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def look_at_all(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
+def features_of_all(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
     """N pictures → (N, L, C), what the frozen tower sees of each: computed once, however often it is matched."""
     parts = []
     with inference(model):
         for i in range(0, len(images), batch_size):
             pixels = processor.images(images[i : i + batch_size])
-            parts.append(model.look(pixels.to(model.device, model.dtype)))
+            parts.append(model.image_features(pixels.to(model.device, model.dtype)))
     return torch.cat(parts)
 
 

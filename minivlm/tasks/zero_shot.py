@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.models.matching import Matching
+from minivlm.models.image_text_matching import Matching
 from minivlm.tasks.features import encode_images, encode_texts
 
 # In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".

@@ -27,12 +27,12 @@ to `tolerance`, relative to the largest one expected; None is what rounding alon
 | assert_later_image_changes_nothing_before                      | the text before an image does not know of it      |
 """
 
-from minivlm.testing.learning import assert_can_overfit, assert_frozen, assert_keeps_no_activations
-from minivlm.testing.seeing import (
+from minivlm.testing.images import (
     assert_images_seen_only_where_allowed,
     assert_later_image_changes_nothing_before,
     assert_zero_gates_change_nothing,
 )
+from minivlm.testing.learning import assert_can_overfit, assert_frozen, assert_keeps_no_activations
 from minivlm.testing.structure import (
     assert_batch_independent,
     assert_cache_equals_full,

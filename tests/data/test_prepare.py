@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from minivlm.conversation import Turn
-from minivlm.datasets import Question, official, open_pairs, open_talk
+from minivlm.datasets import Question, official, open_conversations, open_pairs
 from minivlm.datasets.class_episodes import read_classes
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.errors import UserError
@@ -78,7 +78,7 @@ def test_coco(coco, tmp_path, capsys):
     out = tmp_path / "out"
     prepare("coco", coco, "--out", out)
     assert f"{out}: 3 images, 15 captions. Next: python train.py clip --data {out}" in capsys.readouterr().out
-    train, val = open_pairs(out, "train", image_size=32), open_talk(out, "val", image_size=32)
+    train, val = open_pairs(out, "train", image_size=32), open_conversations(out, "val", image_size=32)
     assert [train.key(i) for i in range(2)] == [
         "images/train2017/000000000009.jpg",
         "images/train2017/000000000025.jpg",
@@ -171,7 +171,7 @@ def test_vqa2(vqa, tmp_path, capsys):
     out = tmp_path / "out"
     prepare("vqa2", vqa, "--images", tmp_path / "coco", "--out", out)
     assert "3 questions about 2 images" in capsys.readouterr().out
-    train, val = open_talk(out, "train", image_size=32), open_talk(out, "val", image_size=32)
+    train, val = open_conversations(out, "train", image_size=32), open_conversations(out, "val", image_size=32)
     assert len(train) == 1 and train.key(0) == "images/train2014/COCO_train2014_000000000009.jpg"
     assert train.questions()[1] == Question(0, "Is it?", ("yes",) * 7 + ("no idea",) * 3, "yes/no")
     assert val.questions() == [Question(0, "Where?", ("left",) * 7 + ("no idea",) * 3, "other")]
@@ -215,7 +215,7 @@ def test_flickr8k(flickr, tmp_path, capsys):
     prepare(*flickr)
     assert "3 images. Next: python train.py captioner" in capsys.readouterr().out
     for split, photo in zip(("train", "val", "test"), PHOTOS, strict=True):
-        talk = open_talk(tmp_path / "out", split, image_size=32)
+        talk = open_conversations(tmp_path / "out", split, image_size=32)
         assert len(talk) == 1 and talk.key(0) == f"images/{photo}"
         assert talk.captions(0) == [f"A child , number {k} , on {photo[:4]} ." for k in range(5)]
     assert (tmp_path / "out" / "images").is_symlink()
@@ -263,7 +263,7 @@ def test_llava(llava, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'out'}: 2 conversations. Next: python train.py llava --data {tmp_path / 'out'}"
     ]
-    talk = open_talk(tmp_path / "out", "train", image_size=32)
+    talk = open_conversations(tmp_path / "out", "train", image_size=32)
     said = {talk.key(i): talk.conversation(i, np.random.default_rng(0)) for i in range(len(talk))}
     assert said == {
         "images/coco/train2017/000000033471.jpg": [Turn("user", "<image>\nWhat colour?"), Turn("assistant", "White.")],
@@ -294,7 +294,7 @@ def test_llava_leaves_out_what_is_no_text_and_keeps_names_that_are_no_utf8(llava
     assert "1 entries cannot be learnt from and are left out; the first: entry 3: “half \\ud83d” is no valid text" in (
         capsys.readouterr().out
     )
-    splits = [open_talk(tmp_path / "out", split, image_size=32) for split in ("train", "val", "test")]
+    splits = [open_conversations(tmp_path / "out", split, image_size=32) for split in ("train", "val", "test")]
     assert f"images/{name}" in {talk.key(i) for talk in splits for i in range(len(talk))}
 
 
@@ -306,7 +306,7 @@ def test_llavas_missing_images_are_an_error_or_left_out(llava, tmp_path, capsys)
         prepare(*llava)
     prepare(*llava, "--skip_missing")
     assert "1 entries are left out because their image is missing" in capsys.readouterr().out
-    assert len(open_talk(tmp_path / "out", "train", image_size=32)) == 1
+    assert len(open_conversations(tmp_path / "out", "train", image_size=32)) == 1
 
 
 def test_wrong_files_of_llava_are_named(llava, tmp_path):

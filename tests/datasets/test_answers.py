@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from minivlm.datasets.answers import AnswerList, most_frequent
+from minivlm.datasets.conversations import Question, open_conversations
 from minivlm.datasets.shapes import make_shapes
-from minivlm.datasets.talk import Question, open_talk
 
 
 def question(*answers):
@@ -34,7 +34,7 @@ def test_right_answers_have_the_share_of_those_who_gave_them():
 
 def test_the_shapes_world_asks_to_learn_what_is_true(tmp_path):
     make_shapes(tmp_path, train=40, image_size=32, progress=False)
-    talk = open_talk(tmp_path, "train", image_size=32)
+    talk = open_conversations(tmp_path, "train", image_size=32)
     asked = [talk.asked(i, np.random.default_rng(i)) for i in range(40)]
     assert asked == [talk.asked(i, np.random.default_rng(i)) for i in range(40)]
     turns = [turn.text for turn in talk.conversation(3, np.random.default_rng(1))]
@@ -53,7 +53,7 @@ def test_a_folder_asks_all_that_it_knows(tmp_path, index):
     lines = [f'{{"image": "{n}", "question": "what?", "answer": "{a}", "split": "train"}}' for n, a in
              (("a.png", "kite"), ("a.png", "bird"), ("b.png", "dog"))]  # fmt: skip
     (tmp_path / "vqa.jsonl").write_text("\n".join(lines))
-    talk = open_talk(tmp_path, "train", image_size=None)
+    talk = open_conversations(tmp_path, "train", image_size=None)
     said = [q.answers for q in talk.asked(index, np.random.default_rng(0))]
     assert said == [[("kite",), ("bird",)], [("dog",)]][index]
     assert talk.false_caption(index, np.random.default_rng(0)) is None

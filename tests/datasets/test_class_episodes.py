@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from minivlm.datasets.class_episodes import class_episodes, class_lessons, read_classes
-from minivlm.datasets.shapes_episodes import is_held_out
+from minivlm.datasets.shapes.episodes import is_held_out
 from minivlm.errors import UserError
 
 

@@ -6,7 +6,7 @@ import torch
 
 from minivlm.conversation import IGNORED, Turn
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
-from minivlm.datasets.shapes_episodes import documents
+from minivlm.datasets.shapes.episodes import documents
 from minivlm.processor import Processor
 
 TALK = "two shapes. is there a red circle? yes where is it? top left"

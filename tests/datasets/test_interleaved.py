@@ -9,7 +9,7 @@ from minivlm.datasets.interleaved import Interleaved, ahead, encode_document, is
 from minivlm.errors import UserError
 from tests.speakers import processor
 
-MARK = "<image>"
+PLACEHOLDER = "<image>"
 NAMES = [f"{i}.png" for i in range(40)]
 
 
@@ -54,8 +54,15 @@ def test_documents_are_read_in_their_order_and_all_land_in_one_split(folder):
 
 
 def test_a_picture_may_belong_to_the_text_before_it(folder):
-    assert ahead(["t", MARK, "u", MARK, MARK, "v"]) == [MARK, "t", MARK, MARK, "u", "v"]
-    assert ahead([MARK, "u"]) == [MARK, "u"]
+    assert ahead(["t", PLACEHOLDER, "u", PLACEHOLDER, PLACEHOLDER, "v"]) == [
+        PLACEHOLDER,
+        "t",
+        PLACEHOLDER,
+        PLACEHOLDER,
+        "u",
+        "v",
+    ]
+    assert ahead([PLACEHOLDER, "u"]) == [PLACEHOLDER, "u"]
     write(folder, *([text("t"), image(name), text("u")] for name in NAMES))
     split = Interleaved(folder, "train", image_size=8)
     drawn = [split.text(0, np.random.default_rng(i)) for i in range(200)]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from minivlm import recipes
 from minivlm.conversation import Turn
-from minivlm.datasets import check, open_talk
+from minivlm.datasets import check, open_conversations
 from minivlm.datasets.contents import contents
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.datasets.judge import conversation_problem
@@ -56,13 +56,13 @@ def checked(capsys, *argv):
 
 def test_a_conversation_too_long_to_be_learnt_from_is_left_out_counted_and_named(folder):
     conversations(folder, "what is it?", LONG)
-    talk = open_talk(folder, "train", image_size=16)
+    talk = open_conversations(folder, "train", image_size=16)
     talk.leave_out(conversation_problem(processor()))
     assert [talk.key(i) for i in range(len(talk))] == ["0.png"]
     [note] = talk.notes
     assert note.startswith("1 of 2 training samples are left out. entry 2 (id x1): the conversation has")
     conversations(folder, LONG, LONG)
-    talk = open_talk(folder, "train", image_size=16)
+    talk = open_conversations(folder, "train", image_size=16)
     with pytest.raises(
         UserError, match=r"none of the 2 training samples can be learnt from; the first: entry 1 \(id x0\)"
     ):
@@ -72,7 +72,7 @@ def test_a_conversation_too_long_to_be_learnt_from_is_left_out_counted_and_named
 def test_of_several_questions_about_a_picture_the_long_one_is_left_out(folder):
     lines = [{"image": "0.png", "question": q, "answer": "a"} for q in ("what?", LONG)]
     (folder / "vqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    talk = open_talk(folder, "train", image_size=16)
+    talk = open_conversations(folder, "train", image_size=16)
     talk.leave_out(conversation_problem(processor()))
     rng = np.random.default_rng(0)
     assert (
@@ -174,6 +174,6 @@ def make_plain(folder):
 )
 def test_half_a_surrogate_pair_is_one_sentence_wherever_it_stands(folder, name, text):
     (folder / name).write_text(text)
-    read = Interleaved if name == "interleaved.jsonl" else open_talk
+    read = Interleaved if name == "interleaved.jsonl" else open_conversations
     with pytest.raises(UserError, match="is no valid text: it holds half a surrogate pair"):
         read(folder, "train", image_size=16)

@@ -23,8 +23,8 @@ BEND = {
     "squared_relu": lambda x: F.relu(x) ** 2,
 }  # the last: Alayrac et al. 2022, §A.1.2
 
-MARK, PAD = 9, 0
-TOKENS = torch.tensor([[1, MARK, 2, MARK, 3, MARK, 4], [1, 2, 3, MARK, 4, PAD, PAD]])
+PLACEHOLDER, PAD = 9, 0
+TOKENS = torch.tensor([[1, PLACEHOLDER, 2, PLACEHOLDER, 3, PLACEHOLDER, 4], [1, 2, 3, PLACEHOLDER, 4, PAD, PAD]])
 
 
 def layer(config, opened=True):
@@ -43,7 +43,7 @@ def inputs(images=3):
 class TestLayer:
     def test_the_formula(self, config):
         block, (x, images) = layer(config), inputs()
-        mask = image_mask(TOKENS, MARK, 3, latents=L)
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L)
         a = block.attention
         norm = lambda n, t: t if n is None else n(t)
         heads = lambda t: t.unflatten(-1, (a.heads, a.head_width)).transpose(1, 2)
@@ -74,14 +74,14 @@ class TestLayer:
     @pytest.mark.parametrize("see", ["last", "all"])
     def test_each_token_sees_its_images_alone(self, config, see):
         block, (x, images) = layer(config), inputs()
-        mask = image_mask(TOKENS, MARK, 3, latents=L, see=see)
-        allowed = image_mask(TOKENS, MARK, 3, see=see)
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L, see=see)
+        allowed = image_mask(TOKENS, PLACEHOLDER, 3, see=see)
         read = lambda apart: block(x, apart.flatten(1, 2), mask)
         assert_images_seen_only_where_allowed(read, images.unflatten(1, (3, L)), allowed)
 
     def test_who_sees_no_image_passes_the_attention_half_untouched(self, config):
         block, (x, images) = layer(config), inputs()
-        y = block(x, images, image_mask(TOKENS, MARK, 3, latents=L))
+        y = block(x, images, image_mask(TOKENS, PLACEHOLDER, 3, latents=L))
         none = block(x, None)
         assert torch.equal(y[0, 0], none[0, 0]) and torch.equal(y[1, :3], none[1, :3])
         block.mlp_gate.data.zero_()
@@ -89,7 +89,7 @@ class TestLayer:
 
     def test_remembered_images(self, config):
         block, (x, images) = layer(config), inputs()
-        mask = image_mask(TOKENS, MARK, 3, latents=L)
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L)
         assert torch.equal(block(x, block.remember(images), mask), block(x, images, mask))
         assert_batch_independent(block, x, images, mask)
 
@@ -106,28 +106,28 @@ def drawn(*rows):
 
 class TestMask:
     def test_entry_by_entry_the_last_image(self):
-        mask = image_mask(TOKENS, MARK, 3)
+        mask = image_mask(TOKENS, PLACEHOLDER, 3)
         assert torch.equal(mask[0], drawn("···", "■··", "■··", "·■·", "·■·", "··■", "··■"))
         assert torch.equal(mask[1], drawn("···", "···", "···", "■··", "■··", "■··", "■··"))
 
     def test_entry_by_entry_all_images(self):
-        mask = image_mask(TOKENS, MARK, 3, see="all")
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, see="all")
         assert torch.equal(mask[0], drawn("···", "■··", "■··", "■■·", "■■·", "■■■", "■■■"))
-        assert torch.equal(mask[1], image_mask(TOKENS, MARK, 3)[1])
+        assert torch.equal(mask[1], image_mask(TOKENS, PLACEHOLDER, 3)[1])
 
     def test_latents_of_an_image_stand_together(self):
-        mask = image_mask(TOKENS[:1, :4], MARK, 2, latents=2)
+        mask = image_mask(TOKENS[:1, :4], PLACEHOLDER, 2, latents=2)
         assert torch.equal(mask[0], drawn("····", "■■··", "■■··", "··■■"))
 
     def test_images_beyond_the_marks_are_seen_by_none(self):
         for see in ("last", "all"):
-            mask = image_mask(TOKENS, MARK, 5, see=see)
+            mask = image_mask(TOKENS, PLACEHOLDER, 5, see=see)
             assert not mask[..., 3:].any() and not mask[1, :, 1:].any()
-            assert torch.equal(mask[..., :3], image_mask(TOKENS, MARK, 3, see=see))
+            assert torch.equal(mask[..., :3], image_mask(TOKENS, PLACEHOLDER, 3, see=see))
 
     def test_no_image(self):
-        assert image_mask(TOKENS, MARK, 0).shape == (2, 7, 0)
+        assert image_mask(TOKENS, PLACEHOLDER, 0).shape == (2, 7, 0)
 
     def test_another_word(self):
         with pytest.raises(ValueError, match="see is 'next'; there are last and all"):
-            image_mask(TOKENS, MARK, 3, see="next")
+            image_mask(TOKENS, PLACEHOLDER, 3, see="next")

@@ -201,7 +201,7 @@ class TestSpeaking:
     @pytest.mark.parametrize("mask", [None, MASK, HOLES], ids=["whole", "padded", "with holes"])
     def test_every_step_is_the_full_forward_of_what_was_said(self, config, mask):
         model, tokens = model_of(config), texts()
-        decoding = model.begin(tokens, mask, room=4)
+        decoding = model.prefill(tokens, mask, room=4)
         rows = [tokens[i] if mask is None else tokens[i][mask[i]] for i in range(B)]
         for step in range(5):
             for i, row in enumerate(rows):
@@ -242,21 +242,21 @@ class TestSpeaking:
     def test_embeddings_are_as_good_as_tokens(self):
         model, tokens = model_of(LLAMA), texts()
         assert torch.equal(
-            model.begin(embeddings=model.embed(tokens), mask=MASK, room=1).logits,
-            model.begin(tokens, MASK, room=1).logits,
+            model.prefill(embeddings=model.embed(tokens), mask=MASK, room=1).logits,
+            model.prefill(tokens, MASK, room=1).logits,
         )
 
     def test_the_head_reads_the_last_token_alone(self):
         model, read = model_of(LLAMA), []
         model.head.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
-        model.begin(texts(), room=1)
-        model.begin(texts(), MASK, room=1)
+        model.prefill(texts(), room=1)
+        model.prefill(texts(), MASK, room=1)
         assert read == [(B, D), (B, D)]
 
     def test_a_prompt_that_leaves_no_room(self):
         with pytest.raises(ValueError, match="a prompt of 8 tokens and 13 new ones do not fit the context of 20"):
-            model_of(LLAMA).begin(texts(), room=13)
+            model_of(LLAMA).prefill(texts(), room=13)
 
     def test_a_row_without_a_token(self):
         with pytest.raises(ValueError, match="a row of the prompt has no token"):
-            model_of(LLAMA).begin(texts(), MASK & (torch.arange(B) != 1)[:, None], room=1)
+            model_of(LLAMA).prefill(texts(), MASK & (torch.arange(B) != 1)[:, None], room=1)

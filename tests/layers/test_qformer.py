@@ -98,7 +98,10 @@ class TestAfterQueries:
     def test_so_are_the_gradients(self, model):
         seen = features()
         w = torch.randn(2, 5, 24)
-        losses = (model(seen, TOKENS, MASK, see="causal").text, model.tell(TOKENS, MASK, after=model.look(seen)).text)
+        losses = (
+            model(seen, TOKENS, MASK, see="causal").text,
+            model.tell(TOKENS, MASK, after=model.look(seen)).text,
+        )
         grads = [torch.autograd.grad((y * w).sum(), [*model.parameters()], materialize_grads=True) for y in losses]
         for name, a, b in zip(dict(model.named_parameters()), *grads, strict=True):
             if "k_proj.bias" not in name:

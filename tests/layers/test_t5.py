@@ -187,7 +187,7 @@ class TestSpeaking:
     @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
     def test_every_step_is_the_full_forward_of_what_was_said(self, config, mask):
         model, tokens = model_of(config), texts()
-        decoding, said = model.begin(tokens, mask, room=12), torch.empty(B, 0, dtype=torch.long)
+        decoding, said = model.prefill(tokens, mask, room=12), torch.empty(B, 0, dtype=torch.long)
         for step in range(13):
             heard = model(tokens, mask, torch.cat([said, texts(length=1)], dim=1)).logits[:, -1]
             assert_same(decoding.logits, heard.float(), f"step {step}")
@@ -224,8 +224,8 @@ class TestSpeaking:
     def test_rows_take_what_they_have_read_along(self):
         """More rows than before, fewer, in another order: each goes on as the one it was."""
         model, tokens = model_of(FLAN), texts()
-        decoding = model.begin(tokens, MASK, room=3)
-        twin = model.begin(tokens, MASK, room=3)
+        decoding = model.prefill(tokens, MASK, room=3)
+        twin = model.prefill(tokens, MASK, room=3)
         rows = torch.arange(B)
         for order in ([0, 0, 1, 1, 2, 2], [1, 0, 2, 3, 5, 4], [5, 0]):
             decoding.reorder(torch.tensor(order))
@@ -237,7 +237,7 @@ class TestSpeaking:
 
     def test_beams_that_have_read_the_same_copy_nothing(self):
         model = model_of(FLAN)
-        decoding = model.begin(texts(), MASK, room=3)
+        decoding = model.prefill(texts(), MASK, room=3)
         decoding.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
         before = decoding.read
         decoding.reorder(torch.tensor([1, 0, 3, 3, 4, 5]))

@@ -59,7 +59,7 @@ class TestRoles:
     def test_matching_reads_the_encode_token_in_front_of_the_picture(self):
         model, images = blip(), pictures()
         tokens = torch.cat([torch.full((3, 1), 4), TOKENS[:, 1:]], dim=1)
-        hidden = model.encoder(tokens, MASK, read=model.look(images)).hidden
+        hidden = model.encoder(tokens, MASK, read=model.image_features(images)).hidden
         assert_same(model.match(images, TOKENS, MASK), model.match_head(hidden[:, 0]))
         assert not torch.allclose(model.match(images.flip(0), TOKENS, MASK), model.match(images, TOKENS, MASK))
 
@@ -74,7 +74,7 @@ class TestRoles:
 
     def test_features_may_stand_in_for_pictures(self):
         model, images = blip(), pictures()
-        features = model.look(images)
+        features = model.image_features(images)
         assert_same(features, model.vision.norm(model.vision.features(images)))
         for call in (model.match, model):
             out, other = call(images, TOKENS, MASK), call(None, TOKENS, MASK, features=features)
@@ -100,7 +100,7 @@ class TestRoles:
         )
         assert config.answers is (width == 24)
         model, images = blip(config), torch.randn(2, 3, 64, 64)
-        features = model.look(images)
+        features = model.image_features(images)
         assert features.shape == (2, places, width)
         hidden = model.encoder(begun(TOKENS[:2]), MASK[:2], read=features + model.places).hidden
         model.config = replace(config, encode_token=3)
@@ -185,7 +185,7 @@ class TestLosses:
             TOKENS, MASK, images, question=ASKED, question_mask=mask, answer=SAID, answer_mask=SAID != 0
         )
         tokens = torch.cat([torch.full((3, 1), 4), ASKED[:, 1:]], dim=1)
-        question = model.encoder(tokens, mask, read=model.look(images)).hidden
+        question = model.encoder(tokens, mask, read=model.image_features(images)).hidden
         hidden = model.decoder(begun(SAID), read=question, read_mask=mask).hidden
         logits = model.head(model.text_head(hidden))
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), SAID[:, 1:].flatten(), label_smoothing=0.1)
@@ -214,7 +214,7 @@ class TestSpeaking:
         said = model.generate(images, tokens, mask, max_new_tokens=6, end_tokens=())
         for i in range(3):
             row = tokens[i][mask[i]]
-            read = model.look(images[i : i + 1])
+            read = model.image_features(images[i : i + 1])
             if questions:
                 read, row = model.fuse(read, row[None]), torch.tensor([3])
             for token in said[i]:
@@ -226,10 +226,11 @@ class TestSpeaking:
         model, images = blip(), pictures()
         tokens = torch.full((3, 1), 3)
         wide = model.generate(images, tokens, max_new_tokens=2, num_beams=40, length_penalty=0.0, end_tokens=())
-        first = model.head(model.tell(tokens, None, model.look(images)))[:, 0].log_softmax(dim=-1)
+        first = model.head(model.tell(tokens, None, model.image_features(images)))[:, 0].log_softmax(dim=-1)
         pairs = torch.cartesian_prod(torch.tensor([3]), torch.arange(40))
         second = [
-            model.head(model.tell(pairs, None, model.look(images[i : i + 1]).expand(40, -1, -1))) for i in range(3)
+            model.head(model.tell(pairs, None, model.image_features(images[i : i + 1]).expand(40, -1, -1)))
+            for i in range(3)
         ]
         for i in range(3):
             total = first[i][:, None] + second[i][:, 1].log_softmax(dim=-1)
@@ -248,16 +249,16 @@ class TestSpeaking:
     def test_published_answers_read_the_padding_of_questions(self):
         model, images = blip(roles="answer", temperature=None), pictures()
         mask = ASKED != 0
-        reads = [model.begin(images, ASKED, mask, room=1).read_mask]
+        reads = [model.prefill(images, ASKED, mask, room=1).read_mask]
         model.config = replace(model.config, reads_padding=True)
-        reads.append(model.begin(images, ASKED, mask, room=1).read_mask)
+        reads.append(model.prefill(images, ASKED, mask, room=1).read_mask)
         assert torch.equal(reads[0], mask) and reads[1] is None
 
     def test_answers_are_ranked_by_their_likelihood(self):
         model, images = blip(), pictures()
         mask, answers = ASKED != 0, torch.tensor([[1, 20, 2, 0], [1, 21, 22, 2], [1, 23, 2, 0], [1, 24, 2, 0]])
         ranked = model.rank(images, ASKED, mask, answers, answers != 0)
-        read = model.fuse(model.look(images), ASKED, mask)
+        read = model.fuse(model.image_features(images), ASKED, mask)
         firsts = []
         for j, answer in enumerate(answers):
             n = int((answer != 0).sum())

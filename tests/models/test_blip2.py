@@ -12,8 +12,8 @@ from tests.models.test_blip2_stage1 import QFORMER, VISION
 
 LM = LanguageModelConfig(width=32, depth=2, heads=2, vocab_size=60, context=40, end_tokens=(2,))
 T5 = T5Config(width=32, depth=2, heads=2, vocab_size=60, end_tokens=(2,))
-MARK, Q = 50, 3
-CONFIG = BLIP2Config(vision=VISION, qformer=replace(QFORMER, vocab_size=None), language=LM, image_token=MARK)
+PLACEHOLDER, Q = 50, 3
+CONFIG = BLIP2Config(vision=VISION, qformer=replace(QFORMER, vocab_size=None), language=LM, image_token=PLACEHOLDER)
 MODELS = {
     "decoder": CONFIG,
     "decoder, queries in front": replace(CONFIG, image_token=None),
@@ -36,14 +36,14 @@ def pictures(n=2):
 
 
 def marked(tokens=TEXT, mask=MASK):
-    return F.pad(tokens, (Q, 0), value=MARK), F.pad(mask, (Q, 0), value=True)
+    return F.pad(tokens, (Q, 0), value=PLACEHOLDER), F.pad(mask, (Q, 0), value=True)
 
 
 def seen(model, images):
     return model.projection(model.qformer(model.vision.norm(model.vision.features(images))).queries)
 
 
-@pytest.mark.parametrize("mark", [MARK, None])
+@pytest.mark.parametrize("mark", [PLACEHOLDER, None])
 def test_what_queries_see_is_read_like_words(mark):
     model, images = blip2(replace(CONFIG, image_token=mark)), pictures()
     x = torch.cat([seen(model, images), model.language_model.embed(TEXT)], dim=1)
@@ -51,10 +51,10 @@ def test_what_queries_see_is_read_like_words(mark):
     tokens, mask = (TEXT, MASK) if mark is None else marked()
     logits = model(images, tokens, mask).logits
     assert_same(logits[mask], expected[:, -tokens.shape[1] :][mask])
-    assert_same(model(None, tokens, mask, features=model.look(images)).logits, logits)
+    assert_same(model(None, tokens, mask, features=model.image_features(images)).logits, logits)
 
 
-@pytest.mark.parametrize("mark", [MARK, None])
+@pytest.mark.parametrize("mark", [PLACEHOLDER, None])
 def test_a_t5_reads_them_in_its_encoder(mark):
     model, images = blip2(replace(CONFIG, language=T5, image_token=mark)), pictures()
     x = torch.cat([seen(model, images), model.language_model.embed(TEXT)], dim=1)
@@ -66,23 +66,23 @@ def test_a_t5_reads_them_in_its_encoder(mark):
     assert_same(model.losses(tokens, SAID, images, mask=mask)["next token"], expected.loss)
 
 
-@pytest.mark.parametrize("mark", [MARK, None])
+@pytest.mark.parametrize("mark", [PLACEHOLDER, None])
 def test_the_loss_is_that_of_guessing_the_labelled_words(mark):
     model, images = blip2(replace(CONFIG, image_token=mark)), pictures()
     tokens, mask = (TEXT, MASK) if mark is None else marked()
-    labels = tokens.masked_fill(~mask | (tokens == MARK) | (tokens == 1), -100)
+    labels = tokens.masked_fill(~mask | (tokens == PLACEHOLDER) | (tokens == 1), -100)
     out = model(images, tokens, mask, labels)
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert_same(out.loss, expected)
     assert_same(model.losses(tokens, labels, images)["next token"], expected)
-    assert_same(model.losses(tokens, labels, features=model.look(images))["next token"], expected)
+    assert_same(model.losses(tokens, labels, features=model.image_features(images))["next token"], expected)
 
 
 def test_several_pictures_a_row_and_none():
     model, images = blip2(), pictures(4).view(2, 2, 3, 16, 16)
-    tokens = torch.tensor([[MARK] * Q + [5] + [MARK] * Q + [6], [1] + [MARK] * Q * 2 + [7]])
+    tokens = torch.tensor([[PLACEHOLDER] * Q + [5] + [PLACEHOLDER] * Q + [6], [1] + [PLACEHOLDER] * Q * 2 + [7]])
     x = model.language_model.embed(tokens)
-    x[tokens == MARK] = seen(model, images.flatten(0, 1)).flatten(0, 1)
+    x[tokens == PLACEHOLDER] = seen(model, images.flatten(0, 1)).flatten(0, 1)
     assert_same(model(images, tokens).logits, model.language_model(embeddings=x).logits)
     assert_same(model(None, TEXT, MASK).logits, model.language_model(TEXT, MASK).logits)
     with pytest.raises(ValueError, match="the text has places for 12 image features, but the images have 6"):
@@ -93,7 +93,9 @@ def test_several_pictures_a_row_and_none():
 def test_gradients_reach_queries_and_projection_alone(config):
     model = blip2(config).train()
     tokens, mask = (TEXT, MASK) if config.image_token is None else marked()
-    labels = SAID if isinstance(config.language, T5Config) else tokens.masked_fill(~mask | (tokens == MARK), -100)
+    labels = (
+        SAID if isinstance(config.language, T5Config) else tokens.masked_fill(~mask | (tokens == PLACEHOLDER), -100)
+    )
     model.losses(tokens, labels, pictures(), mask=mask)["next token"].backward()
     learns = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert learns == {"qformer", "projection"}
@@ -123,7 +125,7 @@ class TestSpeaking:
     @pytest.mark.parametrize("language", [LM, T5], ids=["decoder", "t5"])
     def test_one_mark_all_placeholders_or_none_in_front_are_the_same(self, language):
         model, images = blip2(replace(CONFIG, language=language)), pictures()
-        one = F.pad(TEXT, (1, 0), value=MARK), F.pad(MASK, (1, 0), value=True)
+        one = F.pad(TEXT, (1, 0), value=PLACEHOLDER), F.pad(MASK, (1, 0), value=True)
         said = model.generate(images, *marked(), max_new_tokens=6)
         assert torch.equal(model.generate(images, *one, max_new_tokens=6), said)
         assert torch.equal(model.generate(images, TEXT, MASK, max_new_tokens=6), said)

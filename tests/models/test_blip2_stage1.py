@@ -16,7 +16,7 @@ from minivlm import BLIP2Stage1, BLIP2Stage1Config, checkpoint
 from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
-from minivlm.models.matching import gather_texts, hard_negatives, same_texts
+from minivlm.models.image_text_matching import gather_texts, hard_negatives, same_texts
 from minivlm.testing import assert_gradient_reaches, assert_same
 
 VISION = VisionConfig(width=20, depth=2, heads=2, image_size=16, patch_size=8)
@@ -62,7 +62,7 @@ def test_vectors_are_of_unit_length_and_the_best_query_counts():
 
 def test_features_may_stand_in_for_pictures():
     model, images = stage1(), pictures()
-    features = model.look(images)
+    features = model.image_features(images)
     assert_same(features, model.vision.norm(model.vision.features(images)))
     assert_same(model.encode_image(features=features), model.encode_image(images))
     assert_same(model.match(None, TOKENS, MASK, features=features), model.match(images, TOKENS, MASK))
@@ -70,7 +70,7 @@ def test_features_may_stand_in_for_pictures():
 
 def test_matching_is_what_the_queries_say_on_average():
     model, images = stage1(), pictures()
-    queries = model.qformer(model.look(images), TOKENS, MASK).queries
+    queries = model.qformer(model.image_features(images), TOKENS, MASK).queries
     expected = torch.stack([model.match_head(queries[:, i]) for i in range(3)]).mean(dim=0)
     assert_same(model.match(images, TOKENS, MASK), expected)
 
@@ -87,7 +87,7 @@ class TestLosses:
     def test_generation_begins_with_its_token_and_sees_the_picture(self):
         model, images = stage1(), pictures()
         asked = TOKENS.masked_fill(TOKENS == 1, 3)
-        text = model.qformer(model.look(images), asked, MASK, see="causal").text
+        text = model.qformer(model.image_features(images), asked, MASK, see="causal").text
         logits = model.text_head(text) @ model.qformer.token_embedding.weight.T
         labels = TOKENS.masked_fill(~MASK, -100)[:, 1:]
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing=0.1)
@@ -95,7 +95,7 @@ class TestLosses:
 
     def test_matching_with_two_pairs_is_all_four_of_their_combinations(self):
         """With two, the hard negative is the other one."""
-        model, features = stage1(), stage1().look(pictures(2))
+        model, features = stage1(), stage1().image_features(pictures(2))
         rows, columns = torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 0, 1])
         logits = model.match(None, TOKENS[columns], MASK[columns], features=features[rows])
         expected = F.cross_entropy(logits, (rows == columns).long())
@@ -167,7 +167,7 @@ class TestHardNegatives:
 class TestSpeaking:
     def test_is_the_likeliest_word_again_and_again(self):
         model, images = stage1(), pictures()
-        tokens, features = TOKENS[:, :2], model.look(images)
+        tokens, features = TOKENS[:, :2], model.image_features(images)
         said = model.generate(images, tokens, max_new_tokens=6, end_tokens=())
         for t in range(6):
             text = model.qformer(features, tokens.masked_fill(tokens == 1, 3), see="causal").text
@@ -228,10 +228,10 @@ class TestStandardised:
     def test_measured_features_have_mean_0_and_deviation_1(self):
         model, images = stage1(self.CONFIG), pictures(50)
         assert model.unmeasured
-        assert_same(model.look(images), stage1().look(images), tolerance=0)
+        assert_same(model.image_features(images), stage1().image_features(images), tolerance=0)
         for _ in range(2):  # to measure again changes nothing
             model.measure(images)
-            features = model.look(images).flatten(0, -2)
+            features = model.image_features(images).flatten(0, -2)
             assert_same(features.mean(dim=0), torch.zeros(20), tolerance=1e-5)
             assert_same(features.std(dim=0, correction=0), torch.ones(20), tolerance=1e-5)
         assert not model.unmeasured
@@ -241,7 +241,7 @@ class TestStandardised:
         with torch.no_grad():
             model.vision.norm.weight[3] = 0.0
         model.measure(pictures(8))
-        assert (model.look(pictures(8))[..., 3] == 0).all()
+        assert (model.image_features(pictures(8))[..., 3] == 0).all()
 
     def test_measures_are_saved_and_are_handed_on(self, tmp_path):
         model, images = stage1(self.CONFIG), pictures()
@@ -251,7 +251,7 @@ class TestStandardised:
         other.vision.load_state_dict(model.vision.state_dict())
         other.load_measures(model)
         for same in (checkpoint.load(tmp_path)[0], other):
-            assert_same(same.look(images), model.look(images), tolerance=0)
+            assert_same(same.image_features(images), model.image_features(images), tolerance=0)
 
     def test_the_published_layout_has_no_word_for_it(self, tmp_path):
         with pytest.raises(UserError, match=r"cannot express .*standardise = True"):

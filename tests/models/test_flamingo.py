@@ -22,10 +22,12 @@ from minivlm.testing import (
 )
 from tests.speakers import VISION, language, processor
 
-MARK = processor().image_token_id
+PLACEHOLDER = processor().image_token_id
 PAD = processor().pad_token
 RESAMPLER = PerceiverConfig(width=16, depth=1, heads=2, latents=3)
-CONFIG = FlamingoConfig(vision=VISION, language=language(depth=4), resampler=RESAMPLER, image_token=MARK, every=2)
+CONFIG = FlamingoConfig(
+    vision=VISION, language=language(depth=4), resampler=RESAMPLER, image_token=PLACEHOLDER, every=2
+)
 ROTARY = dict(positions="none", rope_theta=1e4, norm="rmsnorm", gated_mlp=True, activation="silu")
 CONFIGS = {
     "flamingo": CONFIG,
@@ -41,7 +43,7 @@ CONFIGS = {
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
-TOKENS = torch.tensor([[1, 20, MARK, 21, 22, MARK, 23], [1, MARK, 20, 21, 22, 23, 24]])
+TOKENS = torch.tensor([[1, 20, PLACEHOLDER, 21, 22, PLACEHOLDER, 23], [1, PLACEHOLDER, 20, 21, 22, 23, 24]])
 LENGTHS = torch.tensor([[7], [5]])
 MASK = torch.arange(7) < LENGTHS
 
@@ -75,14 +77,14 @@ class TestForward:
 
     def test_another_image_shows_from_where_it_may_be_seen(self, config):
         model = flamingo(config)
-        seen = image_mask(TOKENS, MARK, 2, see=config.see)
+        seen = image_mask(TOKENS, PLACEHOLDER, 2, see=config.see)
         allowed = seen.cummax(dim=1).values  # later tokens hear of it from those that saw it
         assert_images_seen_only_where_allowed(lambda images: model(images, TOKENS).logits, pictures(2, 2), allowed)
 
     def test_the_text_before_an_image_does_not_know_of_it(self, config):
         model = flamingo(config)
         f = lambda images, tokens: model(images, tokens).logits
-        assert_later_image_changes_nothing_before(f, pictures(2, 2), TOKENS, MARK)
+        assert_later_image_changes_nothing_before(f, pictures(2, 2), TOKENS, PLACEHOLDER)
 
     def test_rows_are_independent_of_each_other_and_of_padding(self, config):
         model, images = flamingo(config), pictures(2, 2)
@@ -92,7 +94,9 @@ class TestForward:
         left = torch.cat([TOKENS.new_full((2, 2), PAD), TOKENS], dim=1)
         mask = torch.cat([torch.zeros(2, 2, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)], dim=1)
         assert_same(model(images, left, mask).logits[:, 2:], model(images, TOKENS).logits)
-        assert_same(model(images, left.masked_fill(~mask, MARK), mask).logits[:, 2:], model(images, TOKENS).logits)
+        assert_same(
+            model(images, left.masked_fill(~mask, PLACEHOLDER), mask).logits[:, 2:], model(images, TOKENS).logits
+        )
 
     def test_each_row_answers_as_it_would_alone(self, config):
         model, images = flamingo(config), pictures(2, 2)
@@ -142,8 +146,8 @@ class TestWhereTheLayersStand:
         """Written out with the blocks of an untouched language model."""
         model, images = flamingo(replace(CONFIG, offset=1)), pictures(2, 2)
         lm = model.language_model
-        seen = model.resample(model.look(images)).view(2, 6, 16)
-        mask = image_mask(TOKENS, MARK, 2, latents=3)
+        seen = model.resample(model.image_features(images)).view(2, 6, 16)
+        mask = image_mask(TOKENS, PLACEHOLDER, 2, latents=3)
         x = lm.embed(TOKENS) + lm.position_embedding(torch.arange(7))
         for i, block in enumerate(lm.transformer.blocks):
             x = model.gated[i // 2](x, seen, mask) if i % 2 == 1 else x
@@ -175,13 +179,13 @@ class TestImages:
     def test_images_in_reading_order(self):
         """As many a row as it has marks: two, none, one."""
         model, images = flamingo(), pictures(3)
-        none = TOKENS[:1].masked_fill(TOKENS[:1] == MARK, 30)
+        none = TOKENS[:1].masked_fill(TOKENS[:1] == PLACEHOLDER, 30)
         tokens = torch.cat([TOKENS[:1], none, TOKENS[1:]])
         y = model(images, tokens).logits
         assert_same(y[0], model(images[None, :2], TOKENS[:1]).logits[0])
         assert_same(y[1], model(None, none).logits[0])
         assert_same(y[2], model(images[None, 2:], TOKENS[1:]).logits[0])
-        assert torch.equal(model(None, tokens, features=model.look(images)).logits, y)
+        assert torch.equal(model(None, tokens, features=model.image_features(images)).logits, y)
         said = model.generate(images, tokens, max_new_tokens=4, end_tokens=())
         assert torch.equal(said[1:2], model.generate(None, none, max_new_tokens=4, end_tokens=()))
 
@@ -197,7 +201,7 @@ class TestImages:
     def test_without_any_image(self):
         """The attention half is not there; the other one is, as for a text before the first image."""
         model, images = flamingo(), pictures(1, 2)
-        tokens = TOKENS[:1].masked_fill(TOKENS[:1] == MARK, 30)
+        tokens = TOKENS[:1].masked_fill(TOKENS[:1] == PLACEHOLDER, 30)
         assert_same(model(None, tokens).logits, model(images, tokens).logits)
         assert model.generate(None, tokens, max_new_tokens=3).shape[0] == 1
 
@@ -212,7 +216,7 @@ class TestImages:
 
     def test_features_that_are_given_are_as_good_as_computed_ones(self):
         model, images = flamingo(), pictures(2, 2)
-        features, labels = model.look(images), TOKENS.masked_fill(TOKENS == MARK, -100)
+        features, labels = model.image_features(images), TOKENS.masked_fill(TOKENS == PLACEHOLDER, -100)
         assert features.shape == (4, 5, 16)
         features = features.unflatten(0, (2, 2))
         given = model(None, TOKENS, labels=labels, features=features)
@@ -229,7 +233,7 @@ class TestImages:
 
     def test_speaks_with_packed_weights_as_with_plain_ones(self, monkeypatch):
         model, images = flamingo().float(), pictures(2, 2).float()
-        begin = lambda: model.begin(images, TOKENS, MASK, room=3)
+        begin = lambda: model.prefill(images, TOKENS, MASK, room=3)
         packed, plain = begin(), begin()
         for token in (20, 21, 22):
             packed.step(torch.full((2,), token))
@@ -241,7 +245,7 @@ class TestImages:
 
     def test_what_is_said_sees_what_the_prompt_saw_last(self):
         model, images = flamingo(), pictures(2, 2)
-        decoding = model.begin(images, TOKENS, MASK, room=2)
+        decoding = model.prefill(images, TOKENS, MASK, room=2)
         visible = decoding.between.visible[:, 0]
         assert visible.tolist() == [[False] * 3 + [True] * 3, [True] * 3 + [False] * 3]
         decoding.reorder(torch.tensor([1, 1, 0]))
@@ -255,7 +259,7 @@ class TestTraining:
         model.train()
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
         assert {n.partition(".")[0] for n in trained} == set(model.trained_parts)
-        labels = TOKENS.masked_fill(TOKENS == MARK, -100)
+        labels = TOKENS.masked_fill(TOKENS == PLACEHOLDER, -100)
         loss = model.losses(TOKENS, labels, images)["next token"]
         assert_gradient_reaches(loss, {n: p for n, p in model.named_parameters() if p.requires_grad})
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -267,7 +271,7 @@ class TestTraining:
 
         for part in ("vision", "language_model"):
             assert_frozen(model.get_submodule(part), step, whole=model, optimiser=optimiser)
-        assert_keeps_no_activations(lambda: model.look(images))
+        assert_keeps_no_activations(lambda: model.image_features(images))
 
     def test_before_the_gates_open_they_alone_learn(self):
         model, images = flamingo(opened=False), pictures(2, 2)
@@ -278,7 +282,7 @@ class TestTraining:
 
     def test_causal(self):
         model, images = flamingo(), pictures(2, 2)
-        assert_causal(lambda tokens: model(images, tokens).logits, TOKENS.masked_fill(TOKENS == MARK, 29))
+        assert_causal(lambda tokens: model(images, tokens).logits, TOKENS.masked_fill(TOKENS == PLACEHOLDER, 29))
 
     def test_recomputing_changes_nothing(self):
         model, images = flamingo(), pictures(2, 2)

@@ -42,7 +42,7 @@ def images():
 
 
 def test_features_stand_in_for_images(model, images):
-    seen, features = model(images, TOKENS, MASK), model.look(images)
+    seen, features = model(images, TOKENS, MASK), model.image_features(images)
     for other in (model(None, TOKENS, MASK, features=features), model(features, TOKENS, MASK)):
         assert seen.logits.keys() == other.logits.keys() == {"answers", "words", "regions", "matching"}
         for name, logits in seen.logits.items():
@@ -86,7 +86,7 @@ def test_in_parts_a_batch_whose_words_are_all_shown_is_told_by_its_regions(model
 
 
 def test_padding_of_words_and_of_regions_is_not_seen(model, images):
-    features = model.look(images)
+    features = model.image_features(images)
     answer = lambda tokens, mask: model.answer(features[:1].expand(len(tokens), -1, -1), tokens, mask)
     assert_padding_invariant(answer, TOKENS, MASK, pooled=True)
     boxes = grid_cells(4).expand(2, 4, 4)
@@ -106,7 +106,7 @@ def test_words_see_the_picture_and_regions_the_words(model, images):
 
 def test_boxes_are_the_regions_that_are_looked_at(model, images):
     boxes = torch.tensor([[0, 0, 0.5, 1], [0.25, 0, 1, 1]]).expand(2, 2, 4)
-    pooled = pool_regions(model.look(images), boxes)
+    pooled = pool_regions(model.image_features(images), boxes)
     assert_same(model.answer(images, TOKENS, MASK, boxes=boxes), model.answer(pooled, TOKENS, MASK, boxes=boxes))
 
 
@@ -118,7 +118,7 @@ def test_boxes_outside_the_picture_are_refused(model, images, box):
 
 
 def test_a_hidden_region_is_told_without_being_seen(model, images):
-    features, hidden = model.look(images), torch.zeros(2, 4, dtype=torch.bool)
+    features, hidden = model.image_features(images), torch.zeros(2, 4, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 3] = True
     shown = features.masked_fill(hidden[..., None], 0)
     loss = model.losses(TOKENS, MASK, features=features, hidden=hidden)["regions"]
@@ -163,7 +163,7 @@ def test_the_order_of_regions_means_nothing_but_by_their_boxes(images):
     order = [2, 0, 3, 1]
     for config in CONFIGS[1:]:
         model = CLASSES[type(config)](config).eval()
-        features, boxes = model.look(images), grid_cells(4).expand(2, 4, 4)
+        features, boxes = model.image_features(images), grid_cells(4).expand(2, 4, 4)
         moved = model.answer(features[:, order], TOKENS, MASK, boxes=boxes[:, order])
         assert_same(moved, model.answer(features, TOKENS, MASK, boxes=boxes))
         assert not torch.allclose(moved, model.answer(features[:, order], TOKENS, MASK, boxes=boxes))

@@ -17,14 +17,14 @@ from minivlm.testing import (
 )
 from tests.speakers import VISION, language, llava, llava_config, processor
 
-MARK = processor().image_token_id
+PLACEHOLDER = processor().image_token_id
 N = 4  # placeholders of a picture
 LORA = LoRAConfig(rank=2, alpha=4.0)
 
 
 def text(*parts):
     """(1, T): numbers are words, "picture" its placeholders."""
-    return torch.tensor([[t for part in parts for t in ([MARK] * N if part == "picture" else [part])]])
+    return torch.tensor([[t for part in parts for t in ([PLACEHOLDER] * N if part == "picture" else [part])]])
 
 
 ROW = text(1, 20, "picture", 21, 22, "picture", 23, 24)
@@ -35,7 +35,7 @@ def pictures(*shape):
 
 
 def labelled(tokens):
-    return tokens.masked_fill(tokens == MARK, -100)
+    return tokens.masked_fill(tokens == PLACEHOLDER, -100)
 
 
 class TestFillingIn:
@@ -46,7 +46,7 @@ class TestFillingIn:
         first, second = (model.projector(model.vision.features(image, layer=-2)[:, 1:]) for image in images[0][:, None])
         assert_same(x[:, 2 : 2 + N], first)
         assert_same(x[:, 4 + N : 4 + 2 * N], second)
-        words = ROW[0] != MARK
+        words = ROW[0] != PLACEHOLDER
         assert torch.equal(x[:, words], model.language_model.embed(ROW)[:, words])
 
     def test_rows_may_have_different_numbers_of_pictures(self):
@@ -73,7 +73,7 @@ class TestFillingIn:
 
     def test_features_that_are_given_are_as_good_as_computed_ones(self):
         model, images = llava(), pictures(1, 2)
-        features = model.look(images)
+        features = model.image_features(images)
         assert features.shape == (2, N, VISION.width)
         given = model.forward(None, ROW, labels=labelled(ROW), features=features)
         assert torch.equal(given.logits, model(images, ROW).logits)
@@ -83,9 +83,9 @@ class TestFillingIn:
     def test_tiles_are_more_views_of_the_same_picture(self):
         model = llava(tiles=2)
         images = pictures(2, 5)  # two pictures, each whole and in 2 × 2 tiles
-        marks = torch.full((2, 5 * N), MARK)
+        marks = torch.full((2, 5 * N), PLACEHOLDER)
         x = model.embed(images, marks)
-        assert_same(x[1, 2 * N : 3 * N], model.projector(model.look(images[1, 2:3]))[0])
+        assert_same(x[1, 2 * N : 3 * N], model.projector(model.image_features(images[1, 2:3]))[0])
 
 
 class TestWhatTheTowerGives:
@@ -103,21 +103,21 @@ class TestWhatTheTowerGives:
         model = llava(**changes)
         c = model.config
         side = c.vision.image_size
-        features = model.look(torch.randn(2, 3, side, side))
+        features = model.image_features(torch.randn(2, 3, side, side))
         assert features.shape == (2, n, width) == (2, c.features_per_view, c.feature_width)
         assert c.image_tokens == n * (10 if c.tiles == 3 else 1)
 
     def test_the_published_sizes(self):
         vision = VisionConfig(width=1024, depth=24, heads=16, image_size=336, patch_size=14)
-        published = LLaVAConfig(vision=vision, language=language(), image_token=MARK)
+        published = LLaVAConfig(vision=vision, language=language(), image_token=PLACEHOLDER)
         assert published.image_tokens == 576
         assert replace(published, class_token=True, tiles=2).image_tokens == 5 * 577
 
     def test_the_last_block_does_not_matter_for_the_layer_before_it(self):
         model, images = llava(), pictures(1, 2)
-        before = model.look(images)
+        before = model.image_features(images)
         torch.nn.init.normal_(model.vision.transformer.blocks[-1].mlp.up_proj.weight)
-        assert torch.equal(model.look(images), before)
+        assert torch.equal(model.image_features(images), before)
 
     def test_grids_of_different_size_do_not_lie_side_by_side(self):
         vision = ResNetConfig(blocks=(1, 1, 1, 1), width=8, output_width=12, heads=4, image_size=64)
@@ -182,7 +182,7 @@ class TestGradients:
 
     def test_a_frozen_tower_keeps_no_activations(self):
         model, images = llava(), pictures(1, 2)
-        features = model.look(images).detach()
+        features = model.image_features(images).detach()
 
         def kept(**what):
             sizes = []
@@ -273,7 +273,7 @@ class TestSpeaking:
     def test_a_prompt_may_have_one_mark_a_picture(self):
         """As `Processor.text` and published tokenisers write it, rows of different lengths and numbers of pictures."""
         model, images = llava(), pictures(3)
-        short = torch.tensor([[1, MARK, 20, 0, 0, 0], [1, MARK, 21, 22, MARK, 23]])
+        short = torch.tensor([[1, PLACEHOLDER, 20, 0, 0, 0], [1, PLACEHOLDER, 21, 22, PLACEHOLDER, 23]])
         mask = torch.arange(6) < torch.tensor([[3], [6]])
         long = text(1, "picture", 21, 22, "picture", 23)
         rows = torch.cat([F.pad(text(1, "picture", 20), (0, long.shape[1] - N - 2)), long])

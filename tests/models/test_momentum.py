@@ -74,7 +74,7 @@ def test_in_evaluation_nothing_is_remembered():
 def test_features_of_a_frozen_tower_are_those_of_its_copy():
     blip, images = model(), pictures()
     blip.momentum.copies["vision"].load_state_dict(blip.vision.state_dict())
-    losses = [blip.losses(TOKENS, MASK, images), blip.losses(TOKENS, MASK, features=blip.look(images))]
+    losses = [blip.losses(TOKENS, MASK, images), blip.losses(TOKENS, MASK, features=blip.image_features(images))]
     assert_same(losses[0]["contrast"], losses[1]["contrast"])
 
 

@@ -70,9 +70,9 @@ def test_speaking_step_by_step_equals_reading_it_all(model, images):
 
 
 def test_every_row_is_told_as_if_it_were_alone(model, images):
-    decoding = model.begin(images, TOKENS[:, :1], room=3)
+    decoding = model.prefill(images, TOKENS[:, :1], room=3)
     for row in range(2):
-        alone = model.begin(images[row : row + 1], TOKENS[:1, :1], room=3)
+        alone = model.prefill(images[row : row + 1], TOKENS[:1, :1], room=3)
         assert_same(decoding.logits[row], alone.logits[0])
     decoding.step(torch.tensor([5, 6]))
     decoding.reorder(torch.tensor([1, 1]))
@@ -82,8 +82,8 @@ def test_every_row_is_told_as_if_it_were_alone(model, images):
 
 def test_beyond_its_context_it_does_not_speak(model, images):
     with pytest.raises(ValueError, match="a beginning of 6 tokens and 7 new ones do not fit the context of 12"):
-        model.begin(images, TOKENS, MASK, room=7)
-    decoding = model.begin(images, TOKENS, MASK, room=0)
+        model.prefill(images, TOKENS, MASK, room=7)
+    decoding = model.prefill(images, TOKENS, MASK, room=0)
     with pytest.raises(ValueError, match="no room"):
         decoding.step(torch.tensor([1, 1]))
 

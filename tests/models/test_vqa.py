@@ -20,7 +20,7 @@ MASK = TOKENS != 0
 
 def test_the_question_reads_the_picture_place_by_place():
     model, images = VQAModel(CONFIG).eval(), torch.randn(2, 3, 16, 16)
-    features = model.look(images)
+    features = model.image_features(images)
     assert features.shape == (2, 4, 12)  # without the class token
     logits = model(images, TOKENS, MASK).logits["answers"]
     assert_same(model.answer(None, TOKENS, MASK, features=features), logits)

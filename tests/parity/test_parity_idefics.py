@@ -15,7 +15,7 @@ from tests.sentencepiece import llama_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
 
-V, MARK = 60, 61
+V, PLACEHOLDER = 60, 61
 CONFIG = {
     "vocab_size": V,
     "additional_vocab_size": 2,
@@ -69,11 +69,11 @@ def reference(changes):
 
 def compare(ours, theirs, images, close):
     """Two rows, one of them with a single image and padded on the left, as IDEFICS pads."""
-    first = torch.tensor([1, MARK, 20, 21, 22, MARK, 23, 24])
-    second = torch.tensor([0, 0, 0, 1, 30, MARK, 31, 32])
+    first = torch.tensor([1, PLACEHOLDER, 20, 21, 22, PLACEHOLDER, 23, 24])
+    second = torch.tensor([0, 0, 0, 1, 30, PLACEHOLDER, 31, 32])
     tokens, mask = torch.stack([first, second]), torch.tensor([[True] * 8, [False] * 3 + [True] * 5])
     pixels = images(4, 24).view(2, 2, 3, 24, 24)
-    visible = image_mask(tokens, MARK, 2).long()
+    visible = image_mask(tokens, PLACEHOLDER, 2).long()
     given = {"pixel_values": pixels, "attention_mask": mask.long(), "image_attention_mask": visible}
     labels = tokens.masked_fill(~mask, -100)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def compare(ours, theirs, images, close):
         close(mine.loss[None], loss[None])
         seen = theirs.model.vision_model(pixels.flatten(0, 1)).last_hidden_state
         resampled = theirs.model.perceiver_resampler(seen) if theirs.config.use_resampler else seen
-        close(ours.resample(ours.look(pixels)), resampled)
+        close(ours.resample(ours.image_features(pixels)), resampled)
     said = ours.generate(pixels, tokens, mask, max_new_tokens=10, end_tokens=())
     options = dict(do_sample=False, max_new_tokens=10, min_new_tokens=10, eos_token_id=None)
     assert said.tolist() == theirs.generate(tokens, **given, **options)[:, 8:].tolist()

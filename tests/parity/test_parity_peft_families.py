@@ -32,7 +32,7 @@ from tests.parity import (  # noqa: E402  (they need transformers)
     test_parity_visualbert,
 )
 from tests.test_train_blip2 import world  # noqa: E402, F401
-from tests.test_train_speak import SHORT, arguments  # noqa: E402
+from tests.test_train_captioner import SHORT, arguments  # noqa: E402
 
 language = lambda name: test_parity_language.reference(*test_parity_language.VARIANTS[name])
 BLIP = ["query", "value", "qkv", "vision_model.encoder.layers.0.mlp.fc1"]

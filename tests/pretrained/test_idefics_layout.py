@@ -19,17 +19,17 @@ from minivlm.processor import ProcessorConfig
 from tests.sentencepiece import llama_tokenizer
 
 TOKENIZER = llama_tokenizer("<fake_token_around_image>", "<image>")
-MARK = TOKENIZER.token_to_id("<image>")
+PLACEHOLDER = TOKENIZER.token_to_id("<image>")
 VISION = VisionConfig(width=16, depth=2, heads=2, image_size=16, patch_size=8)
 LANGUAGE = LanguageModelConfig(
-    width=24, depth=4, heads=4, vocab_size=MARK + 1, context=64, positions="none", rope_theta=1e4, norm="rmsnorm",
+    width=24, depth=4, heads=4, vocab_size=PLACEHOLDER + 1, context=64, positions="none", rope_theta=1e4, norm="rmsnorm",
     norm_eps=1e-6, gated_mlp=True, activation="silu", qkv_bias=False, out_bias=False, mlp_bias=False, tie_head=False,
     end_tokens=(2,), pad_token=0,
 )  # fmt: skip
 RESAMPLER = PerceiverConfig(width=16, depth=2, heads=2, head_width=6, latents=3, activation="relu", qk_norm="layernorm")
 GATED = GatedConfig(norm="rmsnorm", norm_eps=1e-6, gated_mlp=True, activation="silu", qk_norm="rmsnorm")
 CONFIG = FlamingoConfig(
-    vision=VISION, language=LANGUAGE, resampler=RESAMPLER, gated=GATED, image_token=MARK, every=2, class_token=True,
+    vision=VISION, language=LANGUAGE, resampler=RESAMPLER, gated=GATED, image_token=PLACEHOLDER, every=2, class_token=True,
     vision_norm=False,
 )  # fmt: skip
 IMAGES = dict(image_size=16, resize="squash", resize_to=16, crop="none")
@@ -51,7 +51,7 @@ def flamingo():
 
 def logits(model):
     torch.manual_seed(0)
-    return model(torch.randn(1, 1, 3, 16, 16), torch.tensor([[1, MARK, 20, 21]])).logits
+    return model(torch.randn(1, 1, 3, 16, 16), torch.tensor([[1, PLACEHOLDER, 20, 21]])).logits
 
 
 def rewrite(directory, name="config.json", **values):
@@ -67,7 +67,7 @@ def test_there_and_back(tmp_path):
     assert torch.allclose(logits(back), logits(model), atol=1e-6)
     picture = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     assert torch.equal(read.images([picture]), ours.images([picture]))
-    assert read.encode(["<image>a"])[0].count(MARK) == 1 == read.ids("<image>a").count(MARK)
+    assert read.encode(["<image>a"])[0].count(PLACEHOLDER) == 1 == read.ids("<image>a").count(PLACEHOLDER)
 
 
 def test_an_instructed_model_is_known_by_the_end_of_its_turns(tmp_path):
@@ -77,14 +77,14 @@ def test_an_instructed_model_is_known_by_the_end_of_its_turns(tmp_path):
     _, read = load(tmp_path)
     assert read.config.chat == "idefics-instruct"
     prompt = encode_conversation([Turn("user", with_images("a"))], read, prompt=True)
-    assert words.token_to_id(idefics.TURN_END) in prompt.tokens and prompt.tokens.count(MARK) == 1
+    assert words.token_to_id(idefics.TURN_END) in prompt.tokens and prompt.tokens.count(PLACEHOLDER) == 1
 
 
 def test_a_mark_is_fenced_in(tmp_path):
     """Once between two pictures, and once where the text brings its own."""
     ours = processor()
     F = TOKENIZER.token_to_id(idefics.FENCE)
-    words = lambda text: [{MARK: "i", F: "f"}.get(id, "w") for id in ours.ids(text)]
+    words = lambda text: [{PLACEHOLDER: "i", F: "f"}.get(id, "w") for id in ours.ids(text)]
     assert words("<image>") == [*"fif"]
     assert words("<image><image>") == [*"fifif"]
     assert "".join(words("a<image>a")).replace("w", "") == "fif"
@@ -92,14 +92,14 @@ def test_a_mark_is_fenced_in(tmp_path):
     assert "i" not in words("a") and "f" not in words("a")
     plain = Processor(llama_tokenizer("<image>"), replace(ours.config, image_fence=None))
     assert plain.ids("<image><image>") == [plain.image_token_id] * 2
-    assert ours.image_marks == (MARK, F) and plain.image_marks == (plain.image_token_id,)
+    assert ours.image_marks == (PLACEHOLDER, F) and plain.image_marks == (plain.image_token_id,)
 
 
 def test_added_words_are_stored_apart(tmp_path):
     """As the published files have it: LLaMA's words in one tensor, two more in another."""
     model = flamingo()
     save(tmp_path, model, processor(), layout="hf")
-    words = MARK - 1
+    words = PLACEHOLDER - 1
     stored = load_file(tmp_path / "model.safetensors")
     for whole, added in idefics.ADDED.items():
         stored[whole], stored[added] = (part.clone() for part in stored[whole].split([words, 2]))
@@ -110,7 +110,7 @@ def test_added_words_are_stored_apart(tmp_path):
     del config["image_token_id"]  # the published files do not name it
     (tmp_path / "config.json").write_text(json.dumps(config))
     back, _ = load(tmp_path)
-    assert back.config.image_token == MARK and back.config.language.vocab_size == MARK + 1
+    assert back.config.image_token == PLACEHOLDER and back.config.language.vocab_size == PLACEHOLDER + 1
     assert torch.allclose(logits(back), logits(model), atol=1e-6)
 
 
@@ -178,8 +178,10 @@ def test_a_resnet_has_no_place_there(tmp_path):
 
 def test_another_tokeniser(tmp_path):
     save(tmp_path, flamingo(), processor(), layout="hf")
-    rewrite(tmp_path, image_token_id=MARK - 1)
-    with pytest.raises(UserError, match=f"gives '<image>' the id {MARK}, but by its config.json it is {MARK - 1}"):
+    rewrite(tmp_path, image_token_id=PLACEHOLDER - 1)
+    with pytest.raises(
+        UserError, match=f"gives '<image>' the id {PLACEHOLDER}, but by its config.json it is {PLACEHOLDER - 1}"
+    ):
         load(tmp_path)
     save(tmp_path, flamingo(), Processor(llama_tokenizer(), processor().config), layout="hf")
     with pytest.raises(UserError, match="has no token '<image>'"):

@@ -17,7 +17,7 @@ from minivlm.pretrained import comparable, llava
 from minivlm.processor import Processor, ProcessorConfig
 from tests.sentencepiece import llama_tokenizer
 
-MARK = llama_tokenizer("<image>").token_to_id("<image>")
+PLACEHOLDER = llama_tokenizer("<image>").token_to_id("<image>")
 LANGUAGE = LanguageModelConfig(
     width=16,
     depth=2,
@@ -36,17 +36,17 @@ LANGUAGE = LanguageModelConfig(
     context=64,
     tie_head=False,
     end_tokens=(2,),
-    pad_token=MARK + 1,
+    pad_token=PLACEHOLDER + 1,
 )
 CLIP = VisionConfig(width=12, depth=3, heads=2, image_size=16, patch_size=8, activation="quick_gelu")
 SIGLIP = replace(CLIP, pool="attention", embedding_norm=False, patch_bias=True, activation="gelu_tanh", norm_eps=1e-6)
-CONFIG = LLaVAConfig(vision=CLIP, language=LANGUAGE, image_token=MARK)
+CONFIG = LLaVAConfig(vision=CLIP, language=LANGUAGE, image_token=PLACEHOLDER)
 QWEN2 = replace(LANGUAGE, qkv_bias=True, kv_heads=2, tie_head=True)
 
 
 def logits(model):
     n = model.config.image_tokens
-    tokens = torch.tensor([[1, 290, *[MARK] * n, 291], [1, *[MARK] * n, 292, 293]])
+    tokens = torch.tensor([[1, 290, *[PLACEHOLDER] * n, 291], [1, *[PLACEHOLDER] * n, 292, 293]])
     with torch.no_grad():
         return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), tokens).logits
 
@@ -254,8 +254,8 @@ def test_the_processor_there_and_back(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     assert torch.equal(back.images([picture]), ours.images([picture]))
     a, nothing = (back.tokenizer.token_to_id(t) for t in ("▁a", "▁"))
-    assert back.ids("a <image> a") == [a, nothing, *[MARK] * 4, nothing, a]
-    assert back.encode(["a <image> a"]) == [[1, a, nothing, MARK, nothing, a]]
+    assert back.ids("a <image> a") == [a, nothing, *[PLACEHOLDER] * 4, nothing, a]
+    assert back.encode(["a <image> a"]) == [[1, a, nothing, PLACEHOLDER, nothing, a]]
     text = "USER: <image>\nthe cat? ASSISTANT: zürich 你好"
     assert back.decode([back.ids(text)]) == [text.replace("<image>", " ")]
 
@@ -274,7 +274,9 @@ def test_siglip_and_qwen2(tmp_path):
 
 def test_another_word_for_the_mark(tmp_path):
     save(tmp_path, LLaVA(CONFIG), Processor(llama_tokenizer("<picture>", "<pad>"), processor().config), layout="hf")
-    with pytest.raises(UserError, match=rf"has no token '<image>', but image_token_index in config\.json is {MARK}"):
+    with pytest.raises(
+        UserError, match=rf"has no token '<image>', but image_token_index in config\.json is {PLACEHOLDER}"
+    ):
         load(tmp_path)
     rewrite(tmp_path, "processor_config.json", image_token="<picture>")
     assert load(tmp_path)[1].config.image_token == "<picture>"
@@ -282,10 +284,12 @@ def test_another_word_for_the_mark(tmp_path):
 
 def test_what_does_not_fit_together(tmp_path):
     save(tmp_path, LLaVA(CONFIG), processor(), layout="hf")
-    rewrite(tmp_path, image_token_index=MARK + 1)
-    with pytest.raises(UserError, match=f"gives '<image>' the id {MARK}, but image_token_index in .* is {MARK + 1}"):
+    rewrite(tmp_path, image_token_index=PLACEHOLDER + 1)
+    with pytest.raises(
+        UserError, match=f"gives '<image>' the id {PLACEHOLDER}, but image_token_index in .* is {PLACEHOLDER + 1}"
+    ):
         load(tmp_path)
-    rewrite(tmp_path, image_token_index=MARK)
+    rewrite(tmp_path, image_token_index=PLACEHOLDER)
     rewrite(tmp_path, "preprocessor_config.json", crop_size={"height": 24, "width": 24})
     with pytest.raises(UserError, match=r"pictures of 24 pixels, but the vision tower in config\.json reads 16"):
         load(tmp_path)
@@ -294,6 +298,8 @@ def test_what_does_not_fit_together(tmp_path):
 def test_the_mark_needs_a_row(tmp_path):
     late = Processor(llama_tokenizer(*(f"<{i}>" for i in range(40)), "<image>"), processor(pad_token=0).config)
     save(tmp_path, LLaVA(CONFIG), late, layout="hf")
-    rewrite(tmp_path, image_token_index=MARK + 40)
-    with pytest.raises(UserError, match=rf"'<image>' is token {MARK + 40}, but vocab_size in config\.json is 328"):
+    rewrite(tmp_path, image_token_index=PLACEHOLDER + 40)
+    with pytest.raises(
+        UserError, match=rf"'<image>' is token {PLACEHOLDER + 40}, but vocab_size in config\.json is 328"
+    ):
         load(tmp_path)

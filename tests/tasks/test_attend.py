@@ -18,7 +18,7 @@ from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.pictures import heat
 from minivlm.recording import record_attention
 from minivlm.tasks.attend import WORDS, different, to_maps
-from minivlm.tasks.speak import question_tokens
+from minivlm.tasks.generate import question_tokens
 from tests.speakers import CONTEXT, captioner, colour_llava, language_model, llava, plain, processor
 
 PICTURES = [plain("red"), plain("blue"), np.arange(768, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8)]
@@ -151,7 +151,7 @@ def test_the_words_of_a_question_that_is_answered_from_a_list(name):
     tokens = tokens[:, : mask.sum()]
     assert rows[0].notes[0] == "[start]" and "".join(rows[0].notes[1:]) == "whichcolour?"
     assert len(rows[0].maps) == len(rows[0].notes) == tokens.shape[1] - 1  # all but the end token
-    features = model.look(p.images(PICTURES[:1]))
+    features = model.image_features(p.images(PICTURES[:1]))
     with record_attention(model) as kept:
         model.answer(None, tokens, features=features)
     want = torch.stack(seen_by_words(name, model, kept, tokens.shape[1])).mean(dim=(0, 1))[2]
@@ -183,7 +183,7 @@ def test_the_words_of_a_text_that_blip_only_reads(roles, part):
     [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
     assert row.who == "red"
     tokens, mask = p.text(["red"])
-    tokens, features = tokens[:, : mask.sum()], model.look(p.images(PICTURES[:1]))
+    tokens, features = tokens[:, : mask.sum()], model.image_features(p.images(PICTURES[:1]))
     with record_attention(getattr(model, part), only=lambda name: name.endswith("cross_attention")) as kept:
         if roles == "answer":
             model.fuse(features, tokens)

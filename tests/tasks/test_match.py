@@ -9,9 +9,9 @@ from PIL import Image
 
 from minivlm import tasks
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
-from minivlm.datasets.shapes_negatives import one_attribute_negatives
+from minivlm.datasets.shapes.negatives import one_attribute_negatives
 from minivlm.errors import UserError
-from minivlm.tasks.match import look_at_all, match_pairs
+from minivlm.tasks.match import features_of_all, match_pairs
 from minivlm.tasks.search import best_rows
 from tests.colours import ColourModel, ColourProcessor
 from tests.matchers import Oracle, WordProcessor
@@ -51,7 +51,7 @@ def test_every_picture_with_every_text(world, oracle):
 
 
 def test_pairs_come_back_in_their_order(world, oracle):
-    features = look_at_all(list(world.pixels[:3]), oracle, oracle.processor, batch_size=2)
+    features = features_of_all(list(world.pixels[:3]), oracle, oracle.processor, batch_size=2)
     tokens, mask = oracle.processor.text([world.all_captions(i)[0] for i in range(3)])
     pairs = torch.tensor([[2, 1], [0, 0], [1, 2], [2, 2], [1, 1]])
     odds = match_pairs(pairs, features, tokens, mask, oracle, batch_size=2)

@@ -17,7 +17,7 @@ from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.tasks import build_image_index, index_path, open_image_index, search_images
-from minivlm.tasks.image_index import fingerprint, look
+from minivlm.tasks.image_index import fingerprint, list_files
 from minivlm.tasks.search import best_rows
 from tests.colours import ColourModel, ColourProcessor, paint
 
@@ -347,7 +347,7 @@ def test_a_pipe_among_the_pictures_is_named_and_what_is_no_picture_is_counted(pi
     (pictures / "film.mp4").write_text("x")
     index = build(pictures, tmp_path / "index")
     assert "a.jfif" in index.rows and "is no regular file but a named pipe" in index.skipped["pipe.png"][1]
-    assert passed_over([look(pictures)], irregular=False) == "2 files are passed over: 1 .mp4, 1 .txt."
+    assert passed_over([list_files(pictures)], irregular=False) == "2 files are passed over: 1 .mp4, 1 .txt."
 
 
 def test_names_that_are_no_utf8_are_found(pictures, tmp_path):

@@ -1,0 +1,163 @@
+"""A model that speaks about pictures is judged by its answers and by its captions, on pictures it has not seen.
+
+Beside each accuracy stand what the question alone is worth (chance) and what the same model says when it is shown the
+picture of another question (blind): an answer that survives that was not seen but guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minivlm.datasets.conversations import Conversations, Question, open_conversations
+from minivlm.datasets.judge import ANSWER, question_problem
+from minivlm.datasets.shapes import is_world
+from minivlm.errors import UserError
+from minivlm.metrics import Score, scene_match, vqa_accuracy
+from minivlm.metrics.vqa import agreement, normalise
+from minivlm.pictures import Row, sheet, wrap
+from minivlm.tasks.choose import chooses
+from minivlm.tasks.generate import answer_all, can_answer, caption_all, language_config, question_tokens
+
+TILE = 176  # pixels of a picture on the sheet
+CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
+SHORT, LONG = ANSWER, 64  # tokens of an answer, and of a caption or a sentence
+FREE_ANSWERS = "answers, words in common"
+AT_A_TIME = 64  # samples whose pictures are in memory
+SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
+
+
+def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
+    """All scores on the held-out part of a dataset, by name, in the order of the table."""
+    ask_questions = ask_questions and answers_questions(model, processor)
+    describes = hasattr(model, "generate") and getattr(model.config, "speaks", True)
+    scores = {}
+    for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
+        talk = open_conversations(directory, split, image_size=processor.image_size)
+        if ask_questions and (questions := talk.questions()):
+            scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
+        if describes and captioned(talk):
+            scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
+    return scores
+
+
+def captioned(talk: Conversations) -> list[int]:
+    """The samples that have captions."""
+    return [i for i in range(len(talk)) if talk.captions(i)]
+
+
+def answers_questions(model, processor) -> bool:
+    """In words of its own, or in those of a list."""
+    return chooses(model) or can_answer(model, processor)
+
+
+def answers(model, processor, talk: Conversations, questions: Sequence[Question]) -> dict[str, Score]:
+    """Accuracy in all, by kind of question, and blind; of conversations, also how many words are right."""
+    check_questions(model, processor, talk)
+    if talk.free_answers:
+        questions = questions[:CAPTIONS]
+    said = ask(model, processor, talk, questions)
+    blind = ask(model, processor, talk, questions, shift=len(questions) // 2)
+    words = {FREE_ANSWERS: words_right(questions, said)} if talk.free_answers else {}
+    alone = vqa_accuracy(questions, blind)["accuracy"]
+    return {**words, **vqa_accuracy(questions, said), "accuracy, blind": alone}
+
+
+def words_right(questions: Sequence[Question], said: Sequence[str]) -> Score:
+    """Of questions whose answers are sentences: the words that the model's answers have in common with them."""
+    return word_overlap(said, [question.answers for question in questions])
+
+
+def ask(model, processor, talk: Conversations, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
+    """The model's answers. shift: each question is asked about the picture of the one so many places further."""
+    n, said = len(questions), []
+    longest = SHORT
+    if talk.free_answers and not chooses(model):
+        read = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
+        longest = max(SHORT, min(LONG, language_config(model).context - read))
+    for start in range(0, n, AT_A_TIME):
+        part = range(start, min(start + AT_A_TIME, n))
+        pictures = talk.images([questions[(i + shift) % n].index for i in part])
+        samples = [(some, questions[i].text) for some, i in zip(pictures, part, strict=True)]
+        said += answer_all(samples, model, processor, max_new_tokens=longest)
+    return said
+
+
+def check_questions(model, processor, talk: Conversations) -> None:
+    """UserError for a question that the model cannot be asked, before any is."""
+    for index, text, *_ in talk.questions():
+        context = None if chooses(model) else language_config(model).context
+        if why := question_problem(text, talk.pictures(index), processor, context=context):
+            raise UserError(f"a {talk.split} question, about {talk.key(index)}: {why} Shorten it, or leave it out.")
+
+
+def describe_all(model, processor, talk: Conversations, indices: Sequence[int]) -> list[str]:
+    """The model's captions of these samples."""
+    said = []
+    for start in range(0, len(indices), AT_A_TIME):
+        said += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG)
+    return said
+
+
+def captions(model, processor, talk: Conversations, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
+    """Of the shapes world: is everything said that is there? Of photographs: how many words are right."""
+    indices = captioned(talk)[:most]
+    said = describe_all(model, processor, talk, indices)
+    if is_world(directory):
+        scores = scene_match(said, [talk.captions(i)[0] for i in indices])
+        return {f"captions, {name}": score for name, score in scores.items()}
+    return {"captions, words in common": word_overlap(said, [talk.captions(i) for i in indices])}
+
+
+def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
+    """Mean F1 of the distinct words of a caption and its best reference; chance: with the next picture's references."""
+
+    def f1(text: str, references: Sequence[str]) -> float:
+        a = set(normalise(text).split())
+        sets = [set(normalise(r).split()) for r in references]
+        return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
+
+    n = len(said)
+    if not n:
+        raise UserError("there are no captions or answers to measure with.")
+    right = sum(f1(text, known[i]) for i, text in enumerate(said)) / n
+    return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(said)) / n)
+
+
+def speech_picture(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
+    """Held-out pictures with question, answer and the model's answer; without questions, with their captions."""
+    talk = open_conversations(directory, "test", image_size=processor.image_size)
+    questions = talk.questions() if ask_questions and answers_questions(model, processor) else []
+    rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
+    sheet(rows, title="What the model says about held-out pictures", tile=TILE, columns=4).save(path)
+
+
+def question_rows(
+    model, processor, talk: Conversations, questions: Sequence[Question], *, columns: int = 4
+) -> list[Row]:
+    """A row for each kind of question."""
+    rows = []
+    for kind in list(dict.fromkeys(q.kind for q in questions))[:6]:
+        chosen = [q for q in questions if q.kind == kind]
+        chosen = chosen[:: max(1, len(chosen) // columns)][:columns]
+        said = ask(model, processor, talk, chosen)
+        right = [
+            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5 for s, q in zip(said, chosen, strict=True)
+        ]
+        notes = [
+            "\n".join([*wrap(q.text, 13, TILE), f"says {s}" + ("" if ok else f", not {q.answers[0]}")])
+            for q, s, ok in zip(chosen, said, right, strict=True)
+        ]
+        rows.append(Row(kind, [talk.images([q.index])[0][0] for q in chosen], right, notes))
+    return rows
+
+
+def caption_rows(model, processor, talk: Conversations, *, columns: int = 4, n: int = 12) -> list[Row]:
+    known = captioned(talk) or range(len(talk))
+    indices = known[:: max(1, len(known) // n)][:n]
+    said = describe_all(model, processor, talk, indices)
+    right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(said, indices, strict=True)]
+    pictures = [talk.images([i])[0][0] for i in indices]
+    notes = ["\n".join(wrap(text, 13, TILE)) for text in said]
+    starts = range(0, len(pictures), columns)
+    return [Row("", pictures[s : s + columns], right[s : s + columns], notes[s : s + columns]) for s in starts]

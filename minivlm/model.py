@@ -1,0 +1,171 @@
+"""What every model of the package shares: a config it is built from, parts that can be frozen, and the two verbs that
+read and write it; and what all have in common that speak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from minivlm import generation
+from minivlm.errors import UserError
+from minivlm.losses import alone, backward, per_process
+
+
+class Model(nn.Module):
+    """A module built from one frozen dataclass."""
+
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.frozen: tuple[str, ...] = ()
+        self.stored: torch.dtype | None = None  # in training: the precision it will be saved in (`minivlm.precision`)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def freeze(self, *parts: str) -> None:
+        """These parts (dotted names of modules) get no gradients any more, and stay in eval mode while others train."""
+        self.frozen = tuple(dict.fromkeys([*self.frozen, *parts]))
+        for part in parts:
+            self.get_submodule(part).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Model:
+        super().train(mode)
+        for part in self.frozen:
+            self.get_submodule(part).eval()
+        return self
+
+    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """The gradients of `losses` of the whole batch, from `size` samples at a time (gradient accumulation).
+
+        Each loss is a sum over the whole batch, of all processes, by the count of the whole batch; the mean over a part
+        adds to it by the share that the part has in the count. Returns the losses, detached. UserError for batch norm.
+        """
+        self.check_parts(len(first_of(batch)), size)
+        counts = self.counts(batch)
+        whole = dict(zip(counts, per_process(torch.stack([*counts.values()])), strict=True))
+        total: dict[str, Tensor] = {}
+        for part in self.cut(batch, size):
+            counts = self.counts(part)
+            with alone():
+                losses = self.losses(**part)
+            for name, loss in losses.items():
+                by = name if name in counts else "samples"
+                losses[name] = loss * (counts[by] / whole[by].clamp(min=1e-6))
+            total = {name: total.get(name, 0) + loss for name, loss in backward(losses).items()}
+        return total
+
+    def check_parts(self, samples: int, size: int) -> None:
+        """UserError if batch norm that is trained would normalise over a part of the samples."""
+        if size < samples and (norms := batch_norms(self)):
+            raise UserError(
+                f"{norms} normalises over the whole batch, but sees a part of it with --micro_batch {size}: leave out "
+                "--micro_batch, or take a model without batch norm, such as clip."
+            )
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How many terms each of the `losses` is a mean over, by name. "samples" holds for all others."""
+        first = first_of(batch)
+        counts = {"samples": torch.full((), len(first), device=first.device)}
+        if "labels" in batch:
+            counts["next token"] = (batch["labels"][:, 1:] != -100).sum()
+        return counts
+
+    def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+        """Yields a batch in parts of `size` samples, without `where`, whose indices are those of the whole batch."""
+        for i in range(0, len(first_of(batch)), size):
+            yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
+        """The model in a directory of ours, a published one, or a hub id; dtype None: as stored."""
+        from minivlm.checkpoint import load
+
+        model, _ = load(source, device=device, dtype=dtype)
+        if not isinstance(model, cls):
+            raise TypeError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(
+        self, directory: str | Path, *, processor=None, layout: str = "minivlm", base: dict[str, str] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors (and the processor's files). layout="hf": the published form.
+
+        base: frozen parts to be left out, and where they come from, as {"language_model": "out/lm"}."""
+        from minivlm.checkpoint import save
+
+        save(directory, self, processor, layout=layout, base=base)
+
+
+def batch_norms(model: nn.Module) -> str:
+    """The batch norm layers that are trained, in words; an empty string if there are none."""
+    found = [name for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    return f"batch norm ({found[0]}{f' and {len(found) - 1} more' if found[1:] else ''})" if found else ""
+
+
+def first_of(batch: dict[str, Tensor]) -> Tensor:
+    """A tensor with a row for each sample: the tokens, or without tokens the first tensor."""
+    return batch["tokens"] if "tokens" in batch else next(iter(batch.values()))
+
+
+class Speaks:
+    """Has a `prefill(tokens, mask, room=…)` that gives a `generation.Decoding`; its config says what ends an answer.
+
+    defaults: fields of `generation.Options` that hold where the caller says nothing, as a generation_config.json gives them.
+    """
+
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    # It continues its prompt, whose tokens count as generated. False: it answers, what it has read does not count, but the
+    # token that every answer begins with, unseen, does.
+    continues_prompt = True
+    first_token: int
+
+    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+        """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
+        return self.speak(generation.generate, tokens, mask, **options)
+
+    def stream(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
+        """`generate`, token by token: each (B,). Without beam search, whose answer is known only at the end."""
+        return self.speak(generation.stream, tokens, mask, **{"num_beams": 1, **options})
+
+    def speak(
+        self,
+        engine: Callable,
+        *asked: Tensor | None,
+        decode: generation.Decode | None = None,
+        **options,
+    ) -> Any:
+        """engine: `generation.generate` or `stream`. asked: what `prefill` reads, of which the last two are tokens and mask.
+
+        decode: for stop strings; options: see `generation.Options`.
+        """
+        options = self.options(**options)
+        *_, tokens, mask = asked
+        if not self.continues_prompt:
+            tokens, mask = tokens.new_full((len(tokens), 1), self.first_token), None
+        options = replace(options, max_new_tokens=options.room(tokens.shape[1]))
+        decoding = self.prefill(*asked, room=options.max_new_tokens)
+        return engine(decoding, options, decode=decode, prompt=tokens, prompt_mask=mask)
+
+    def options(self, **given) -> generation.Options:
+        """What is not given is as `defaults` say, or the config."""
+        return generation.Options(**{**self.endings, **generation.with_defaults(given, self.defaults)})
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        """Options: the tokens that end an answer, and the one that pads it."""
+        return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}
