@@ -29,7 +29,7 @@ from minivlm.command_line import (
     speaking_arguments,
     write_picture,
 )
-from minivlm.errors import UserError, nearest, run_command_line
+from minivlm.errors import UserError, as_started, nearest, run_command_line
 
 
 class Task(NamedTuple):
@@ -61,7 +61,7 @@ def overview() -> str:
     lines = ["usage: python sample.py TASK MODEL …      python sample.py TASK --help", ""]
     for name, task in TASKS.items():
         lines += [f"{name:10} {task.summary}", f"{'':10} {task.example}", ""]
-    return "\n".join(lines[:-1])
+    return as_started("\n".join(lines[:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------ zero-shot

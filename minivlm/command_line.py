@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from minivlm.chat_templates import CHOICES, check_chat_name
-from minivlm.errors import UserError, nearest
+from minivlm.errors import UserError, as_started, nearest
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors, and which knows the option that a misspelt one was meant to be."""
 
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(self, **texts: str):
+        super().__init__(allow_abbrev=False, **{name: as_started(text) for name, text in texts.items()})
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         for word in argv:

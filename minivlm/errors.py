@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,6 +29,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" There are: {', '.join(sorted(known))}."
 
 
+def as_started(text: str) -> str:
+    """The text, with its commands as they work where `minivlm`, installed, started this program: `python sample.py chat`
+    becomes `minivlm sample chat`."""
+    program = Path(sys.argv[0])
+    module = program.name == "__main__.py" and program.parent.name == "minivlm"
+    if not module and program.stem != "minivlm":
+        return text
+    text = re.sub(r"(torchrun \S+) train\.py", r"\1 -m minivlm train", text)
+    commands = r"python (?:-m minivlm\.(?:datasets\.)?(\w+)|(train|sample)\.py)"
+    return re.sub(commands, rf"{'python -m minivlm' if module else 'minivlm'} \1\2", text)
+
+
 def run_command_line(main: Callable[[list[str]], None]) -> None:
     """Call main(argv); a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130. A `Note`
     is one line as well, but ends nothing.
@@ -40,7 +54,7 @@ def run_command_line(main: Callable[[list[str]], None]) -> None:
         with notes_in_a_line():
             main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_started(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -58,7 +72,7 @@ def notes_in_a_line() -> Iterator[None]:
 
         def tell(message, category, *where):
             if issubclass(category, Note):
-                print(f"note: {message}", file=sys.stderr)
+                print(f"note: {as_started(str(message))}", file=sys.stderr)
             else:
                 show(message, category, *where)
 

@@ -8,14 +8,13 @@ open_clip and transformers take part where they are installed; each is given its
 
 from __future__ import annotations
 
-import argparse
-
 from minivlm.bench.blip2 import LANGUAGE_MODELS, bench_blip2
 from minivlm.bench.clip import SIZES, bench_clip, bench_load
 from minivlm.bench.connectors import bench_connectors
 from minivlm.bench.flamingo import bench_flamingo
 from minivlm.bench.llava import bench_decode, bench_llava
 from minivlm.bench.loss import bench_loss
+from minivlm.command_line import Parser
 from minivlm.errors import UserError
 
 BENCHES = {
@@ -31,7 +30,7 @@ BENCHES = {
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minivlm.bench", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m minivlm.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--size", choices=SIZES, default="64px", help="clip: which model")
     parser.add_argument(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minivlm.command_line import Parser
 from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.contents import available
 from minivlm.datasets.conversations import is_talk
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minivlm.datasets.check", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m minivlm.datasets.check", description=__doc__.split("\n")[0])
     parser.add_argument(
         "directory",
         type=Path,

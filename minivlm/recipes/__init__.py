@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivlm import config
-from minivlm.errors import UserError, nearest
+from minivlm.errors import UserError, as_started, nearest
 from minivlm.recipes.base import Options, Recipe, dotted_names, launcher, override, processes, split_arguments
 from minivlm.recipes.blip import BLIP_RECIPES
 from minivlm.recipes.blip2 import BLIP2_RECIPES
@@ -196,7 +196,7 @@ def help_text(name: str, recipe: Recipe) -> str:
     ]
     return "\n".join(
         [
-            "usage: python train.py [recipe] [--option value …]      recipes: " + ", ".join(RECIPES),
+            f"usage: {' '.join(launcher())} [recipe] [--option value …]      recipes: " + ", ".join(RECIPES),
             "  --out DIR         where the run goes (out/<recipe>)",
             "  --data DIR        your own folder: captions.jsonl, or one sub-folder a class",
             "  --resume          go on from the last checkpoint in --out",
@@ -246,7 +246,7 @@ def finish(run: Run, work) -> None:
     print(f"{run.directory}/ holds the model, metrics.json and picture.png. Try next:")
     out = f" {run.directory} "
     for command in work.next_commands(run.directory):
-        print(f"  {no_options(command.replace(out, f' {shlex.quote(str(run.directory))} '))}")
+        print(f"  {as_started(no_options(command.replace(out, f' {shlex.quote(str(run.directory))} ')))}")
 
 
 def no_options(command: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from minivlm import config
-from minivlm.errors import UserError, nearest
+from minivlm.errors import UserError, as_started, nearest
 from minivlm.files import parse_json
 from minivlm.training import OptimiserConfig
 
@@ -102,8 +102,8 @@ def processes() -> int:
 def launcher() -> list[str]:
     """How this program was started, by python or by torchrun."""
     if processes() == 1:
-        return ["python", "train.py"]
-    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", "train.py"]
+        return as_started("python train.py").split()
+    return as_started(f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} train.py").split()
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
