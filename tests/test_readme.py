@@ -1,4 +1,5 @@
-"""The README's commands and code, executed: as they stand where that is quick, with fewer and smaller steps where it trains."""
+"""The front page and the pages of docs/: their commands and code, executed as they stand where that is quick, with fewer and
+smaller steps where they train; and what else these pages promise."""
 
 import io
 import re
@@ -20,7 +21,10 @@ from tests.data.test_prepare import prepare, save_omniglot
 from tests.test_train import TINY
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FRONT, CHINESE = "README.md", "README_CN.md"
+OTHERS = {"overview.md"}  # which has a test of its own
+PAGES = [FRONT, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in OTHERS)]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, CHINESE, "data/README.md"]}
 HUB = "openai/clip-vit-base-patch32"
 SMALLER = {k: v for k, v in TINY.items() if k not in ("steps", "batch_size")}
 RUN = {k: v for k, v in SMALLER.items() if "." not in k}
@@ -31,7 +35,7 @@ SMALL = {  # the options that make a recipe tiny
     "clip": SMALLER,
     "lm": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()} | {"induction_heads": "false"},
     "t5": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()},
-    "llava-stage1": RUN,
+    "llava-stage1": RUN | {"vision_from": "out/clip"},
     "llava": RUN,
     "blip2-stage1": RUN | QFORMER | {"embed_width": 8, "vision_from": "out/clip"},
     "blip2": RUN,
@@ -45,16 +49,36 @@ SMALL = {  # the options that make a recipe tiny
     | {f"model.language.{k}": v for k, v in LANGUAGE.items()}
     | {k: v for k, v in SMALLER.items() if k.startswith("model.vision")},
 }
-ELSEWHERE = {  # what another test, or CI itself, runs
+BUILDS_ON = {  # what a command would train in full, were it not there
+    "llava-stage1": ("clip", "lm"),
+    "llava": ("llava-stage1",),
+    "blip2-stage1": ("clip",),
+    "blip2": ("blip2-stage1", "lm"),
+    "flamingo": ("clip", "lm"),
+    "uniter": ("clip",),
+}
+ELSEWHERE = {  # how a command begins that another test, or CI itself, runs
     "pip install -r requirements.txt": ".ci/run",
-    "pip install -r requirements.txt && pytest": ".ci/run",
     "torchrun": "test_train.py::test_two_processes_take_the_steps_of_one",
     "python train.py clip --device cuda": "needs a GPU",
 }
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[page], re.DOTALL)
+
+
+def commands(page):
+    return "".join(blocks(page, "bash")).strip().splitlines()
+
+
+def commands_in_tables(page):
+    rows = [line for line in TEXTS[page].splitlines() if line.startswith("|")]
+    return re.findall(r"`(python [^`]*)`", "".join(rows))
+
+
+def links(page):
+    return re.findall(r"\]\(([^)]+)\)", TEXTS[page])
 
 
 @pytest.fixture(scope="module")
@@ -81,34 +105,52 @@ def desk(tmp_path_factory):
     return desk
 
 
-def test_every_command_runs(desk, little_to_judge_by, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs(page, desk, little_to_judge_by, monkeypatch):
     monkeypatch.chdir(desk)
+    earlier = {line for before in PAGES[: PAGES.index(page)] for line in commands(before)}
+    for line in commands(page):
+        if line not in earlier and not line.startswith(tuple(ELSEWHERE)):
+            run(line, monkeypatch)
+    assert page != FRONT or len(commands(page)) >= 10
+
+
+def test_the_next_command_of_each_model_that_was_trained_here_runs(desk, little_to_judge_by, monkeypatch):
+    monkeypatch.chdir(desk)
+    models = {line: re.findall(r"out/([\w-]+)", line) for line in commands_in_tables(FRONT)}
+    ran = [run(line, monkeypatch) for line, names in models.items() if names and names[0] in SMALL]
+    assert len(ran) >= 5
+
+
+def run(line, monkeypatch):
+    """One command, after the models that it names, or trains on, have been made small."""
+    words = shlex.split(line)
     monkeypatch.setattr("sys.stdin", io.StringIO("is there a red circle?\n/quit\n"))
-    ran = 0
-    for line in "".join(blocks("bash")).strip().splitlines():
-        if any(line == start or (line.startswith(start) and " " in start) for start in ELSEWHERE) or line.startswith(
-            "torchrun"
-        ):
-            continue
-        words = shlex.split(line)
-        if words[:3] == ["python", "train.py", "llava"]:
-            train_small(["llava-stage1", "--vision_from", "out/clip"])  # which the command would train in full
-        if words[:2] == ["python", "train.py"]:
-            train_small(words[2:])
-        elif words[:2] == ["python", "data/omniglot/prepare.py"]:
-            prepare("omniglot", *words[2:], "--out", "data/omniglot")
-        elif words[:2] == ["python", "sample.py"]:
-            sample.main(words[2:])
-        elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
-            evaluate.main(words[3:])
-        elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:
-            with pytest.raises(SystemExit) as stop:
-                check.main(words[3:])
-            assert stop.value.code == 0
-        else:
-            pytest.fail(f"the README has a command that no test runs: {line}")
-        ran += 1
-    assert ran >= 10
+    if words[:2] == ["python", "train.py"]:
+        have(*BUILDS_ON.get(words[2], ()) if len(words) > 2 else ())
+        train_small(words[2:])
+        return
+    have(*(name for name in re.findall(r"out/([\w-]+)", line) if name in SMALL))
+    if words[:2] == ["python", "data/omniglot/prepare.py"]:
+        prepare("omniglot", *words[2:], "--out", "data/omniglot")
+    elif words[:2] == ["python", "sample.py"]:
+        sample.main(words[2:])
+    elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
+        evaluate.main(words[3:])
+    elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:
+        with pytest.raises(SystemExit) as stop:
+            check.main(words[3:])
+        assert stop.value.code == 0
+    else:
+        pytest.fail(f"no test runs this command: {line}")
+
+
+def have(*names):
+    """These models, trained small where they are not there."""
+    for name in names:
+        if not Path("out", name).exists():
+            have(*BUILDS_ON.get(name, ()))
+            train_small([name])
 
 
 def train_small(words):
@@ -129,16 +171,45 @@ def train_small(words):
     train.main(words + small)
 
 
-def test_every_piece_of_code_runs(desk, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_piece_of_code_runs(page, desk, monkeypatch, capsys):
+    """One that names its file in its first line is a piece of that file, and stands there as it is."""
     monkeypatch.chdir(desk)
-    code = blocks("python")
-    assert len(code) >= 2
-    for piece in code:
-        exec(compile(piece, "README.md", "exec"), {})
-    assert "torch.Size([2, 64])" in capsys.readouterr().out
+    for piece in blocks(page, "python"):
+        if name := re.match(r"# (\w+/\S+\.py)\n", piece):
+            assert piece[name.end() :] in (ROOT / name[1]).read_text(encoding="utf-8")
+        else:
+            exec(compile(piece, page, "exec"), {})
+    assert page != FRONT or "torch.Size([2, 64])" in capsys.readouterr().out
 
 
-def test_the_files_it_points_to_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets and not [t for t in targets if "://" not in t and not (ROOT / t).exists()]
-    assert "@" not in re.sub(r"R@|Recall@", "", README)  # nothing left to fill in
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_a_page_points_to_exists(page):
+    for target in links(page):
+        file, _, heading = target.partition("#")
+        if "://" in target:
+            continue
+        found = (ROOT / page).parent / file if file else ROOT / page
+        assert found.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
+
+
+def test_the_chinese_page_has_the_same_commands_code_links_and_figures():
+    assert commands(CHINESE) == commands(FRONT) and commands_in_tables(CHINESE) == commands_in_tables(FRONT)
+    for language in ("python", "text"):
+        assert blocks(CHINESE, language) == blocks(FRONT, language)
+    assert links(CHINESE)[0] == FRONT and links(FRONT)[0] == CHINESE
+    assert links(CHINESE)[1:] == links(FRONT)[1:]
+    assert figures(CHINESE) == figures(FRONT)
+
+
+def figures(page):
+    return sorted(re.findall(r"\d[\d.]* %", TEXTS[page]))
+
+
+def test_a_figure_of_the_front_page_stands_in_the_results_too():
+    """Or in the output of the first run, or in speed.md."""
+    told = "".join(TEXTS[page] for page in PAGES[1:]) + "".join(blocks(FRONT, "text")).replace("%", " %")
+    assert not [figure for figure in figures(FRONT) if figure not in told]
