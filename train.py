@@ -15,7 +15,7 @@ from minivlm import recipes, training
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
 from minivlm.recipes import resuming
-from minivlm.run import Run, restore, restore_random
+from minivlm.run import Run, read_record, restore, restore_random
 
 
 def main(argv: list[str]) -> None:
@@ -70,8 +70,9 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
 
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
+    trained_for = read_record(resumed).get("seconds") if resumed else 0.0  # seconds; None: of an earlier version
     if rank == 0:
-        run.about = resuming.facts(name, recipe, device, precision)
+        run.about = resuming.facts(name, recipe, device, precision, model)
     if resumed:
         told = resuming.told(run, recipe) if rank == 0 else []
         say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *told]))
@@ -94,6 +95,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
                     score = work.validate()
             except UserError as error:
                 raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
+            run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 2)
             random[0] = training.random_state(device)  # validation may have drawn from it
             run.save(step, model, work.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")

@@ -16,7 +16,7 @@ from minivlm import recipes, training
 from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.errors import UserError
 from minivlm.recipes.clip import Contrast
-from minivlm.run import Run
+from minivlm.run import Run, read_record
 
 HOW = ["--device", "cpu", "--precision", "fp32"]
 SMALL = (
@@ -166,6 +166,16 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_know
         path.write_text(json.dumps({name: record[name] for name in ("step", "score", "recipe")}))
     resume("--stop_at", "3")
     assert "did not record its data: they cannot be compared" in capsys.readouterr().out
+    assert read_record(Run("a run/clip").latest())["seconds"] is None
+
+
+def test_a_checkpoint_tells_the_size_of_the_model_and_the_seconds_of_all_training(place):
+    first, latest = (read_record(place / f"a run/clip/checkpoints/step-00000{step}") for step in (1, 2))
+    assert 0 < first["seconds"] < latest["seconds"]
+    resume("--save_every", "1", "--keep", "1")
+    record, model = read_record(Run("a run/clip").latest()), minivlm.load(Run("a run/clip").latest())[0]
+    assert record["seconds"] > latest["seconds"]
+    assert record["parameters"] == record["trained"] == sum(p.numel() for p in model.parameters())
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_and_told(place, capsys):

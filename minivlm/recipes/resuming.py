@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from minivlm import config
 from minivlm.datasets.fingerprint import changes, fingerprint
@@ -64,11 +65,17 @@ def shown(value: Any) -> str:
     return "a part with fields of its own" if dataclasses.is_dataclass(value) else f"{value}"
 
 
-def facts(name: str, recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """What a checkpoint records, so that resuming can tell what is different."""
+def facts(name: str, recipe: Recipe, device: torch.device, precision: torch.dtype, model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint records, so that resuming can tell what is different, and the sizes that `minivlm.zoo` shows."""
     on = {"device": device.type, "precision": str(precision).removeprefix("torch.")}
     on |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"name": name, "data": fingerprint(data_directory(recipe)), "on": on}
+    sizes = {"parameters": parameters(model), "trained": parameters(model, trained=True)}
+    return {"name": name, "data": fingerprint(data_directory(recipe)), "on": on, **sizes}
+
+
+def parameters(model: nn.Module, *, trained: bool = False) -> int:
+    """How many numbers the model holds, or learns; a shared one counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def is_finished(run: Run, recipe: Recipe) -> bool:
