@@ -25,6 +25,7 @@ _HOME = {
     "FlamingoConfig": "models.flamingo",
     "ImageCaptioningConfig": "models.captioner",
     "ImageCaptioningModel": "models.captioner",
+    "ImageFeatures": "layers",
     "LLaVA": "models.llava",
     "LLaVAConfig": "models.llava",
     "LanguageModel": "layers",

@@ -15,6 +15,7 @@ from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.resnet import RESNET_SIZES, ResNet, ResNetConfig
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.layers.text import TextConfig, TextTransformer
+from minivlm.layers.tower import ImageFeatures
 from minivlm.layers.transformer import Block, Transformer, TransformerConfig
 from minivlm.layers.vit import VIT_SIZES, VisionConfig, VisionTransformer
 
@@ -35,6 +36,7 @@ __all__ = [
     "EfficientNetConfig",
     "GatedConfig",
     "GatedCrossAttention",
+    "ImageFeatures",
     "LanguageModel",
     "LanguageModelConfig",
     "LinearProjector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,37 @@ from minivlm.layers.resnet import Bottleneck, ResNet, ResNetConfig
 from minivlm.layers.vit import ConvolutionStem, VisionConfig, VisionTransformer
 
 TowerConfig = VisionConfig | ResNetConfig | EfficientNetConfig
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a vision tower has computed already: `model.image_features(images)`, given to the model in place of images.
+
+    A frozen tower computes the same in every epoch, so that training computes it once. tensor: (M, N, C), or with leading
+    axes as the images have them.
+    """
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, rows) -> ImageFeatures:
+        return ImageFeatures(self.tensor[rows])
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def dim(self) -> int:
+        return self.tensor.dim()
+
+    def to(self, *args, **options) -> ImageFeatures:
+        """As `Tensor.to`."""
+        return ImageFeatures(self.tensor.to(*args, **options))
+
+
+Images = Tensor | ImageFeatures
 
 
 def new_tower(config: TowerConfig) -> nn.Module:
