@@ -17,6 +17,7 @@ from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
+from minivlm.recipes import RECIPES, Options, dotted_names
 from tests.data.test_prepare import prepare, save_omniglot
 from tests.test_train import TINY
 
@@ -25,6 +26,7 @@ FRONT, CHINESE = "README.md", "README_CN.md"
 OTHERS = {"overview.md"}  # which has a test of its own
 PAGES = [FRONT, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in OTHERS)]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, CHINESE, "data/README.md"]}
+SOURCES = [*(ROOT / "minivlm").rglob("*.py"), *(ROOT / "data").rglob("*.py"), ROOT / "sample.py"]
 HUB = "openai/clip-vit-base-patch32"
 SMALLER = {k: v for k, v in TINY.items() if k not in ("steps", "batch_size")}
 RUN = {k: v for k, v in SMALLER.items() if "." not in k}
@@ -203,6 +205,18 @@ def test_the_chinese_page_has_the_same_commands_code_links_and_figures():
     assert links(CHINESE)[0] == FRONT and links(FRONT)[0] == CHINESE
     assert links(CHINESE)[1:] == links(FRONT)[1:]
     assert figures(CHINESE) == figures(FRONT)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_page_names_only_options_recipes_and_tasks_that_exist(page):
+    """In what nothing executes: prose and tables."""
+    prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    options = {f"--{name}" for one in (Options(), *RECIPES.values()) for name in dotted_names(one)}
+    options |= set(re.findall(r'"(--\w+)"', sources))
+    assert not [name for name in re.findall(r"(?<![\w-])--\w[\w.]*", prose) if name not in options]
+    assert not [name for name in re.findall(r"train\.py ([a-z][\w-]*)", prose) if name not in RECIPES]
+    assert not [name for name in re.findall(r"sample\.py ([a-z][\w-]*)", prose) if name not in sample.TASKS]
 
 
 def figures(page):
