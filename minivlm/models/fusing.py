@@ -19,7 +19,7 @@ from minivlm.errors import UserError
 from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.regions import WHOLE, grid_cells, pool_regions
-from minivlm.layers.tower import TowerConfig, make_tower, tower_features
+from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower, tower_features
 from minivlm.layers.transformer import TransformerConfig
 from minivlm.model import Model
 from minivlm.models.fusion_losses import (
@@ -70,9 +70,9 @@ class FusionOutput:
 class FusionModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput`.
 
-    features (B, R, C) may be given in place of images: of `image_features` or a detector. boxes (B, R, 4)
-    say where they are from; without, they are a square grid, as a tower's, or their place is not known. With images,
-    boxes are the regions that are looked at. region_mask (B, R): True = a real region.
+    `ImageFeatures` (B, R, C), or a tensor of this shape, may be given in place of images: of `image_features` or a detector.
+    boxes (B, R, 4) say where they are from; without, they are a square grid, as a tower's, or their place is not known. With
+    images, boxes are the regions whose features are pooled. region_mask (B, R): True = a real region.
     Raises UserError for boxes outside the picture.
     """
 
@@ -116,15 +116,14 @@ class FusionModel(Model):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
-        features: Tensor | None = None,
         boxes: Tensor | None = None,
         region_mask: Tensor | None = None,
     ) -> FusionOutput:
-        states = self.read(images, tokens, mask, features=features, boxes=boxes, region_mask=region_mask)
+        states = self.read(images, tokens, mask, boxes=boxes, region_mask=region_mask)
         heads = {
             "answers": (self.answer_head, self.answer_logits),
             "words": (self.word_head, self.word_logits),
@@ -134,22 +133,27 @@ class FusionModel(Model):
         logits = {name: read(states) for name, (head, read) in heads.items() if head is not None}
         return FusionOutput(logits, states.words, states.regions, self.pool(states))
 
-    def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
-        """Logits of all answers, (B, A). seen: features, boxes, region_mask, as `forward` takes them."""
+    def answer(self, images: Images, tokens: Tensor, mask: Tensor | None = None, **regions) -> Tensor:
+        """Logits of all answers, (B, A). regions: boxes, region_mask, as `forward` takes them."""
         if self.answer_head is None:
             raise ValueError(f"this {type(self).__name__} has no answers to choose from: its config names none")
-        return self.answer_logits(self.read(images, tokens, mask, **seen))
+        return self.answer_logits(self.read(images, tokens, mask, **regions))
 
-    def match(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
-        """Does text i tell what picture i shows?  → logits (B, 2) of no and yes. seen: as in `answer`."""
+    def match(
+        self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, features=None, **regions
+    ) -> Tensor:
+        """Does text i describe image i?  → logits (B, 2) of no and yes. regions: as in `answer`."""
         if self.match_head is None:
             raise ValueError(f"this {type(self).__name__} does not match: its config names no such head")
-        return self.match_logits(self.read(images, tokens, mask, **seen))
+        images = images if features is None else ImageFeatures(features)
+        return self.match_logits(self.read(images, tokens, mask, **regions))
 
     # ---- from pixels to states ---------------------------------------------------------------------------------------
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Images) -> Tensor:
         """images (B, 3, H, W) → (B, N, C), a grid of features. What is (B, R, C) already comes back as it is."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
         if images.dim() == 3:
             return images
         if self.vision is None:
@@ -159,30 +163,28 @@ class FusionModel(Model):
             )
         return tower_features(self.vision, images, [self.config.vision_layer])
 
-    def see(
-        self, images: Tensor | None, features: Tensor | None = None, boxes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def see(self, images: Images, boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, R, C) and boxes (B, R, 4) of the regions."""
-        grid = self.image_features(images) if features is None else features
+        grid = self.image_features(images)
         if boxes is None:
             square = math.isqrt(grid.shape[1]) ** 2 == grid.shape[1]
             cells = grid_cells(grid.shape[1], device=grid.device) if square else grid.new_tensor([WHOLE])
             return grid, cells.expand(len(grid), grid.shape[1], 4)
         check_boxes(boxes)
-        given = features is not None or images.dim() == 3
+        given = isinstance(images, ImageFeatures) or images.dim() == 3
         return (grid if given else pool_regions(grid, boxes)), boxes
 
     def read(
         self,
-        images: Tensor | None,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
+        boxes: Tensor | None = None,
         region_mask: Tensor | None = None,
-        **seen,
     ) -> FusedStates:
-        """What words and regions make of each other. seen: features and boxes, as `see` takes them."""
-        return self.encode(*self.see(images, **seen), tokens, mask, region_mask)
+        """What words and regions make of each other."""
+        return self.encode(*self.see(images, boxes), tokens, mask, region_mask)
 
     def encode(
         self,
@@ -226,7 +228,7 @@ class FusionModel(Model):
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         boxes: Tensor | None = None,
         region_mask: Tensor | None = None,
@@ -242,7 +244,7 @@ class FusionModel(Model):
         True = a region that is to be told without being seen, if the text tells of it. matches (B,): does the text belong
         to the picture?
         """
-        features, boxes = self.see(images, features, boxes)
+        features, boxes = self.see(images if features is None else ImageFeatures(features), boxes)
         shown = features if hidden is None else features.masked_fill(hidden[..., None], 0.0)
         states = self.encode(shown, boxes, tokens, mask, region_mask)
         losses = {}

@@ -26,6 +26,7 @@ from minivlm.errors import UserError, nearest
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
+from minivlm.layers.tower import ImageFeatures, Images
 from minivlm.losses import CLIPLoss, backward, in_parts, mean, next_token_loss, processes
 from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
 from minivlm.models.fusion_losses import answer_loss, chance_answer_loss
@@ -80,7 +81,7 @@ class MultitaskConfig:
 class MultitaskVLM(SpeaksItself, SpeakingModel):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
-    features (B, N, C) may be given in place of images: what `image_features` gives.
+    `ImageFeatures` may be given in place of images.
     """
 
     config_class = MultitaskConfig
@@ -102,50 +103,47 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
     def vision(self) -> nn.Module:
         return self.encoder.vision
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Images) -> Tensor:
         return self.encoder.image_features(images)
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
         task: Task,
-        features: Tensor | None = None,
     ) -> Tensor:
         """Raises UserError for a task that there is none of, or that was not learnt."""
         if task not in (tasks := self.config.tasks):
             raise UserError(f"{task!r} is no task of this MultitaskVLM.{nearest(str(task), tasks)}")
         match task:
             case "answer":
-                return self.answer(images, tokens, mask, features=features)
+                return self.answer(images, tokens, mask)
             case "caption":
-                return self.word_logits(self.tell(images, tokens, mask, features=features)[1])
+                return self.word_logits(self.tell(images, tokens, mask)[1])
             case _:
-                return self.loss.logits(self.encode_image(images, features=features), self.encode_text(tokens, mask))
+                return self.loss.logits(self.encode_image(images), self.encode_text(tokens, mask))
 
     # ---- three ways through the encoder ------------------------------------------------------------------------------
 
-    def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
+    def answer(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of all answers, (B, A)."""
-        return self.encoder.answer(images, tokens, mask, **seen)
+        return self.encoder.answer(images, tokens, mask)
 
-    def tell(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def tell(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The states (B, R, D) of regions, which see each other alone, and (B, T, D) of words, which see the picture and what
         was said before them."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        regions = self.regions(images, features)
+        regions = self.regions(images)
         pairs = attention_mask("causal", regions.shape[1], mask)
         x = torch.cat([regions, self.encoder.bert.embed(tokens)], dim=1)
         x = self.encoder.bert.transformer(x, mask=pairs)
         return x[:, : regions.shape[1]], x[:, regions.shape[1] :]
 
-    def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+    def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length: the mean of regions that see each other alone."""
-        return self.image_vector(self.encoder.bert.transformer(self.regions(images, features)))
+        return self.image_vector(self.encoder.bert.transformer(self.regions(images)))
 
     def image_vector(self, seen: Tensor) -> Tensor:
         """(B, R, D) → (B, E)"""
@@ -155,9 +153,9 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         """(B, T) → (B, E), unit length: the first of words that see each other alone."""
         return F.normalize(self.text_projection(self.encoder.bert(tokens, mask).hidden[:, 0]), dim=-1)
 
-    def regions(self, images: Tensor | None, features: Tensor | None = None) -> Tensor:
+    def regions(self, images: Images) -> Tensor:
         """(B, R, D), as they enter the first block."""
-        return self.encoder.embed_regions(*self.encoder.see(images, features))
+        return self.encoder.embed_regions(*self.encoder.see(images))
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) → (B, T, V)"""
@@ -167,7 +165,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
 
     def losses(
         self,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         *,
         tokens: Tensor | None = None,
@@ -183,34 +181,34 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
         split = partial(in_parts, size=micro_batch)
-        features = split(self.image_features, images) if features is None else features
+        images = ImageFeatures(split(self.image_features, images) if features is None else features)
         losses, tasks, vectors = {}, self.config.tasks, None
         if "caption" in tasks:
-            total, vectors = split(self.caption_total, features, tokens, mask)
+            total, vectors = split(self.caption_total, images, tokens, mask)
             losses["caption"] = mean(total, mask[:, 1:].sum())
         if "answer" in tasks:
-            losses["answer"] = split(self.answer_total, features, question, question_mask, answers) / len(answers)
+            losses["answer"] = split(self.answer_total, images, question, question_mask, answers) / len(answers)
         if "search" in tasks:
             if vectors is None:
-                vectors = split(lambda seen: self.encode_image(features=seen), features)
+                vectors = split(self.encode_image, images)
             losses["search"] = self.loss(vectors, split(self.encode_text, tokens, mask))
-        chance = self.chance_losses(processes() * len(features))
+        chance = self.chance_losses(processes() * len(images))
         return {name: self.task_weight(name) / chance[name] * loss for name, loss in losses.items()}
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         self.check_parts(len(batch["tokens"]), size)
         return backward(self.losses(**batch, micro_batch=size))  # search compares the whole batch
 
-    def caption_total(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def caption_total(self, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the captions' losses, and the pictures' vectors (B, E): the regions have not seen the words, so that there
         is no second pass for these."""
-        seen, said = self.tell(None, tokens, mask, features=features)
+        seen, said = self.tell(images, tokens, mask)
         labels, weight = tokens.masked_fill(~mask, -100), self.encoder.bert.token_embedding.weight
         return next_token_loss(self.word_head(said), labels, weight, total=True), self.image_vector(seen)
 
-    def answer_total(self, features: Tensor, question: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+    def answer_total(self, images: Images, question: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
         """The sum of the answers' losses."""
-        logits = self.answer(None, question, mask, features=features)
+        logits = self.answer(images, question, mask)
         return answer_loss(logits, answers, self.config.encoder.answer_loss) * len(answers)
 
     def task_weight(self, task: Task) -> float:
@@ -230,16 +228,15 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
     @torch.no_grad()
     def prefill(
         self,
-        images: Tensor | None,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
         room: int,
-        features: Tensor | None = None,
     ) -> CaptionDecoding:
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.encoder.text.context)
-        return CaptionDecoding(self, self.regions(images, features), tokens, mask, room=room)
+        return CaptionDecoding(self, self.regions(images), tokens, mask, room=room)
 
 
 class CaptionDecoding(KeepingDecoding):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.projector import LinearProjector
-from minivlm.layers.tower import TowerConfig, make_tower, tower_features
+from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower, tower_features
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.model import Model
 from minivlm.models.fusing import FusionOutput
@@ -49,7 +49,7 @@ class VQAConfig:
 class VQAModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput` with logits["answers"] (B, A).
 
-    features (B, N, C) may be given in place of images: what `image_features` gives.
+    `ImageFeatures` may be given in place of images.
     """
 
     config_class = VQAConfig
@@ -68,35 +68,35 @@ class VQAModel(Model):
         self.answer_head = nn.Linear(c.text.width, len(c.answers))
         initialise(self, generator)
 
-    def forward(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> FusionOutput:
-        features = self.image_features(images) if features is None else features
-        seen = self.picture_norm(self.projector(features) + self.position_embedding)  # (B, N, D)
+    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> FusionOutput:
+        seen = self.picture_norm(self.projector(self.image_features(images)) + self.position_embedding)  # (B, N, D)
         asked = self.bert(tokens, mask).hidden  # (B, T, D)
         words = self.norm(self.fusion(asked, seen, mask=mask))
         pooled = words[:, 0]
         return FusionOutput({"answers": self.answer_head(pooled)}, words, seen, pooled)
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) → (B, N, C): what the tower sees."""
+    def image_features(self, images: Images) -> Tensor:
+        """images (B, 3, H, W) → (B, N, C), the features of the vision tower."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
         return tower_features(self.vision, images, [self.config.vision_layer])
 
-    def answer(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **seen) -> Tensor:
+    def answer(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of all answers, (B, A)."""
-        return self(images, tokens, mask, **seen).logits["answers"]
+        return self(images, tokens, mask).logits["answers"]
 
     def losses(
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         *,
         answers: Tensor,
     ) -> dict[str, Tensor]:
         """What training adds up. answers (B, A): how right each is."""
-        return {"answers": answer_loss(self.answer(images, tokens, mask, features=features), answers)}
+        images = images if features is None else ImageFeatures(features)
+        return {"answers": answer_loss(self.answer(images, tokens, mask), answers)}
 
     def chance_losses(self) -> dict[str, float]:
         return {"answers": chance_answer_loss(len(self.config.answers))}

@@ -23,6 +23,7 @@ from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
 from minivlm.layers.position import place
 from minivlm.layers.resnet import ResNet
+from minivlm.layers.tower import ImageFeatures
 from minivlm.models.blip import BLIP
 from minivlm.models.blip_text import begin_with
 from minivlm.models.captioner import ImageCaptioningModel
@@ -191,7 +192,7 @@ def read(model, tokens: Tensor, features: Tensor) -> str:
     """A text (1, T) is read in front of a picture (1, N, C) → the answer that is chosen, or how well BLIP finds that they
     match; a BLIP that was published for captions or for answers alone only reads."""
     if not isinstance(model, BLIP):
-        return model.config.answers[model.answer(None, tokens, features=features).argmax()]
+        return model.config.answers[model.answer(ImageFeatures(features), tokens).argmax()]
     if can_match(model):
         _, yes = model.match(None, tokens, features=features)[0].float().softmax(dim=0).tolist()
         return f"{yes:.0%}"

@@ -51,7 +51,7 @@ def check_chooser(model, processor, options: dict[str, Any]) -> None:
     if getattr(model, "vision", None) is None:
         raise UserError(
             f"this {name} reads features of regions that a detector has found, not pictures: give them to "
-            "`model.answer` in Python, as features=(B, R, C)."
+            "`model.answer` in Python, as ImageFeatures of (B, R, C)."
         )
     if given := sorted(options.keys() - {"max_new_tokens"}):
         answers = len(model.config.answers)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from minivlm import checkpoint
 from minivlm.errors import UserError
-from minivlm.layers import BERTConfig, TransformerConfig, VisionConfig
+from minivlm.layers import BERTConfig, ImageFeatures, TransformerConfig, VisionConfig
 from minivlm.layers.regions import grid_cells, pool_regions
 from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
 from minivlm.testing import assert_can_overfit, assert_padding_invariant, assert_same
@@ -43,7 +43,7 @@ def images():
 
 def test_features_stand_in_for_images(model, images):
     seen, features = model(images, TOKENS, MASK), model.image_features(images)
-    for other in (model(None, TOKENS, MASK, features=features), model(features, TOKENS, MASK)):
+    for other in (model(ImageFeatures(features), TOKENS, MASK), model(features, TOKENS, MASK)):
         assert seen.logits.keys() == other.logits.keys() == {"answers", "words", "regions", "matching"}
         for name, logits in seen.logits.items():
             assert_same(other.logits[name], logits)
@@ -90,7 +90,7 @@ def test_padding_of_words_and_of_regions_is_not_seen(model, images):
     answer = lambda tokens, mask: model.answer(features[:1].expand(len(tokens), -1, -1), tokens, mask)
     assert_padding_invariant(answer, TOKENS, MASK, pooled=True)
     boxes = grid_cells(4).expand(2, 4, 4)
-    read = lambda x, mask: model.answer(None, TOKENS, MASK, features=x, boxes=boxes, region_mask=mask)
+    read = lambda x, mask: model.answer(ImageFeatures(x), TOKENS, MASK, boxes=boxes, region_mask=mask)
     region_mask = torch.arange(4) < torch.tensor([[4], [2]])
     other = features.clone()
     other[1, 2:] = 7.0
@@ -121,7 +121,7 @@ def test_a_hidden_region_is_told_without_being_seen(model, images):
     features, hidden = model.image_features(images), torch.zeros(2, 4, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 3] = True
     shown = features.masked_fill(hidden[..., None], 0)
-    loss = model.losses(TOKENS, MASK, features=features, hidden=hidden)["regions"]
+    loss = model.losses(TOKENS, MASK, ImageFeatures(features), hidden=hidden)["regions"]
     guess = model(shown, TOKENS, MASK).logits["regions"]
     assert_same(loss, F.mse_loss(guess[hidden], features[hidden]))
 

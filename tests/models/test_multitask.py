@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from minivlm import checkpoint
 from minivlm.errors import UserError
-from minivlm.layers import BERTConfig, VisionConfig
+from minivlm.layers import BERTConfig, ImageFeatures, VisionConfig
 from minivlm.models.fusion import UNITERConfig, VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.testing import assert_can_overfit, assert_same
@@ -44,6 +44,15 @@ def test_a_caption_is_told_from_the_picture_and_what_came_before(model, images):
         change = (tell(other) - tell(tokens)).abs().amax(dim=-1)[0]
         assert (change[:t] < 1e-6).all() and (change[t:] > 1e-6).all()
     assert not torch.allclose(model(images[1:], tokens, task="caption"), tell(tokens))
+
+
+def test_features_stand_in_for_images_in_every_task(model, images):
+    features = ImageFeatures(model.image_features(images))
+    assert model.image_features(features) is features.tensor
+    for task in ("caption", "answer", "search"):
+        assert_same(model(features, TOKENS, MASK, task=task), model(images, TOKENS, MASK, task=task), tolerance=0)
+    generated = [model.generate(given, TOKENS[:, :1], max_new_tokens=4) for given in (images, features)]
+    assert generated[0].equal(generated[1])
 
 
 def test_a_picture_and_a_text_are_compared_without_having_met(model, images):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minivlm import checkpoint
-from minivlm.layers import BERTConfig, TransformerConfig, VisionConfig
+from minivlm.layers import BERTConfig, ImageFeatures, TransformerConfig, VisionConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.testing import assert_can_overfit, assert_padding_invariant, assert_same
 
@@ -23,8 +23,8 @@ def test_the_question_reads_the_picture_place_by_place():
     features = model.image_features(images)
     assert features.shape == (2, 4, 12)  # without the class token
     logits = model(images, TOKENS, MASK).logits["answers"]
-    assert_same(model.answer(None, TOKENS, MASK, features=features), logits)
-    assert not torch.allclose(model.answer(None, TOKENS, MASK, features=features.flip(1)), logits)
+    assert_same(model.answer(ImageFeatures(features), TOKENS, MASK), logits)
+    assert not torch.allclose(model.answer(ImageFeatures(features.flip(1)), TOKENS, MASK), logits)
     assert not torch.allclose(model.answer(images, TOKENS.flip(0), MASK.flip(0)), logits)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from minivlm import BLIP, CLIP, BLIPConfig, CLIPConfig, tasks
 from minivlm.errors import UserError
-from minivlm.layers import BERTConfig, TextConfig, TransformerConfig, VisionConfig
+from minivlm.layers import BERTConfig, ImageFeatures, TextConfig, TransformerConfig, VisionConfig
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
@@ -153,7 +153,7 @@ def test_the_words_of_a_question_that_is_answered_from_a_list(name):
     assert len(rows[0].maps) == len(rows[0].notes) == tokens.shape[1] - 1  # all but the end token
     features = model.image_features(p.images(PICTURES[:1]))
     with record_attention(model) as kept:
-        model.answer(None, tokens, features=features)
+        model.answer(ImageFeatures(features), tokens)
     want = torch.stack(seen_by_words(name, model, kept, tokens.shape[1])).mean(dim=(0, 1))[2]
     assert torch.allclose(rows[0].maps[2].flatten(), want / want.sum(), atol=1e-5)
 
