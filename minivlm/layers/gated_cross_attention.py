@@ -41,7 +41,7 @@ class GatedCrossAttention(nn.Module):
     """x (B, T, D), images (B, S, C), mask (B, T, S) with True = may be seen → (B, T, D). S: all tokens of all images.
 
     A text token that sees no image passes the attention half untouched, and without images (None) all do. Images that are
-    read more than once are given as `remember` returns them.
+    read more than once are given as `keys_values` returns them.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class GatedCrossAttention(nn.Module):
             x = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), images, mask=mask)
         return x + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(x))
 
-    def remember(self, images: Tensor) -> KeysValues:
+    def keys_values(self, images: Tensor) -> KeysValues:
         """(B, S, C) → keys and values, each (B, H, S, K)."""
-        return self.attention.remember(images)
+        return self.attention.keys_values(images)
 
     def openness(self) -> Tensor:
         """mean |tanh(gate)| of attention and MLP: (2,), 0 = closed."""

@@ -102,7 +102,7 @@ class LanguageModel(PackingModel, Speaks, Model):
         mask: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        last: int | None = None,
+        last: int = 0,
         between: Between | None = None,
     ) -> Tensor:
         """Embeddings (B, T, D) → (B, T, E), what the head reads. With a cache, x continues what it holds.
@@ -141,7 +141,7 @@ class LanguageModel(PackingModel, Speaks, Model):
     ) -> Tensor:
         """`next_token_loss` of embeddings x (B, T, D). What stands in front of the first label, such as a picture, passes
         through all blocks but the last."""
-        last = None
+        last = 0
         if where is None or labels.device.type == "cpu":  # else a GPU would be waited for
             first = int((labels[:, 1:] != -100).any(dim=0).int().argmax())
             last, labels, where = labels.shape[1] - first, labels[:, first:], None

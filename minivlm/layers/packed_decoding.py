@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minivlm.layers.attention import Attention, KeysValues, attend, expand_mask
+from minivlm.layers.attention import Attention, KeysValues, attend
+from minivlm.layers.masks import expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
 from minivlm.layers.transformer import Between, Block, Transformer, bound
 
@@ -83,8 +84,8 @@ class Packed:
         read_mask: Tensor | None = None,
         between: Between | None = None,
     ) -> Tensor:
-        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read, read_mask (B, S): see `Transformer.remember`;
-        between: see `Transformer`. What stands between is not packed."""
+        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read: `Transformer.context_keys_values`, with its mask
+        read_mask (B, S); between: see `Transformer`, whose layers between the blocks are not packed."""
         stack = self.model.speaker
         rope = stack.rotary(positions)
         rope = None if rope is None else rope.to(self.dtype)

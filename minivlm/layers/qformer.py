@@ -102,11 +102,11 @@ class QFormerBlock(nn.Module):
     def attend(self, x: Tensor, mask: Tensor | None, before: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """x (B, T, D) asks itself and what came before it → the same with what it heard, and all keys and values so far."""
         a, asking = self.attention, cast_once(x)
-        k, v = a.remember(asking)
+        k, v = a.keys_values(asking)
         if before is not None:
             k, v = (torch.cat(pair, dim=2) for pair in ((before[0], k), (before[1], v)))
         mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
-        heard = a.answer(a.ask(asking), k, v, mask=mask)
+        heard = a.attend(a.queries(asking), k, v, mask=mask)
         return self.attention_norm(x + self.dropout(heard)), (k, v)
 
     def look(self, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:

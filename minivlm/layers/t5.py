@@ -148,7 +148,7 @@ class T5(PackingModel, Speaks, Model):
     ) -> Tensor:
         """What has been said (B, T), start token first, and what was read (B, S, D) → what the head reads (B, T, D).
 
-        read: as `encode` returns it, or the keys and values that `decoder.remember` made of it. mask (B, S): of it.
+        read: as `encode` returns it, or the keys and values that `decoder.context_keys_values` made of it. mask (B, S): of it.
         With a cache, the tokens continue what it holds.
         """
         if torch.is_grad_enabled():
@@ -184,7 +184,7 @@ class T5(PackingModel, Speaks, Model):
         """Read a text (B, S) and be ready to say `room` tokens a row."""
         mask = None if mask is None or mask.all() else mask
         read = self.encode(tokens, mask, embeddings=embeddings)
-        return T5Decoding(self, self.decoder.remember(read), mask, batch=len(read), room=room)
+        return T5Decoding(self, self.decoder.context_keys_values(read), mask, batch=len(read), room=room)
 
     @property
     def first_token(self) -> int:

@@ -45,7 +45,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         x, mask = self.embed(tokens, mask)
-        return self.norm(self.transformer.read(x, self.pooled_position(tokens), mask=mask))
+        return self.norm(self.transformer.state_at(x, self.pooled_position(tokens), mask=mask))
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, T, D): the state of every token, after the last norm."""

@@ -95,7 +95,7 @@ class VisionTransformer(nn.Module):
         if self.config.pool == "class":
             x = self.embed(images)
             first = torch.zeros(len(x), dtype=torch.long, device=x.device)
-            return self.norm(self.transformer.read(x, first))
+            return self.norm(self.transformer.state_at(x, first))
         x = self.norm(self.features(images))
         return x.mean(dim=1) if self.attention_pool is None else self.attention_pool(x)
 

@@ -23,7 +23,7 @@ class BLIPDecoding:
     ):
         self.model, self.read_mask, self.room = model, read_mask, room
         stack = model.decoder.transformer
-        self.read = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in stack.remember(read)]
+        self.read = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in stack.context_keys_values(read)]
         self.cache = stack.new_cache(len(tokens), tokens.shape[1] + room)
         self.logits = self.predict(tokens, mask)
 

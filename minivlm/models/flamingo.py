@@ -135,7 +135,7 @@ class Flamingo(SeeingModel):
         self.check_marks(tokens, seen.shape[1])
         visible = image_mask(tokens, c.image_token, seen.shape[1], latents=c.latents, see=c.see)
         seen = seen.flatten(1, 2)  # (B, I·L, C)
-        return GatedReading(self.gated, c.places, [block.remember(seen) for block in self.gated], visible)
+        return GatedReading(self.gated, c.places, [block.keys_values(seen) for block in self.gated], visible)
 
     def deal(self, seen: Tensor, tokens: Tensor) -> Tensor:
         """Images in reading order (M, L, C) → each row its own, (B, I, L, C), zeros where a row has fewer than others."""

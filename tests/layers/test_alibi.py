@@ -61,7 +61,7 @@ class TestAlibi:
     def test_the_last_states_alone(self):
         stack, x = Transformer(CONFIG).eval(), torch.randn(3, 9, 16)
         assert_same(stack(x, last=2), stack(x)[:, -2:])
-        assert_same(stack.read(x, torch.tensor([8, 3, 0])), stack(x)[range(3), [8, 3, 0]])
+        assert_same(stack.state_at(x, torch.tensor([8, 3, 0])), stack(x)[range(3), [8, 3, 0]])
 
 
 MPT = LanguageModelConfig(

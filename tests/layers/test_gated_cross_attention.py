@@ -90,7 +90,7 @@ class TestLayer:
     def test_remembered_images(self, config):
         block, (x, images) = layer(config), inputs()
         mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L)
-        assert torch.equal(block(x, block.remember(images), mask), block(x, images, mask))
+        assert torch.equal(block(x, block.keys_values(images), mask), block(x, images, mask))
         assert_batch_independent(block, x, images, mask)
 
     def test_openness(self, config):

@@ -181,7 +181,7 @@ def test_a_block_that_reads_at_either_place_of_its_norms(read, place):
     x, context = torch.randn(2, 12, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
     cache = Cache(1, 2, 3, 1, 4, dtype=torch.float64)
     cache.begin(1)
-    source = block.cross_attention.remember(context) if read else None
+    source = block.cross_attention.keys_values(context) if read else None
     sight = packed_decoding.Sight.of(None, None, x, block.attention, x.dtype)
     packed = packed_decoding.PackedBlock(block, x.dtype)(x, None, cache.layer(0), sight, source, sight)
     assert_same(packed, block(x[:, None], source)[:, 0])

@@ -273,18 +273,18 @@ class TestRead:
         model, at = Transformer(config).double(), torch.tensor([6, 0, 3])
         rows = torch.arange(B)
         assert_same_gradients(
-            lambda x: model.read(x, at, mask=mask), lambda x: model(x, mask=mask)[rows, at], [x().double()], model
+            lambda x: model.state_at(x, at, mask=mask), lambda x: model(x, mask=mask)[rows, at], [x().double()], model
         )
 
     def test_a_context_is_not_asked_for(self):
         model, h = Transformer(READER), x()
-        assert_same(model.read(h, torch.tensor([6, 1, 3])), model(h)[torch.arange(B), torch.tensor([6, 1, 3])])
+        assert_same(model.state_at(h, torch.tensor([6, 1, 3])), model(h)[torch.arange(B), torch.tensor([6, 1, 3])])
 
 
 def test_a_context_is_remembered_once_for_all_blocks():
     config = TransformerConfig(width=8, depth=4, heads=2, cross_attention_every=2, context_width=6)
     stack, x, context = Transformer(config), torch.randn(2, 3, 8), torch.randn(2, 5, 6)
-    remembered = stack.remember(context)
+    remembered = stack.context_keys_values(context)
     assert [entry is None for entry in remembered] == [False, True, False, True]
     assert torch.equal(stack(x, remembered), stack(x, context))
 
