@@ -16,9 +16,15 @@ PROGRAMS = {
     "sample": "ask a model: minivlm sample caption out/llava photo.png",
     "evaluate": "score a model on held-out data: minivlm evaluate out/clip",
     "check": "read a folder of your own before training on it: minivlm check my_photos",
+    "info": "say what a directory or a hub id holds: minivlm info out/clip",
     "bench": "measure speed beside other libraries: minivlm bench clip",
 }
-MODULES = {"evaluate": "minivlm.evaluate", "check": "minivlm.datasets.check", "bench": "minivlm.bench"}
+MODULES = {
+    "evaluate": "minivlm.evaluate",
+    "check": "minivlm.datasets.check",
+    "info": "minivlm.info",
+    "bench": "minivlm.bench",
+}
 
 
 def main(argv: list[str]) -> None:

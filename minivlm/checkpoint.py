@@ -290,17 +290,7 @@ def build(
 ) -> nn.Module:
     """The model with its tensors."""
     opened = lambda: open_weights(directory, described.weights)
-    if (depth := pretrained.depth_of(described.config)) > DEEP:
-        count = len(described.prepare(opened()[1]))
-        if depth > count:
-            raise UserError(
-                f"the config in {directory} asks for {depth} layers, but the file has {count} tensors in all."
-            )
-    try:
-        model = empty_model(described.model_class, described.config)
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"the config in {directory} describes no model that can be built: {why}.") from None
+    model = skeleton(directory, described, lambda: len(described.prepare(opened()[1])))
     path, weights = opened()
     weights = described.prepare(weights)
     if (config := pretrained.settle(described, weights)) != described.config:
@@ -312,6 +302,22 @@ def build(
     if described.defaults:
         model.defaults = described.defaults
     return model.eval()
+
+
+def skeleton(directory: Path, described: pretrained.Published, count: Callable[[], int]) -> nn.Module:
+    """The model without its numbers. count: how many tensors there are, to judge a config by that asks for very many layers.
+
+    UserError for a config that no model follows.
+    """
+    if (depth := pretrained.depth_of(described.config)) > DEEP and depth > (tensors := count()):
+        raise UserError(
+            f"the config in {directory} asks for {depth} layers, but the file has {tensors} tensors in all."
+        )
+    try:
+        return empty_model(described.model_class, described.config)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"the config in {directory} describes no model that can be built: {why}.") from None
 
 
 def open_adapter(
