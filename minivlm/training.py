@@ -30,6 +30,7 @@ from minivlm.layers.efficientnet import EfficientNet
 from minivlm.layers.perceiver import PerceiverResampler
 from minivlm.layers.qformer import QFormer
 from minivlm.layers.resnet import ResNet
+from minivlm.layers.tower import ImageFeatures, Images
 from minivlm.layers.transformer import Transformer
 from minivlm.model import Model, batch_norms
 from minivlm.models.fusion import ViLBERT
@@ -378,14 +379,19 @@ def polite_interrupt() -> Iterator[Callable[[], bool]]:
 # ---- data, log -------------------------------------------------------------------------------------------------------
 
 
+def pinned(value: Images) -> Images:
+    """In memory from which a GPU copies while the program goes on."""
+    return value.pin_memory() if torch.is_tensor(value) else ImageFeatures(value.tensor.pin_memory())
+
+
 def batches(make: Callable[[int], dict], start: int, stop: int, device: torch.device) -> Iterator[dict]:
     """make(step) for each step, on the device. With a GPU the next batch is made and sent while this one is computed."""
 
     def ready(step: int) -> dict:
         batch = make(step)
         if device.type == "cuda":
-            batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
-        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            batch = {name: pinned(value) for name, value in batch.items()}
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     if device.type != "cuda":  # the cores are busy with the step itself: a second thread would only stall it
         yield from map(ready, range(start, stop))

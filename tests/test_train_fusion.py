@@ -102,7 +102,7 @@ def test_a_run_resumes_to_the_bit(built, tmp_path):
 def test_captions_come_every_few_steps_with_what_the_model_is_to_tell(built, name):
     work = start(built, name, captions_every=3, batch_size=32)
     work.prepare(torch.device("cpu"), torch.float32)
-    assert work.batch(0).keys() == {"tokens", "mask", "answers", "features"}
+    assert work.batch(0).keys() == {"tokens", "mask", "answers", "images"}
     batch = work.batch(2)
     losses = work.model.losses(**batch)
     assert losses.keys() == HEADS[name]
