@@ -17,6 +17,8 @@ from minivlm import generation
 from minivlm.errors import UserError
 from minivlm.losses import alone, backward, per_process
 
+Batch = dict[str, Any]  # what `losses` takes, by name: tensors, and `ImageFeatures` in place of images
+
 
 class Model(nn.Module):
     """A module built from one frozen dataclass."""
@@ -49,7 +51,7 @@ class Model(nn.Module):
             self.get_submodule(part).eval()
         return self
 
-    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    def backward_in_parts(self, batch: Batch, size: int) -> dict[str, Tensor]:
         """The gradients of `losses` of the whole batch, from `size` samples at a time (gradient accumulation).
 
         Each loss is a sum over the whole batch, of all processes, by the count of the whole batch; the mean over a part
@@ -77,7 +79,7 @@ class Model(nn.Module):
                 "--micro_batch, or take a model without batch norm, such as clip."
             )
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many terms each of the `losses` is a mean over, by name. "samples" holds for all others."""
         first = first_of(batch)
         counts = {"samples": torch.full((), len(first), device=first.device)}
@@ -85,7 +87,7 @@ class Model(nn.Module):
             counts["next token"] = (batch["labels"][:, 1:] != -100).sum()
         return counts
 
-    def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
         """Yields a batch in parts of `size` samples, without `where`, whose indices are those of the whole batch."""
         for i in range(0, len(first_of(batch)), size):
             yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
@@ -117,8 +119,8 @@ def batch_norms(model: nn.Module) -> str:
     return f"batch norm ({found[0]}{f' and {len(found) - 1} more' if found[1:] else ''})" if found else ""
 
 
-def first_of(batch: dict[str, Tensor]) -> Tensor:
-    """A tensor with a row for each sample: the tokens, or without tokens the first tensor."""
+def first_of(batch: Batch) -> Any:
+    """What has a row for each sample: the tokens, or without tokens the first value."""
     return batch["tokens"] if "tokens" in batch else next(iter(batch.values()))
 
 

@@ -20,7 +20,7 @@ from minivlm.bench import llava
 from minivlm.bench.contest import compare, precisions, training_step
 from minivlm.bench.generation import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
 from minivlm.errors import UserError
-from minivlm.layers import T5, PerceiverConfig, QFormerConfig
+from minivlm.layers import T5, ImageFeatures, PerceiverConfig, QFormerConfig
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.llava import LLaVA, LLaVAConfig
@@ -102,12 +102,12 @@ def train(build: Callable, arguments: tuple, precision: str, B: int, words: int)
     model.freeze("vision")
     images, tokens = prompt(model, B, words)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        features = model.image_features(images)
+        features = ImageFeatures(model.image_features(images))
     labels = tokens.clone()
     labels[:, :-words] = -100  # the picture's places
     if isinstance(model.language_model, T5):
         labels = labels[:, -words:]
-    return training_step(model, lambda: model.losses(tokens, labels, features=features)["next token"], precision)
+    return training_step(model, lambda: model.losses(tokens, labels, features)["next token"], precision)
 
 
 def speak(build: Callable, arguments: tuple, dtype: torch.dtype, words: int, new_tokens: int) -> Callable[[], dict]:

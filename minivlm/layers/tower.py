@@ -47,6 +47,11 @@ class ImageFeatures:
 Images = Tensor | ImageFeatures
 
 
+def leading_axes(images: Images) -> torch.Size:
+    """(B,), or (B, I) for several images a row: the axes in front of (3, H, W), or of the (N, C) of features."""
+    return images.tensor.shape[:-2] if isinstance(images, ImageFeatures) else images.shape[:-3]
+
+
 def new_tower(config: TowerConfig) -> nn.Module:
     """The tower of a config, as PyTorch starts its weights."""
     kinds = {VisionConfig: VisionTransformer, ResNetConfig: ResNet, EfficientNetConfig: EfficientNet}

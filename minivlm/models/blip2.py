@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.t5 import T5, T5Config, T5Decoding
+from minivlm.layers.tower import ImageFeatures, Images, leading_axes
 from minivlm.losses import next_token_loss
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.speaking import fill, make_room
@@ -42,7 +43,7 @@ class BLIP2(QueryingModel):
     """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
 
     A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
-    to say. −100 = not counted. features (B · I, N, C): what `image_features` gives, for those who have it already.
+    to say. −100 = not counted. `ImageFeatures` may be given in place of images.
     """
 
     config_class = BLIP2Config
@@ -65,14 +66,12 @@ class BLIP2(QueryingModel):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images | None,
         tokens: Tensor,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
     ) -> LMOutput:
-        x, seen_mask = self.embed(images, tokens, mask, features)
+        x, seen_mask = self.embed(images, tokens, mask)
         if isinstance(self.language_model, T5):
             return self.language_model(embeddings=x, mask=seen_mask, labels=labels)
         head = self.language_model.head
@@ -83,13 +82,13 @@ class BLIP2(QueryingModel):
         self,
         tokens: Tensor,
         labels: Tensor,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         mask: Tensor | None = None,
         where: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up. mask: for a T5, which sees padding. where: see `next_token_loss`; a T5 has no use for it."""
-        x, mask = self.embed(images, tokens, mask, features)
+        x, mask = self.embed(images if features is None else ImageFeatures(features), tokens, mask)
         if isinstance(self.language_model, T5):
             return {"next token": self.language_model(embeddings=x, mask=mask, labels=labels).loss}
         if self.config.image_token is not None:
@@ -101,14 +100,12 @@ class BLIP2(QueryingModel):
         ours = super().counts(batch)
         return self.language_model.counts(batch) if isinstance(self.language_model, T5) else ours
 
-    def embed(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, features: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T), mask → (B, T, D) and its mask, pictures in their places; without a placeholder T grows by them."""
         x = self.language_model.embed(tokens)
         seen = x.new_empty(0, x.shape[-1])
-        if images is not None or features is not None:
-            seen = self.projection(self.query(images, features).queries).flatten(0, 1)  # (B·I·Q, D)
+        if images is not None:
+            seen = self.projection(self.query(images).queries).flatten(0, 1)  # (B·I·Q, D)
         if self.config.image_token is not None:
             return fill(x, tokens == self.config.image_token, seen), mask
         seen = seen.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, I·Q, D)
@@ -117,13 +114,13 @@ class BLIP2(QueryingModel):
 
     @torch.no_grad()
     def prefill(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int
+        self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int
     ) -> LMDecoding | T5Decoding:
         """Read pictures and a prompt, in which a picture is one mark, or all its placeholders, or where there is none at
         all stands in front; see `LanguageModel.prefill`."""
         mark, Q = self.config.image_token, self.config.image_tokens
         if images is not None and mark is not None:
-            pictures = images.flatten(0, -4).shape[0]
+            pictures = leading_axes(images).numel()
             if not (tokens == mark).any():
                 ahead = pictures // len(tokens) * Q
                 tokens = F.pad(tokens, (ahead, 0), value=mark)

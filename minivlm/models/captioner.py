@@ -18,7 +18,7 @@ from torch import Tensor
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.projector import LinearProjector
-from minivlm.layers.tower import TowerConfig, make_tower, tower_features
+from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, leading_axes, make_tower, tower_features
 from minivlm.losses import next_token_loss
 from minivlm.models.speaking import SpeakingModel, check_decoder
 
@@ -61,34 +61,40 @@ class ImageCaptioningModel(SpeakingModel):
         self.language_model = LanguageModel(c.language, seed=seed)
 
     def forward(
-        self, images: Tensor, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+        self, images: Images, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
     ) -> LMOutput:
         head = self.language_model.head
         hidden = self.states(images, tokens, mask)
         loss = None if labels is None else next_token_loss(hidden, labels, head.weight)
         return LMOutput(hidden, head, loss)
 
-    def losses(self, images: Tensor, tokens: Tensor, labels: Tensor, where: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, images: Images, tokens: Tensor, labels: Tensor, where: Tensor | None = None) -> dict[str, Tensor]:
         """What training adds up; where: see `next_token_loss`."""
         hidden = self.states(images, tokens)
         return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
 
-    def states(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def states(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the head reads at the words: (B, T, E)."""
         return self.language_model.states(*self.embed(images, tokens, mask), last=tokens.shape[1])
 
-    def embed(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, N + T, D) and its mask: the picture, then the words."""
-        if images.dim() != 4 or len(images) != len(tokens):
+    def image_features(self, images: Images) -> Tensor:
+        """images (B, 3, H, W) → (B, N, C): what the vision tower computes, before the projector."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
+        return tower_features(self.vision, images, [self.config.vision_layer])
+
+    def embed(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, N + T, D) and its mask: the image, then the text."""
+        if leading_axes(images) != tokens.shape[:1]:
             raise ValueError(
                 f"images are {tuple(images.shape)}, but tokens {tuple(tokens.shape)} need one picture a row"
             )
-        seen = self.projector(tower_features(self.vision, images, [self.config.vision_layer]))  # (B, N, D)
-        x = torch.cat([seen, self.language_model.embed(tokens)], dim=1)
-        return x, None if mask is None else torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1)
+        image_tokens = self.projector(self.image_features(images))  # (B, N, D)
+        x = torch.cat([image_tokens, self.language_model.embed(tokens)], dim=1)
+        return x, None if mask is None else torch.cat([mask.new_ones(image_tokens.shape[:2]), mask], dim=1)
 
     @torch.no_grad()
-    def prefill(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+    def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Read pictures and beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)

@@ -23,7 +23,7 @@ from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttentio
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
-from minivlm.layers.tower import features_of
+from minivlm.layers.tower import ImageFeatures, Images, features_of, leading_axes
 from minivlm.losses import next_token_loss
 from minivlm.models.speaking import check_decoder
 from minivlm.models.vision_features import SeeingConfig, SeeingModel
@@ -74,8 +74,8 @@ class Flamingo(SeeingModel):
 
     The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
     Or images (M, 3, H, W): one for each mark, in reading order; a GPU is waited for to count these.
-    labels (B, T): the tokens, −100 = not counted. features (B, I, N, C) or (M, N, C): as `image_features` gives, for
-    those who have it already. Raises ValueError for a mark without an image.
+    labels (B, T): the tokens, −100 = not counted. `ImageFeatures` (B, I, N, C) or (M, N, C) may be given in place of images.
+    Raises ValueError for a mark without an image.
     """
 
     config_class = FlamingoConfig
@@ -93,43 +93,39 @@ class Flamingo(SeeingModel):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images | None,
         tokens: Tensor,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
     ) -> LMOutput:
         lm = self.language_model
-        hidden = lm.states(lm.embed(tokens), mask, between=self.read(images, tokens, mask, features))
+        hidden = lm.states(lm.embed(tokens), mask, between=self.read(images, tokens, mask))
         return LMOutput(hidden, lm.head, None if labels is None else next_token_loss(hidden, labels, lm.head.weight))
 
     def losses(
         self,
         tokens: Tensor,
         labels: Tensor,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         where: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up. Padding on the right, where causal attention does not look; where: see `next_token_loss`."""
-        x, between = self.language_model.embed(tokens), self.read(images, tokens, features=features)
+        images = images if features is None else ImageFeatures(features)
+        x, between = self.language_model.embed(tokens), self.read(images, tokens)
         return {"next token": self.language_model.loss(x, labels, where=where, between=between)}
 
-    def read(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, features: Tensor | None = None
-    ) -> GatedReading:
+    def read(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None) -> GatedReading:
         """What stands between the blocks while they read these tokens. A mark in padding is none."""
         c = self.config
         if mask is not None:
             tokens = tokens.masked_fill(~mask, -1)
-        if images is None and features is None:
+        if images is None:
             self.check_marks(tokens, 0)
             return GatedReading(self.gated, c.places, [None] * len(self.gated), None)
-        if features is None:
-            features = self.image_features(images).unflatten(0, images.shape[:-3])  # ([B, I or] M, N, C)
-        seen = self.resample(features.flatten(0, -3))  # (M, L, C)
-        seen = seen.unflatten(0, features.shape[:2]) if features.dim() == 4 else self.deal(seen, tokens)
+        axes = leading_axes(images)  # (B, I) or (M,)
+        seen = self.resample(self.image_features(images).flatten(0, -3))  # (M, L, C)
+        seen = seen.unflatten(0, axes) if len(axes) == 2 else self.deal(seen, tokens)
         if len(seen) != len(tokens):
             raise ValueError(f"there are {len(tokens)} texts, but images for {len(seen)}")
         self.check_marks(tokens, seen.shape[1])
@@ -163,7 +159,7 @@ class Flamingo(SeeingModel):
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+    def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Read pictures and a prompt; see `LanguageModel.prefill`. What follows sees what the prompt's last token saw."""
         if mask is not None and not mask.all():
             marked, mask = to_the_left(tokens[..., None], mask)

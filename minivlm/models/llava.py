@@ -20,7 +20,16 @@ from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
-from minivlm.layers.tower import TowerConfig, check_reader, features_of, make_tower, tower_features
+from minivlm.layers.tower import (
+    ImageFeatures,
+    Images,
+    TowerConfig,
+    check_reader,
+    features_of,
+    leading_axes,
+    make_tower,
+    tower_features,
+)
 from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
 
 
@@ -72,7 +81,7 @@ class LLaVA(SpeakingModel):
     """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No picture at all: None.
 
     With tiles, each picture is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
-    labels (B, T): the tokens, −100 = not counted. features (B · I, N, C): as `image_features` gives them.
+    labels (B, T): the tokens, −100 = not counted. `ImageFeatures` may be given in place of images.
     """
 
     config_class = LLaVAConfig
@@ -89,46 +98,47 @@ class LLaVA(SpeakingModel):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images | None,
         tokens: Tensor,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
     ) -> LMOutput:
-        return self.language_model(embeddings=self.embed(images, tokens, features), mask=mask, labels=labels)
+        return self.language_model(embeddings=self.embed(images, tokens), mask=mask, labels=labels)
 
     def losses(
         self,
         tokens: Tensor,
         labels: Tensor,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         where: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What training adds up; where: see `next_token_loss`."""
-        return {"next token": self.language_model.loss(self.embed(images, tokens, features), labels, where=where)}
+        images = images if features is None else ImageFeatures(features)
+        return {"next token": self.language_model.loss(self.embed(images, tokens), labels, where=where)}
 
-    def embed(self, images: Tensor | None, tokens: Tensor, features: Tensor | None = None) -> Tensor:
-        """tokens (B, T) → (B, T, D), pictures in their places."""
+    def embed(self, images: Images | None, tokens: Tensor) -> Tensor:
+        """tokens (B, T) → (B, T, D), with the projected image features in place of the placeholders."""
         x = self.language_model.embed(tokens)
-        if images is None and features is None:
+        if images is None:
             return fill(x, tokens == self.config.image_token, x.new_empty(0, x.shape[-1]))
-        seen = self.projector(self.image_features(images) if features is None else features)  # (B·I, N, D)
-        return fill(x, tokens == self.config.image_token, seen.flatten(0, 1))
+        image_tokens = self.projector(self.image_features(images))  # (B·I, N, D)
+        return fill(x, tokens == self.config.image_token, image_tokens.flatten(0, -2))
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower sees, before the projector."""
+    def image_features(self, images: Images) -> Tensor:
+        """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower computes, before the projector."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
         return tower_features(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
 
     # ---- speaking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
+    def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.prefill`."""
         c = self.config
         if images is not None:
-            pictures = images.flatten(0, -4).shape[0] // c.views
+            pictures = leading_axes(images).numel() // c.views
             pad = c.language.pad_token
             tokens, mask = make_room(tokens, mask, pictures, mark=c.image_token, copies=c.image_tokens, pad=pad)
         return self.language_model.prefill(mask=mask, embeddings=self.embed(images, tokens), room=room)

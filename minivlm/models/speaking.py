@@ -11,24 +11,25 @@ from torch import Tensor, nn
 
 from minivlm import generation
 from minivlm.layers.language_model import LanguageModelConfig
-from minivlm.model import Model, Speaks
+from minivlm.layers.tower import ImageFeatures, Images, leading_axes
+from minivlm.model import Batch, Model, Speaks
 
 
 class SpeakingModel(Speaks, Model):
     """It has a `language_model`, and a `prefill(images, tokens, mask, room=…)` that gives a `generation.Decoding`."""
 
-    def generate(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    def generate(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
         """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
         return self.speak(generation.generate, images, tokens, mask, **options)
 
-    def stream(self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
+    def stream(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
         """`generate`, token by token: each (B,)."""
         return self.speak(generation.stream, images, tokens, mask, **{"num_beams": 1, **options})
 
-    def cut(self, batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
         """See `Model.cut`. Pictures in reading order, or their features, go with the row in which their placeholders are."""
         tokens = batch["tokens"]
-        listed = {name: batch[name] for name, dims in (("images", 4), ("features", 3)) if has(batch, name, dims)}
+        listed = {name: batch[name] for name in ("images", "features") if is_listed(batch.get(name), name)}
         counts = torch.ones_like(tokens[:, 0])
         if (mark := getattr(self.config, "image_token", None)) is not None:
             counts = (tokens == mark).sum(dim=1)
@@ -46,8 +47,11 @@ class SpeakingModel(Speaks, Model):
         return self.language_model.endings
 
 
-def has(batch: dict[str, Tensor], name: str, dims: int) -> bool:
-    return name in batch and batch[name].dim() == dims
+def is_listed(images: Images | None, name: str) -> bool:
+    """Are these all images of a batch one after the other, or their features?"""
+    if images is None:
+        return False
+    return len(leading_axes(ImageFeatures(images) if name == "features" else images)) == 1
 
 
 class SpeaksItself:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
-from minivlm.layers.tower import TowerConfig, check_reader, features_of, make_tower, tower_features
+from minivlm.layers.tower import (
+    ImageFeatures,
+    Images,
+    TowerConfig,
+    check_reader,
+    features_of,
+    make_tower,
+    tower_features,
+)
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.speaking import SpeakingModel
 
@@ -54,8 +62,11 @@ class SeeingModel(SpeakingModel):
             self.register_buffer("feature_mean", torch.zeros(config.feature_width))  # (C,), as is the next
             self.register_buffer("feature_deviation", torch.ones(config.feature_width))
 
-    def image_features(self, images: Tensor, vision: nn.Module | None = None) -> Tensor:
-        """images (…, 3, H, W) → (M, N, C): what the vision tower, or another like it, sees, as others read it."""
+    def image_features(self, images: Images, vision: nn.Module | None = None) -> Tensor:
+        """images (…, 3, H, W) → (M, N, C): what the vision tower, or another like it, sees, as others read it. Features that
+        are given stay as they are."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
         c, tower = self.config, self.vision if vision is None else vision
         features = tower_features(tower, images, c.vision_layers, class_token=c.class_token)
         if c.vision_norm:
@@ -103,6 +114,6 @@ class QueryingModel(SeeingModel):
         super().__init__(config, seed=seed)
         self.qformer = QFormer(config.qformer, seed=seed)
 
-    def query(self, images: Tensor | None, features: Tensor | None) -> QFormerOutput:
+    def query(self, images: Images | None, features: Tensor | None = None) -> QFormerOutput:
         """What the queries make of pictures, or of their features: (M, Q, D)."""
         return self.qformer.look(self.image_features(images) if features is None else features)

@@ -20,6 +20,7 @@ from torch import Tensor
 from minivlm.conversation import IGNORED, PLACEHOLDER, shared
 from minivlm.datasets.continuation import pad
 from minivlm.errors import UserError
+from minivlm.layers.tower import ImageFeatures
 from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import (
@@ -137,7 +138,7 @@ def score_batch(model, processor, prompts: Sequence[Prompt], candidates: Sequenc
         _, tokens, mask = model_inputs(
             [read + answer for read, answer in zip(rows, said, strict=True)], None, model, processor
         )
-        output = model(None, tokens, mask, features=features)
+        output = model(ImageFeatures(features), tokens, mask)
         known = log_likelihoods(output, tokens, map(len, rows), mask.sum(dim=1).tolist())
     return [[next(known) for _ in some] for some in candidates]
 
@@ -146,7 +147,7 @@ def log_likelihoods_apart(rows: Sequence[list[int]], said: Sequence[list[int]], 
     """Of what a decoder says (`said`), given what its encoder has read (`rows`): a float a row."""
     _, tokens, mask = model_inputs(rows, None, model, processor)
     labels = pad(said, IGNORED).to(model.device)
-    output = model(None, tokens, mask, labels, features=features)
+    output = model(ImageFeatures(features), tokens, mask, labels)
     for hidden, row in zip(output.hidden, said, strict=True):
         log_p = output.head(hidden[: len(row)]).float().log_softmax(dim=-1)  # (n, V)
         yield log_p.gather(1, torch.tensor(row, device=log_p.device)[:, None]).sum().item()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from minivlm import BLIP2, BLIP2Config, LanguageModelConfig, checkpoint
 from minivlm.errors import UserError
-from minivlm.layers import T5Config
+from minivlm.layers import ImageFeatures, T5Config
 from minivlm.testing import assert_same
 from tests.models.test_blip2_stage1 import QFORMER, VISION
 
@@ -51,7 +51,7 @@ def test_what_queries_see_is_read_like_words(mark):
     tokens, mask = (TEXT, MASK) if mark is None else marked()
     logits = model(images, tokens, mask).logits
     assert_same(logits[mask], expected[:, -tokens.shape[1] :][mask])
-    assert_same(model(None, tokens, mask, features=model.image_features(images)).logits, logits)
+    assert_same(model(ImageFeatures(model.image_features(images)), tokens, mask).logits, logits)
 
 
 @pytest.mark.parametrize("mark", [PLACEHOLDER, None])
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_guessing_the_labelled_words(mark):
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert_same(out.loss, expected)
     assert_same(model.losses(tokens, labels, images)["next token"], expected)
-    assert_same(model.losses(tokens, labels, features=model.image_features(images))["next token"], expected)
+    assert_same(model.losses(tokens, labels, ImageFeatures(model.image_features(images)))["next token"], expected)
 
 
 def test_several_pictures_a_row_and_none():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from minivlm import ImageCaptioningModel, checkpoint
 from minivlm.conversation import Sample, collate
-from minivlm.layers import ResNetConfig
+from minivlm.layers import ImageFeatures, ResNetConfig
 from minivlm.models.captioner import ImageCaptioningConfig
 from minivlm.tasks import caption
 from minivlm.testing import assert_gradient_reaches, assert_padding_invariant, assert_same
@@ -37,6 +37,15 @@ def test_the_loss_is_that_of_guessing_each_word_from_those_before_it():
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten(), ignore_index=-100)
     assert_same(out.loss, expected)
     assert_same(model.losses(images, TOKENS, LABELS)["next token"], expected)
+
+
+def test_image_features_stand_for_images():
+    model, images = captioner(), pictures()
+    features = ImageFeatures(model.image_features(images))
+    assert torch.equal(model(features, TOKENS).logits, model(images, TOKENS).logits)
+    assert model.losses(features, TOKENS, LABELS) == model.losses(images, TOKENS, LABELS)
+    said = [model.generate(given, TOKENS[:, :1], max_new_tokens=3) for given in (features, images)]
+    assert torch.equal(*said)
 
 
 def test_every_patch_is_looked_at():

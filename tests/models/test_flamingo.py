@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minivlm import Flamingo, FlamingoConfig, checkpoint
-from minivlm.layers import GatedConfig, PerceiverConfig, ResNetConfig, image_mask
+from minivlm.layers import GatedConfig, ImageFeatures, PerceiverConfig, ResNetConfig, image_mask
 from minivlm.testing import (
     assert_batch_independent,
     assert_causal,
@@ -185,7 +185,7 @@ class TestImages:
         assert_same(y[0], model(images[None, :2], TOKENS[:1]).logits[0])
         assert_same(y[1], model(None, none).logits[0])
         assert_same(y[2], model(images[None, 2:], TOKENS[1:]).logits[0])
-        assert torch.equal(model(None, tokens, features=model.image_features(images)).logits, y)
+        assert torch.equal(model(ImageFeatures(model.image_features(images)), tokens).logits, y)
         said = model.generate(images, tokens, max_new_tokens=4, end_tokens=())
         assert torch.equal(said[1:2], model.generate(None, none, max_new_tokens=4, end_tokens=()))
 
@@ -218,11 +218,11 @@ class TestImages:
         model, images = flamingo(), pictures(2, 2)
         features, labels = model.image_features(images), TOKENS.masked_fill(TOKENS == PLACEHOLDER, -100)
         assert features.shape == (4, 5, 16)
-        features = features.unflatten(0, (2, 2))
-        given = model(None, TOKENS, labels=labels, features=features)
+        features = ImageFeatures(features.unflatten(0, (2, 2)))
+        given = model(features, TOKENS, labels=labels)
         assert torch.equal(given.logits, model(images, TOKENS).logits)
-        for what in ({"images": images}, {"features": features}):
-            assert_same(model.losses(TOKENS, labels, **what)["next token"], given.loss)
+        for what in (images, features):
+            assert_same(model.losses(TOKENS, labels, what)["next token"], given.loss)
 
     def test_images_are_looked_at_once_while_speaking(self):
         model, seen = flamingo(), []

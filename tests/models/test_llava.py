@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minivlm import checkpoint
-from minivlm.layers import ResNetConfig, VisionConfig
+from minivlm.layers import ImageFeatures, ResNetConfig, VisionConfig
 from minivlm.layers.lora import LoRAConfig, lora_parameters
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.testing import (
@@ -73,12 +73,31 @@ class TestFillingIn:
 
     def test_features_that_are_given_are_as_good_as_computed_ones(self):
         model, images = llava(), pictures(1, 2)
-        features = model.image_features(images)
-        assert features.shape == (2, N, VISION.width)
-        given = model.forward(None, ROW, labels=labelled(ROW), features=features)
+        features = ImageFeatures(model.image_features(images))
+        assert features.tensor.shape == (2, N, VISION.width)
+        given = model(features, ROW, labels=labelled(ROW))
         assert torch.equal(given.logits, model(images, ROW).logits)
-        losses = [model.losses(ROW, labelled(ROW), **what) for what in ({"images": images}, {"features": features})]
+        losses = [model.losses(ROW, labelled(ROW), what) for what in (images, features)]
         assert losses[0] == losses[1] == {"next token": given.loss}
+
+    def test_parts_of_a_batch_take_the_features_of_their_own_placeholders(self):
+        model, features = llava().train(), ImageFeatures(torch.randn(3, N, VISION.width))
+        one = text(1, "picture", 20, 21)
+        tokens = torch.cat([F.pad(one, (0, ROW.shape[1] - one.shape[1])), ROW])
+        batch = {"tokens": tokens, "labels": labelled(tokens), "images": features}
+        first, second = model.cut(batch, 1)
+        assert torch.equal(first["images"].tensor, features.tensor[:1])
+        assert torch.equal(second["images"].tensor, features.tensor[1:])
+        assert_same(model.backward_in_parts(batch, 1)["next token"], model.losses(**batch)["next token"])
+
+    def test_a_prompt_of_one_mark_gets_the_placeholders_of_its_features(self):
+        model, images = llava(), pictures(1, 2)
+        short = torch.tensor([[1, PLACEHOLDER, 20, PLACEHOLDER, 21]])
+        said = [
+            model.generate(given, short, max_new_tokens=4)
+            for given in (images, ImageFeatures(model.image_features(images)))
+        ]
+        assert torch.equal(*said)
 
     def test_tiles_are_more_views_of_the_same_picture(self):
         model = llava(tiles=2)
@@ -134,11 +153,11 @@ class TestLoss:
         assert_same(out.loss, F.cross_entropy(out.logits[0, :-1], labels[0, 1:]))
 
     def test_words_see_only_what_stands_before_them(self):
-        model, features = llava(), torch.randn(2, N, VISION.width)
+        model, features = llava(), ImageFeatures(torch.randn(2, N, VISION.width))
         after = torch.randn(1, 3, 32)  # embeddings behind the last picture
 
         def logits(after):
-            x = torch.cat([model.embed(None, ROW, features)[:, :-2], after], dim=1)
+            x = torch.cat([model.embed(features, ROW)[:, :-2], after], dim=1)
             return model.language_model(embeddings=x).logits[:, -3:]
 
         assert_causal(logits, after)
@@ -182,18 +201,18 @@ class TestGradients:
 
     def test_a_frozen_tower_keeps_no_activations(self):
         model, images = llava(), pictures(1, 2)
-        features = model.image_features(images).detach()
+        features = ImageFeatures(model.image_features(images).detach())
 
-        def kept(**what):
+        def kept(what):
             sizes = []
             with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape), lambda _: None):
-                sum(model.losses(ROW, labelled(ROW), **what).values())
+                sum(model.losses(ROW, labelled(ROW), what).values())
             return sizes
 
-        trained = kept(images=images)
+        trained = kept(images)
         model.freeze("vision")
-        assert kept(images=images) == kept(features=features)
-        assert len(trained) > len(kept(images=images))
+        assert kept(images) == kept(features)
+        assert len(trained) > len(kept(images))
 
 
 class TestLoRA:
