@@ -153,8 +153,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """options: of `Attention`. last: → (B, last, D), the states of so many tokens at the end; 0: of all."""
         h = self.attention_norm(x) if self.pre_norm else x  # keys and values of all tokens
-        x, queries = x[:, -last:], h[:, -last:]
-        attended = self.dropout(self.attention(queries, h, **options))
+        x, attending = (x[:, -last:], h[:, -last:]) if last else (x, h)
+        attended = self.dropout(self.attention(attending, h, **options))
         if self.parallel:
             return self.residual(x, self.mlp_norm, self.mlp) + attended
         x = self.add(x, attended, self.attention_norm)
