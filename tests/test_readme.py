@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 import train
-from minivlm import evaluate
+from minivlm import evaluate, info
 from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
@@ -143,6 +143,8 @@ def run(line, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             check.main(words[3:])
         assert stop.value.code == 0
+    elif words[:4] == ["python", "-m", "minivlm", "info"]:
+        info.main(words[4:])
     else:
         pytest.fail(f"no test runs this command: {line}")
 
