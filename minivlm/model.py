@@ -32,6 +32,25 @@ class Model(nn.Module):
         self.stored: torch.dtype | None = None  # in training: the precision it will be saved in (`minivlm.precision`)
 
     @property
+    def abilities(self) -> frozenset[str]:
+        """What the model can do. `tasks/` reads this alone; each word promises a way to call the model:
+
+        | word     | promises                                                                                           |
+        |----------|----------------------------------------------------------------------------------------------------|
+        | encode   | `encode_image(images)` and `encode_text(tokens, mask)`, vectors of unit length that are comparable |
+        | match    | `match(images, tokens, mask)` → (B, 2), logits of no and yes: does the text describe the image?    |
+        | caption  | `generate(images, tokens, mask)` describes an image                                                |
+        | answer   | `generate([images,] tokens, mask)` answers a question in words of its own                          |
+        | choose   | `answer(images, tokens, mask)` → (B, A), logits of the answers in `config.answers`                 |
+        | rank     | `rank(images, tokens, mask, answers, answers_mask)` → (B, A), log p of answers that are given      |
+        | chat     | `generate` and `stream` answer the last turn of a conversation                                     |
+        | complete | `generate([None,] tokens, mask)` continues a text without any image                                |
+        | attend   | its attention over the patches of an image can be recorded (see `tasks/attend.py`)                 |
+        | few-shot | its images stand anywhere in the text, so that examples may precede a query                        |
+        """
+        return frozenset()
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -59,6 +59,7 @@ class LanguageModel(PackingModel, Speaks, Model):
     """
 
     config_class = LanguageModelConfig
+    abilities = frozenset({"answer", "chat", "complete"})
     packed_class = PackedDecoder
 
     def __init__(self, config: LanguageModelConfig, *, seed: int = 0):

@@ -93,6 +93,7 @@ class T5(PackingModel, Speaks, Model):
     """
 
     config_class = T5Config
+    abilities = frozenset({"answer", "chat", "complete"})
     packed_class = PackedT5
     continues_prompt = False
     fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: what it gives passes 65,504

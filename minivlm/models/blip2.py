@@ -57,6 +57,11 @@ class BLIP2(QueryingModel):
         self.language_model = kind(c.language, seed=seed)
 
     @property
+    def abilities(self) -> frozenset[str]:
+        between = {"few-shot"} if self.config.image_token is not None else set()
+        return frozenset({"caption", "answer", "chat", "complete", "attend"} | between)
+
+    @property
     def continues_prompt(self) -> bool:
         return self.language_model.continues_prompt
 
@@ -108,6 +113,8 @@ class BLIP2(QueryingModel):
             seen = self.projection(self.query(images).queries).flatten(0, 1)  # (B·I·Q, D)
         if self.config.image_token is not None:
             return fill(x, tokens == self.config.image_token, seen), mask
+        if images is None:
+            return x, mask
         seen = seen.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, I·Q, D)
         mask = None if mask is None else torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1)
         return torch.cat([seen, x], dim=1), mask

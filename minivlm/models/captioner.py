@@ -50,6 +50,7 @@ class ImageCaptioningModel(SpeakingModel):
     """
 
     config_class = ImageCaptioningConfig
+    abilities = frozenset({"caption", "attend"})
 
     def __init__(self, config: ImageCaptioningConfig, *, seed: int = 0):
         super().__init__(config)

@@ -79,6 +79,7 @@ class Flamingo(SeeingModel):
     """
 
     config_class = FlamingoConfig
+    abilities = frozenset({"caption", "answer", "chat", "complete", "few-shot"})
     trained_parts: ClassVar[tuple[str, ...]] = ("resampler", "gated")  # the others come from elsewhere, and stay frozen
 
     def __init__(self, config: FlamingoConfig, *, seed: int = 0):

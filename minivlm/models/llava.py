@@ -85,6 +85,7 @@ class LLaVA(SpeakingModel):
     """
 
     config_class = LLaVAConfig
+    abilities = frozenset({"caption", "answer", "chat", "complete", "attend", "few-shot"})
 
     def __init__(self, config: LLaVAConfig, *, seed: int = 0):
         super().__init__(config)

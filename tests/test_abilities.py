@@ -1,0 +1,48 @@
+"""What a model says that it can do is what it has methods for."""
+
+import pytest
+
+from minivlm.model import Model
+from tests import speakers
+from tests.models.test_blip2 import MODELS as BLIP2S
+from tests.models.test_blip2 import blip2
+
+WORDS = {"encode", "match", "caption", "answer", "choose", "rank", "chat", "complete", "attend", "few-shot"}
+METHODS = {
+    "encode": ("encode_image", "encode_text"),
+    "match": ("match",),
+    "choose": ("answer",),
+    "rank": ("rank",),
+    **dict.fromkeys(("caption", "answer", "chat", "complete"), ("generate", "stream", "prefill")),
+    "few-shot": ("image_features", "generate"),
+}
+MODELS = {
+    "captioner": (speakers.captioner, {"caption", "attend"}),
+    "llava": (speakers.llava, {"caption", "answer", "chat", "complete", "attend", "few-shot"}),
+    "flamingo": (speakers.flamingo, {"caption", "answer", "chat", "complete", "few-shot"}),
+    "language model": (speakers.language_model, {"answer", "chat", "complete"}),
+    **{
+        f"blip2, {name}": (
+            lambda config=config: blip2(config),
+            {"caption", "answer", "chat", "complete", "attend"} | ({"few-shot"} if "front" not in name else set()),
+        )
+        for name, config in BLIP2S.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_names_what_it_can_do_and_has_the_methods_for_it(name):
+    build, expected = MODELS[name]
+    model = build()
+    assert model.abilities == expected
+    assert all(hasattr(model, method) for word in model.abilities for method in METHODS.get(word, ()))
+
+
+def test_a_model_that_names_nothing_can_do_nothing():
+    assert Model(None).abilities == frozenset()
+
+
+def test_the_table_of_words_is_complete():
+    rows = [line.split("|")[1].strip() for line in Model.abilities.fget.__doc__.splitlines() if line.count("|") == 3]
+    assert set(rows) - {"word", "----------"} == WORDS
