@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minivlm.conversation import IGNORED, PLACEHOLDER, shared
 from minivlm.datasets.continuation import pad
+from minivlm.datasets.shapes.shots import END, LEAD
 from minivlm.errors import UserError
 from minivlm.layers.tower import ImageFeatures
 from minivlm.special_tokens import Markup, Text
@@ -35,8 +36,6 @@ from minivlm.tasks.generate import (
     until_stop,
 )
 
-LEAD = "this is a"  # how we begin a text that goes on with a new word
-END = "."  # of an example's text, and of an answer
 CHUNK = "<|endofchunk|>"  # OpenFlamingo's models have this behind it
 
 

@@ -22,6 +22,8 @@ from minivlm.datasets.shapes.scenes import SEEN, UNSEEN, Scenes, draw_scenes
 EPISODE_PICTURES = 1 << 50  # a stream of draws far from those that splits and texts use
 OF_EACH_LOOK = 16  # pictures that held-out episodes are drawn from
 MOST_WAYS = 4  # looks of a lesson
+LEAD = "this is a"  # how we begin a text that goes on with a new word
+END = "."  # of an example's text, and of an answer
 LOOKS = {"seen": SEEN, "unseen": UNSEEN}
 
 

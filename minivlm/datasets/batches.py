@@ -1,0 +1,175 @@
+"""What a training step is fed: samples with images → the arguments of a model's `losses`.
+
+Every class here, and in question_batches.py, sequence_batches.py and text_batches.py, has
+
+    batch(indices, rngs, step)   the arguments of `losses`, by name; what is chosen for a sample, its own rng draws
+    length(index, rng)           about how long the text of a sample is, in any unit, drawn as `batch` draws it
+    key(index), len, notes()     the name of a sample for messages; how many there are; what the user should know
+
+`images` is a function: indices of samples → {"images": pixels, or `ImageFeatures` where the vision tower is frozen}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlm.conversation import Sample, collate
+from minivlm.datasets.conversations import Conversations
+from minivlm.datasets.pairs import Pairs
+from minivlm.datasets.shapes.negatives import changed
+from minivlm.datasets.transforms import TrainTransform
+from minivlm.processor import Processor
+
+Rngs = Sequence[np.random.Generator]
+ImagesOf = Callable[[Sequence[int]], dict[str, Tensor]]
+
+
+class Captions:
+    """An image and one of its captions: tokens and mask (B, T), images (B, 3, S, S). augment: crops, flips and colours."""
+
+    def __init__(self, pairs: Pairs, processor: Processor, directory: str, *, augment: bool = False):
+        self.pairs, self.processor, self.directory, self.augment = pairs, processor, directory, augment
+        c = processor.config
+        self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=augment)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
+        captions = [self.pairs.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
+        pictures = self.pairs.images(indices)
+        if self.augment:
+            samples = zip(pictures, captions, rngs, strict=True)
+            images = torch.cat([self.transform([picture], [caption], rng) for picture, caption, rng in samples])
+        else:
+            images = self.transform(pictures, captions, None)
+        tokens, mask = self.processor.text(captions, cut=True)
+        return {"images": images, "tokens": tokens, "mask": mask}
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(self.pairs.captions([index], rng)[0].split())
+
+    def key(self, index: int) -> str:
+        return self.pairs.key(index)
+
+    def notes(self) -> list[str]:
+        return pair_notes(self.pairs, self.processor, self.directory)
+
+
+def pair_notes(pairs: Pairs, processor: Processor, directory: str) -> list[str]:
+    cut = processor.too_long(list(pairs.texts()))
+    told = f"{cut} captions are longer than the context of {processor.context} tokens and are cut to it"
+    return [f"{len(pairs)} training images in {directory}", *pairs.notes, *([told] if cut else [])]
+
+
+class CaptionsWithNegatives:
+    """A caption and, for a share of the samples, one that is nearly right: tokens, mask, false, false_mask (B, T), images.
+
+    guess: nobody knows what the image shows, so that a false caption is a guess.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        processor: Processor,
+        images: ImagesOf,
+        directory: str,
+        *,
+        false_captions: float,
+        guess: bool = False,
+    ):
+        self.pairs, self.processor, self.images, self.directory = pairs, processor, images, directory
+        self.false_captions, self.guess = false_captions, guess
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
+        captions, false = zip(*map(self.captions, indices, rngs), strict=True)
+        tokens, mask = self.processor.text(captions, cut=True)
+        batch = {"tokens": tokens, "mask": mask}
+        if any(false):
+            batch["false"], false_mask = self.processor.text([text or "" for text in false], cut=True)
+            batch["false_mask"] = false_mask & torch.tensor([text is not None for text in false])[:, None]
+        return batch | self.images(indices)
+
+    def captions(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
+        """A caption, and a nearly right one or none. The two are of one style, so that the style tells nothing."""
+        wanted = rng.random() < self.false_captions
+        if self.guess:
+            caption = self.pairs.all_captions(index)[0]
+            return caption, changed(caption, rng) if wanted else None
+        if wanted and (false := self.pairs.false_caption(index, rng)) is not None:
+            return self.pairs.all_captions(index)[0], false
+        return self.pairs.captions([index], rng)[0], None
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return max(len(text.split()) for text in self.captions(index, rng) if text is not None)
+
+    def key(self, index: int) -> str:
+        return self.pairs.key(index)
+
+    def notes(self) -> list[str]:
+        return pair_notes(self.pairs, self.processor, self.directory)
+
+
+class WithQuestions:
+    """Captions, and beside each a question about the image: question, answer and their masks (B, ·)."""
+
+    def __init__(self, captions: CaptionsWithNegatives, talk: Conversations):
+        self.captions, self.talk, self.processor = captions, talk, captions.processor
+        self.length, self.key, self.notes = captions.length, captions.key, captions.notes
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
+        again = deepcopy(rngs)  # the question is drawn by the numbers that the caption was drawn by
+        batch = self.captions.batch(indices, rngs, step)
+        asked, said = zip(*map(self.exchange, indices, again), strict=True)
+        batch["question"], batch["question_mask"] = self.processor.text(asked, cut=True)
+        batch["answer"], batch["answer_mask"] = self.processor.text(said, cut=True)
+        return batch
+
+    def exchange(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """One question about an image, and its answer."""
+        asked = self.talk.asked(index, rng)
+        question = asked[int(rng.integers(len(asked)))]
+        return question.text, question.answers[0]
+
+
+class CaptionsToGenerate:
+    """An image and one of its captions, all of which is to be generated: images, tokens and labels (B, T)."""
+
+    def __init__(self, talk: Conversations, processor: Processor, directory: str):
+        self.talk, self.processor, self.directory = talk, processor, directory
+        self.key = talk.key
+
+    def __len__(self) -> int:
+        return len(self.talk)
+
+    def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
+        captions = [one_caption(self.talk, index, rng) for index, rng in zip(indices, rngs, strict=True)]
+        rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
+        images = self.processor.images([picture for [picture] in self.talk.images(indices)])
+        return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
+
+    def length(self, index: int, rng: np.random.Generator) -> int:
+        return len(one_caption(self.talk, index, rng).split())
+
+    def notes(self) -> list[str]:
+        return talk_notes(self.talk, self.directory)
+
+
+def one_caption(talk: Conversations, index: int, rng: np.random.Generator) -> str:
+    known = talk.captions(index)
+    return known[int(rng.random() * len(known))]
+
+
+def talk_notes(talk: Conversations, directory: str) -> list[str]:
+    return [f"{len(talk)} training samples in {directory}", *talk.notes]

@@ -1,0 +1,118 @@
+"""What train.py runs: a model, its processor, what a step is fed, and what judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minivlm.datasets.contents import stand_ins
+from minivlm.datasets.order import Order
+from minivlm.metrics import Score
+from minivlm.processor import Processor
+
+if TYPE_CHECKING:
+    from minivlm.recipes.recipe import Recipe
+
+
+class Samples(Protocol):
+    """See datasets/batches.py."""
+
+    def __len__(self) -> int: ...
+    def batch(self, indices, rngs, step: int) -> dict[str, Tensor]: ...
+    def length(self, index: int, rng: np.random.Generator) -> int: ...
+    def key(self, index: int) -> str: ...
+    def notes(self) -> list[str]: ...
+
+
+class Scores(Protocol):
+    """See recipes/scores.py. name: of what `validate` returns, a number between 0 and 1 to choose the best checkpoint by."""
+
+    name: str
+
+    def validate(self) -> float: ...
+    def evaluate(self) -> dict[str, Score]: ...
+    def figure(self, path: Path) -> None: ...
+    def next_commands(self, out: Path) -> list[str]: ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """A recipe that was started.
+
+    progress       the losses of the last step by name → what the progress bar tells
+    origins        part of the model (a dotted name) → where its weights come from, for the table of parts
+    prepare        called once before the first step, with device and precision, when the model is on its device
+    finish         called once after training with the run's directory, before the model is saved there
+    endless        there are more samples than anyone will read: they are taken one after the other
+    of_classes     it is judged by lessons about classes
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    processor: Processor
+    samples: Samples
+    scores: Scores
+    progress: Callable[[Mapping[str, float]], str]
+    origins: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[torch.device, torch.dtype], Any] = lambda device, precision: None
+    finish: Callable[[Path], Any] = lambda out: None
+    endless: bool = False
+    of_classes: bool = False
+
+    def __post_init__(self):
+        r, samples = self.recipe, self.samples
+        how = dict(batch_size=r.batch_size, seed=r.seed, bucket_steps=r.bucket_steps, endless=self.endless)
+        self.order = Order(samples.__len__, samples.length, **how)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """The arguments of `model.losses`, for process `rank` of `world`."""
+        indices, rngs = zip(*self.order.share(step, rank, world), strict=True)
+        return self.samples.batch(indices, rngs, step)
+
+    def ids(self, step: int) -> list[str]:
+        """Names of the samples of a step, for messages."""
+        return [self.samples.key(index) for index, _ in self.order.share(step)]
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        return [*self.samples.notes(), *self.stand_ins("val", "test")]
+
+    def stand_ins(self, *splits: str) -> list[str]:
+        """Notes on splits that the data lack."""
+        return stand_ins(self.recipe.data.directory, *splits, few_shot=self.of_classes)
+
+    def judged_on(self) -> str:
+        """What `evaluate` judges on, in words."""
+        told = self.stand_ins("test")
+        return "held-out data:" if not told else f"what there is. {' '.join(told)}"
+
+    def validate(self) -> float:
+        return self.scores.validate()
+
+    def evaluate(self) -> dict[str, Score]:
+        """All scores on held-out data."""
+        return self.scores.evaluate()
+
+    def figure(self, path: Path) -> None:
+        """Draw what was learnt."""
+        self.scores.figure(path)
+
+    def next_commands(self, out: Path) -> list[str]:
+        """What to try on the model in `out`."""
+        return self.scores.next_commands(out)
+
+
+def against(chance: str) -> Callable[[Mapping[str, float]], str]:
+    """The loss, and what it would be of a model that knows nothing."""
+    return lambda line: f"loss {line['loss']:.3f} ({chance})"
+
+
+def each_against(chances: Mapping[str, float]) -> Callable[[Mapping[str, float]], str]:
+    """These losses, each beside that of a model that knows nothing."""
+    return lambda line: ", ".join(f"{name} {line[name]:.2f} (chance {chance:.2f})" for name, chance in chances.items())

@@ -1,0 +1,72 @@
+"""A recipe is a value: model, data, optimiser, steps, and what it starts from. One file a family says how it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from minivlm.recipes.job import Job
+from minivlm.training import OptimiserConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe has. A family adds what it starts from, and `start`, which opens the data and builds the model.
+
+    what         it trains, in words
+    learns_from  what a folder has to hold, one of them, and what it is judged by if not the same (datasets/contents.py)
+    taken_by     the option by which other recipes take a model of this kind, if they do
+    model        its config or, where that follows from what it starts from, the part that is left to choose
+    data         the directory, and what is made of it
+    """
+
+    what: ClassVar[str]
+    learns_from: ClassVar[tuple[str, ...]]
+    judged_by: ClassVar[tuple[str, ...]] = ()
+    taken_by: ClassVar[str] = ""
+    summary: str
+    measured: str = ""  # how long it took and what it reached, for --list
+    model: Any
+    data: Any
+    steps: int
+    batch_size: int  # of all processes together
+    bucket_steps: int = 1  # the samples of so many steps are sorted by length, and each batch is of like length; 1: not
+    micro_batch: int | None = None  # samples whose activations are held at a time; None: the whole batch
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    seed: int = 0
+    save_every: int = 200  # steps between checkpoints, each with its score on the validation split
+    keep: int = 2  # checkpoints kept besides the best
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("batch_size", 1), ("bucket_steps", 1), ("save_every", 1), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but must be from 0 to {2**63 - 1}")
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
+        """Open the data (the shapes world is made if it is missing) and build the model, or take what a checkpoint has."""
+        raise NotImplementedError
+
+    def builds_on(self) -> dict[str, str]:
+        """The fields that name what it starts from → the recipe that trains such a thing, if it is missing."""
+        return {}
+
+    def needs(self) -> dict[str, str]:
+        """What it builds on: recipe → the directory where that recipe's model is looked for."""
+        return {base: getattr(self, option) or f"out/{base}" for option, base in self.builds_on().items()}
+
+    def external_weights(self) -> dict[str, str]:
+        """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""
+        return {}
+
+    def on(self, directory: str) -> Recipe:
+        """What is another for another folder, besides what all have in common (see `for_data`)."""
+        return replace(self, summary=f"{self.summary}, on {directory}")
+
+    def is_time_to_save(self, step: int) -> bool:
+        """Every save_every steps, at the end, and once early, so that a run that dies young leaves something."""
+        return step % self.save_every == 0 or step in (max(1, self.save_every // 4), self.steps)
