@@ -30,6 +30,7 @@ from minivlm import pretrained
 from minivlm.errors import UserError, nearest
 from minivlm.files import read_bytes
 from minivlm.layers.lora import lora_layers
+from minivlm.older_names import current_names
 from minivlm.precision import FLOATS, HALF, dtype_called, kept_in_fp32, main_dtype
 from minivlm.pretrained import generation_config
 from minivlm.pretrained.files import open_weights, read_json
@@ -295,7 +296,9 @@ def build(
     weights = described.prepare(weights)
     if (config := pretrained.settle(described, weights)) != described.config:
         model = empty_model(described.model_class, config)
-    tensors = to_ours(weights, model.state_dict(keep_vars=True), described.rows, where=str(path))
+    state = model.state_dict(keep_vars=True)
+    weights = current_names(weights, state) if binding else weights
+    tensors = to_ours(weights, state, described.rows, where=str(path))
     stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
     refuse_no_numbers(tensors, str(path))
     fill(model, tensors, device=device, dtype=dtype or stored)

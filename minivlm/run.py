@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from minivlm import checkpoint, config
 from minivlm.errors import UserError
 from minivlm.files import open_regular
+from minivlm.older_names import current_name, current_names
 from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
 from minivlm.run_directory import LOCK, OWN, is_at, set_aside, take_lock
@@ -196,7 +198,8 @@ def open_tensors(path: Path):
 
 def restore_weights(path: Path, model: nn.Module) -> None:
     """A file holds tied weights once, under one of their names. UserError, by name, for what does not fit the model."""
-    tensors, state = load_tensors(path / "model.safetensors"), model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
+    tensors = dict(current_names(load_tensors(path / "model.safetensors"), state))
     groups = tied(state)
     for names in groups:
         for found in [tensors[name] for name in names if name in tensors]:
@@ -212,10 +215,13 @@ def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> i
     restore_weights(path, model)
     where, tensors = path / "training.safetensors", load_tensors(path / "training.safetensors")
     names = {parameter: name for name, parameter in model.named_parameters()}
+    known, states = set(names.values()), defaultdict(dict)  # parameter → kind of moment → tensor
+    for key in (key for key in tensors if key.startswith("optimiser.")):
+        name, _, kind = key.removeprefix("optimiser.").rpartition(".")
+        states[current_name(name, known)][kind] = tensors[key]
     for group in optimiser.param_groups:
         for p in group["params"]:
-            prefix = f"optimiser.{names[p]}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            state = states[names[p]]
             home = {"step": p.device if group["fused"] else "cpu"}  # where AdamW keeps its counter
             if any(k != "step" and v.shape != p.shape for k, v in state.items()) or (state and "step" not in state):
                 raise UserError(f"{where} does not fit the model: the moments of {names[p]} are of another shape.")

@@ -84,9 +84,12 @@ def test_a_batch_has_conversations_and_lessons_each_picture_for_its_mark(built, 
     batch = work.batch(0)
     marks = (batch["tokens"] == work.model.config.image_token).sum(dim=1)
     assert 1 in marks and marks.max() > 3
-    assert len(batch["features"]) == marks.sum()
+    assert len(batch["images"]) == marks.sum()
     assert (batch["labels"] != work.model.config.image_token).all()
-    assert all(torch.equal(a, b) for a, b in zip(batch.values(), work.batch(0).values(), strict=True))
+    again = work.batch(0)
+    assert torch.equal(batch.pop("images").tensor, again.pop("images").tensor)
+    assert all(torch.equal(a, b) for a, b in zip(batch.values(), again.values(), strict=True))
+    batch = work.batch(0)
     loss = work.model.losses(**batch)["next token"]
     assert loss.isfinite()
 
@@ -153,8 +156,8 @@ class TestBadInput:
         parts = list(work.model.cut(batch, 3))
         assert [len(cut["tokens"]) for cut in parts] == [3, 3, 2]
         for cut in parts:
-            assert len(cut["features"]) == (cut["tokens"] == mark).sum() and "where" not in cut
-        assert torch.equal(torch.cat([cut["features"] for cut in parts]), batch["features"])
+            assert len(cut["images"]) == (cut["tokens"] == mark).sum() and "where" not in cut
+        assert torch.equal(torch.cat([cut["images"].tensor for cut in parts]), batch["images"].tensor)
 
 
 class TestInterleaved:
@@ -286,8 +289,8 @@ class TestClasses:
         assert len(batch["images"]) == (batch["tokens"] == work.model.config.image_token).sum()
         work.prepare(torch.device("cpu"), torch.float32)
         seen = work.batch(0)
-        assert torch.equal(seen["tokens"], batch["tokens"]) and "images" not in seen
-        assert_same(seen["features"], work.model.image_features(batch["images"]))
+        assert torch.equal(seen["tokens"], batch["tokens"])
+        assert_same(seen["images"].tensor, work.model.image_features(batch["images"]))
         loss, again = (sum(work.model.losses(**given).values()) for given in (batch, seen))
         assert_same(loss, again)
 

@@ -118,7 +118,14 @@ class NewWords:
     """Lessons, in which images are given made-up names, and of which every name that was heard before is learnt."""
 
     def __init__(self, lessons: Lessons, processor: Processor, images: ImagesOf, *, ways: int, n: int, note: str = ""):
-        self.lessons, self.processor, self.images, self.ways, self.n, self.note = lessons, processor, images, ways, n, note
+        self.lessons, self.processor, self.images, self.ways, self.n, self.note = (
+            lessons,
+            processor,
+            images,
+            ways,
+            n,
+            note,
+        )
 
     def __len__(self) -> int:
         return self.n

@@ -29,7 +29,6 @@ from minivlm.datasets.masking import hide_regions, hide_words
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
-from minivlm.layers.tower import ImageFeatures
 from minivlm.layers.transformer import TransformerConfig
 from minivlm.metrics import Score
 from minivlm.models.fusing import FusionConfig
@@ -181,11 +180,6 @@ class FusionWork(PrefixWork):
         for name in line.keys() - {"step", "loss", "gradient_norm", "learning_rate"}:
             told.append(f"{name} {line[name]:.2f}" + (f" (chance {chance[name]:.2f})" if name in chance else ""))
         return ", ".join(sorted(told))
-
-    def pictures(self, indices: list[int]) -> dict[str, Tensor]:
-        if self.features is not None:
-            return {"images": ImageFeatures(self.features[torch.tensor(indices)])}
-        return super().pictures(indices)
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from minivlm.conversation import IGNORED, PLACEHOLDER, Sample, collate
 from minivlm.datasets.class_episodes import class_episodes, class_lessons, read_classes
 from minivlm.datasets.shapes.shots import Named
 from minivlm.errors import UserError
+from minivlm.layers.tower import ImageFeatures
 from minivlm.losses import labelled
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo
@@ -81,7 +82,7 @@ class LessonsWork(Work):
 
     def pictures(self, indices: list[int]) -> dict[str, Tensor]:
         if self.features is not None:
-            return {"features": self.features[torch.tensor(indices)]}
+            return {"images": ImageFeatures(self.features[torch.tensor(indices)])}
         if self.pixels is not None:
             return {"images": self.pixels[torch.tensor(indices)]}
         return {"images": self.processor.images([self.paths[i] for i in indices])}

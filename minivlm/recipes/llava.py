@@ -25,6 +25,7 @@ from minivlm.datasets.judge import conversation_problem
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.layers.perceiver import PerceiverConfig
+from minivlm.layers.tower import ImageFeatures
 from minivlm.losses import labelled
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
@@ -177,7 +178,7 @@ class PrefixWork(Speaking):
     def pictures(self, indices: list[int]) -> dict[str, Tensor]:
         """The pictures of these samples, or what the tower saw of them."""
         if self.features is not None:
-            return {"features": self.features[torch.tensor(indices)]}
+            return {"images": ImageFeatures(self.features[torch.tensor(indices)])}
         pictures = [picture for pictures in self.train.images(indices) for picture in pictures]
         return {"images": self.processor.images(pictures)} if pictures else {}
 

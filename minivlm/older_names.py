@@ -1,0 +1,29 @@
+"""What tensors were called in directories that an earlier version saved. Fields of configs: see `config.complete`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+TENSORS = {  # pattern of the older name → the name now
+    r"(^|\.)places$": r"\1position_embedding",  # of features that know no position, before a Q-Former, resampler or BLIP
+}
+
+
+def current_names(tensors: Mapping[str, Value], known: Container[str]) -> Mapping[str, Value]:
+    """The tensors by the names that a model knows; one that it knows by no name keeps its own."""
+    names = {name: current_name(name, known) for name in tensors}
+    if all(name == now for name, now in names.items()):
+        return tensors
+    return {now: tensors[name] for name, now in names.items()}
+
+
+def current_name(name: str, known: Container[str]) -> str:
+    if name not in known:
+        for pattern, now in TENSORS.items():
+            if (found := re.sub(pattern, now, name)) in known:
+                return found
+    return name
