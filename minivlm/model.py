@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from minivlm import generation
 from minivlm.errors import UserError
+from minivlm.generation.options import Options, with_defaults
+from minivlm.generation.rules import Decode
 from minivlm.losses import alone, backward, per_process
 
 Batch = dict[str, Any]  # what `losses` takes, by name: tensors, and `ImageFeatures` in place of images
@@ -167,7 +169,7 @@ class Speaks:
         self,
         engine: Callable,
         *asked: Tensor | None,
-        decode: generation.Decode | None = None,
+        decode: Decode | None = None,
         **options,
     ) -> Any:
         """engine: `generation.generate` or `stream`. asked: what `prefill` reads, of which the last two are tokens and mask.
@@ -182,9 +184,9 @@ class Speaks:
         decoding = self.prefill(*asked, room=options.max_new_tokens)
         return engine(decoding, options, decode=decode, prompt=tokens, prompt_mask=mask)
 
-    def options(self, **given) -> generation.Options:
+    def options(self, **given) -> Options:
         """What is not given is as `defaults` say, or the config."""
-        return generation.Options(**{**self.endings, **generation.with_defaults(given, self.defaults)})
+        return Options(**{**self.endings, **with_defaults(given, self.defaults)})
 
     @property
     def endings(self) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from minivlm.errors import UserError
-from minivlm.generation import Options, contain_stop, generate, speak, stream, trim
+from minivlm.generation import Options, generate, stream
+from minivlm.generation.loop import generate_tokens, trim
+from minivlm.generation.rules import contain_stop
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from tests.talkers import MASK, PROMPT, Recurrent, Script, V, answer, letters
 
@@ -119,12 +121,12 @@ class TestLookingRarely:
     def test_same_answers(self, n):
         options = Options(max_new_tokens=n, end_tokens=(2, 5), pad_token=7, repetition_penalty=1.2)
         plain = generate(Recurrent([1, 2, 3]), options)
-        rare = torch.stack(list(speak(Recurrent([1, 2, 3]), options, None, None, None, look=8)), dim=1)
+        rare = torch.stack(list(generate_tokens(Recurrent([1, 2, 3]), options, None, None, None, every=8)), dim=1)
         assert torch.equal(trim(rare, options.end_tokens), plain)
 
     def test_looks_at_the_eighth(self):
         model = Script([[7, 1]])
-        assert len(list(speak(model, Options(end_tokens=(7,)), None, None, None, look=8))) == 8
+        assert len(list(generate_tokens(model, Options(end_tokens=(7,)), None, None, None, every=8))) == 8
         assert len(model.heard) == 7
 
     def test_trim(self):

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from minivlm.generation import Options, beam_search, generate
+from minivlm.generation import Options, generate
+from minivlm.generation.beam_search import beam_search
 from tests.talkers import Recurrent, answer
 
 

@@ -8,7 +8,8 @@ import torch
 
 from minivlm.checkpoint import load, save
 from minivlm.errors import UserError
-from minivlm.generation import Options, Rules, with_defaults
+from minivlm.generation.options import Options, with_defaults
+from minivlm.generation.rules import Rules
 from minivlm.layers import T5, LanguageModel, T5Config
 from minivlm.pretrained import generation_config
 from tests.languages import LLAMA
@@ -20,7 +21,7 @@ def forbidden(said=(), i=None, prompt=PROMPT, mask=MASK, **options):
     scores = torch.ones(4, V)
     rules = Rules(Options(**options), prompt, mask, scores)
     for column in said:
-        rules.hear(torch.tensor(column))
+        rules.append(torch.tensor(column))
     return [row.nonzero().flatten().tolist() for row in rules(scores, len(said) if i is None else i).isinf()]
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from minivlm.generation import Options, Rules, draw, generate, penalise, sample
+from minivlm.generation import Options, generate
+from minivlm.generation.loop import draw, sample
+from minivlm.generation.rules import Rules, penalise
 from tests.talkers import MASK, PROMPT, Recurrent, Script, V, answer
 
 

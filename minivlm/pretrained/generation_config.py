@@ -1,4 +1,4 @@
-"""generation_config.json ⇄ what holds for `generate` where its caller says nothing (`Speaks.defaults`).
+"""generation_config.json ⇄ what holds for `generate` where its caller says nothing (`Model.defaults`).
 
 repetition_penalty, min_length, num_beams …     as they are, see FOLLOWED
 do_sample, temperature, top_k, top_p, min_p     temperature 0 where nothing is sampled
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from minivlm import config as configs
 from minivlm.errors import UserError
-from minivlm.generation import Options
+from minivlm.generation.options import Options
 from minivlm.pretrained.files import read_json
 
 NAME = "generation_config.json"

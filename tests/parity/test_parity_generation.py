@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minivlm.generation import Options, generate, sample
+from minivlm.generation import Options, generate
+from minivlm.generation.loop import sample
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
 
