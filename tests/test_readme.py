@@ -25,7 +25,9 @@ ROOT = Path(train.__file__).parent
 FRONT, CHINESE = "README.md", "README_CN.md"
 OTHERS = {"overview.md"}  # which has a test of its own
 PAGES = [FRONT, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in OTHERS)]
-TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, CHINESE, "data/README.md"]}
+TEXTS = {
+    page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, CHINESE, "data/README.md", "CONTRIBUTING.md"]
+}
 SOURCES = [*(ROOT / "minivlm").rglob("*.py"), *(ROOT / "data").rglob("*.py"), ROOT / "sample.py"]
 HUB = "openai/clip-vit-base-patch32"
 SMALLER = {k: v for k, v in TINY.items() if k not in ("steps", "batch_size")}
