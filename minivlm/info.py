@@ -106,7 +106,7 @@ def reading(model: nn.Module, processor) -> dict[str, str]:
     if hasattr(model, "vision") or hasattr(model, "image_features"):
         tokens = config.image_tokens or getattr(model.config, "image_tokens", 0)
         about["images"] = f"{config.image_size} × {config.image_size} pixels"
-        about["image tokens"] = f"{tokens} in the text for each" if tokens else "none in the text"
+        about |= {"image tokens": f"{tokens} in the text for each"} if tokens else {}
     about["context"] = f"{config.context} tokens"
     if processor.source is not None:
         about["vocabulary"] = f"{processor.vocab_size:,} tokens"
