@@ -10,6 +10,7 @@ Value = TypeVar("Value")
 
 TENSORS = {  # pattern of the older name → the name now
     r"(^|\.)places$": r"\1position_embedding",  # of features that know no position, before a Q-Former, resampler or BLIP
+    r"^feature_(mean|deviation)$": r"standardise.\1",
 }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from minivlm.datasets.shapes.negatives import agrees
 from minivlm.datasets.shapes.scenes import COLOURS
 from minivlm.datasets.shapes.text import parse
+from minivlm.layers.tower import ImageFeatures
 
 
 class Oracle(nn.Module):
@@ -29,6 +30,8 @@ class Oracle(nn.Module):
                 self.scenes.append(scene.objects)
 
     def image_features(self, images):
+        if isinstance(images, ImageFeatures):
+            return images.tensor
         self.looked += len(images)
         pixels = images.permute(0, 2, 3, 1).to(torch.uint8).numpy()
         return torch.tensor([self.number[image.tobytes()] for image in pixels], dtype=torch.float32).view(-1, 1, 1)
@@ -40,9 +43,9 @@ class Oracle(nn.Module):
         counts = [[1e-3 + sum(thing.colour == c for thing in objects) for c in COLOURS] for objects in many]
         return F.normalize(torch.tensor(counts) @ self.turn, dim=-1)
 
-    def encode_image(self, images=None, *, features=None):
+    def encode_image(self, images):
         """Two queries, of which the second one is blind."""
-        seen = self.colours(self.shown(self.image_features(images) if features is None else features))
+        seen = self.colours(self.shown(self.image_features(images)))
         return torch.stack([seen, F.normalize(torch.ones_like(seen), dim=-1)], dim=1)
 
     def encode_text(self, tokens, mask):
@@ -51,10 +54,10 @@ class Oracle(nn.Module):
     def similarity(self, images, texts):
         return (images @ texts.T).amax(dim=1)
 
-    def match(self, images, tokens, mask, *, features=None):
+    def match(self, images, tokens, mask):
         self.matched += len(tokens)
         assert mask[:, -1].any()  # no more padding than the longest needs
-        many = self.shown(self.image_features(images) if features is None else features)
+        many = self.shown(self.image_features(images))
         texts = self.processor.read(tokens, mask)
         fits = [
             all(any(agrees(said, thing) for thing in objects) for said in parse(text))

@@ -163,7 +163,9 @@ def test_the_qformer_goes_on_where_stage_one_left_it_without_the_half_that_reads
     assert not any("query" in name or "attention" in name for name in left)
     image = torch.randn(2, 3, 32, 32)
     before, _ = minivlm.load(built / "stage1")
-    torch.testing.assert_close(work.model.eval().query(image, None).queries, before.query(image, None).queries)
+    torch.testing.assert_close(
+        *(model.qformer(model.image_features(image)).queries for model in (work.model.eval(), before))
+    )
 
 
 @pytest.mark.parametrize("lm", ["lm", "t5"])

@@ -230,9 +230,11 @@ def test_what_a_resnet_sees_is_measured_before_the_first_step(name, eyes, resnet
     given |= {} if name == "blip2-stage1" else {"language_from": bases / "lm"}
     given |= {"from_scratch": "true"} if name == "blip2" else {}
     work = recipes.command_line(arguments(name, **given))[1].start(quiet=True)
-    assert work.model.config.standardise == work.model.unmeasured == (eyes == "resnet")
+    standardise = work.model.standardise
+    assert work.model.config.standardise == (standardise is not None) == (eyes == "resnet")
+    assert standardise is None or not standardise.measured
     work.prepare(torch.device("cpu"), torch.float32)
-    assert not work.model.unmeasured
+    assert standardise is None or standardise.measured
     if eyes == "resnet":
         assert_same(work.features[:1000].std(dim=(0, 1), correction=0).max(), torch.tensor(1.0), tolerance=1e-4)
 
@@ -243,9 +245,9 @@ def test_in_pages_and_in_classes_as_well(kind, freeze, resnet, built, drawings, 
     if kind == "pages":
         write_pages(tmp_path)
     work = work_of(built, tmp_path if kind == "pages" else drawings, vision_from=resnet, freeze_vision=freeze)
-    assert work.model.unmeasured
+    assert not work.model.standardise.measured
     work.prepare(torch.device("cpu"), torch.float32)
-    assert not work.model.unmeasured
+    assert work.model.standardise.measured
 
 
 def write_pages(folder):

@@ -19,6 +19,7 @@ from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.datasets.shapes.negatives import one_attribute_negatives
+from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
@@ -134,7 +135,7 @@ def reranking(model, processor, pairs: Pairs, features: Tensor, *, k: int = RERA
 def similarities(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size: int = 128) -> Tensor:
     """(N, M): how similar each picture, its best query, is to each text."""
     with inference(model):
-        images = [model.encode_image(None, features=part).float() for part in features.split(batch_size)]
+        images = [model.encode_image(ImageFeatures(part)).float() for part in features.split(batch_size)]
         texts = [
             model.encode_text(t.to(model.device), m.to(model.device)).float()
             for t, m in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)

@@ -26,16 +26,17 @@ from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import to_the_left
 from minivlm.layers.position import place
+from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
 from minivlm.models.image_text_matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
-from minivlm.models.speaking import SpeaksItself
-from minivlm.models.vision_features import SeeingConfig, SeeingModel
+from minivlm.models.speaking import SpeakingModel, SpeaksItself
+from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPConfig(SeeingConfig):
+class BLIPConfig(VisionFeaturesConfig):
     """roles: "all" share what they can; published weights have one use: "match" the encoder alone, "caption" the decoder alone,
     "answer" both, unshared."""
 
@@ -58,7 +59,7 @@ class BLIPConfig(SeeingConfig):
         check_smoothing(self.label_smoothing)
         if self.text.causal or self.text.cross_attention_every < 1:
             raise ValueError("text is the encoder's: it is not causal, and its cross_attention_every is at least 1")
-        self.check_reader(self.text.context_width or self.text.width, "text model", "text.context_width")
+        check_reader(self.feature_width, self.text.context_width or self.text.width, "text model", "text.context_width")
         if self.roles == "answer" and not self.answers:
             raise ValueError(
                 f"answers are read from questions of width {self.text.width} by what reads pictures of width "
@@ -97,19 +98,20 @@ class BLIPOutput:
     losses: dict[str, Tensor]  # by name, as `losses` gives them; none if images and texts are not pairs
 
 
-class BLIP(SpeaksItself, Matching, SeeingModel):
+class BLIP(SpeaksItself, Matching, SpeakingModel):
     """images (B, 3, H, W), tokens (B, T) with the tokeniser's start and end, mask (B, T), labels (B, T) → `BLIPOutput`.
 
     tokens are what is said, and labels the same with −100 = not counted; with roles="answer", tokens are questions and
-    labels (B, T') answers that begin with the decode token. Wherever it takes images, `features` (B, N, C) may be given in
-    their place: what `image_features` gives, for those who have it.
+    labels (B, T') answers that begin with the decode token. Wherever it takes images it takes `ImageFeatures` as well.
     """
 
     config_class = BLIPConfig
 
     def __init__(self, config: BLIPConfig, *, seed: int = 0):
-        super().__init__(config, seed=seed)
+        super().__init__(config)
         c, D = config, config.text.width
+        self.vision = make_tower(c.vision, torch.Generator().manual_seed(seed))
+        self.standardise = make_standardise(c)
         self.encoder = None if c.roles == "caption" else BERT(c.text, seed=seed)
         self.decoder = None if c.roles == "match" else BERT(replace(c.text, causal=True), seed=seed)
         if c.roles == "all":
@@ -138,21 +140,14 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
             self.freeze("momentum.copies")
 
     def forward(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
+        self, images: Images, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
     ) -> BLIPOutput:
         c = self.config
-        features = self.image_features(images) if features is None else features
+        features = self.image_features(images)
+        seen = ImageFeatures(features)
         pairs, logits, loss, compared = len(tokens) == len(features), None, None, None
         if c.compares:
-            compared = (
-                self.similarity(self.encode_image(features=features), self.encode_text(tokens, mask)) * self.scale()
-            )
+            compared = self.similarity(self.encode_image(seen), self.encode_text(tokens, mask)) * self.scale()
         if c.roles == "answer":
             if labels is None:
                 raise ValueError("an answer is wanted: give labels (B, T'), or call generate to let it speak")
@@ -163,14 +158,17 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         if self.decoder is not None and pairs:
             logits = self.head(hidden)
             loss = None if labels is None else next_token_loss(hidden, labels, self.head.weight, self.head.bias)
-        return BLIPOutput(logits, loss, compared, self.losses(tokens, mask, features=features) if pairs else {})
+        return BLIPOutput(logits, loss, compared, self.losses(tokens, mask, seen) if pairs else {})
 
     # ---- the three roles -------------------------------------------------------------------------------------------------
 
-    def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+    def image_features(self, images: Images) -> Tensor:
+        """(B, 3, H, W) → (B, N, C): what the vision tower computes."""
+        return vision_features(images, self.vision, self.standardise, self.config)
+
+    def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length: of the class token, or of all features on average where there is none."""
-        features = self.image_features(images) if features is None else features
-        return F.normalize(self.vision_projection(self.whole(features)), dim=-1)
+        return F.normalize(self.vision_projection(self.whole(self.image_features(images))), dim=-1)
 
     def whole(self, features: Tensor) -> Tensor:
         """(B, N, C) → (B, C)"""
@@ -182,12 +180,9 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         """(B, T) → (B, E), unit length: read at the start token."""
         return F.normalize(self.text_projection(self.encoder(tokens, mask).hidden[:, 0]), dim=-1)
 
-    def match(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> Tensor:
+    def match(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Does text i tell what picture i shows?  → logits (B, 2) of no and yes."""
-        features = self.image_features(images) if features is None else features
-        return self.match_head(self.fuse(features, tokens, mask)[:, 0])
+        return self.match_head(self.fuse(self.image_features(images), tokens, mask)[:, 0])
 
     def fuse(self, features: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Words (B, T) as they are understood in front of a picture (B, N, C): (B, T, D)."""
@@ -204,7 +199,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         false: Tensor | None = None,
         false_mask: Tensor | None = None,
@@ -222,7 +217,8 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         """
         c, losses, split = self.config, {}, partial(in_parts, size=micro_batch)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        seen = split(self.image_features, images) if features is None else features
+        images = images if features is None else ImageFeatures(features)
+        seen = split(self.image_features, images)
         if c.compares:
             losses["contrast"], *alike = self.compare(images, seen, tokens, mask, split)
             nearly = None if false is None else (false, false_mask)
@@ -235,16 +231,16 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
         return losses
 
     def compare(
-        self, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor, split: Callable
+        self, images: Images, features: Tensor, tokens: Tensor, mask: Tensor, split: Callable
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`contrast`, or that of the slow copy and its queue (see `Momentum`)."""
-        vectors = split(lambda seen: self.encode_image(features=seen), features), split(self.encode_text, tokens, mask)
+        vectors = split(self.encode_image, ImageFeatures(features)), split(self.encode_text, tokens, mask)
         if self.momentum is None:
             return self.contrast(*vectors)
         with torch.no_grad():
             if self.training:
                 self.momentum.follow(self)
-            slow = split(partial(self.momentum.vectors, self), images, features, tokens, mask)
+            slow = split(partial(self.momentum.vectors, self), images, tokens, mask)
         return self.momentum.contrast(*vectors, *slow, self.scale())
 
     def saying(
@@ -276,15 +272,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
     # ---- speaking --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        room: int,
-        features: Tensor | None = None,
-    ) -> BLIPDecoding:
+    def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> BLIPDecoding:
         """Look at pictures, and be ready for `room` tokens a row: what follows the beginnings (B, T) of captions, or answers
         to questions (B, T). Where one model does both, a beginning is told by the decode token in front."""
         if self.decoder is None:
@@ -295,7 +283,7 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
             tokens = tokens[..., 0]
         if (T := tokens.shape[1]) + room > (context := self.config.text.context):
             raise ValueError(f"a text of {T} tokens and {room} new ones do not fit the context of {context}")
-        features = self.image_features(images) if features is None else features
+        features = self.image_features(images)
         c, read, read_mask = self.config, place(features, self.places), None
         if self.is_question(tokens):
             read, read_mask = self.fuse(features, tokens, mask), None if c.reads_padding else mask
@@ -319,20 +307,19 @@ class BLIP(SpeaksItself, Matching, SeeingModel):
     @torch.no_grad()
     def rank(
         self,
-        images: Tensor | None,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None,
         answers: Tensor,
         answers_mask: Tensor,
         *,
-        features: Tensor | None = None,
         most: int | None = None,
     ) -> Tensor:
         """Questions (B, T), answers (A, S) → log p of every answer to each question (B, A).
 
         most: only so many answers are judged as a whole, those whose first word is likeliest; the others are −∞.
         """
-        read = self.fuse(self.image_features(images) if features is None else features, tokens, mask)
+        read = self.fuse(self.image_features(images), tokens, mask)
         B, A = len(read), len(answers)
         answers = begin_with(self.config.decode_token, answers)
         first = self.head(self.tell(answers[:1, :1].expand(B, -1), None, read, mask))[:, 0]  # (B, V)

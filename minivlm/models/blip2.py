@@ -18,20 +18,27 @@ from torch import Tensor, nn
 
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
+from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.t5 import T5, T5Config, T5Decoding
-from minivlm.layers.tower import ImageFeatures, Images, leading_axes
+from minivlm.layers.tower import ImageFeatures, Images, check_reader, leading_axes, make_tower
 from minivlm.losses import next_token_loss
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.speaking import fill, make_room
-from minivlm.models.vision_features import QueryingConfig, QueryingModel
+from minivlm.models.speaking import SpeakingModel, fill, make_room
+from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 __all__ = ["BLIP2", "BLIP2Config", "BLIP2Stage1", "BLIP2Stage1Config"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIP2Config(QueryingConfig):
+class BLIP2Config(VisionFeaturesConfig):
+    qformer: QFormerConfig
     language: LanguageModelConfig | T5Config
     image_token: int | None  # the placeholder's id, as many a picture as there are queries; None: they stand in front
+
+    def __post_init__(self):
+        q = self.qformer
+        check_reader(self.feature_width, q.context_width or q.width, "Q-Former", "qformer.context_width")
+        super().__post_init__()
 
     @property
     def image_tokens(self) -> int:
@@ -39,7 +46,7 @@ class BLIP2Config(QueryingConfig):
         return self.qformer.queries
 
 
-class BLIP2(QueryingModel):
+class BLIP2(SpeakingModel):
     """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
 
     A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
@@ -49,8 +56,11 @@ class BLIP2(QueryingModel):
     config_class = BLIP2Config
 
     def __init__(self, config: BLIP2Config, *, seed: int = 0):
-        super().__init__(config, seed=seed)
+        super().__init__(config)
         c = config
+        self.vision = make_tower(c.vision, torch.Generator().manual_seed(seed))
+        self.standardise = make_standardise(c)
+        self.qformer = QFormer(c.qformer, seed=seed)
         self.projection = nn.Linear(c.qformer.width, c.language.width)
         initialise_linears(self.projection, torch.Generator().manual_seed(seed))
         kind = T5 if isinstance(c.language, T5Config) else LanguageModel
@@ -105,12 +115,16 @@ class BLIP2(QueryingModel):
         ours = super().counts(batch)
         return self.language_model.counts(batch) if isinstance(self.language_model, T5) else ours
 
+    def image_features(self, images: Images) -> Tensor:
+        """images (…, 3, H, W) → (M, N, C): what the vision tower computes. `ImageFeatures` → their tensor."""
+        return vision_features(images, self.vision, self.standardise, self.config)
+
     def embed(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T), mask → (B, T, D) and its mask, pictures in their places; without a placeholder T grows by them."""
         x = self.language_model.embed(tokens)
         seen = x.new_empty(0, x.shape[-1])
         if images is not None:
-            seen = self.projection(self.query(images).queries).flatten(0, 1)  # (B·I·Q, D)
+            seen = self.projection(self.qformer.look(self.image_features(images)).queries).flatten(0, 1)  # (B·I·Q, D)
         if self.config.image_token is not None:
             return fill(x, tokens == self.config.image_token, seen), mask
         if images is None:

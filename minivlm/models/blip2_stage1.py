@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
-from minivlm.layers.qformer import QFormerConfig, QFormerOutput
+from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
+from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.image_text_matching import Matching
-from minivlm.models.speaking import KeepingDecoding, SpeaksItself
-from minivlm.models.vision_features import QueryingConfig, QueryingModel
+from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
+from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIP2Stage1Config(QueryingConfig):
+class BLIP2Stage1Config(VisionFeaturesConfig):
+    qformer: QFormerConfig
     embed_width: int = 256
     temperature: float | None = 0.07  # of the contrast, where it starts; None: cosines as they are, nothing to learn
     text_head: bool = True  # it can say what it sees; published weights of stage 1 cannot
@@ -53,6 +55,8 @@ class BLIP2Stage1Config(QueryingConfig):
         return self.decode_token if self.text_head else None
 
     def __post_init__(self):
+        q = self.qformer
+        check_reader(self.feature_width, q.context_width or q.width, "Q-Former", "qformer.context_width")
         super().__post_init__()
         check_smoothing(self.label_smoothing)
         if self.qformer.vocab_size is None:
@@ -67,18 +71,21 @@ class BLIP2Stage1Output:
     text_features: Tensor  # (B', E), unit length
 
 
-class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
+class BLIP2Stage1(SpeaksItself, Matching, SpeakingModel):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
-    Wherever it takes images, `features` (B, N, C), as `image_features` gives them, may be given in their place.
+    Wherever it takes images it takes `ImageFeatures` as well.
     """
 
     config_class = BLIP2Stage1Config
     continues_prompt = True
 
     def __init__(self, config: BLIP2Stage1Config, *, seed: int = 0):
-        super().__init__(config, seed=seed)
+        super().__init__(config)
         c = config
+        self.vision = make_tower(c.vision, torch.Generator().manual_seed(seed))
+        self.standardise = make_standardise(c)
+        self.qformer = QFormer(c.qformer, seed=seed)
         self.vision_projection = nn.Linear(c.qformer.width, c.embed_width)
         self.text_projection = nn.Linear(c.qformer.width, c.embed_width)
         self.match_head = nn.Linear(c.qformer.width, 2)
@@ -90,29 +97,29 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
             if part is not None:
                 initialise_linears(part, generator)
 
-    def forward(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> BLIP2Stage1Output:
-        features = self.image_features(images) if features is None else features
-        image_vectors, text_vectors = self.encode_image(features=features), self.encode_text(tokens, mask)
+    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> BLIP2Stage1Output:
+        features = ImageFeatures(self.image_features(images))
+        image_vectors, text_vectors = self.encode_image(features), self.encode_text(tokens, mask)
         logits = self.scale() * self.similarity(image_vectors, text_vectors)
-        losses = self.losses(tokens, mask, features=features) if len(tokens) == len(features) else {}
+        losses = self.losses(tokens, mask, features) if len(tokens) == len(features) else {}
         return BLIP2Stage1Output(logits, losses, image_vectors, text_vectors)
 
-    def encode_image(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+    def image_features(self, images: Images) -> Tensor:
+        """(B, 3, H, W) → (B, N, C): what the vision tower computes."""
+        return vision_features(images, self.vision, self.standardise, self.config)
+
+    def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, Q, E): a vector for each query, unit length."""
-        return F.normalize(self.vision_projection(self.query(images, features).queries), dim=-1)
+        return F.normalize(self.vision_projection(self.qformer.look(self.image_features(images)).queries), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length: read at the start token."""
         text = self.qformer(None, tokens, mask, see="unimodal").text
         return F.normalize(self.text_projection(text[:, 0]), dim=-1)
 
-    def match(
-        self, images: Tensor | None, tokens: Tensor, mask: Tensor | None = None, *, features: Tensor | None = None
-    ) -> Tensor:
+    def match(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Does text i tell what picture i shows?  → logits (B, 2) of no and yes, the mean of what all queries say."""
-        features = self.image_features(images) if features is None else features
+        features = self.image_features(images)
         return self.match_head(self.qformer(features, tokens, mask, see="bidirectional").queries).mean(dim=1)
 
     # ---- its three losses ----------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        images: Tensor | None = None,
+        images: Images | None = None,
         features: Tensor | None = None,
         false: Tensor | None = None,
         false_mask: Tensor | None = None,
@@ -135,7 +142,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
         """
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         split, nearly = partial(in_parts, size=micro_batch), None if false is None else (false, false_mask)
-        features = split(self.image_features, images) if features is None else features
+        features = split(self.image_features, images if features is None else ImageFeatures(features))
         vectors, total = split(self.queried, features, tokens, mask)
         texts = split(self.encode_text, tokens, mask)
         contrast, *alike = self.contrast(vectors, texts, smoothing=self.config.label_smoothing)
@@ -147,7 +154,7 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
 
     def queried(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What comes of the queries: the vectors of pictures (B, Q, E), and the sum of the losses of their texts' tokens."""
-        seen = self.query(None, features)
+        seen = self.qformer.look(features)
         vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
         if self.text_head is None:
             return vectors, vectors.new_zeros(())
@@ -167,20 +174,14 @@ class BLIP2Stage1(SpeaksItself, Matching, QueryingModel):
     # ---- speaking ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        room: int,
-        features: Tensor | None = None,
-    ) -> Stage1Decoding:
+    def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> Stage1Decoding:
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         if self.text_head is None:
             raise ValueError("this stage 1 has no text_head, so it can compare and match, but not speak")
         tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.qformer.context)
-        return Stage1Decoding(self, self.to_be_said(tokens), mask, self.query(images, features), room=room)
+        return Stage1Decoding(
+            self, self.to_be_said(tokens), mask, self.qformer.look(self.image_features(images)), room=room
+        )
 
     @property
     def language_config(self) -> QFormerConfig:

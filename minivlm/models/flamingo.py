@@ -23,14 +23,14 @@ from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttentio
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
-from minivlm.layers.tower import ImageFeatures, Images, features_of, leading_axes
+from minivlm.layers.tower import ImageFeatures, Images, check_reader, features_of, leading_axes, make_tower
 from minivlm.losses import next_token_loss
-from minivlm.models.speaking import check_decoder
-from minivlm.models.vision_features import SeeingConfig, SeeingModel
+from minivlm.models.speaking import SpeakingModel, check_decoder
+from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlamingoConfig(SeeingConfig):
+class FlamingoConfig(VisionFeaturesConfig):
     language: LanguageModelConfig
     resampler: PerceiverConfig | None  # None: the text reads the tower's features themselves
     image_token: int  # the id of the mark that stands for a picture
@@ -43,7 +43,7 @@ class FlamingoConfig(SeeingConfig):
         check_decoder(self.language, "Flamingo")
         if self.resampler is not None:
             wanted = self.resampler.context_width or self.resampler.width
-            self.check_reader(wanted, "resampler", "resampler.context_width")
+            check_reader(self.feature_width, wanted, "resampler", "resampler.context_width")
         if self.every < 1 or not 0 <= self.offset < self.language.depth:
             raise ValueError(
                 f"every is {self.every} and offset {self.offset}, which puts no gated layer before any of the language "
@@ -69,7 +69,7 @@ class FlamingoConfig(SeeingConfig):
         return 1
 
 
-class Flamingo(SeeingModel):
+class Flamingo(SpeakingModel):
     """images (B, I, 3, H, W), tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. No picture: None.
 
     The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
@@ -83,8 +83,10 @@ class Flamingo(SeeingModel):
     trained_parts: ClassVar[tuple[str, ...]] = ("resampler", "gated")  # the others come from elsewhere, and stay frozen
 
     def __init__(self, config: FlamingoConfig, *, seed: int = 0):
-        super().__init__(config, seed=seed)
+        super().__init__(config)
         c = config
+        self.vision = make_tower(c.vision, torch.Generator().manual_seed(seed))
+        self.standardise = make_standardise(c)
         self.resampler = None if c.resampler is None else PerceiverResampler(c.resampler, seed=seed)
         reads = c.feature_width if c.resampler is None else c.resampler.width
         like = dict(heads=c.language.heads, mlp_width=c.language.hidden_width)
@@ -115,6 +117,10 @@ class Flamingo(SeeingModel):
         images = images if features is None else ImageFeatures(features)
         x, between = self.language_model.embed(tokens), self.read(images, tokens)
         return {"next token": self.language_model.loss(x, labels, where=where, between=between)}
+
+    def image_features(self, images: Images) -> Tensor:
+        """images (…, 3, H, W) → (M, N, C): what the vision tower computes. `ImageFeatures` → their tensor."""
+        return vision_features(images, self.vision, self.standardise, self.config)
 
     def read(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None) -> GatedReading:
         """What stands between the blocks while they read these tokens. A mark in padding is none."""

@@ -16,11 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivlm.layers.tower import ImageFeatures
 from minivlm.losses import backward, full_precision, gather, in_parts, is_distributed, mean
 
 
 class Matching:
-    """Its model has `match(images, tokens, mask, features=…)` → (B, 2), `match_head`, and `logit_scale`, or None for it."""
+    """Its model has `match(images, tokens, mask)` → (B, 2), `match_head`, and `logit_scale`, or None for it."""
 
     @staticmethod
     def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
@@ -87,8 +88,7 @@ class Matching:
 
         pictures = torch.cat([features, features, all_features[other_image]])
         texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
-        match = lambda pictures, texts, masks: self.match(None, texts, masks, features=pictures)
-        logits = in_parts(match, pictures, texts, masks, size=micro_batch)  # (3B, 2)
+        logits = in_parts(self.match, ImageFeatures(pictures), texts, masks, size=micro_batch)  # (3B, 2)
         truth = (torch.arange(3 * B, device=logits.device) < B).long()
         counts = torch.cat([torch.ones_like(found), found, found_image]).float()
         return mean((F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum(), counts.sum())

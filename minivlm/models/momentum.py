@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.layers.tower import Images
 from minivlm.losses import full_precision, gather
 from minivlm.models.image_text_matching import first_row
+from minivlm.models.vision_features import vision_features
 
 COPIED = ("vision", "encoder", "vision_projection", "text_projection")
 
@@ -49,7 +51,7 @@ class MomentumConfig:
 
 
 class Momentum(nn.Module):
-    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `image_features` and `whole`.
+    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `standardise` and `whole`.
 
     embed_width: E, of the vectors that are compared."""
 
@@ -73,11 +75,9 @@ class Momentum(nn.Module):
             for slow, fast in zip(copy.buffers(), part.buffers(), strict=True):
                 slow.copy_(fast)
 
-    def vectors(
-        self, model: nn.Module, images: Tensor | None, features: Tensor, tokens: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the copy makes of pictures, or of what the model's tower saw of them, and of texts: (B, E) each, unit length."""
-        seen = model.whole(features if images is None else model.image_features(images, self.copies["vision"]))
+    def vectors(self, model: nn.Module, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The copy's vectors of images and of texts: (B, E) each, unit length. `ImageFeatures` are the model's own tower's."""
+        seen = model.whole(vision_features(images, self.copies["vision"], model.standardise, model.config))
         images = self.copies["vision_projection"](seen)
         texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)

@@ -128,7 +128,7 @@ def read_config(values: dict[str, Any]) -> BLIP2Config:
 
 
 def read_seeing(values: dict[str, Any], *, text: bool) -> dict[str, Any]:
-    """The fields of `QueryingConfig`. text: does the Q-Former read it?"""
+    """The fields that both stages' configs have. text: does the Q-Former read it?"""
     vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
     q = {**QFORMER_DEFAULTS, **(values.get("qformer_config") or {})}
     language.refuse_unless(vision, qkv_bias=True)
@@ -174,7 +174,7 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
 
 
 def write_seeing(config: BLIP2Config) -> dict[str, Any]:
-    """Of any `QueryingConfig`."""
+    """Of either stage."""
     if not isinstance(config.vision, VisionConfig):
         kind = type(config.vision).__name__.removesuffix("Config")
         raise UserError(f"transformers' BLIP-2 cannot express a {kind} tower; save without layout='hf'.")

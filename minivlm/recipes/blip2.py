@@ -33,7 +33,7 @@ from minivlm.layers.tower import features_of, places_of
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.vision_features import SeeingConfig
+from minivlm.models.vision_features import VisionFeaturesConfig
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
 from minivlm.recipes.captioner import ConversationsConfig, open_train
@@ -58,7 +58,7 @@ QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, nor
 
 
 def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict:
-    """The fields of a `QueryingConfig` for the tower of a CLIP, whose features before the last norm are read."""
+    """The fields of a `BLIP2Config`, or of stage 1's, for the tower of a CLIP, whose features before the last norm are read."""
     vision = clip.config.vision
     width, places = features_of(vision, layers)[1], places_of(vision, layers)
     qformer = replace(qformer, context_width=width, places=places, **text)
@@ -266,13 +266,15 @@ class BLIP2Recipe(Recipe):
                 )
             c = eyes.config
             qformer = replace(c.qformer, vocab_size=None)
-            parts = {field.name: getattr(c, field.name) for field in fields(SeeingConfig)} | {"qformer": qformer}
+            parts = {field.name: getattr(c, field.name) for field in fields(VisionFeaturesConfig)} | {
+                "qformer": qformer
+            }
         speaker, words = self.load_speaker()
         config = BLIP2Config(**parts, language=speaker.config, image_token=words.image_token_id)
         model = build(BLIP2, config, seed=self.seed)
         take(model.vision, eyes.vision)
-        if not self.from_scratch:
-            model.load_measures(eyes)
+        if not self.from_scratch and model.standardise is not None:
+            model.standardise.load_state_dict(eyes.standardise.state_dict())
         take(model.language_model, speaker)
         if not self.from_scratch:
             wanted = model.qformer.state_dict()  # the text's half stays behind

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from minivlm.models.vision_features import measure
 from minivlm.tasks.features import inference
 from minivlm.training import autocast
 
@@ -42,6 +43,7 @@ def compute_features_once(
 def measure_once(model, processor, pictures: Iterable, device: torch.device, dtype: torch.dtype) -> None:
     """Where the model is to standardise what its tower sees, and has not seen anything yet: it measures the first of the
     pictures."""
-    if getattr(model, "unmeasured", False) and (first := list(islice(pictures, MEASURED))):
+    standardise = getattr(model, "standardise", None)
+    if standardise is not None and not standardise.measured and (first := list(islice(pictures, MEASURED))):
         with inference(model), autocast(device, dtype):
-            model.measure(processor.images(first).to(device))
+            measure(model, processor.images(first).to(device))

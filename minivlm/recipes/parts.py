@@ -66,7 +66,7 @@ def join_processors(eyes: Processor, words: Processor, **fields) -> Processor:
 
 
 def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a `SeeingConfig` that reads these layers of a CLIP's tower, before its last norm. A ResNet's features,
+    """The fields of a `VisionFeaturesConfig` for these layers of a CLIP's tower, before its last norm. A ResNet's features,
     which come out of no norm, are standardised."""
     standardise = not isinstance(vision, VisionConfig)
     return dict(vision=vision, vision_layers=layers, class_token=False, vision_norm=False, standardise=standardise)

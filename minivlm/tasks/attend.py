@@ -25,13 +25,13 @@ from minivlm.layers.position import place
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.tower import ImageFeatures
 from minivlm.models.blip import BLIP
+from minivlm.models.blip2 import BLIP2, BLIP2Stage1
 from minivlm.models.blip_text import begin_with
 from minivlm.models.captioner import ImageCaptioningModel
 from minivlm.models.clip import CLIP
 from minivlm.models.fusion import OneStream, ViLBERT
 from minivlm.models.llava import LLaVA
 from minivlm.models.multitask import MultitaskVLM
-from minivlm.models.vision_features import QueryingModel
 from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
@@ -194,7 +194,7 @@ def read(model, tokens: Tensor, features: Tensor) -> str:
     if not isinstance(model, BLIP):
         return model.config.answers[model.answer(ImageFeatures(features), tokens).argmax()]
     if can_match(model):
-        _, yes = model.match(None, tokens, features=features)[0].float().softmax(dim=0).tolist()
+        _, yes = model.match(ImageFeatures(features), tokens)[0].float().softmax(dim=0).tolist()
         return f"{yes:.0%}"
     if model.config.roles == "caption":
         model.tell(begin_with(model.config.decode_token, tokens), None, place(features, model.places))
@@ -211,7 +211,8 @@ WHERE_WORDS_LOOK = {
     MultitaskVLM: "encoder.bert.transformer.*.attention",
 }
 LOOKERS: dict[type, Callable[[list, Any, Any, str], list[Looks]]] = {
-    QueryingModel: queries,  # both stages of BLIP-2
+    BLIP2: queries,
+    BLIP2Stage1: queries,
     CLIP: pooled,
     ImageCaptioningModel: words,
     LLaVA: words,

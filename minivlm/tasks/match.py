@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.layers.tower import ImageFeatures
 from minivlm.tasks.features import finite, inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched
@@ -77,7 +78,7 @@ def match_pairs(
             image, text = pairs[some].T
             T = int(lengths[text].max())
             inputs = (tokens[text, :T].to(model.device), mask[text, :T].to(model.device))
-            logits = model.match(None, *inputs, features=features[image.to(features.device)]).float()  # (b, 2)
+            logits = model.match(ImageFeatures(features[image.to(features.device)]), *inputs).float()  # (b, 2)
             odds[some] = (logits[:, 1] - logits[:, 0]).cpu()
     return finite(odds, model)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivlm import BLIP, BLIPConfig, checkpoint
+from minivlm import BLIP, BLIPConfig, ImageFeatures, checkpoint
 from minivlm.layers import BERTConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.momentum import MomentumConfig
@@ -77,7 +77,7 @@ class TestRoles:
         features = model.image_features(images)
         assert_same(features, model.vision.norm(model.vision.features(images)))
         for call in (model.match, model):
-            out, other = call(images, TOKENS, MASK), call(None, TOKENS, MASK, features=features)
+            out, other = call(images, TOKENS, MASK), call(ImageFeatures(features), TOKENS, MASK)
             assert_same(*(x if torch.is_tensor(x) else x.logits for x in (out, other)))
 
     def test_padding_is_not_seen(self):

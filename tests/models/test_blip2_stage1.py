@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minivlm import BLIP2Stage1, BLIP2Stage1Config, checkpoint
+from minivlm import BLIP2Stage1, BLIP2Stage1Config, ImageFeatures, checkpoint
 from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.image_text_matching import gather_texts, hard_negatives, same_texts
+from minivlm.models.vision_features import measure
 from minivlm.testing import assert_gradient_reaches, assert_same
 
 VISION = VisionConfig(width=20, depth=2, heads=2, image_size=16, patch_size=8)
@@ -64,8 +65,8 @@ def test_features_may_stand_in_for_pictures():
     model, images = stage1(), pictures()
     features = model.image_features(images)
     assert_same(features, model.vision.norm(model.vision.features(images)))
-    assert_same(model.encode_image(features=features), model.encode_image(images))
-    assert_same(model.match(None, TOKENS, MASK, features=features), model.match(images, TOKENS, MASK))
+    assert_same(model.encode_image(ImageFeatures(features)), model.encode_image(images))
+    assert_same(model.match(ImageFeatures(features), TOKENS, MASK), model.match(images, TOKENS, MASK))
 
 
 def test_matching_is_what_the_queries_say_on_average():
@@ -97,9 +98,9 @@ class TestLosses:
         """With two, the hard negative is the other one."""
         model, features = stage1(), stage1().image_features(pictures(2))
         rows, columns = torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 0, 1])
-        logits = model.match(None, TOKENS[columns], MASK[columns], features=features[rows])
+        logits = model.match(ImageFeatures(features[rows]), TOKENS[columns], MASK[columns])
         expected = F.cross_entropy(logits, (rows == columns).long())
-        assert_same(model.losses(TOKENS[:2], MASK[:2], features=features)["matching"], expected)
+        assert_same(model.losses(TOKENS[:2], MASK[:2], ImageFeatures(features))["matching"], expected)
 
     def test_nearly_right_texts_take_the_place_of_those_found_in_the_batch(self):
         """Row 0 has one (longer than all others), row 1 has none; a single pair has no other text at all."""
@@ -227,29 +228,29 @@ class TestStandardised:
 
     def test_measured_features_have_mean_0_and_deviation_1(self):
         model, images = stage1(self.CONFIG), pictures(50)
-        assert model.unmeasured
+        assert not model.standardise.measured
         assert_same(model.image_features(images), stage1().image_features(images), tolerance=0)
         for _ in range(2):  # to measure again changes nothing
-            model.measure(images)
+            measure(model, images)
             features = model.image_features(images).flatten(0, -2)
             assert_same(features.mean(dim=0), torch.zeros(20), tolerance=1e-5)
             assert_same(features.std(dim=0, correction=0), torch.ones(20), tolerance=1e-5)
-        assert not model.unmeasured
+        assert model.standardise.measured
 
     def test_a_channel_that_never_moves_keeps_its_scale(self):
         model = stage1(self.CONFIG)
         with torch.no_grad():
             model.vision.norm.weight[3] = 0.0
-        model.measure(pictures(8))
+        measure(model, pictures(8))
         assert (model.image_features(pictures(8))[..., 3] == 0).all()
 
     def test_measures_are_saved_and_are_handed_on(self, tmp_path):
         model, images = stage1(self.CONFIG), pictures()
-        model.measure(pictures(50))
+        measure(model, pictures(50))
         model.save_pretrained(tmp_path)
         other = stage1(self.CONFIG)
         other.vision.load_state_dict(model.vision.state_dict())
-        other.load_measures(model)
+        other.standardise.load_state_dict(model.standardise.state_dict())
         for same in (checkpoint.load(tmp_path)[0], other):
             assert_same(same.image_features(images), model.image_features(images), tolerance=0)
 
@@ -268,7 +269,7 @@ def losses_of(rank, world):
     model = stage1()
     with torch.no_grad():
         model.logit_scale.fill_(math.log(100.0))
-    vectors = model.encode_image(features=features), model.encode_text(tokens, tokens != 0)
+    vectors = model.encode_image(ImageFeatures(features)), model.encode_text(tokens, tokens != 0)
     loss, to_texts, to_images = model.contrast(*vectors)
     # ten thousand times as steep, a draw is certain
     matching = model.matching(features, tokens, tokens != 0, to_texts * 1e4, to_images * 1e4)

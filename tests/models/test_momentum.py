@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minivlm import ImageFeatures
 from minivlm.models.momentum import MomentumConfig
 from minivlm.testing import assert_same
 from tests.models.test_blip import ASKED, MASK, TOKENS, blip, pictures
@@ -74,7 +75,7 @@ def test_in_evaluation_nothing_is_remembered():
 def test_features_of_a_frozen_tower_are_those_of_its_copy():
     blip, images = model(), pictures()
     blip.momentum.copies["vision"].load_state_dict(blip.vision.state_dict())
-    losses = [blip.losses(TOKENS, MASK, images), blip.losses(TOKENS, MASK, features=blip.image_features(images))]
+    losses = [blip.losses(TOKENS, MASK, images), blip.losses(TOKENS, MASK, ImageFeatures(blip.image_features(images)))]
     assert_same(losses[0]["contrast"], losses[1]["contrast"])
 
 

@@ -189,7 +189,7 @@ def test_the_words_of_a_text_that_blip_only_reads(roles, part):
             model.fuse(features, tokens)
         else:
             tokens[:, 0] = model.config.decode_token  # as every caption begins
-            model(None, tokens, features=features)
+            model(ImageFeatures(features), tokens)
     want = torch.stack([weights[0][0] for weights in kept.values()]).mean(dim=(0, 1))[1, 1:]
     assert torch.allclose(row.maps[1].flatten(), want / want.sum(), atol=1e-5)
     if roles == "caption":
