@@ -47,15 +47,21 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
 
 
 def complete(cls: type, values: Any) -> Any:
-    """What an older version of `to_dict` wrote, with the fields that did not exist then: at their defaults or, where these are
-    not what was done before there was a choice, at the "before" of the field's metadata."""
+    """Bring what an older version of `to_dict` wrote up to date.
+
+    A field whose name has changed has its older one in its metadata: field(metadata={"was": "places"}). A field that did
+    not exist then gets its default or, where that is not what was done before there was a choice, the "before" of its
+    metadata.
+    """
     if not isinstance(values, dict):
         return values
     new = dict(values)
     hints = field_types(cls)
     for field in dataclasses.fields(cls):
-        if field.name in values:
-            inner = values[field.name]
+        if field.name not in new and (was := field.metadata.get("was")) in new:
+            new[field.name] = new.pop(was)
+        if field.name in new:
+            inner = new[field.name]
             for kind in alternatives(hints[field.name]):
                 if isinstance(inner, dict) and inner.get("type") == kind.__name__:
                     new[field.name] = complete(kind, inner)

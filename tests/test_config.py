@@ -153,6 +153,21 @@ def test_what_an_older_version_did_before_there_was_a_choice_it_does_still():
     assert Newer().bend == "relu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Renamed:
+    block_indices: int = field(default=1, metadata={"was": "places"})
+    inner: Newer | None = field(default=None, metadata={"was": "within"})
+
+
+def test_a_field_that_an_older_version_called_otherwise_is_found_by_its_older_name():
+    older = {"type": "Renamed", "places": 2, "within": {"type": "Newer", "wide": False}}
+    new = from_dict(Renamed, complete(Renamed, older))
+    assert new == Renamed(block_indices=2, inner=Newer(bend="gelu", wide=False))
+    assert complete(Renamed, to_dict(new)) == to_dict(new)
+    with pytest.raises(UserError, match="has an unknown field 'places' for Renamed"):
+        from_dict(Renamed, {**to_dict(new), "places": 3})
+
+
 @pytest.mark.parametrize(
     "inner", [{"type": "Square", "side": 2}, {"type": "Cube"}, {"bend": "gelu"}, None, [1], "Newer"]
 )
