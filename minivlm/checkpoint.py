@@ -53,10 +53,10 @@ MODELS = {  # class name → the module it lives in
     "LanguageModel": "minivlm.layers.language_model",
     "MultitaskVLM": "minivlm.models.multitask",
     "T5": "minivlm.layers.t5",
-    "UNITER": "minivlm.models.fusion",
-    "ViLBERT": "minivlm.models.fusion",
+    "UNITER": "minivlm.models.uniter",
+    "ViLBERT": "minivlm.models.vilbert",
     "VQAModel": "minivlm.models.vqa",
-    "VisualBERT": "minivlm.models.fusion",
+    "VisualBERT": "minivlm.models.visualbert",
 }
 
 UNFINISHED = ".unfinished.json"  # what is written and not yet in place: name → temporary name, None: to be removed

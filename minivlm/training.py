@@ -33,7 +33,7 @@ from minivlm.layers.resnet import ResNet
 from minivlm.layers.tower import ImageFeatures, Images
 from minivlm.layers.transformer import Transformer
 from minivlm.model import Model, batch_norms
-from minivlm.models.fusion import ViLBERT
+from minivlm.models.vilbert import ViLBERT
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 

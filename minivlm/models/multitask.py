@@ -27,10 +27,20 @@ from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
 from minivlm.layers.tower import ImageFeatures, Images
-from minivlm.losses import CLIPLoss, backward, in_parts, mean, next_token_loss, processes
-from minivlm.models.fusion import UNITER, UNITERConfig, VisualBERT, VisualBERTConfig
-from minivlm.models.fusion_losses import answer_loss, chance_answer_loss
+from minivlm.losses import (
+    CLIPLoss,
+    answer_loss,
+    backward,
+    chance_answer_loss,
+    in_parts,
+    mean,
+    next_token_loss,
+    processes,
+)
+from minivlm.models.joint_encoder import find_regions
 from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
+from minivlm.models.uniter import UNITER, UNITERConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 
 Task = Literal["caption", "answer", "search"]
 TASKS = ("caption", "answer", "search")
@@ -155,7 +165,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
 
     def regions(self, images: Images) -> Tensor:
         """(B, R, D), as they enter the first block."""
-        return self.encoder.embed_regions(*self.encoder.see(images))
+        return self.encoder.embed_regions(find_regions(self.encoder, images))
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) → (B, T, V)"""
@@ -165,8 +175,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
 
     def losses(
         self,
-        images: Images | None = None,
-        features: Tensor | None = None,
+        images: Images,
         *,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -181,7 +190,7 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
         split = partial(in_parts, size=micro_batch)
-        images = ImageFeatures(split(self.image_features, images) if features is None else features)
+        images = ImageFeatures(split(self.image_features, images))
         losses, tasks, vectors = {}, self.config.tasks, None
         if "caption" in tasks:
             total, vectors = split(self.caption_total, images, tokens, mask)

@@ -21,9 +21,9 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.projector import LinearProjector
 from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower, tower_features
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.losses import AnswerLoss, answer_loss, chance_answer_loss
 from minivlm.model import Model
-from minivlm.models.fusing import FusionOutput
-from minivlm.models.fusion_losses import AnswerLoss, answer_loss, chance_answer_loss
+from minivlm.models.joint_encoder import JointOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class VQAConfig:
 
 
 class VQAModel(Model):
-    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `FusionOutput` with logits["answers"] (B, A).
+    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `JointOutput` with logits["answers"] (B, A).
 
     `ImageFeatures` may be given in place of images.
     """
@@ -68,12 +68,12 @@ class VQAModel(Model):
         self.answer_head = nn.Linear(c.text.width, len(c.answers))
         initialise(self, generator)
 
-    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> FusionOutput:
+    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> JointOutput:
         seen = self.picture_norm(self.projector(self.image_features(images)) + self.position_embedding)  # (B, N, D)
         asked = self.bert(tokens, mask).hidden  # (B, T, D)
         words = self.norm(self.fusion(asked, seen, mask=mask))
         pooled = words[:, 0]
-        return FusionOutput({"answers": self.answer_head(pooled)}, words, seen, pooled)
+        return JointOutput({"answers": self.answer_head(pooled)}, words, seen, pooled, mask, None)
 
     def image_features(self, images: Images) -> Tensor:
         """images (B, 3, H, W) → (B, N, C), the features of the vision tower."""
@@ -87,15 +87,13 @@ class VQAModel(Model):
 
     def losses(
         self,
+        images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
-        images: Images | None = None,
-        features: Tensor | None = None,
         *,
         answers: Tensor,
     ) -> dict[str, Tensor]:
         """What training adds up. answers (B, A): how right each is."""
-        images = images if features is None else ImageFeatures(features)
         return {"answers": answer_loss(self.answer(images, tokens, mask), answers)}
 
     def chance_losses(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.models.fusion import VisualBERT, VisualBERTConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import bert, language, preprocessing
 from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import Row, table, under

@@ -31,8 +31,10 @@ from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.transformer import TransformerConfig
 from minivlm.metrics import Score
-from minivlm.models.fusing import FusionConfig
-from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
+from minivlm.models.joint_encoder import JointEncoderConfig
+from minivlm.models.uniter import UNITER, UNITERConfig
+from minivlm.models.vilbert import ViLBERT, ViLBERTConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.processor import Processor
 from minivlm.recipes.base import Recipe
@@ -112,7 +114,7 @@ class FusionRecipe(Recipe):
         read = dict(context=words.context, pad_token=words.pad_token, pad_to_context=False)
         processor = Processor(words.tokenizer, replace(seen.config, **read))
         config = self.complete(clip.config.vision, answers, processor)
-        if not any(train.captions(i) for i in range(len(train))) and isinstance(config, FusionConfig):
+        if not any(train.captions(i) for i in range(len(train))) and isinstance(config, JointEncoderConfig):
             config = replace(config, heads=())  # they would learn nothing: nobody is to ask whether a text matches
         model = build(self.model_class, config, seed=self.seed)
         take(model.vision, clip.vision)
@@ -127,7 +129,7 @@ def completed(config: ModelConfig, vision, answers: tuple[str, ...], processor: 
     text = replace(config.text, vocab_size=processor.vocab_size)
     try:
         width = vision.features_at(config.vision_layer)[1]
-        seen = dict(region_width=width) if isinstance(config, FusionConfig) else {}
+        seen = dict(region_width=width) if isinstance(config, JointEncoderConfig) else {}
         return replace(config, vision=vision, text=text, answers=answers, **seen)
     except ValueError as error:
         raise UserError(f"the model cannot be built: {error}.") from None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minivlm import evaluate
 from minivlm.datasets.folder import open_pairs
-from minivlm.models.fusion import VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.visualbert import VisualBERTConfig
 from minivlm.processor import Processor
 from minivlm.recipes.fusion import COMMON, SMALL, WORDS, FusionRecipe, FusionWork, completed
 from minivlm.recipes.shared import check_fills_a_batch

@@ -29,9 +29,11 @@ from minivlm.models.blip2 import BLIP2, BLIP2Stage1
 from minivlm.models.blip_text import begin_with
 from minivlm.models.captioner import ImageCaptioningModel
 from minivlm.models.clip import CLIP
-from minivlm.models.fusion import OneStream, ViLBERT
 from minivlm.models.llava import LLaVA
 from minivlm.models.multitask import MultitaskVLM
+from minivlm.models.uniter import UNITER
+from minivlm.models.vilbert import ViLBERT
+from minivlm.models.visualbert import VisualBERT
 from minivlm.models.vqa import VQAModel
 from minivlm.processor import open_picture
 from minivlm.recording import record_attention
@@ -207,7 +209,8 @@ WHERE_WORDS_LOOK = {
     BLIP: "*.cross_attention",  # of the encoder, unless it is one that only says captions
     VQAModel: "fusion.*.cross_attention",
     ViLBERT: "connections.*.words.attention",
-    OneStream: "bert.transformer.*.attention",
+    VisualBERT: "bert.transformer.*.attention",
+    UNITER: "bert.transformer.*.attention",
     MultitaskVLM: "encoder.bert.transformer.*.attention",
 }
 LOOKERS: dict[type, Callable[[list, Any, Any, str], list[Looks]]] = {

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from minivlm import checkpoint
 from minivlm.errors import UserError
 from minivlm.layers import BERTConfig, ImageFeatures, VisionConfig
-from minivlm.models.fusion import UNITERConfig, VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.uniter import UNITERConfig
+from minivlm.models.visualbert import VisualBERTConfig
 from minivlm.testing import assert_can_overfit, assert_same
 
 COMMON = dict(

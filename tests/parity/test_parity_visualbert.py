@@ -5,7 +5,7 @@ import torch
 
 import minivlm
 from minivlm.checkpoint import empty_model
-from minivlm.models.fusion import VisualBERT
+from minivlm.models.visualbert import VisualBERT
 from minivlm.pretrained import names, visualbert
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
@@ -48,10 +48,10 @@ def compare(ours, theirs, close):
         out = ours(features, tokens, mask, region_mask=region_mask)
         close(out.logits["answers"], theirs(**given).logits)
         hidden = theirs.visual_bert(**given).last_hidden_state
-        close(out.words[mask], hidden[:, :9][mask])
+        close(out.text[mask], hidden[:, :9][mask])
         close(out.regions[region_mask], hidden[:, 9:][region_mask])
         answers = torch.rand(3, 5)
-        loss = ours.losses(tokens, mask, features, region_mask=region_mask, answers=answers)["answers"]
+        loss = ours.losses(features, tokens, mask, region_mask=region_mask, answers=answers)["answers"]
         close(loss, theirs(**given, labels=answers).loss)
 
 
@@ -88,7 +88,7 @@ def compare_heads(ours, theirs, close):
         labels = torch.full((3, 14), -100)
         labels[:, 2], labels[0, 4] = 7, 8
         told = torch.tensor([True, False, True])
-        losses = ours.losses(tokens, mask, features, region_mask=region_mask, labels=labels[:, :9], matches=told)
+        losses = ours.losses(features, tokens, mask, region_mask=region_mask, labels=labels[:, :9], matches=told)
         total = theirs(**given, labels=labels, sentence_image_labels=(~told).long()).loss
         close(losses["words"] + losses["matching"], total)
 

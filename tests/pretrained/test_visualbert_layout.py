@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import minivlm
 from minivlm.errors import UserError
 from minivlm.layers import BERTConfig
-from minivlm.models.fusion import VisualBERT, VisualBERTConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import names, visualbert
 from minivlm.testing import assert_same
 

@@ -12,8 +12,9 @@ from minivlm.layers import BERTConfig, ImageFeatures, TextConfig, TransformerCon
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.fusion import ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.vilbert import ViLBERT, ViLBERTConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.pictures import heat
 from minivlm.recording import record_attention

@@ -1,3 +1,5 @@
+"""What VisualBERT, UNITER and ViLBERT have alike, for each of them."""
+
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,9 @@ from minivlm import checkpoint
 from minivlm.errors import UserError
 from minivlm.layers import BERTConfig, ImageFeatures, TransformerConfig, VisionConfig
 from minivlm.layers.regions import grid_cells, pool_regions
-from minivlm.models.fusion import UNITER, UNITERConfig, ViLBERT, ViLBERTConfig, VisualBERT, VisualBERTConfig
+from minivlm.models.uniter import UNITER, UNITERConfig
+from minivlm.models.vilbert import ViLBERT, ViLBERTConfig
+from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.testing import assert_can_overfit, assert_padding_invariant, assert_same
 
 COMMON = dict(
@@ -59,16 +63,6 @@ def test_what_was_not_learnt_is_not_told(images):
         model.answer(images, TOKENS, MASK)
 
 
-def test_a_hidden_region_is_told_only_where_the_text_tells_of_the_picture(images):
-    model, hidden = UNITER(CONFIGS[1]).eval(), torch.tensor([[True, False, False, True]] * 2)
-    both = model.losses(TOKENS, MASK, images, hidden=hidden)["regions"]
-    of = lambda *matches: model.losses(TOKENS, MASK, images, hidden=hidden, matches=torch.tensor(matches))["regions"]
-    assert of(True, False) != of(False, True)
-    assert_same((of(True, False) + of(False, True)) / 2, both)
-    assert_same(of(True, True), both)
-    assert of(False, False) == 0
-
-
 def test_in_parts_a_batch_whose_words_are_all_shown_is_told_by_its_regions(model, images):
     """Words, regions and pairs each count by their own number, which may be none."""
     hidden, matches = torch.tensor([[True] * 3 + [False], [False] * 4]), torch.tensor([True, False])
@@ -101,7 +95,7 @@ def test_padding_of_words_and_of_regions_is_not_seen(model, images):
 def test_words_see_the_picture_and_regions_the_words(model, images):
     seen = model(images, TOKENS, MASK)
     other_image, other_text = model(images.flip(0), TOKENS, MASK), model(images, TOKENS.flip(0), MASK.flip(0))
-    assert not torch.allclose(other_image.words, seen.words) and not torch.allclose(other_text.regions, seen.regions)
+    assert not torch.allclose(other_image.text, seen.text) and not torch.allclose(other_text.regions, seen.regions)
 
 
 def test_boxes_are_the_regions_that_are_looked_at(model, images):
@@ -121,7 +115,7 @@ def test_a_hidden_region_is_told_without_being_seen(model, images):
     features, hidden = model.image_features(images), torch.zeros(2, 4, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 3] = True
     shown = features.masked_fill(hidden[..., None], 0)
-    loss = model.losses(TOKENS, MASK, ImageFeatures(features), hidden=hidden)["regions"]
+    loss = model.losses(ImageFeatures(features), TOKENS, MASK, hidden=hidden)["regions"]
     guess = model(shown, TOKENS, MASK).logits["regions"]
     assert_same(loss, F.mse_loss(guess[hidden], features[hidden]))
 
@@ -129,7 +123,7 @@ def test_a_hidden_region_is_told_without_being_seen(model, images):
 def test_losses_are_what_they_are_called(model, images):
     labels, matches = torch.full_like(TOKENS, -100), torch.tensor([True, False])
     labels[0, 2] = 11
-    losses = model.losses(TOKENS, MASK, images, answers=ANSWERS, labels=labels, matches=matches)
+    losses = model.losses(images, TOKENS, MASK, answers=ANSWERS, labels=labels, matches=matches)
     out = model(images, TOKENS, MASK)
     chosen = out.logits["answers"]
     if isinstance(model, VisualBERT):
@@ -147,7 +141,7 @@ def test_one_batch_can_be_learnt(model, images):
     batch = dict(answers=ANSWERS, labels=labels, matches=torch.tensor([True, False]))
     shown = TOKENS.masked_fill(labels != -100, 4)
     told = lambda model, batch: sum(
-        loss for name, loss in model.losses(shown, MASK, images, **batch).items() if name != "alignment"
+        loss for name, loss in model.losses(images, shown, MASK, **batch).items() if name != "alignment"
     )
     assert_can_overfit(model, batch, told, learning_rate=3e-3)
 
@@ -167,32 +161,6 @@ def test_the_order_of_regions_means_nothing_but_by_their_boxes(images):
         moved = model.answer(features[:, order], TOKENS, MASK, boxes=boxes[:, order])
         assert_same(moved, model.answer(features, TOKENS, MASK, boxes=boxes))
         assert not torch.allclose(moved, model.answer(features[:, order], TOKENS, MASK, boxes=boxes))
-
-
-def test_visualbert_answers_at_the_last_word_or_at_the_first(images):
-    last = VisualBERT(CONFIGS[0]).eval()
-    words = last(images, TOKENS, MASK).words
-    assert_same(last.answer(images, TOKENS, MASK), last.answer_head(torch.stack([words[0, 4], words[1, 2]])))
-    first = VisualBERT(replace(CONFIGS[0], answer_at="first")).eval()
-    out = first(images, TOKENS, MASK)
-    assert_same(out.logits["answers"], first.answer_head(out.pooled))
-    assert_same(out.pooled, first.pooler(out.words[:, 0]).tanh())
-
-
-def test_vilberts_streams_meet_before_their_last_blocks(images):
-    model = ViLBERT(CONFIGS[2]).eval()
-    states = model.encode(*model.see(images), TOKENS, MASK)
-    words, regions = model.bert.embed(TOKENS), model.embed_regions(*model.see(images))
-    text, seen = model.bert.transformer.blocks, model.region_transformer.blocks
-    words, regions = text[1](text[0](words, mask=MASK), mask=MASK), seen[0](regions)
-    words, regions = model.connections[0](words, regions, MASK)
-    assert_same(states.words, text[2](words, mask=MASK))
-    assert_same(states.regions, seen[1](regions))
-
-
-def test_vilbert_without_connections_has_two_streams_that_never_meet(images):
-    model = ViLBERT(replace(CONFIGS[2], connections=0)).eval()
-    assert_same(model(images.flip(0), TOKENS, MASK).words, model(images, TOKENS, MASK).words)
 
 
 @pytest.mark.parametrize(
