@@ -49,8 +49,8 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
     described = checkpoint.read_ours(directory) if ours else pretrained.read(directory, kind)
     try:
         file, weights = open_weights(directory, described.weights)
-    except UserError as error:  # such as of a hub id: what the configs tell is told all the same
-        file, weights, missing = None, {}, str(error)
+    except UserError as error:  # what the configs tell is told all the same
+        file, weights, missing = None, {}, str(error) if Path(source).is_dir() else "not downloaded"
     config = pretrained.settle(described, weights) if not described.needs_base else described.config
     described = replace(described, config=config)
     model = checkpoint.skeleton(directory, described, lambda: len(weights) or pretrained.MOST_LAYERS)

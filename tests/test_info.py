@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from minivlm.errors import UserError
@@ -12,6 +13,7 @@ from minivlm.info import info, main
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.metrics import Score
+from minivlm.pretrained.hub import TEXT_FILES
 from tests.speakers import language, processor
 from tests.test_external_weights import trained  # noqa: F401  a Flamingo, and where its frozen parts come from
 
@@ -58,6 +60,18 @@ def test_published_weights_in_half_precision_are_told_so(tmp_path):
     text = info(tmp_path)
     assert "LanguageModel, published, gpt2" in text and row(text, "weights").startswith("bfloat16, ")
     assert "trained" not in text
+
+
+def test_of_a_hub_id_only_the_texts_are_downloaded(tmp_path, monkeypatch):
+    LanguageModel(language()).save_pretrained(tmp_path, processor=processor(), layout="hf")
+    (tmp_path / "model.safetensors").unlink()
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path
+    )
+    text = info("some/model")
+    assert asked == [list(TEXT_FILES)]
+    assert row(text, "weights") == "not downloaded" and row(text, "context") == "96 tokens"
 
 
 def test_parts_that_lie_elsewhere_are_named(trained, tmp_path):  # noqa: F811
