@@ -9,7 +9,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 TENSORS = {  # pattern of the older name → the name now
-    r"(^|\.)places$": r"\1position_embedding",  # of features that know no position, before a Q-Former, resampler or BLIP
+    r"(^|\.)places$": r"\1image_position_embedding",  # before a Q-Former, a resampler or BLIP
     r"^feature_(mean|deviation)$": r"standardise.\1",
 }
 

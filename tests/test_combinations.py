@@ -30,7 +30,7 @@ from minivlm import (
 )
 from minivlm.errors import UserError
 from minivlm.layers import EfficientNetConfig, PerceiverConfig, QFormerConfig, ResNetConfig, T5Config, VisionConfig
-from minivlm.layers.tower import places_of
+from minivlm.layers.tower import learned_positions
 from minivlm.testing import assert_gradient_reaches
 from tests.speakers import language, processor
 
@@ -71,15 +71,15 @@ def llava(projector):
 
 
 def llava_of_latents(vision, words):
-    places = places_of(vision, LAYERS)
-    sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), places=places)
+    positions = learned_positions(vision, LAYERS)
+    sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), positions=positions)
     changes = dict(projector="resampler", resampler=PerceiverConfig(**sizes))
     return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, **changes)
 
 
 def blip2(vision, words):
-    places = places_of(vision, LAYERS)
-    qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), places=places)
+    positions = learned_positions(vision, LAYERS)
+    qformer = QFormerConfig(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), positions=positions)
     seeing = dict(vision=vision, vision_layers=LAYERS, class_token=False, vision_norm=False)
     return BLIP2, BLIP2Config(**seeing, qformer=qformer, language=words, image_token=PLACEHOLDER)
 

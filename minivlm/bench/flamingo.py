@@ -65,7 +65,7 @@ def layers_minivlm(precision: str) -> Callable[[], float]:
     resampler = PerceiverResampler(
         PerceiverConfig(width=D, depth=DEPTH, heads=HEADS, latents=LATENTS, activation="gelu")
     )
-    block = GatedCrossAttention(D, D, GatedConfig(heads=HEADS, activation="gelu"))
+    block = GatedCrossAttention(D, HEADS, config=GatedConfig(activation="gelu"))
     visible = image_mask(marks.long(), 1, IMAGES, latents=LATENTS)
     read = lambda: resampler(features.flatten(0, 1)).view(B, IMAGES * LATENTS, D)
     return layers_step(nn.ModuleList([resampler, block]), lambda: block(x, read(), visible), precision)

@@ -1,11 +1,11 @@
-"""Flamingo's layer between the blocks of a language model: text reads images, through gates that are closed at first.
+"""Flamingo's layer between the blocks of a language model: text attends to images, through gates that are closed at first.
 
     x (B, T, D) ─┬─ norm ─→ queries ──────────┐                                  ┌─ norm ─ MLP ─ · tanh(gate) ─┐
                  │  images ─→ keys, values ───┴─ attention ─ · tanh(gate) ─ + ───┴──────────────────────────── + ─→ (B, T, D)
                  └────────────────────────────────────────────────────────┘
 
 With both gates at zero, where they start, x comes out as it went in, to the bit.
-Alayrac et al. 2022, "Flamingo", §3.1.2 and figure 4; who sees which image: §3.1.3 and figure 7.
+Alayrac et al. 2022, "Flamingo", §3.1.2 and figure 4; which token attends to which image: §3.1.3 and figure 7.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minivlm.layers.attention import CrossAttention, KeysValues, QKNorm
 from minivlm.layers.mlp import MLP, Activation
 
-See = Literal["last", "all"]
+AttendTo = Literal["last", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +38,29 @@ class GatedConfig:
 
 
 class GatedCrossAttention(nn.Module):
-    """x (B, T, D), images (B, S, C), mask (B, T, S) with True = may be seen → (B, T, D). S: all tokens of all images.
+    """x (B, T, D), images (B, S, C), mask (B, T, S) with True = may be attended to → (B, T, D). S: all tokens of all images.
 
-    A text token that sees no image passes the attention half untouched, and without images (None) all do. Images that are
-    read more than once are given as `keys_values` returns them.
+    A text token that attends to no image passes the attention half unchanged, and without images (None) all do. Images that
+    are used more than once are given as `keys_values` returns them.
     """
 
     def __init__(
-        self, width: int, context_width: int, config: GatedConfig, *, heads: int = 8, mlp_width: int | None = None
+        self,
+        width: int,
+        heads: int,
+        *earlier,
+        context_width: int | None = None,
+        mlp_width: int | None = None,
+        config: GatedConfig | None = None,
     ):
-        """heads, mlp_width: where the config does not say."""
+        """context_width: of the images; None: width. heads, mlp_width: where the config names none. TypeError for the
+        arguments of earlier versions, (width, context_width, config)."""
         super().__init__()
-        c = config
+        if earlier:
+            raise TypeError(
+                "write GatedCrossAttention(width, heads, context_width=…, config=…): the second argument is the number of heads"
+            )
+        c = config or GatedConfig()
         norm = lambda: {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[c.norm](width, eps=c.norm_eps)
         gate = lambda: nn.Parameter(torch.zeros(width if c.gate == "channel" else 1))
         self.attention_norm = norm()
@@ -82,28 +93,30 @@ class GatedCrossAttention(nn.Module):
         return torch.stack([gate.detach().tanh().abs().mean() for gate in (self.attention_gate, self.mlp_gate)])
 
 
-def image_mask(tokens: Tensor, image_token: int, images: int, *, latents: int = 1, see: See = "last") -> Tensor:
-    """Which tokens see which images: (B, T, I·L), True = may be seen. tokens (B, T); I images of L latents each.
+def image_mask(
+    tokens: Tensor, image_token: int, images: int, *, latents: int = 1, attend_to: AttendTo = "last"
+) -> Tensor:
+    """Which tokens attend to which images: (B, T, I·L), True = may be attended to. tokens (B, T); I images of L latents each.
 
-        see          "last"           "all"
+        attend_to    "last"           "all"
         image        1  2             1  2
-        a            ·  ·             ·  ·       a text before the first image sees nothing
-        <image>      ■  ·             ■  ·       a mark sees its own image
+        a            ·  ·             ·  ·       text before the first image attends to nothing
+        <image>      ■  ·             ■  ·       a placeholder attends to its own image
         cat          ■  ·             ■  ·
         <image>      ·  ■             ■  ■
         dog          ·  ■             ■  ■
-        <pad>        ·  ■             ■  ■       whatever padding sees, no one sees padding
+        <pad>        ·  ■             ■  ■       whatever padding attends to, nothing attends to padding
 
-    The i-th mark of a row stands for its i-th image; images beyond a row's marks are seen by none of its tokens.
-    Alayrac et al. 2022, §3.1.3 and figure 7: to see only the last image generalises to more images than in training.
+    The i-th placeholder of a row stands for its i-th image; no token attends to images beyond a row's placeholders.
+    Alayrac et al. 2022, §3.1.3 and figure 7: attending to the last image alone generalises to more images than in training.
     """
     latest = (tokens == image_token).cumsum(dim=1)[..., None]  # (B, T, 1): number of the last image so far, 0 = none
     number = torch.arange(1, images + 1, device=tokens.device)
-    match see:
+    match attend_to:
         case "last":
-            seen = number == latest
+            visible = number == latest
         case "all":
-            seen = number <= latest
+            visible = number <= latest
         case _:
-            raise ValueError(f"see is {see!r}; there are last and all")
-    return seen.repeat_interleave(latents, dim=2)
+            raise ValueError(f"attend_to is {attend_to!r}; there are last and all")
+    return visible.repeat_interleave(latents, dim=2)

@@ -20,7 +20,7 @@ from minivlm.layers.attention import CrossAttention, QKNorm
 from minivlm.layers.autocast import cast_once
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP, Activation
-from minivlm.layers.position import place
+from minivlm.layers.position import add_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class PerceiverConfig:
     activation: Activation = field(default="squared_relu", metadata={"before": "gelu"})
     qk_norm: QKNorm | None = None
     norm_eps: float = 1e-5
-    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
+    # Image features with a learned position each: those of a ResNet have none. 0: as they come
+    positions: int = field(default=0, metadata={"was": "places"})
     max_images: int = 0  # images or frames that are resampled together, told apart by learnt time embeddings; 0: none
 
 
@@ -80,7 +81,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.empty(c.latents, c.width))
         self.times = nn.Parameter(torch.empty(c.max_images, c.width)) if c.max_images else None
         reads = c.context_width or c.width
-        self.places = nn.Parameter(torch.empty(c.places, reads)) if c.places else None
+        self.image_position_embedding = nn.Parameter(torch.empty(c.positions, reads)) if c.positions else None
         self.projection = nn.Linear(reads, c.width, bias=False) if reads != c.width else None
         self.blocks = nn.ModuleList(PerceiverBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
@@ -88,8 +89,8 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         x = features if features.dim() == 4 else features[:, None]  # (M, F, N, C)
-        if self.places is not None:
-            x = place(x, self.places)
+        if self.image_position_embedding is not None:
+            x = add_positions(x, self.image_position_embedding)
         if self.projection is not None:
             x = self.projection(x)
         if self.times is not None:
@@ -113,8 +114,8 @@ def initialise(model: PerceiverResampler, generator: torch.Generator) -> None:
     normal(model.latents, 1.0, generator)
     if model.times is not None:
         normal(model.times, 0.02, generator)
-    if model.places is not None:
-        normal(model.places, 0.5, generator)
+    if model.image_position_embedding is not None:
+        normal(model.image_position_embedding, 0.5, generator)
     shrink = (2 * len(model.blocks)) ** -0.5
     for block in model.blocks:
         for linear in (block.attention.out_proj, block.mlp.down_proj):

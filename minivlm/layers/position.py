@@ -92,13 +92,13 @@ def relative_bucket(distance: Tensor, buckets: int, farthest: int, *, both_sides
     return start + torch.where(distance < near, distance, far)
 
 
-def place(features: Tensor, places: Tensor | None) -> Tensor:
-    """Features (…, N, C), each with what tells where it stands, places (N, C). ValueError where the two do not fit."""
-    if places is None:
+def add_positions(features: Tensor, table: Tensor | None) -> Tensor:
+    """Features (…, N, C) + position embeddings (N, C), where there is such a table. ValueError for another N."""
+    if table is None:
         return features
-    if features.shape[-2] != len(places):
-        raise ValueError(f"a picture has {features.shape[-2]} features, but there are places for {len(places)}")
-    return features + places.to(features.dtype)
+    if features.shape[-2] != len(table):
+        raise ValueError(f"an image has {features.shape[-2]} features, but there are positions for {len(table)}")
+    return features + table.to(features.dtype)
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0) -> Tensor:

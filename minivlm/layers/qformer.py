@@ -21,7 +21,7 @@ from minivlm.layers.autocast import cast_once
 from minivlm.layers.bert import BERT
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.mlp import MLP
-from minivlm.layers.position import place
+from minivlm.layers.position import add_positions
 from minivlm.layers.transformer import TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 
@@ -35,7 +35,8 @@ class QFormerConfig(TransformerConfig):
     queries: int = 32
     vocab_size: int | None = None  # None: it reads no text
     context: int = 512  # tokens a text may have
-    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
+    # Image features with a learned position each: those of a ResNet have none. 0: as they come
+    positions: int = field(default=0, metadata={"was": "places"})
     norm_place: Literal["post"] = "post"
     norm_eps: float = 1e-12
     cross_attention_every: int = 2
@@ -131,7 +132,8 @@ class QFormer(nn.Module):
         super().__init__()
         c = self.config = config
         self.queries = nn.Parameter(torch.empty(c.queries, c.width))
-        self.places = nn.Parameter(torch.empty(c.places, c.context_width or c.width)) if c.places else None
+        table = nn.Parameter(torch.empty(c.positions, c.context_width or c.width)) if c.positions else None
+        self.image_position_embedding = table
         reads = c.vocab_size is not None
         self.token_embedding = TokenEmbedding(c.vocab_size, c.width) if reads else None
         self.position_embedding = nn.Embedding(c.context, c.width) if reads else None
@@ -156,7 +158,7 @@ class QFormer(nn.Module):
         x = self.embed(tokens, mask)
         Q = 0
         if features is not None:
-            features = place(features, self.places)
+            features = add_positions(features, self.image_position_embedding)
             x, Q = torch.cat([self.start(len(tokens)), x], dim=1), self.config.queries
         pairs = attention_mask(see, Q, mask)
         for block in self.blocks:
@@ -167,7 +169,7 @@ class QFormer(nn.Module):
 
     def look(self, features: Tensor, features_mask: Tensor | None = None) -> QFormerOutput:
         """The queries alone with the picture. What they keep is all that a text needs to go on from: see `tell`."""
-        features = place(features, self.places)
+        features = add_positions(features, self.image_position_embedding)
         x, kept = self.start(len(features)), []
         for block in self.blocks:
             x, keys_values = block.attend(x, None)
@@ -240,8 +242,8 @@ def initialise(model: QFormer, generator: torch.Generator) -> None:
     """0.02 for queries and embeddings, as in BERT's and BLIP-2's released code; the rest as `initialise_linears` says."""
     initialise_linears(model, generator)
     normal(model.queries, 0.02, generator)
-    if model.places is not None:
-        normal(model.places, 0.5, generator)
+    if model.image_position_embedding is not None:
+        normal(model.image_position_embedding, 0.5, generator)
     if model.token_embedding is not None:
         normal(model.token_embedding.weight, 0.02, generator)
         normal(model.position_embedding.weight, 0.02, generator)

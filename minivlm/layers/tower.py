@@ -110,8 +110,8 @@ def check_reader(width: int, wanted: int, reader: str, field: str) -> None:
         )
 
 
-def places_of(config: TowerConfig, layers: Sequence[int]) -> int:
-    """How many features of a picture want a learnt position from whoever reads them: a ViT's know where they are."""
+def learned_positions(config: TowerConfig, layers: Sequence[int]) -> int:
+    """How many position embeddings a connector adds to the features of an image: a ViT's know where they are."""
     return 0 if isinstance(config, VisionConfig) else features_of(config, layers)[0]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import to_the_left
-from minivlm.layers.position import place
+from minivlm.layers.position import add_positions
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
@@ -44,7 +44,8 @@ class BLIPConfig(VisionFeaturesConfig):
     roles: Literal["all", "match", "caption", "answer"] = "all"
     embed_width: int = 256
     temperature: float | None = 0.07  # of the contrast, where it starts; None: cosines as they are, nothing to learn
-    places: int = 0  # features of a picture, each with a learnt position: a ResNet's have none. 0: as they come
+    # Image features with a learned position each: those of a ResNet have none. 0: as they come
+    positions: int = field(default=0, metadata={"was": "places"})
     decode_token: int  # begins what is said
     encode_token: int | None = None  # begins what is read together with a picture; None: the tokeniser's own
     end_token: int
@@ -117,9 +118,9 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
         if c.roles == "all":
             share(self.encoder, self.decoder)
         generator = torch.Generator().manual_seed(seed)
-        self.places = nn.Parameter(torch.empty(c.places, c.feature_width)) if c.places else None
-        if self.places is not None:
-            normal(self.places.data, 0.5, generator)
+        self.image_position_embedding = nn.Parameter(torch.empty(c.positions, c.feature_width)) if c.positions else None
+        if self.image_position_embedding is not None:
+            normal(self.image_position_embedding.data, 0.5, generator)
         self.logit_scale = self.match_head = None
         if c.compares:
             self.vision_projection = nn.Linear(c.feature_width, c.embed_width)
@@ -154,7 +155,7 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
             said = labels.masked_fill(labels == -100, c.pad_token)
             hidden = self.tell(said, None, self.fuse(features, tokens, mask), mask)
         elif self.decoder is not None and pairs:
-            hidden = self.tell(tokens, mask, place(features, self.places))
+            hidden = self.tell(tokens, mask, add_positions(features, self.image_position_embedding))
         if self.decoder is not None and pairs:
             logits = self.head(hidden)
             loss = None if labels is None else next_token_loss(hidden, labels, self.head.weight, self.head.bias)
@@ -187,7 +188,7 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
     def fuse(self, features: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Words (B, T) as they are understood in front of a picture (B, N, C): (B, T, D)."""
         tokens = begin_with(self.config.encode_token, tokens)
-        return self.encoder(tokens, mask, read=place(features, self.places)).hidden
+        return self.encoder(tokens, mask, read=add_positions(features, self.image_position_embedding)).hidden
 
     def tell(self, tokens: Tensor, mask: Tensor | None, read: Tensor, read_mask: Tensor | None = None) -> Tensor:
         """What is said (B, T) of a picture, or of a question as it was understood (B, S, D) → what the head reads (B, T, D)."""
@@ -253,7 +254,11 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
     ) -> Tensor:
         """How well a text (B, T), or the answer to a question, is foretold token by token, the first of them given: the sum
         over all tokens. Labels are smoothed."""
-        read = place(features, self.places) if question is None else self.fuse(features, question, question_mask)
+        read = (
+            add_positions(features, self.image_position_embedding)
+            if question is None
+            else self.fuse(features, question, question_mask)
+        )
         hidden = self.tell(begin_with(self.config.decode_token, tokens), mask, read, question_mask)
         labels, how = tokens.masked_fill(~mask, -100), dict(smoothing=self.config.label_smoothing, total=True)
         return next_token_loss(hidden, labels, self.head.weight, self.head.bias, **how)
@@ -284,7 +289,7 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
         if (T := tokens.shape[1]) + room > (context := self.config.text.context):
             raise ValueError(f"a text of {T} tokens and {room} new ones do not fit the context of {context}")
         features = self.image_features(images)
-        c, read, read_mask = self.config, place(features, self.places), None
+        c, read, read_mask = self.config, add_positions(features, self.image_position_embedding), None
         if self.is_question(tokens):
             read, read_mask = self.fuse(features, tokens, mask), None if c.reads_padding else mask
             tokens, mask = tokens[:, :1], None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.layers.attention import KeysValues
-from minivlm.layers.gated_cross_attention import GatedConfig, GatedCrossAttention, See, image_mask
+from minivlm.layers.gated_cross_attention import AttendTo, GatedConfig, GatedCrossAttention, image_mask
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
@@ -37,7 +37,7 @@ class FlamingoConfig(VisionFeaturesConfig):
     gated: GatedConfig = field(default_factory=GatedConfig)
     every: int = 1  # a gated layer before every n-th block of the language model,
     offset: int = 0  # the first before this one: 0 in IDEFICS, n − 1 in OpenFlamingo
-    see: See = "last"  # of the images before a token
+    attend_to: AttendTo = field(default="last", metadata={"was": "see"})  # of the images before a token
 
     def __post_init__(self):
         check_decoder(self.language, "Flamingo")
@@ -89,8 +89,8 @@ class Flamingo(SpeakingModel):
         self.standardise = make_standardise(c)
         self.resampler = None if c.resampler is None else PerceiverResampler(c.resampler, seed=seed)
         reads = c.feature_width if c.resampler is None else c.resampler.width
-        like = dict(heads=c.language.heads, mlp_width=c.language.hidden_width)
-        self.gated = nn.ModuleList(GatedCrossAttention(c.language.width, reads, c.gated, **like) for _ in c.places)
+        sizes = dict(context_width=reads, mlp_width=c.language.hidden_width, config=c.gated)
+        self.gated = nn.ModuleList(GatedCrossAttention(c.language.width, c.language.heads, **sizes) for _ in c.places)
         initialise_linears(self.gated, torch.Generator().manual_seed(seed))
         self.language_model = LanguageModel(c.language, seed=seed)
 
@@ -136,7 +136,7 @@ class Flamingo(SpeakingModel):
         if len(seen) != len(tokens):
             raise ValueError(f"there are {len(tokens)} texts, but images for {len(seen)}")
         self.check_marks(tokens, seen.shape[1])
-        visible = image_mask(tokens, c.image_token, seen.shape[1], latents=c.latents, see=c.see)
+        visible = image_mask(tokens, c.image_token, seen.shape[1], latents=c.latents, attend_to=c.attend_to)
         seen = seen.flatten(1, 2)  # (B, I·L, C)
         return GatedReading(self.gated, c.places, [block.keys_values(seen) for block in self.gated], visible)
 

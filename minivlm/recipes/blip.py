@@ -24,7 +24,7 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.negatives import changed
 from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
-from minivlm.layers.tower import features_of, places_of
+from minivlm.layers.tower import features_of, learned_positions
 from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.blip import BLIP, BLIPConfig
@@ -128,7 +128,7 @@ class BLIPRecipe(Recipe):
             vision_layers=self.vision_layers,
             class_token=whole,
             vision_norm=whole,
-            places=places_of(vision, self.vision_layers),
+            positions=learned_positions(vision, self.vision_layers),
             text=replace(self.text, vocab_size=processor.vocab_size, context_width=width),
             embed_width=self.embed_width,
             decode_token=processor.tokenizer.token_to_id(DECODE),

@@ -29,7 +29,7 @@ from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
-from minivlm.layers.tower import features_of, places_of
+from minivlm.layers.tower import features_of, learned_positions
 from minivlm.metrics import Score
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
@@ -60,8 +60,8 @@ QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, nor
 def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict:
     """The fields of a `BLIP2Config`, or of stage 1's, for the tower of a CLIP, whose features before the last norm are read."""
     vision = clip.config.vision
-    width, places = features_of(vision, layers)[1], places_of(vision, layers)
-    qformer = replace(qformer, context_width=width, places=places, **text)
+    width, positions = features_of(vision, layers)[1], learned_positions(vision, layers)
+    qformer = replace(qformer, context_width=width, positions=positions, **text)
     return dict(**reading(vision, layers), qformer=qformer)
 
 

@@ -62,7 +62,7 @@ class FlamingoRecipe(Recipe):
     language_from: str = "out/lm"  # likewise, a language model
     starts_from: str | None = None  # a Flamingo that goes on learning, in place of both and of what is new
     vision_layers: tuple[int, ...] = (-2,)
-    resampler: PerceiverConfig = LATENTS  # its context_width and places follow from the tower
+    resampler: PerceiverConfig = LATENTS  # its context_width and positions follow from the tower
     gated: GatedConfig = field(default_factory=GatedConfig)
     every: int = 1  # a gated layer before every n-th block of the language model
     freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen

@@ -51,7 +51,9 @@ class LLaVARecipe(Recipe):
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
     starts_from: str | None = None  # stage "instruct": a LLaVA that went through stage "align"
     projector: Literal["linear", "mlp", "resampler"] = "mlp"
-    resampler: PerceiverConfig = LATENTS  # of projector="resampler"; its context_width and places follow from the tower
+    resampler: PerceiverConfig = (
+        LATENTS  # of projector="resampler"; its context_width and positions follow from the tower
+    )
     vision_layers: tuple[int, ...] = (-2,)
     tiles: int = 1
     lora: LoRAConfig | None = None  # stage "instruct": None trains the language model itself

@@ -13,7 +13,7 @@ from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
-from minivlm.layers.tower import TowerConfig, features_of, places_of
+from minivlm.layers.tower import TowerConfig, features_of, learned_positions
 from minivlm.layers.vit import VisionConfig
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.precision import cast, main_dtype
@@ -74,4 +74,4 @@ def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
 
 def resampling(resampler: PerceiverConfig, vision: TowerConfig, layers: tuple[int, ...]) -> PerceiverConfig:
     """A resampler of what these layers of a tower see."""
-    return replace(resampler, context_width=features_of(vision, layers)[1], places=places_of(vision, layers))
+    return replace(resampler, context_width=features_of(vision, layers)[1], positions=learned_positions(vision, layers))

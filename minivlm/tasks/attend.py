@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
-from minivlm.layers.position import place
+from minivlm.layers.position import add_positions
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.tower import ImageFeatures
 from minivlm.models.blip import BLIP
@@ -199,7 +199,9 @@ def read(model, tokens: Tensor, features: Tensor) -> str:
         _, yes = model.match(ImageFeatures(features), tokens)[0].float().softmax(dim=0).tolist()
         return f"{yes:.0%}"
     if model.config.roles == "caption":
-        model.tell(begin_with(model.config.decode_token, tokens), None, place(features, model.places))
+        model.tell(
+            begin_with(model.config.decode_token, tokens), None, add_positions(features, model.image_position_embedding)
+        )
     else:
         model.fuse(features, tokens)
     return ""

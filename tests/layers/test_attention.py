@@ -12,7 +12,6 @@ from minivlm.layers import (
     Attention,
     Cache,
     CrossAttention,
-    GatedConfig,
     GatedCrossAttention,
     Rotary,
     attend,
@@ -85,7 +84,7 @@ class TestAttend:
 
     def test_a_model_can_be_told_to_use_the_formula(self):
         images, x = torch.randn(B, S, 16), torch.randn(B, T, 16)
-        gated = GatedCrossAttention(16, 16, GatedConfig(), heads=4).eval()
+        gated = GatedCrossAttention(16, 4).eval()
         torch.nn.init.ones_(gated.attention_gate)
         visible = image_mask(torch.tensor([[0, 9, 0, 0, 9], [0, 0, 0, 0, 9]]), 9, 2, latents=4)[..., :S]
         with torch.no_grad():

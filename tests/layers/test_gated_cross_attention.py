@@ -28,7 +28,7 @@ TOKENS = torch.tensor([[1, PLACEHOLDER, 2, PLACEHOLDER, 3, PLACEHOLDER, 4], [1, 
 
 
 def layer(config, opened=True):
-    block = GatedCrossAttention(D, C, config, heads=2).double().eval()
+    block = GatedCrossAttention(D, 2, context_width=C, config=config).double().eval()
     if opened:
         for p in block.parameters():
             p.data += 0.4 * torch.randn_like(p)
@@ -71,11 +71,11 @@ class TestLayer:
         block, (x, images) = layer(config), inputs()
         assert_gradient_reaches(block(x, images), block)
 
-    @pytest.mark.parametrize("see", ["last", "all"])
-    def test_each_token_sees_its_images_alone(self, config, see):
+    @pytest.mark.parametrize("attend_to", ["last", "all"])
+    def test_each_token_attends_to_its_images_alone(self, config, attend_to):
         block, (x, images) = layer(config), inputs()
-        mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L, see=see)
-        allowed = image_mask(TOKENS, PLACEHOLDER, 3, see=see)
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, latents=L, attend_to=attend_to)
+        allowed = image_mask(TOKENS, PLACEHOLDER, 3, attend_to=attend_to)
         read = lambda apart: block(x, apart.flatten(1, 2), mask)
         assert_images_seen_only_where_allowed(read, images.unflatten(1, (3, L)), allowed)
 
@@ -111,7 +111,7 @@ class TestMask:
         assert torch.equal(mask[1], drawn("···", "···", "···", "■··", "■··", "■··", "■··"))
 
     def test_entry_by_entry_all_images(self):
-        mask = image_mask(TOKENS, PLACEHOLDER, 3, see="all")
+        mask = image_mask(TOKENS, PLACEHOLDER, 3, attend_to="all")
         assert torch.equal(mask[0], drawn("···", "■··", "■··", "■■·", "■■·", "■■■", "■■■"))
         assert torch.equal(mask[1], image_mask(TOKENS, PLACEHOLDER, 3)[1])
 
@@ -120,14 +120,19 @@ class TestMask:
         assert torch.equal(mask[0], drawn("····", "■■··", "■■··", "··■■"))
 
     def test_images_beyond_the_marks_are_seen_by_none(self):
-        for see in ("last", "all"):
-            mask = image_mask(TOKENS, PLACEHOLDER, 5, see=see)
+        for attend_to in ("last", "all"):
+            mask = image_mask(TOKENS, PLACEHOLDER, 5, attend_to=attend_to)
             assert not mask[..., 3:].any() and not mask[1, :, 1:].any()
-            assert torch.equal(mask[..., :3], image_mask(TOKENS, PLACEHOLDER, 3, see=see))
+            assert torch.equal(mask[..., :3], image_mask(TOKENS, PLACEHOLDER, 3, attend_to=attend_to))
 
     def test_no_image(self):
         assert image_mask(TOKENS, PLACEHOLDER, 0).shape == (2, 7, 0)
 
     def test_another_word(self):
-        with pytest.raises(ValueError, match="see is 'next'; there are last and all"):
-            image_mask(TOKENS, PLACEHOLDER, 3, see="next")
+        with pytest.raises(ValueError, match="attend_to is 'next'; there are last and all"):
+            image_mask(TOKENS, PLACEHOLDER, 3, attend_to="next")
+
+
+def test_the_arguments_of_earlier_versions_are_refused_in_a_sentence():
+    with pytest.raises(TypeError, match=r"write GatedCrossAttention\(width, heads, context_width=…, config=…\)"):
+        GatedCrossAttention(16, 16, GatedConfig())

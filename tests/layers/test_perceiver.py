@@ -119,16 +119,16 @@ class TestPlaces:
     """A ResNet's features do not know where they stand, and what reads them gives each a learnt position."""
 
     def test_features_have_an_order(self):
-        model = resampler(replace(PLAIN, places=6))
+        model = resampler(replace(PLAIN, positions=6))
         x = features(PLAIN, 2, 6)
         assert not torch.allclose(model(x), model(x.flip(1)))
 
     def test_they_are_added_to_the_features(self):
-        with_places, without = resampler(replace(PLAIN, places=6), seed=1), resampler(PLAIN)
-        without.load_state_dict({n: t for n, t in with_places.state_dict().items() if n != "places"})
+        with_places, without = resampler(replace(PLAIN, positions=6), seed=1), resampler(PLAIN)
+        without.load_state_dict({n: t for n, t in with_places.state_dict().items() if n != "image_position_embedding"})
         x = features(PLAIN, 2, 6)
-        assert_same(with_places(x), without(x + with_places.places))
+        assert_same(with_places(x), without(x + with_places.image_position_embedding))
 
     def test_another_number_of_features(self):
-        with pytest.raises(ValueError, match="a picture has 5 features, but there are places for 6"):
-            resampler(replace(PLAIN, places=6))(features(PLAIN, 2, 5))
+        with pytest.raises(ValueError, match="an image has 5 features, but there are positions for 6"):
+            resampler(replace(PLAIN, positions=6))(features(PLAIN, 2, 5))

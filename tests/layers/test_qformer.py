@@ -190,10 +190,10 @@ def test_the_seed_alone_says_what_the_weights_are():
 
 
 def test_places_are_added_to_the_features(model):
-    placed = QFormer(replace(CONFIG, places=6)).eval()
-    placed.load_state_dict({**model.state_dict(), "places": torch.randn(6, 20)})
+    placed = QFormer(replace(CONFIG, positions=6)).eval()
+    placed.load_state_dict({**model.state_dict(), "image_position_embedding": torch.randn(6, 20)})
     x = features()
-    assert_same(placed(x, TOKENS, MASK).text, model(x + placed.places, TOKENS, MASK).text)
-    assert_same(placed.look(x).queries, model.look(x + placed.places).queries)
-    with pytest.raises(ValueError, match="a picture has 5 features, but there are places for 6"):
+    assert_same(placed(x, TOKENS, MASK).text, model(x + placed.image_position_embedding, TOKENS, MASK).text)
+    assert_same(placed.look(x).queries, model.look(x + placed.image_position_embedding).queries)
+    with pytest.raises(ValueError, match="an image has 5 features, but there are positions for 6"):
         placed.look(x[:, :5])

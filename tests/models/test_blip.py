@@ -96,13 +96,13 @@ class TestRoles:
             vision_norm=False,
             class_token=False,
             text=replace(TEXT, context_width=width),
-            places=places,
+            positions=places,
         )
         assert config.answers is (width == 24)
         model, images = blip(config), torch.randn(2, 3, 64, 64)
         features = model.image_features(images)
         assert features.shape == (2, places, width)
-        hidden = model.encoder(begun(TOKENS[:2]), MASK[:2], read=features + model.places).hidden
+        hidden = model.encoder(begun(TOKENS[:2]), MASK[:2], read=features + model.image_position_embedding).hidden
         model.config = replace(config, encode_token=3)
         assert_same(model.match(images, TOKENS[:2], MASK[:2]), model.match_head(hidden[:, 0]))
         assert_same(model.encode_image(images), F.normalize(model.vision_projection(features.mean(dim=1)), dim=-1))

@@ -39,7 +39,7 @@ CONFIGS = {
         class_token=True,
         vision_norm=False,
     ),
-    "all images, no resampler": replace(CONFIG, every=1, see="all", resampler=None),
+    "all images, no resampler": replace(CONFIG, every=1, attend_to="all", resampler=None),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -77,7 +77,7 @@ class TestForward:
 
     def test_another_image_shows_from_where_it_may_be_seen(self, config):
         model = flamingo(config)
-        seen = image_mask(TOKENS, PLACEHOLDER, 2, see=config.see)
+        seen = image_mask(TOKENS, PLACEHOLDER, 2, attend_to=config.attend_to)
         allowed = seen.cummax(dim=1).values  # later tokens hear of it from those that saw it
         assert_images_seen_only_where_allowed(lambda images: model(images, TOKENS).logits, pictures(2, 2), allowed)
 
