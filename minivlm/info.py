@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from minivlm.command_line import Parser
 from minivlm.conversation import template_of
 from minivlm.errors import UserError, run_command_line
 from minivlm.metrics import Score
+from minivlm.older_names import current_name
 from minivlm.peft_config import read_config
 from minivlm.pretrained.files import open_weights, read_json
 from minivlm.pretrained.hub import locate
@@ -62,7 +63,7 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
         "can": ", ".join(sorted(abilities(model))) or "nothing by itself",
         **history(directory, run),
     }
-    table = parts(model, values.get("base", {}), learnt(directory, run))
+    table = parts(model, values.get("base", {}), learnt(directory, run, dict(model.named_parameters())))
     return "\n".join([f"{directory}: {type(model).__name__}, {how}", "", *table, "", *lines(about)])
 
 
@@ -131,13 +132,13 @@ def abilities(model: nn.Module) -> set[str]:
     return can | ({"answer", "chat", "complete"} if hasattr(model, "generate") else set())
 
 
-def learnt(directory: Path, run: Run) -> set[str] | None:
+def learnt(directory: Path, run: Run, known: Container[str]) -> set[str] | None:
     """The names of the parameters that the run in `directory` trained: those with a state of the optimiser."""
     states = [path / "training.safetensors" for path in (*run.all()[-1:], directory)]
     if not (found := [path for path in states if path.exists()]):
         return None
     names = [name for name in open_tensors(found[0]).keys() if name.startswith(MOMENT)]  # noqa: SIM118
-    return {name.removeprefix(MOMENT).rpartition(".")[0] for name in names}
+    return {current_name(name.removeprefix(MOMENT).rpartition(".")[0], known) for name in names}
 
 
 def history(directory: Path, run: Run) -> dict[str, str]:
