@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from minivlm.errors import UserError, nearest
+from minivlm.older_names import current_type
 
 
 def to_dict(config: Any) -> Any:
@@ -49,13 +50,15 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
 def complete(cls: type, values: Any) -> Any:
     """Bring what an older version of `to_dict` wrote up to date.
 
-    A field whose name has changed has its older one in its metadata: field(metadata={"was": "places"}). A field that did
-    not exist then gets its default or, where that is not what was done before there was a choice, the "before" of its
-    metadata.
+    A class whose name has changed has its older one in `older_names.TYPES`, a field in its metadata:
+    field(metadata={"was": "places"}). A field that did not exist then gets its default or, where that is not what was
+    done before there was a choice, the "before" of its metadata.
     """
     if not isinstance(values, dict):
         return values
     new = dict(values)
+    if "type" in new:
+        new["type"] = current_type(new["type"])
     hints = field_types(cls)
     for field in dataclasses.fields(cls):
         if field.name not in new and (was := field.metadata.get("was")) in new:
@@ -63,7 +66,7 @@ def complete(cls: type, values: Any) -> Any:
         if field.name in new:
             inner = new[field.name]
             for kind in alternatives(hints[field.name]):
-                if isinstance(inner, dict) and inner.get("type") == kind.__name__:
+                if isinstance(inner, dict) and current_type(inner.get("type")) == kind.__name__:
                     new[field.name] = complete(kind, inner)
         elif field.default is not dataclasses.MISSING:
             new[field.name] = to_dict(field.metadata.get("before", field.default))

@@ -1,10 +1,10 @@
-"""What tensors were called in directories that an earlier version saved. Fields of configs: see `config.complete`."""
+"""The names of tensors and of configs' classes in what an earlier version saved. Fields: see `config.complete`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -12,6 +12,15 @@ TENSORS = {  # pattern of the older name → the name now
     r"(^|\.)places$": r"\1image_position_embedding",  # before a Q-Former, a resampler or BLIP
     r"^feature_(mean|deviation)$": r"standardise.\1",
 }
+
+TYPES = {  # older name of a config's class → the name now
+    "TalkConfig": "ConversationsConfig",
+}
+
+
+def current_type(name: Any) -> Any:
+    """The name that a config's class has now; what is no name is returned as it is."""
+    return TYPES.get(name, name) if isinstance(name, str) else name
 
 
 def current_names(tensors: Mapping[str, Value], known: Container[str]) -> Mapping[str, Value]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import pytest
 
+from minivlm import older_names
 from minivlm.config import alternatives, coerce, complete, describe, field_types, from_dict, to_dict
 from minivlm.errors import UserError
 
@@ -166,6 +167,16 @@ def test_a_field_that_an_older_version_called_otherwise_is_found_by_its_older_na
     assert complete(Renamed, to_dict(new)) == to_dict(new)
     with pytest.raises(UserError, match="has an unknown field 'places' for Renamed"):
         from_dict(Renamed, {**to_dict(new), "places": 3})
+
+
+def test_a_class_that_an_older_version_called_otherwise_is_found_at_every_level(monkeypatch):
+    monkeypatch.setitem(older_names.TYPES, "Older", "Newer")
+    monkeypatch.setitem(older_names.TYPES, "Carrier", "Holder")
+    assert complete(Newer, {"type": "Older", "bend": "silu"})["type"] == "Newer"
+    older = {"type": "Carrier", "inner": {"type": "Older"}}
+    assert from_dict(Holder, complete(Holder, older)) == Holder(inner=Newer(bend="gelu"))
+    with pytest.raises(UserError, match="type is 'Older'"):  # nobody but an older version writes it
+        from_dict(Newer, {"type": "Older", "bend": "silu", "wide": True})
 
 
 @pytest.mark.parametrize(
