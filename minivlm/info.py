@@ -124,12 +124,12 @@ def abilities(model: nn.Module) -> set[str]:
     can = {"encode"} if can_compare(model) else set()
     can |= {"match"} if can_match(model) else set()
     if chooses(model):
-        return can | {"choose", "attend"} | ({"caption"} if hasattr(model, "generate") else set())
+        return can | {"choose", "attend"} | ({"caption"} if hasattr(model, "prefill") else set())
     if can_see(model):
-        told = {"caption"} if hasattr(model, "generate") else set()
-        answers = hasattr(model, "generate") and getattr(model.config, "answers", True)
+        told = {"caption"} if hasattr(model, "prefill") else set()
+        answers = hasattr(model, "prefill") and getattr(model.config, "answers", True)
         return can | told | ({"answer"} if answers else set()) | {"attend"}
-    return can | ({"answer", "chat", "complete"} if hasattr(model, "generate") else set())
+    return can | ({"answer", "chat", "complete"} if hasattr(model, "prefill") else set())
 
 
 def learnt(directory: Path, run: Run, known: Container[str]) -> set[str] | None:

@@ -1,10 +1,11 @@
-"""What every model of the package shares: a config it is built from, parts that can be frozen, and the two verbs that
-read and write it; and what all have in common that speak."""
+"""The base of every model: a config that it is built from, parts that can be frozen, gradients in parts, generation, and the
+two verbs that read and write a directory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -26,6 +27,12 @@ class Model(nn.Module):
     """A module built from one frozen dataclass."""
 
     config_class: ClassVar[type]
+    # Fields of `generation.Options` that hold where the caller names none, as a generation_config.json gives them.
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    # True: it continues the prompt, whose tokens count as the beginning of the text. False: it answers in a text of its own,
+    # which begins with decoder_start_token.
+    continues_prompt: bool = True
+    decoder_start_token: int | None = None
 
     def __init__(self, config: Any):
         super().__init__()
@@ -113,6 +120,53 @@ class Model(nn.Module):
         for i in range(0, len(first_of(batch)), size):
             yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
 
+    # ---- generation, by a model that defines `prefill` --------------------------------------------------------------
+
+    def generate(self, *inputs: Any, decode: Decode | None = None, **options) -> Tensor:
+        """Generate text: (images, tokens (B, T), mask (B, T)), or the two without images → (B, ≤ max_new_tokens).
+
+        Inputs are those of `prefill`, by position or by name. options: fields of `generation.Options`; decode: for stop
+        strings. UserError for a model that generates no text.
+        """
+        return generation.generate(**self.start(inputs, options), decode=decode)
+
+    def stream(self, *inputs: Any, decode: Decode | None = None, **options) -> Iterator[Tensor]:
+        """Yield the tokens of `generate` one by one, each (B,). Without beam search, whose answer is known only at the end."""
+        return generation.stream(**self.start(inputs, {"num_beams": 1, **options}), decode=decode)
+
+    def start(self, inputs: tuple, options: dict[str, Any]) -> dict[str, Any]:
+        """Process the prompt → what `generation.generate` takes."""
+        if not hasattr(self, "prefill"):
+            raise UserError(f"a {type(self).__name__} generates no text.")
+        named = {name: options.pop(name) for name in ("images", "tokens", "mask") if name in options}
+        inputs = signature(self.prefill).bind_partial(*inputs, **named).arguments
+        if inputs.get("tokens") is None:
+            inputs["tokens"] = self.start_tokens(inputs.get("images"))
+        tokens, mask = inputs["tokens"], inputs.get("mask")
+        if not self.continues_prompt:
+            tokens, mask = tokens.new_full((len(tokens), 1), self.decoder_start_token), None
+        options = self.options(**options)
+        options = replace(options, max_new_tokens=options.room(tokens.shape[1]))
+        decoding = self.prefill(**inputs, room=options.max_new_tokens)
+        return {"decoding": decoding, "options": options, "prompt": tokens, "prompt_mask": mask}
+
+    def start_tokens(self, images: Any) -> Tensor:
+        """The prompt (B, T) where none is given."""
+        raise UserError(
+            f"{type(self).__name__} has no prompt to start from: give tokens, as processor.text makes them."
+        )
+
+    def options(self, **given) -> Options:
+        """The options given; the others are as `defaults` or the model's own end and padding tokens have them."""
+        return Options(**{**self.endings, **with_defaults(given, self.defaults)})
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        """Options: the tokens that end an answer, and the one that fills its row afterwards."""
+        return {}
+
+    # ---- directories ---------------------------------------------------------------------------------------------------
+
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
         """The model in a directory of ours, a published one, or a hub id; dtype None: as stored."""
@@ -143,52 +197,3 @@ def batch_norms(model: nn.Module) -> str:
 def first_of(batch: Batch) -> Any:
     """What has a row for each sample: the tokens, or without tokens the first value."""
     return batch["tokens"] if "tokens" in batch else next(iter(batch.values()))
-
-
-class Speaks:
-    """Has a `prefill(tokens, mask, room=…)` that gives a `generation.Decoding`; its config says what ends an answer.
-
-    defaults: fields of `generation.Options` that hold where the caller says nothing, as a generation_config.json gives them.
-    """
-
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    # It continues its prompt, whose tokens count as generated. False: it answers, what it has read does not count, but the
-    # token that every answer begins with, unseen, does.
-    continues_prompt = True
-    first_token: int
-
-    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Tensor:
-        """tokens (B, T) → (B, ≤ max_new_tokens); options: see `speak`."""
-        return self.speak(generation.generate, tokens, mask, **options)
-
-    def stream(self, tokens: Tensor, mask: Tensor | None = None, **options) -> Iterator[Tensor]:
-        """`generate`, token by token: each (B,). Without beam search, whose answer is known only at the end."""
-        return self.speak(generation.stream, tokens, mask, **{"num_beams": 1, **options})
-
-    def speak(
-        self,
-        engine: Callable,
-        *asked: Tensor | None,
-        decode: Decode | None = None,
-        **options,
-    ) -> Any:
-        """engine: `generation.generate` or `stream`. asked: what `prefill` reads, of which the last two are tokens and mask.
-
-        decode: for stop strings; options: see `generation.Options`.
-        """
-        options = self.options(**options)
-        *_, tokens, mask = asked
-        if not self.continues_prompt:
-            tokens, mask = tokens.new_full((len(tokens), 1), self.first_token), None
-        options = replace(options, max_new_tokens=options.room(tokens.shape[1]))
-        decoding = self.prefill(*asked, room=options.max_new_tokens)
-        return engine(decoding, options, decode=decode, prompt=tokens, prompt_mask=mask)
-
-    def options(self, **given) -> Options:
-        """What is not given is as `defaults` say, or the config."""
-        return Options(**{**self.endings, **with_defaults(given, self.defaults)})
-
-    @property
-    def endings(self) -> dict[str, Any]:
-        """Options: the tokens that end an answer, and the one that pads it."""
-        return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}

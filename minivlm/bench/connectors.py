@@ -22,9 +22,9 @@ from minivlm.bench.generation import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, tu
 from minivlm.errors import UserError
 from minivlm.layers import T5, ImageFeatures, PerceiverConfig, QFormerConfig
 from minivlm.metrics import Score
+from minivlm.model import Model
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.llava import LLaVA, LLaVAConfig
-from minivlm.models.speaking import SpeakingModel
 
 SAMPLES = 8  # of a training step
 
@@ -50,7 +50,7 @@ def resampled(latents: int) -> LLaVA:
     return projected("resampler", PerceiverConfig(latents=latents, **sizes))
 
 
-def trained(directory: str) -> SpeakingModel:
+def trained(directory: str) -> Model:
     return checkpoint.load(directory)[0].float()
 
 
@@ -76,7 +76,7 @@ class Sizes:
     accuracy: Score | None = None
 
     @classmethod
-    def of(cls, model: SpeakingModel, accuracy: Score | None = None) -> Sizes:
+    def of(cls, model: Model, accuracy: Score | None = None) -> Sizes:
         c = model.config
         around = ("vision.", "language_model.")
         parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(around))
@@ -84,7 +84,7 @@ class Sizes:
         return cls(c.image_tokens, parameters, room, (c.vision, c.language), accuracy)
 
 
-def prompt(model: SpeakingModel, B: int, words: int) -> tuple[Tensor, Tensor]:
+def prompt(model: Model, B: int, words: int) -> tuple[Tensor, Tensor]:
     """Pictures (B, [views,] 3, H, W), and tokens (B, T): the places of the picture, if it has any, and words."""
     c, generator = model.config, torch.Generator().manual_seed(0)
     views, side = getattr(c, "views", 1), c.vision.image_size
@@ -130,7 +130,7 @@ def examine(directory: str, data: str) -> Sizes:
     from minivlm.tasks.generate import check_answerer
 
     model, processor = checkpoint.load(directory)
-    if not isinstance(model, SpeakingModel):
+    if "caption" not in model.abilities:
         raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector; take a LLaVA or BLIP-2.")
     check_answerer(model, processor, images=1)
     talk = open_conversations(data, "test", image_size=processor.image_size)

@@ -80,7 +80,7 @@ def scores_of(model, processor, directory: str | Path) -> dict[str, Score]:
         return contrast(model, processor, directory)
     if hasattr(model, "vision"):
         return speech(model, processor, directory)
-    if hasattr(model, "generate"):
+    if hasattr(model, "prefill"):
         return language(model, processor, directory)
     raise UserError(f"a {type(model).__name__} neither compares nor speaks, so there is nothing to evaluate.")
 

@@ -30,7 +30,7 @@ SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
     ask_questions = ask_questions and answers_questions(model, processor)
-    describes = hasattr(model, "generate") and getattr(model.config, "speaks", True)
+    describes = hasattr(model, "prefill") and getattr(model.config, "speaks", True)
     scores = {}
     for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
         talk = open_conversations(directory, split, image_size=processor.image_size)

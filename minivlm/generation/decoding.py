@@ -41,4 +41,4 @@ def padding_first(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def check_context(tokens: int, room: int, context: int) -> None:
     """ValueError if a prompt of so many tokens and `room` new ones do not fit the context."""
     if tokens + room > context:
-        raise ValueError(f"a prompt of {tokens} tokens and {room} new ones do not fit the context of {context}")
+        raise ValueError(f"a beginning of {tokens} tokens and {room} new ones do not fit the context of {context}")

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from minivlm.generation import Decoding
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.packed_decoding import PackedDecoder, PackingModel, in_blocks
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
-from minivlm.model import Model, Speaks
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class LMOutput:
         return self.head(self.hidden)
 
 
-class LanguageModel(PackingModel, Speaks, Model):
+class LanguageModel(PackingModel, Model):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
@@ -149,7 +150,7 @@ class LanguageModel(PackingModel, Speaks, Model):
         hidden = self.states(x, mask, last=last, between=between)
         return next_token_loss(hidden, labels, self.head.weight, where=where)
 
-    # ---- speaking ----------------------------------------------------------------------------------------------------
+    # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(
@@ -190,6 +191,10 @@ class LanguageModel(PackingModel, Speaks, Model):
         return LMDecoding(self, cache, self.head(hidden).float(), room=room, between=after)
 
     @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}
+
+    @property
     def speaker(self) -> Transformer:
         return self.transformer
 
@@ -207,8 +212,8 @@ class Reading(Protocol):
         """The same where row i goes on as row rows[i] did."""
 
 
-class LMDecoding:
-    """A language model in the middle of speaking (see `generation.Decoding`). room: tokens that may still be appended."""
+class LMDecoding(Decoding):
+    """A language model that generates. room: tokens that may still be appended."""
 
     def __init__(
         self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int, between: Reading | None = None
@@ -218,12 +223,10 @@ class LMDecoding:
         self.steps = 0
 
     def step(self, tokens: Tensor) -> None:
-        if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
         if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
             self.packed = self.model.packed(self.cache.keys.dtype)
-        self.logits = self.predict(tokens)
-        self.steps, self.room = self.steps + 1, self.room - 1
+        super().step(tokens)
+        self.steps += 1
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
@@ -240,9 +243,18 @@ class LMDecoding:
         self.predict = torch.compile(self.predict, fullgraph=True, dynamic=False, **options)
 
     def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
         self.cache.reorder(rows)
-        self.logits = self.logits[rows]
         self.between = None if self.between is None else self.between.reorder(rows)
+
+
+def check_decoder(language: Any, who: str) -> None:
+    """ValueError for a language model that is more than a decoder."""
+    if not isinstance(language, LanguageModelConfig):
+        raise ValueError(
+            f"{who} shows pictures to a decoder that goes on from what stands before; a {type(language).__name__} has an "
+            "encoder to read them with, as BLIP-2 lets it"
+        )
 
 
 def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:

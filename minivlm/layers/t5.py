@@ -12,11 +12,13 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.generation import Decoding
 from minivlm.layers.attention import Attention, KeysValues
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
@@ -26,7 +28,7 @@ from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 from minivlm.losses import next_token_loss
-from minivlm.model import Model, Speaks
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class T5Config:
         return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
 
 
-class T5(PackingModel, Speaks, Model):
+class T5(PackingModel, Model):
     """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
 
     logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
@@ -171,7 +173,7 @@ class T5(PackingModel, Speaks, Model):
         """See `Model.counts`. Here the first label counts as well."""
         return super().counts(batch) | {"next token": (batch["labels"] != -100).sum()}
 
-    # ---- speaking ----------------------------------------------------------------------------------------------------
+    # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(
@@ -188,16 +190,20 @@ class T5(PackingModel, Speaks, Model):
         return T5Decoding(self, self.decoder.context_keys_values(read), mask, batch=len(read), room=room)
 
     @property
-    def first_token(self) -> int:
+    def decoder_start_token(self) -> int:
         return self.config.start_token
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}
 
     @property
     def speaker(self) -> Transformer:
         return self.decoder
 
 
-class T5Decoding:
-    """A T5 in the middle of speaking (see `generation.Decoding`).
+class T5Decoding(Decoding):
+    """A T5 that generates.
 
     read: for every block the keys and values of what was read, each (B, H, S, K), made once; mask (B, S): its padding.
     """
@@ -212,12 +218,10 @@ class T5Decoding:
         self.logits = self.predict(torch.full_like(self.texts, model.config.start_token))
 
     def step(self, tokens: Tensor) -> None:
-        if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
         if self.steps == 0 and (self.mask is None or self.mask.any(dim=1).all()):  # see `LMDecoding.step`
             self.packed = self.model.packed(self.cache.keys.dtype)
-        self.logits = self.predict(tokens)
-        self.steps, self.room = self.steps + 1, self.room - 1
+        super().step(tokens)
+        self.steps += 1
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
@@ -228,8 +232,8 @@ class T5Decoding:
         return self.model.head(hidden[:, 0]).float()
 
     def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
         self.cache.reorder(rows)
-        self.logits = self.logits[rows]
         texts = self.texts[rows]
         if not torch.equal(texts, self.texts):  # beams change places with others that have read the same text
             self.read = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.read]

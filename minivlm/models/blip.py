@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,10 @@ from minivlm.layers.language_model import to_the_left
 from minivlm.layers.position import add_positions
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
+from minivlm.model import Model
 from minivlm.models.blip_text import BLIPDecoding, begin_with, share
 from minivlm.models.image_text_matching import Matching
 from minivlm.models.momentum import Momentum, MomentumConfig
-from minivlm.models.speaking import SpeakingModel, SpeaksItself
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
@@ -99,7 +99,7 @@ class BLIPOutput:
     losses: dict[str, Tensor]  # by name, as `losses` gives them; none if images and texts are not pairs
 
 
-class BLIP(SpeaksItself, Matching, SpeakingModel):
+class BLIP(Matching, Model):
     """images (B, 3, H, W), tokens (B, T) with the tokeniser's start and end, mask (B, T), labels (B, T) → `BLIPOutput`.
 
     tokens are what is said, and labels the same with −100 = not counted; with roles="answer", tokens are questions and
@@ -274,7 +274,7 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
         self.momentum, self.config = None, replace(self.config, momentum=None)
         self.frozen = tuple(part for part in self.frozen if part != "momentum.copies")
 
-    # ---- speaking --------------------------------------------------------------------------------------------------------
+    # ---- generation --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> BLIPDecoding:
@@ -342,8 +342,12 @@ class BLIP(SpeaksItself, Matching, SpeakingModel):
         return self.config.roles != "answer"
 
     @property
-    def first_token(self) -> int:
+    def decoder_start_token(self) -> int:
         return self.config.decode_token
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": (self.config.end_token,), "pad_token": self.config.pad_token}
 
     @property
     def language_config(self) -> BERTConfig:

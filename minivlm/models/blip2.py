@@ -10,7 +10,9 @@ Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen I
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,9 @@ from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.t5 import T5, T5Config, T5Decoding
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, leading_axes, make_tower
 from minivlm.losses import next_token_loss
+from minivlm.model import Batch, Model
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
-from minivlm.models.speaking import SpeakingModel, fill, make_room
+from minivlm.models.placeholders import cut_by_placeholders, expand, fill
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 __all__ = ["BLIP2", "BLIP2Config", "BLIP2Stage1", "BLIP2Stage1Config"]
@@ -46,7 +49,7 @@ class BLIP2Config(VisionFeaturesConfig):
         return self.qformer.queries
 
 
-class BLIP2(SpeakingModel):
+class BLIP2(Model):
     """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
 
     A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
@@ -76,8 +79,12 @@ class BLIP2(SpeakingModel):
         return self.language_model.continues_prompt
 
     @property
-    def first_token(self) -> int:
-        return self.language_model.first_token
+    def decoder_start_token(self) -> int | None:
+        return self.language_model.decoder_start_token
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return self.language_model.endings
 
     def forward(
         self,
@@ -111,7 +118,10 @@ class BLIP2(SpeakingModel):
         hidden = self.language_model.states(x, last=tokens.shape[1])
         return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
+        return cut_by_placeholders(super().cut(batch, size), batch, size, self.config.image_token)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
         ours = super().counts(batch)
         return self.language_model.counts(batch) if isinstance(self.language_model, T5) else ours
 
@@ -147,6 +157,6 @@ class BLIP2(SpeakingModel):
                 tokens = F.pad(tokens, (ahead, 0), value=mark)
                 mask = None if mask is None else F.pad(mask, (ahead, 0), value=True)
             pad = self.config.language.pad_token
-            tokens, mask = make_room(tokens, mask, pictures, mark=mark, copies=Q, pad=pad)
+            tokens, mask = expand(tokens, mask, pictures, placeholder=mark, copies=Q, pad=pad)
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)

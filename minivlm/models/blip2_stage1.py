@@ -13,19 +13,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.generation.decoding import Decoding, check_context, padding_first
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
+from minivlm.model import Model
 from minivlm.models.image_text_matching import Matching
-from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
@@ -71,14 +72,13 @@ class BLIP2Stage1Output:
     text_features: Tensor  # (B', E), unit length
 
 
-class BLIP2Stage1(SpeaksItself, Matching, SpeakingModel):
+class BLIP2Stage1(Matching, Model):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
     Wherever it takes images it takes `ImageFeatures` as well.
     """
 
     config_class = BLIP2Stage1Config
-    continues_prompt = True
 
     def __init__(self, config: BLIP2Stage1Config, *, seed: int = 0):
         super().__init__(config)
@@ -171,36 +171,47 @@ class BLIP2Stage1(SpeaksItself, Matching, SpeakingModel):
         losses = super().chance_losses(batch_size)
         return losses | ({"generation": math.log(self.config.qformer.vocab_size)} if self.text_head else {})
 
-    # ---- speaking ------------------------------------------------------------------------------------------------------
+    # ---- generation ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> Stage1Decoding:
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         if self.text_head is None:
             raise ValueError("this stage 1 has no text_head, so it can compare and match, but not speak")
-        tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.qformer.context)
+        tokens, mask = padding_first(tokens, mask)
+        check_context(tokens.shape[1], room, self.config.qformer.context)
         return Stage1Decoding(
             self, self.to_be_said(tokens), mask, self.qformer.look(self.image_features(images)), room=room
         )
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": (self.config.end_token,), "pad_token": self.config.pad_token}
 
     @property
     def language_config(self) -> QFormerConfig:
         return self.config.qformer
 
 
-class Stage1Decoding(KeepingDecoding):
-    """Stage 1 in the middle of a caption: what queries and words keep is all it needs."""
+class Stage1Decoding(Decoding):
+    """Stage 1 that generates a caption: it keeps keys and values of queries and text."""
 
     def __init__(self, model: BLIP2Stage1, tokens: Tensor, mask: Tensor, seen: QFormerOutput, *, room: int):
-        super().__init__(model, mask, room=room)
-        self.seen = seen
-        self.logits = self.predict(tokens)
+        self.model, self.mask, self.room, self.seen = model, mask, room, seen
+        self.logits = self.predict_all(tokens)
 
     @torch.no_grad()
-    def predict(self, tokens: Tensor) -> Tensor:
+    def predict_all(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
         self.seen = self.model.qformer.tell(tokens, self.mask, after=self.seen)
         hidden = self.model.text_head(self.seen.text[:, -1])
         return (hidden @ self.model.qformer.token_embedding.weight.T).float()
 
-    def reorder_kept(self, rows: Tensor) -> None:
+    def predict(self, tokens: Tensor) -> Tensor:
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self.predict_all(tokens[:, None])
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        self.mask = self.mask[rows]
         self.seen = replace(self.seen, kept=[(k[rows], v[rows]) for k, v in self.seen.kept])

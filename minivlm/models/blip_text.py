@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minivlm.generation import Decoding
 from minivlm.layers.bert import BERT
 
 
-class BLIPDecoding:
-    """A BLIP in the middle of speaking (see `generation.Decoding`) of a picture or a question, read (B, S, C)."""
+class BLIPDecoding(Decoding):
+    """A BLIP that generates a caption of an image or the answer to a question, read (B, S, C)."""
 
     def __init__(
         self,
@@ -25,10 +26,10 @@ class BLIPDecoding:
         stack = model.decoder.transformer
         self.read = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in stack.context_keys_values(read)]
         self.cache = stack.new_cache(len(tokens), tokens.shape[1] + room)
-        self.logits = self.predict(tokens, mask)
+        self.logits = self.predict_all(tokens, mask)
 
     @torch.no_grad()
-    def predict(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def predict_all(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens (B, T) → logits (B, V) of what follows the last real one."""
         read = dict(read=self.read, read_mask=self.read_mask)
         hidden = self.model.decoder(tokens, mask, **read, cache=self.cache).hidden
@@ -36,14 +37,12 @@ class BLIPDecoding:
         hidden = hidden[:, -1] if mask is None else hidden[rows, mask.sum(dim=1) - 1]
         return self.model.head(self.model.text_head(hidden)).float()
 
-    def step(self, tokens: Tensor) -> None:
-        if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
-        self.logits, self.room = self.predict(tokens[:, None]), self.room - 1
+    def predict(self, tokens: Tensor) -> Tensor:
+        return self.predict_all(tokens[:, None])
 
     def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
         self.cache.reorder(rows)
-        self.logits = self.logits[rows]
         self.read = [pair and (pair[0][rows], pair[1][rows]) for pair in self.read]
         self.read_mask = None if self.read_mask is None else self.read_mask[rows]
 

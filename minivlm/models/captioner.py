@@ -11,16 +11,17 @@ Training is teacher forcing: every word is guessed from the right ones before it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.layers.initialise import initialise_linears
-from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, check_decoder
 from minivlm.layers.projector import LinearProjector
 from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, leading_axes, make_tower, tower_features
 from minivlm.losses import next_token_loss
-from minivlm.models.speaking import SpeakingModel, check_decoder
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class ImageCaptioningConfig:
         return self.vision.features_at(self.vision_layer)[0]
 
 
-class ImageCaptioningModel(SpeakingModel):
+class ImageCaptioningModel(Model):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token → `LMOutput` of the T words.
 
     mask (B, T): True = a real token. labels (B, T): the tokens, −100 = not counted.
@@ -99,3 +100,7 @@ class ImageCaptioningModel(SpeakingModel):
         """Read pictures and beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return self.language_model.endings

@@ -11,9 +11,9 @@ Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning", 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,19 @@ from torch import Tensor, nn
 from minivlm.layers.attention import KeysValues
 from minivlm.layers.gated_cross_attention import AttendTo, GatedConfig, GatedCrossAttention, image_mask
 from minivlm.layers.initialise import initialise_linears
-from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, to_the_left
+from minivlm.layers.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    LMDecoding,
+    LMOutput,
+    check_decoder,
+    to_the_left,
+)
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, features_of, leading_axes, make_tower
 from minivlm.losses import next_token_loss
-from minivlm.models.speaking import SpeakingModel, check_decoder
+from minivlm.model import Batch, Model
+from minivlm.models.placeholders import cut_by_placeholders
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
@@ -69,7 +77,7 @@ class FlamingoConfig(VisionFeaturesConfig):
         return 1
 
 
-class Flamingo(SpeakingModel):
+class Flamingo(Model):
     """images (B, I, 3, H, W), tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. No picture: None.
 
     The i-th mark of a row stands for its i-th image; rows with fewer marks than I may have anything in the places left.
@@ -163,7 +171,10 @@ class Flamingo(SpeakingModel):
         """How open each gated layer is: mean |tanh(gate)| of its attention and of its MLP, (layers, 2). 0: not at all."""
         return torch.stack([block.openness() for block in self.gated])
 
-    # ---- speaking ----------------------------------------------------------------------------------------------------
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
+        return cut_by_placeholders(super().cut(batch, size), batch, size, self.config.image_token)
+
+    # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
@@ -174,6 +185,10 @@ class Flamingo(SpeakingModel):
         between = self.read(images, tokens, mask)
         x = self.language_model.embed(tokens)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room, between=between)
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return self.language_model.endings
 
 
 class GatedReading:

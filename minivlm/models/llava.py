@@ -8,14 +8,15 @@ Liu et al. 2023a, "Visual Instruction Tuning", figure 1 (linear projector); 2023
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.layers.initialise import initialise_linears
-from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, check_decoder
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
@@ -30,7 +31,8 @@ from minivlm.layers.tower import (
     make_tower,
     tower_features,
 )
-from minivlm.models.speaking import SpeakingModel, check_decoder, fill, make_room
+from minivlm.model import Batch, Model
+from minivlm.models.placeholders import cut_by_placeholders, expand, fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class LLaVAConfig:
         return self.views * self.features_per_view
 
 
-class LLaVA(SpeakingModel):
+class LLaVA(Model):
     """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No picture at all: None.
 
     With tiles, each picture is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
@@ -132,7 +134,10 @@ class LLaVA(SpeakingModel):
             return images.tensor
         return tower_features(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
 
-    # ---- speaking ----------------------------------------------------------------------------------------------------
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
+        return cut_by_placeholders(super().cut(batch, size), batch, size, self.config.image_token)
+
+    # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
@@ -141,8 +146,12 @@ class LLaVA(SpeakingModel):
         if images is not None:
             pictures = leading_axes(images).numel() // c.views
             pad = c.language.pad_token
-            tokens, mask = make_room(tokens, mask, pictures, mark=c.image_token, copies=c.image_tokens, pad=pad)
+            tokens, mask = expand(tokens, mask, pictures, placeholder=c.image_token, copies=c.image_tokens, pad=pad)
         return self.language_model.prefill(mask=mask, embeddings=self.embed(images, tokens), room=room)
+
+    @property
+    def endings(self) -> dict[str, Any]:
+        return self.language_model.endings
 
     def merge_lora(self) -> None:
         """The adapters become part of the language model's weights."""

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import UserError, nearest
+from minivlm.generation.decoding import Decoding, check_context, padding_first
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
@@ -37,8 +38,8 @@ from minivlm.losses import (
     next_token_loss,
     processes,
 )
+from minivlm.model import Model
 from minivlm.models.joint_encoder import find_regions
-from minivlm.models.speaking import KeepingDecoding, SpeakingModel, SpeaksItself
 from minivlm.models.uniter import UNITER, UNITERConfig
 from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 
@@ -88,7 +89,7 @@ class MultitaskConfig:
         return self.encoder.text.vocab_size
 
 
-class MultitaskVLM(SpeaksItself, SpeakingModel):
+class MultitaskVLM(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
     `ImageFeatures` may be given in place of images.
@@ -232,7 +233,11 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
             "search": math.log(max(2, batch_size)),
         }
 
-    # ---- speaking ----------------------------------------------------------------------------------------------------
+    @property
+    def endings(self) -> dict[str, Any]:
+        return {"end_tokens": (self.config.end_token,), "pad_token": self.config.pad_token}
+
+    # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(
@@ -244,19 +249,20 @@ class MultitaskVLM(SpeaksItself, SpeakingModel):
         room: int,
     ) -> CaptionDecoding:
         """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
-        tokens, mask = self.beginnings(tokens, mask, room=room, context=self.config.encoder.text.context)
+        tokens, mask = padding_first(tokens, mask)
+        check_context(tokens.shape[1], room, self.config.encoder.text.context)
         return CaptionDecoding(self, self.regions(images), tokens, mask, room=room)
 
 
-class CaptionDecoding(KeepingDecoding):
+class CaptionDecoding(Decoding):
     """In the middle of a caption. Regions never see words, so theirs is kept too."""
 
     def __init__(self, model: MultitaskVLM, regions: Tensor, tokens: Tensor, mask: Tensor, *, room: int):
-        super().__init__(model, mask, room=room)
+        self.model, self.mask, self.room = model, mask, room
         self.R = regions.shape[1]
         self.kept = [Kept() for _ in model.encoder.bert.transformer.blocks]
         self.read(regions, mask.new_ones(len(mask), self.R, self.R))
-        self.logits = self.predict(tokens)
+        self.logits = self.predict_all(tokens)
 
     @torch.no_grad()
     def read(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -267,14 +273,21 @@ class CaptionDecoding(KeepingDecoding):
         return x
 
     @torch.no_grad()
-    def predict(self, tokens: Tensor) -> Tensor:
+    def predict_all(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
         T = tokens.shape[1]
         positions = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         x = self.model.encoder.bert.embed(tokens, positions=positions)
         x = self.read(x, attention_mask("causal", self.R, self.mask)[:, -T:])
         return self.model.word_logits(x[:, -1]).float()
 
-    def reorder_kept(self, rows: Tensor) -> None:
+    def predict(self, tokens: Tensor) -> Tensor:
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self.predict_all(tokens[:, None])
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        self.mask = self.mask[rows]
         for kept in self.kept:
             kept.keys, kept.values = kept.keys[rows], kept.values[rows]
 

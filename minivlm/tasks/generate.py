@@ -208,7 +208,7 @@ def has_encoder(model) -> bool:
 
 def can_answer(model, processor) -> bool:
     """Does it read words before it speaks? A captioner does not: its pictures have no places in a text."""
-    if processor is None or not hasattr(model, "generate"):
+    if processor is None or not hasattr(model, "prefill"):
         return False
     if not getattr(model.config, "answers", True):
         return False
@@ -219,7 +219,7 @@ def can_answer(model, processor) -> bool:
 def check_speaker(model, processor) -> None:
     """UserError unless the model speaks, and the tokeniser beside it is the one that it was trained with."""
     name = type(model).__name__
-    if not hasattr(model, "generate") or not getattr(model.config, "speaks", True):
+    if not hasattr(model, "prefill") or not getattr(model.config, "speaks", True):
         if chooses(model):
             raise UserError(f"this {name} chooses answers from a list and does not speak: use answer.")
         raise UserError(f"{name} does not speak; captions and answers need a model with a language model, as LLaVA.")
