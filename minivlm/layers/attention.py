@@ -155,7 +155,7 @@ class Attention(nn.Module):
         mask, causal = expand_mask(mask), self.causal
         if cache is not None:
             k, v, mask = cache.append(k, v)  # all keys so far, and which of them each query may attend to
-            causal = mask is None  # else the cache's mask already says so
+            causal = mask is None  # else it is part of the cache's mask
         mask, bias = last_queries(mask, q.shape[2]), last_queries(bias, q.shape[2])
         return self.attend(q, k, v, mask=mask, causal=causal, bias=bias)
 

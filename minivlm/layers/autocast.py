@@ -19,7 +19,7 @@ def matrix_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """x as it is read by matrix products. Left to itself, autocast makes a copy for each product with it, such as that of q,
+    """x in the dtype of matrix products. Left to itself, autocast makes a copy for each product with it, such as that of q,
     of k and of v; each takes time, and is kept for the gradients."""
     return x.to(matrix_dtype(x))
 

@@ -1,4 +1,4 @@
-"""EfficientNet: one small network, made wider and deeper by two numbers; its block lets a picture weigh its own channels.
+"""EfficientNet: one small network, made wider and deeper by two numbers; its blocks weigh their channels by the image itself.
 
     (B, 3, H, W) ─ stem ─→ /2 ─ stages of MBConv ─→ (B, C, H/32, W/32) ─ mean ─→ (B, C)
 
@@ -105,7 +105,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv(nn.Module):
-    """(B, C, h, w) → (B, C', h/stride, w/stride): widen, look around in each channel by itself, weigh, narrow.
+    """(B, C, h, w) → (B, C', h/stride, w/stride): widen, convolve each channel by itself, weigh the channels, narrow.
 
     first: of its stage, where size and channels change, so that there is nothing to add to.
     """

@@ -7,8 +7,8 @@ A step multiplies every weight by a single row or a few, so it costs what readin
 operations costs. Here q, k, v are one matrix and gate, up another, each stored (inputs, outputs): one row times such a
 matrix takes two thirds of the time that F.linear takes with (outputs, inputs) (fp32, on a CPU).
 
-The twins to read are `LanguageModel.states` and `T5.states` with a cache; a test holds them equal. This one is a copy of
-the weights.
+Its plain twins are `LanguageModel.states` and `T5.states` with a cache; a test holds them equal. This one is a copy of the
+weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is
 
 
 class PackingModel(nn.Module):
-    """What makes a `Model` speak with a second copy of its weights, kept in `packing` until they change."""
+    """What makes a `Model` generate with a second copy of its weights, kept in `packing` until they change."""
 
     packed_class: ClassVar[type[Packed]]
     packing: Packed | None = None
@@ -80,23 +80,23 @@ class Packed:
         x: Tensor,
         positions: Tensor,
         cache: Cache,
-        read: list[KeysValues] | None = None,
-        read_mask: Tensor | None = None,
+        context: list[KeysValues] | None = None,
+        context_mask: Tensor | None = None,
         between: Between | None = None,
     ) -> Tensor:
-        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). read: `Transformer.context_keys_values`, with its mask
-        read_mask (B, S); between: see `Transformer`, whose layers between the blocks are not packed."""
+        """x (B, D), after `cache.begin(1)` gave its positions → (B, D). context: of `Transformer.context_keys_values`, with its
+        mask (B, S); between: see `Transformer`, whose layers between the blocks are not packed."""
         stack = self.model.speaker
         rope = stack.rotary(positions)
         rope = None if rope is None else rope.to(self.dtype)
-        bias = None if stack.relative is None else stack.relative(positions, cache.seen)
+        bias = None if stack.relative is None else stack.relative(positions, cache.width)
         attention = stack.blocks[0].attention
-        past = Sight.of(cache.visible, bias, x, attention, self.dtype)
-        page = Sight.of(expand_mask(read_mask), None, x, attention, self.dtype)
+        past = Visible.of(cache.visible, bias, x, attention, self.dtype)
+        source = Visible.of(expand_mask(context_mask), None, x, attention, self.dtype)
         for index, block in enumerate(self.blocks):
             if between is not None:
                 x = between(index, x[:, None])[:, 0]
-            x = block(x, rope, cache.layer(index), past, None if read is None else read[index], page)
+            x = block(x, rope, cache.layer(index), past, None if context is None else context[index], source)
         cache.advance(None, 1)
         return x
 
@@ -122,13 +122,13 @@ class PackedDecoder(Packed):
 
 
 class PackedT5(Packed):
-    """The same for a T5, which besides reads what its encoder made of a text: see `T5.states`."""
+    """The same for a T5, which also attends to what its encoder made of a text: see `T5.states`."""
 
     reads = True
 
-    def __call__(self, tokens: Tensor, cache: Cache, read: list[KeysValues], mask: Tensor | None) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: Cache, context: list[KeysValues], mask: Tensor | None) -> Tensor:
         model = self.model
-        x = self.run(model.embed(tokens), cache.begin(1), cache, read, mask)
+        x = self.run(model.embed(tokens), cache.begin(1), cache, context, mask)
         x = model.decoder_norm(x)
         return self.head(x * model.config.width**-0.5 if model.config.scale_head else x)
 
@@ -137,34 +137,40 @@ class PackedBlock:
     """x (B, D) → (B, D): `Block` for one token a row."""
 
     def __init__(self, block: Block, dtype: torch.dtype):
-        attention, reader, mlp = block.attention, block.cross_attention, block.mlp
+        attention, cross, mlp = block.attention, block.cross_attention, block.mlp
         self.block = block  # its norms and its sizes
         self.qkv = Matrix.of(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
         self.out = Matrix.of(attention.out_proj, dtype=dtype)
-        if reader is not None:
-            self.ask, self.heard = Matrix.of(reader.q_proj, dtype=dtype), Matrix.of(reader.out_proj, dtype=dtype)
+        if cross is not None:
+            self.cross_q, self.cross_out = Matrix.of(cross.q_proj, dtype=dtype), Matrix.of(cross.out_proj, dtype=dtype)
         ups = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
         self.up = Matrix.of(*ups, dtype=dtype)
         wide = getattr(mlp.down_proj, "base", mlp.down_proj).weight.dtype  # a T5 in fp16 has it in fp32
         self.down = Matrix.of(mlp.down_proj, dtype=wide if dtype == torch.float16 and wide == torch.float32 else dtype)
 
     def __call__(
-        self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Sight, read: KeysValues | None, page: Sight
+        self,
+        x: Tensor,
+        rope: Rotary | None,
+        cache: LayerCache,
+        past: Visible,
+        context: KeysValues | None,
+        source: Visible,
     ) -> Tensor:
-        """past, page: which of the cache's columns, and of what is read, each row may look at."""
+        """past, source: which of the cache's columns, and of the context, each row may attend to."""
         b = self.block
         if b.parallel:
             return x + self.attention(b.attention_norm(x), rope, cache, past) + self.mlp(b.mlp_norm(x))
         kept = bound if b.bounded else lambda x: x
         if b.pre_norm:
             x = kept(x + self.attention(b.attention_norm(x), rope, cache, past))
-            x = x if read is None else kept(x + self.cross_attention(b.cross_attention_norm(x), read, page))
+            x = x if context is None else kept(x + self.cross_attention(b.cross_attention_norm(x), context, source))
             return kept(x + self.mlp(b.mlp_norm(x)))
         x = b.attention_norm(x + self.attention(x, rope, cache, past))
-        x = x if read is None else b.cross_attention_norm(x + self.cross_attention(x, read, page))
+        x = x if context is None else b.cross_attention_norm(x + self.cross_attention(x, context, source))
         return b.mlp_norm(x + self.mlp(x))
 
-    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Sight) -> Tensor:
+    def attention(self, x: Tensor, rope: Rotary | None, cache: LayerCache, past: Visible) -> Tensor:
         a = self.block.attention
         H, G = a.heads, a.kv_heads
         qkv = self.qkv(x).view(len(x), H + 2 * G, 1, a.head_width)
@@ -172,10 +178,10 @@ class PackedBlock:
         k, v, _ = cache.append(qk[:, H:], qkv[:, H + G :])  # (B, G, S, K): all so far
         return self.out(past.attend(a, qk[:, :H], k, v))
 
-    def cross_attention(self, x: Tensor, read: KeysValues, page: Sight) -> Tensor:
+    def cross_attention(self, x: Tensor, context: KeysValues, source: Visible) -> Tensor:
         a = self.block.cross_attention
-        q = self.ask(x).view(len(x), a.heads, 1, a.head_width)
-        return self.heard(page.attend(a, q, *read))
+        q = self.cross_q(x).view(len(x), a.heads, 1, a.head_width)
+        return self.cross_out(source.attend(a, q, *context))
 
     def mlp(self, x: Tensor) -> Tensor:
         mlp = self.block.mlp
@@ -185,15 +191,15 @@ class PackedBlock:
         return self.down(mlp.activation(gate).mul_(up))
 
 
-class Sight(NamedTuple):
-    """What the one query of each row sees in a step, the same in all blocks."""
+class Visible(NamedTuple):
+    """What the one query of each row attends to in a step, the same in all blocks."""
 
     mask: Tensor | None  # broadcastable to (B, H, 1, S), True = may be attended to; None: everything
     bias: Tensor | None  # likewise, added to the scores
     added: Tensor | None  # both in one, as `attend_to_past` takes it; on a CPU
 
     @classmethod
-    def of(cls, mask: Tensor | None, bias: Tensor | None, x: Tensor, a: Attention, dtype: torch.dtype) -> Sight:
+    def of(cls, mask: Tensor | None, bias: Tensor | None, x: Tensor, a: Attention, dtype: torch.dtype) -> Visible:
         """For x (B, D) and attention like `a`."""
         if x.device.type != "cpu":
             return cls(mask, bias, None)
@@ -217,7 +223,7 @@ class Sight(NamedTuple):
 def attend_to_past(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float | None = None) -> Tensor:
     """`attend` for one query a row: q (B, H, 1, K), k and v (B, G, S, K) → (B, H·K).
 
-    added: to the scores, (1, 1, 1 or S) or (B·G, 1 or H/G, S), −∞ where a row may not look.
+    added: to the scores, (1, 1, 1 or S) or (B·G, 1 or H/G, S), −∞ where a row may not attend to.
     On a CPU as fast as PyTorch's fused kernel (batch 1), 1.2 times as fast (batch 8), or 3 times (bf16).
     """
     (B, H, _, K), G = q.shape, k.shape[1]

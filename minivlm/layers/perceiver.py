@@ -1,4 +1,4 @@
-"""The Perceiver Resampler: a few learnt latents read any number of features, and come out as a fixed number of tokens.
+"""The Perceiver Resampler: a few learned latents attend to any number of features, and come out as a fixed number of tokens.
 
     features (M, F, N, C) ─ + time ─→ norm ─┬─→ keys, values ─┐
                                             │                 ├─ attention ─ + ─ MLP ─ + ─→ next block … norm ─→ (M, L, D)
@@ -39,7 +39,7 @@ class PerceiverConfig:
     norm_eps: float = 1e-5
     # Image features with a learned position each: those of a ResNet have none. 0: as they come
     positions: int = field(default=0, metadata={"was": "places"})
-    max_images: int = 0  # images or frames that are resampled together, told apart by learnt time embeddings; 0: none
+    max_images: int = 0  # images or frames that are resampled together, told apart by learned time embeddings; 0: none
 
 
 class PerceiverBlock(nn.Module):
@@ -63,9 +63,9 @@ class PerceiverBlock(nn.Module):
         self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, c.activation, bias=False)
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        asking = cast_once(self.latents_norm(latents))
-        context = torch.cat([cast_once(self.features_norm(features)), asking], dim=1)
-        latents = latents + self.attention(asking, context)
+        queries = cast_once(self.latents_norm(latents))
+        context = torch.cat([cast_once(self.features_norm(features)), queries], dim=1)
+        latents = latents + self.attention(queries, context)
         return latents + self.mlp(self.mlp_norm(latents))
 
 
@@ -80,9 +80,9 @@ class PerceiverResampler(nn.Module):
         c = self.config = config
         self.latents = nn.Parameter(torch.empty(c.latents, c.width))
         self.times = nn.Parameter(torch.empty(c.max_images, c.width)) if c.max_images else None
-        reads = c.context_width or c.width
-        self.image_position_embedding = nn.Parameter(torch.empty(c.positions, reads)) if c.positions else None
-        self.projection = nn.Linear(reads, c.width, bias=False) if reads != c.width else None
+        width = c.context_width or c.width  # of the features
+        self.image_position_embedding = nn.Parameter(torch.empty(c.positions, width)) if c.positions else None
+        self.projection = nn.Linear(width, c.width, bias=False) if width != c.width else None
         self.blocks = nn.ModuleList(PerceiverBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
         initialise(self, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles, position tables for another resolution, and the cache that remembers keys."""
+"""Positions of tokens: rotary angles, position tables for another resolution, and the cache of keys and values."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int 
 class Cache:
     """Keys and values of every layer, allocated once; rows may have different lengths (padding on the right).
 
-    lengths (B,): tokens a row holds so far. New tokens are written behind them and see themselves and what came before.
+    lengths (B,): tokens a row holds so far. New tokens are written behind them; they attend to what came before.
     A step is `cache.begin(T)`, one `append` per layer, `cache.advance(mask, T)`; `Transformer` does that.
 
-    The host knows without asking the device `filled`, the columns in use, `seen`, those that a step looks at, and whether
+    The host knows without asking the device `filled`, the columns in use, `width`, those that a step attends to, and whether
     all rows are equally long (`even`): then plain causal attention over `filled` columns needs no mask. static: every step
-    sees all columns through a mask instead, so that its shapes never change and a compiled step stays compiled; `filled`
-    stands still then.
+    attends to all columns through a mask instead, so that its shapes never change and a compiled step stays compiled;
+    `filled` stands still then.
     """
 
     def __init__(self, layers, batch, kv_heads, capacity, head_width, *, device=None, dtype=None, static=False):
@@ -153,17 +153,17 @@ class Cache:
         if not self.static and end > self.capacity:
             raise ValueError(f"{self.filled} tokens and {T} more do not fit a cache made for {self.capacity}")
         self.positions = self.next_positions(T)
-        self.seen = seen = self.width(T, end)
+        self.width = width = self.columns_to_attend(T, end)
         self.visible = None
         if self.positions.dim() == 2:
-            self.visible = torch.arange(seen, device=self.lengths.device) <= self.positions[:, None, :, None]
-        elif seen > end:
-            self.visible = torch.arange(seen, device=self.lengths.device)[None] < end  # of one token: (1, S)
-        self.layers = list(zip(self.columns(0, seen), self.columns(self.filled, end), strict=True))
+            self.visible = torch.arange(width, device=self.lengths.device) <= self.positions[:, None, :, None]
+        elif width > end:
+            self.visible = torch.arange(width, device=self.lengths.device)[None] < end  # of one token: (1, S)
+        self.layers = list(zip(self.columns(0, width), self.columns(self.filled, end), strict=True))
         return self.positions
 
-    def width(self, T: int, end: int) -> int:
-        """How many columns a step looks at: no more than `end`, but where more are cheaper.
+    def columns_to_attend(self, T: int, end: int) -> int:
+        """How many columns a step attends to: no more than `end`, but where more are cheaper.
 
         For the product with one query, PyTorch copies keys and values on a CPU unless it gets all columns, and in bf16 it
         compiles a kernel (1 ms) for every new shape, so that the width had better be the same for many steps.
@@ -189,7 +189,7 @@ class Cache:
         self.even = self.even and mask is None
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i goes on as row rows[i] did; rows (B',) may be more or fewer than there were."""
+        """Row i continues row rows[i]; rows (B',) may be more or fewer than there were."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
         self.lengths = self.lengths[rows]
 
@@ -198,14 +198,14 @@ class LayerCache(NamedTuple):
     """One layer's part of a `Cache` in one step, as `Attention` uses it. Each pair: keys and values (B, G, ·, K)."""
 
     cache: Cache
-    seen: tuple[Tensor, Tensor]  # the columns that are attended to
+    attended: tuple[Tensor, Tensor]  # the columns that are attended to
     new: tuple[Tensor, Tensor]  # those where the new tokens go if all rows are equally long
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New k, v (B, G, T, K) are written in place → all keys, all values (B, G, S, K), who may see them.
+        """New k, v (B, G, T, K) are written in place → all keys, all values (B, G, S, K), and their mask.
 
-        None: causal order alone decides. A padded key lies behind its row's length, where no real token looks, until the
-        next real token overwrites it. No gradient flows through a cache.
+        None: causal order alone decides. A padded key lies behind its row's length, which no real token attends to, until
+        the next real token overwrites it. No gradient flows through a cache.
         """
         positions = self.cache.positions
         with torch.no_grad():
@@ -214,6 +214,6 @@ class LayerCache(NamedTuple):
                 self.new[1].copy_(v)
             else:
                 index = positions[:, None, :, None].expand_as(k)
-                self.seen[0].scatter_(2, index, k.to(self.seen[0].dtype))
-                self.seen[1].scatter_(2, index, v.to(self.seen[1].dtype))
-        return *self.seen, self.cache.visible
+                self.attended[0].scatter_(2, index, k.to(self.attended[0].dtype))
+                self.attended[1].scatter_(2, index, v.to(self.attended[1].dtype))
+        return *self.attended, self.cache.visible

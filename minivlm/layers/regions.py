@@ -1,8 +1,8 @@
-"""Regions of a picture as tokens beside words: what is there (features), and where (boxes).
+"""Regions of an image as tokens beside text: what is there (features), and where (boxes).
 
     features (B, R, C) ─ projection ─┐
                                      ├─→ (B, R, D)
-    boxes (B, R, 4)    ─ location ───┘     left, top, right, bottom, as fractions of the picture's sides
+    boxes (B, R, 4)    ─ location ───┘     left, top, right, bottom, as fractions of the image's sides
 
 Three papers embed them in three ways. There a detector finds the regions; here they are the cells of a grid, or boxes
 that are given, over which the features of a vision tower are averaged.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the whole picture
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the whole image
 
 
 def grid_cells(n: int, *, device: torch.device | None = None) -> Tensor:
@@ -51,9 +51,9 @@ def location(boxes: Tensor, *, sides: bool) -> Tensor:
 
 
 class VisualBERTRegions(nn.Module):
-    """projection + type + position, normalised with the words by their norm.  Li et al. 2019 (VisualBERT), §3.2.
+    """projection + type + position, normalised with the text by its norm.  Li et al. 2019 (VisualBERT), §3.2.
 
-    The published model knows no places: all its regions stand at position 0. in_order: region i stands at position i.
+    The published model has no positions: all its regions stand at position 0. in_order: region i stands at position i.
     """
 
     def __init__(self, feature_width: int, width: int, *, positions: int, types: int, in_order: bool):
@@ -64,8 +64,8 @@ class VisualBERTRegions(nn.Module):
         self.type_embedding = nn.Embedding(types, width)
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        places = self.position_embedding.weight[: features.shape[1] if self.in_order else 1]
-        return self.projection(features) + places + self.type_embedding.weight[1]
+        positions = self.position_embedding.weight[: features.shape[1] if self.in_order else 1]
+        return self.projection(features) + positions + self.type_embedding.weight[1]
 
 
 class UNITERRegions(nn.Module):
@@ -79,9 +79,9 @@ class UNITERRegions(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        seen = self.projection_norm(self.projection(features))
+        what = self.projection_norm(self.projection(features))
         where = self.location_norm(self.location(location(boxes, sides=True).to(features.dtype)))
-        return self.norm(seen + where + self.type_embedding)
+        return self.norm(what + where + self.type_embedding)
 
 
 class ViLBERTRegions(nn.Module):

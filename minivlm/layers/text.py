@@ -1,8 +1,8 @@
 """The text transformer of a dual encoder: token ids in, one vector a text out.
 
-    (B, T) ids ─ embedding + positions ─→ blocks ─→ norm ─→ the token that speaks for the text ─→ (B, D)
+    (B, T) ids ─ embedding + positions ─→ blocks ─→ norm ─→ pool ─→ (B, D)
 
-Radford et al. 2021 (CLIP), §2.4: causal, read at the end token. SigLIP: bidirectional, read at the last position.
+Radford et al. 2021 (CLIP), §2.4: causal, pooled at the end token. SigLIP: bidirectional, pooled at the last position.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TextConfig(TransformerConfig):
     context: int = 77  # tokens a text may have
     causal: bool = True
     pool: Literal["end", "argmax", "first", "last"] = "end"
-    end_token: int | None = None  # pool "end": the first of these speaks for the text
-    use_mask: bool = True  # False: padding is attended to like words, as SigLIP was trained
+    end_token: int | None = None  # pool "end": the text is pooled at the first of these
+    use_mask: bool = True  # False: padding is attended to like text, as SigLIP was trained
 
 
 class TextTransformer(nn.Module):
@@ -36,7 +36,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         if c.pool == "end" and c.end_token is None:
-            raise ValueError("pool 'end' reads the state at the end token, so end_token must say which id that is")
+            raise ValueError("pool 'end' takes the state at the end token, so end_token must say which id that is")
         self.output_width = c.width
         self.token_embedding = TokenEmbedding(c.vocab_size, c.width)
         self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context, c.width), std=0.02))
@@ -59,11 +59,11 @@ class TextTransformer(nn.Module):
             raise ValueError(f"texts have {T} tokens, but the context is {self.config.context}; cut them first")
         x = self.token_embedding(tokens) + self.position_embedding[:T]
         if self.config.causal or not self.config.use_mask:
-            mask = None  # padding stands on the right, where causal attention does not look
+            mask = None  # padding stands on the right, where causal attention does not reach
         return x, mask
 
     def pooled_position(self, tokens: Tensor) -> Tensor:
-        """(B, T) → (B,): where each text is read. argmax: at its largest id, which CLIP's end token is."""
+        """(B, T) → (B,): the position at which each text is pooled. argmax: its largest id, which CLIP's end token is."""
         match self.config.pool:
             case "first":
                 return torch.zeros_like(tokens[:, 0])

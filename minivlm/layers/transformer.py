@@ -49,13 +49,13 @@ class TransformerConfig:
     rope_theta: float | None = None  # rotary positions inside attention; None: none
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0  # of a head's channels, the first ones, have rotary positions (GPT-NeoX: not all)
-    parallel_residual: bool = False  # attention and MLP read the same x (GPT-J, GPT-NeoX); pre-norm only
+    parallel_residual: bool = False  # attention and MLP have the same input (GPT-J, GPT-NeoX); pre-norm only
     qk_norm: QKNorm | None = None  # of queries and keys, see `Attention`
     attention_scale: float | None = None  # of the scores; None: 1/√head_width. T5: 1, its weights were trained so
-    relative_buckets: int = 0  # distances between tokens told apart, for T5's learnt bias on the scores; 0: no bias
+    relative_buckets: int = 0  # distances between tokens told apart, for T5's learned bias on the scores; 0: no bias
     relative_distance: int = 128  # all that are further apart share the last bucket
     alibi: bool = False  # the further away a token is, the less it is attended to (see `Alibi`)
-    cross_attention_every: int = 0  # blocks 0, n, 2n … read a context; 0: no block does
+    cross_attention_every: int = 0  # blocks 0, n, 2n … attend to a context; 0: no block does
     context_width: int | None = None  # its width; None: the same as ours
     dropout: float = 0.0
 
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class RelativePositions(nn.Module):
-    """A learnt number for each head and each distance, added to the scores (Raffel et al. 2020 (T5), §2.1).
+    """A learned number for each head and each distance, added to the scores (Raffel et al. 2020 (T5), §2.1).
 
     positions of the queries (T,) or (B, T), keys at 0, 1, … S − 1 → (1 or B, H, T, S). One table serves a whole stack.
     """
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=x.device)
         rope = self.rotary(positions)
-        bias = None if self.relative is None else self.relative(positions, cache.seen if cache is not None else T)
+        bias = None if self.relative is None else self.relative(positions, cache.width if cache is not None else T)
         for index, block in enumerate(blocks):
             if between is not None:
                 x = between(index, x)

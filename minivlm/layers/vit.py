@@ -1,4 +1,4 @@
-"""The vision transformer: an image is cut into patches, and the patches are read like words.
+"""The vision transformer: an image is cut into patches, which are tokens of a transformer.
 
     (B, 3, H, W) ─ patches ─→ (B, N, D) ─ + class token, positions ─→ blocks ─→ norm ─→ pool ─→ (B, D)
 
@@ -30,7 +30,7 @@ class VisionConfig(TransformerConfig):
     embedding_norm: bool = True  # CLIP normalises once more before the first block
     patch_bias: bool = False
     stem: Literal["patch", "convolutions"] = "patch"
-    drop_border: bool = False  # pixels beyond the last whole patch are not looked at (SigLIP so400m: 384 = 27·14 + 6)
+    drop_border: bool = False  # pixels beyond the last whole patch are dropped (SigLIP so400m: 384 = 27·14 + 6)
 
     def __post_init__(self):
         if self.image_size % self.patch_size and not self.drop_border:
@@ -127,7 +127,7 @@ class VisionTransformer(nn.Module):
 class ConvolutionStem(nn.Sequential):
     """images (B, 3, H, W) → (B, D, H/P, W/P) by log₂ P convolutions of 3×3 and stride 2, each with twice the channels.
 
-    Patches overlap, and small shapes are seen whole before the grid cuts them; a ViT converges sooner with it than with one
+    Patches overlap, so that small shapes are whole before the grid cuts them; a ViT converges sooner with it than with one
     wide stride. Xiao et al. 2021, "Early Convolutions Help Transformers See Better", §4.
     """
 

@@ -182,7 +182,7 @@ def test_a_block_that_reads_at_either_place_of_its_norms(read, place):
     cache = Cache(1, 2, 3, 1, 4, dtype=torch.float64)
     cache.begin(1)
     source = block.cross_attention.keys_values(context) if read else None
-    sight = packed_decoding.Sight.of(None, None, x, block.attention, x.dtype)
+    sight = packed_decoding.Visible.of(None, None, x, block.attention, x.dtype)
     packed = packed_decoding.PackedBlock(block, x.dtype)(x, None, cache.layer(0), sight, source, sight)
     assert_same(packed, block(x[:, None], source)[:, 0])
 
@@ -195,9 +195,9 @@ def test_what_is_seen_on_a_cpu_is_what_is_seen_elsewhere(mask, bias, kv_heads):
     q, k, v = torch.randn(3, 4, 1, 2), torch.randn(3, kv_heads, 5, 2), torch.randn(3, kv_heads, 5, 2)
     bias = None if bias is None else torch.randn(bias)
     mask = None if mask is None else (torch.rand(mask) < 0.5).index_fill(-1, torch.tensor([0]), True)
-    seen = packed_decoding.Sight.of(mask, bias, torch.zeros(3, 8), a, torch.float32)
+    seen = packed_decoding.Visible.of(mask, bias, torch.zeros(3, 8), a, torch.float32)
     assert seen.added is not None
-    assert_same(seen.attend(a, q, k, v), packed_decoding.Sight(mask, bias, None).attend(a, q, k, v))
+    assert_same(seen.attend(a, q, k, v), packed_decoding.Visible(mask, bias, None).attend(a, q, k, v))
 
 
 def test_no_room_left():
