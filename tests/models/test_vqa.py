@@ -22,10 +22,22 @@ def test_the_question_reads_the_picture_place_by_place():
     model, images = VQAModel(CONFIG).eval(), torch.randn(2, 3, 16, 16)
     features = model.image_features(images)
     assert features.shape == (2, 4, 12)  # without the class token
-    logits = model(images, TOKENS, MASK).logits["answers"]
+    logits = model(images, TOKENS, MASK)
     assert_same(model.answer(ImageFeatures(features), TOKENS, MASK), logits)
     assert not torch.allclose(model.answer(ImageFeatures(features.flip(1)), TOKENS, MASK), logits)
     assert not torch.allclose(model.answer(images, TOKENS.flip(0), MASK.flip(0)), logits)
+
+
+def test_a_loop_of_ones_own_trains_it_by_the_cross_entropy_of_its_output():
+    model, images, right = VQAModel(CONFIG), torch.randn(2, 3, 16, 16), torch.tensor([2, 0])
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(20):
+        losses.append(torch.nn.functional.cross_entropy(model(images, TOKENS, MASK), right))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.3 < losses[0]
+    assert_same(losses[0], VQAModel(CONFIG).losses(images, TOKENS, MASK, answers=torch.eye(3)[right])["answers"])
 
 
 def test_padding_is_not_seen():
