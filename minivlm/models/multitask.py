@@ -1,11 +1,11 @@
-"""One encoder for words and regions, three tasks: a caption is said, an answer chosen, a picture found.
+"""One encoder for words and regions, three tasks: a caption is generated, an answer chosen, an image found.
 
-They differ in who sees whom:
+They differ in what attends to what:
 
-    task       regions see   words see                    read at           becomes
-    answer     all           all                          the first word    (B, A)      one of a list of answers
-    caption    regions       regions, and words before    every word        (B, T, V)   the next word
-    search     regions       words                        each on its own   (B, B)      how similar the two are
+    task                    regions attend to   words attend to           output of        is
+    answer  (or vqa)        all                 all                       the first word   (B, A)      logits of the answers
+    caption                 regions             regions, earlier words    every word       (B, T, V)   logits of the next word
+    search  (or retrieval)  regions             words                     each alone       (B, B)      similarity, scaled
 
 Zhou et al. 2020, "Unified Vision-Language Pre-Training for Image Captioning and VQA" (VLP), §3: one transformer, two
 masks. The third is that of Li et al. 2023 (BLIP-2), figure 2; all three are drawn at `attention_mask`.
@@ -45,6 +45,7 @@ from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 
 Task = Literal["caption", "answer", "search"]
 TASKS = ("caption", "answer", "search")
+OTHER_NAMES = {"vqa": "answer", "retrieval": "search"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,12 @@ class MultitaskConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that one picture takes."""
+        """Positions that one image takes."""
         return self.encoder.vision.features_at(self.encoder.vision_layer)[0]
 
     @property
     def context(self) -> int:
-        """Positions that there are, for a picture and a text."""
+        """Positions that there are, for an image and a text."""
         return self.image_tokens + self.encoder.text.context
 
     @property
@@ -96,6 +97,11 @@ class MultitaskVLM(Model):
     """
 
     config_class = MultitaskConfig
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        of = {"caption": ("caption",), "answer": ("choose", "attend"), "search": ("encode",)}
+        return frozenset(word for task in self.config.tasks for word in of[task])
 
     def __init__(self, config: MultitaskConfig, *, seed: int = 0):
         super().__init__(config)
@@ -122,19 +128,24 @@ class MultitaskVLM(Model):
         images: Images,
         tokens: Tensor,
         mask: Tensor | None = None,
-        *,
-        task: Task,
+        task: Task | Literal["vqa", "retrieval"] | None = None,
     ) -> Tensor:
-        """Raises UserError for a task that there is none of, or that was not learnt."""
-        if task not in (tasks := self.config.tasks):
-            raise UserError(f"{task!r} is no task of this MultitaskVLM.{nearest(str(task), tasks)}")
-        match task:
+        """Raises UserError for a task that does not exist, or was not learnt."""
+        match self.task_called(task):
             case "answer":
                 return self.answer(images, tokens, mask)
             case "caption":
-                return self.word_logits(self.tell(images, tokens, mask)[1])
+                return self.word_logits(self.caption_states(images, tokens, mask)[1])
             case _:
                 return self.loss.logits(self.encode_image(images), self.encode_text(tokens, mask))
+
+    def task_called(self, name: str) -> Task:
+        if (task := OTHER_NAMES.get(name, name)) not in (tasks := self.config.tasks):
+            there_are = [*tasks, *(other for other, same in OTHER_NAMES.items() if same in tasks)]
+            found = nearest(str(name), there_are)
+            more = "" if "There are" in found else f" There are: {', '.join(there_are)}."
+            raise UserError(f"{name!r} is no task of this MultitaskVLM.{found}{more}")
+        return task
 
     # ---- three ways through the encoder ------------------------------------------------------------------------------
 
@@ -142,9 +153,9 @@ class MultitaskVLM(Model):
         """Logits of all answers, (B, A)."""
         return self.encoder.answer(images, tokens, mask)
 
-    def tell(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The states (B, R, D) of regions, which see each other alone, and (B, T, D) of words, which see the picture and what
-        was said before them."""
+    def caption_states(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The states (B, R, D) of regions, which attend to regions alone, and (B, T, D) of words, which attend to regions and
+        to earlier words."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         regions = self.regions(images)
         pairs = attention_mask("causal", regions.shape[1], mask)
@@ -153,15 +164,15 @@ class MultitaskVLM(Model):
         return x[:, : regions.shape[1]], x[:, regions.shape[1] :]
 
     def encode_image(self, images: Images) -> Tensor:
-        """(B, 3, H, W) → (B, E), unit length: the mean of regions that see each other alone."""
+        """(B, 3, H, W) → (B, E), unit length: the mean of regions that attend to regions alone."""
         return self.image_vector(self.encoder.bert.transformer(self.regions(images)))
 
-    def image_vector(self, seen: Tensor) -> Tensor:
+    def image_vector(self, regions: Tensor) -> Tensor:
         """(B, R, D) → (B, E)"""
-        return F.normalize(self.image_projection(seen.mean(dim=1)), dim=-1)
+        return F.normalize(self.image_projection(regions.mean(dim=1)), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T) → (B, E), unit length: the first of words that see each other alone."""
+        """(B, T) → (B, E), unit length: the first of words that attend to words alone."""
         return F.normalize(self.text_projection(self.encoder.bert(tokens, mask).hidden[:, 0]), dim=-1)
 
     def regions(self, images: Images) -> Tensor:
@@ -210,11 +221,11 @@ class MultitaskVLM(Model):
         return backward(self.losses(**batch, micro_batch=size))  # search compares the whole batch
 
     def caption_total(self, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the captions' losses, and the pictures' vectors (B, E): the regions have not seen the words, so that there
-        is no second pass for these."""
-        seen, said = self.tell(images, tokens, mask)
+        """The sum of the captions' losses, and the images' vectors (B, E): regions do not attend to words, so that no second
+        pass is needed for these."""
+        regions, text = self.caption_states(images, tokens, mask)
         labels, weight = tokens.masked_fill(~mask, -100), self.encoder.bert.token_embedding.weight
-        return next_token_loss(self.word_head(said), labels, weight, total=True), self.image_vector(seen)
+        return next_token_loss(self.word_head(text), labels, weight, total=True), self.image_vector(regions)
 
     def answer_total(self, images: Images, question: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
         """The sum of the answers' losses."""
@@ -240,35 +251,28 @@ class MultitaskVLM(Model):
     # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(
-        self,
-        images: Images,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        room: int,
-    ) -> CaptionDecoding:
-        """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
+    def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> CaptionDecoding:
+        """Compute images and prompts (B, T), how their captions begin, with room for `room` more tokens a row."""
         tokens, mask = padding_first(tokens, mask)
         check_context(tokens.shape[1], room, self.config.encoder.text.context)
         return CaptionDecoding(self, self.regions(images), tokens, mask, room=room)
 
 
 class CaptionDecoding(Decoding):
-    """In the middle of a caption. Regions never see words, so theirs is kept too."""
+    """The keys and values of regions, which never attend to words, and of a caption so far."""
 
     def __init__(self, model: MultitaskVLM, regions: Tensor, tokens: Tensor, mask: Tensor, *, room: int):
         self.model, self.mask, self.room = model, mask, room
         self.R = regions.shape[1]
         self.kept = [Kept() for _ in model.encoder.bert.transformer.blocks]
-        self.read(regions, mask.new_ones(len(mask), self.R, self.R))
+        self.append(regions, mask.new_ones(len(mask), self.R, self.R))
         self.logits = self.predict_all(tokens)
 
     @torch.no_grad()
-    def read(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x (B, T, D) goes through all blocks and is kept; seen (B, T, S): what it sees of all that is kept."""
+    def append(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, T, D) → the same after all blocks, which keep it; mask (B, T, S): which of all that is kept it attends to."""
         for block, kept in zip(self.model.encoder.bert.transformer.blocks, self.kept, strict=True):
-            kept.seen = seen[:, None]
+            kept.mask = mask[:, None]
             x = block(x, cache=kept)
         return x
 
@@ -278,7 +282,7 @@ class CaptionDecoding(Decoding):
         T = tokens.shape[1]
         positions = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         x = self.model.encoder.bert.embed(tokens, positions=positions)
-        x = self.read(x, attention_mask("causal", self.R, self.mask)[:, -T:])
+        x = self.append(x, attention_mask("causal", self.R, self.mask)[:, -T:])
         return self.model.word_logits(x[:, -1]).float()
 
     def predict(self, tokens: Tensor) -> Tensor:
@@ -297,9 +301,9 @@ class Kept:
 
     keys: Tensor | None = None
     values: Tensor | None = None
-    seen: Tensor  # (B, 1, T, S)
+    mask: Tensor  # (B, 1, T, S)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
         self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
-        return self.keys, self.values, self.seen
+        return self.keys, self.values, self.mask
