@@ -1,11 +1,19 @@
 """What a model says that it can do is what it has methods for."""
 
+from dataclasses import replace
+
 import pytest
 
 from minivlm.model import Model
+from minivlm.models.multitask import MultitaskVLM
+from minivlm.models.uniter import UNITER
+from minivlm.models.vqa import VQAModel
 from tests import speakers
 from tests.models.test_blip2 import MODELS as BLIP2S
 from tests.models.test_blip2 import blip2
+from tests.models.test_joint_encoder import CLASSES, CONFIGS
+from tests.models.test_multitask import CONFIG as MULTITASK
+from tests.models.test_vqa import CONFIG as VQA
 
 WORDS = {"encode", "match", "caption", "answer", "choose", "rank", "chat", "complete", "attend", "few-shot"}
 METHODS = {
@@ -21,6 +29,18 @@ MODELS = {
     "llava": (speakers.llava, {"caption", "answer", "chat", "complete", "attend", "few-shot"}),
     "flamingo": (speakers.flamingo, {"caption", "answer", "chat", "complete", "few-shot"}),
     "language model": (speakers.language_model, {"answer", "chat", "complete"}),
+    **{
+        CLASSES[type(config)].__name__: (
+            lambda config=config: CLASSES[type(config)](config),
+            {"match", "choose", "attend"},
+        )
+        for config in CONFIGS
+    },
+    "uniter of a detector": (lambda: UNITER(replace(CONFIGS[1], vision=None, heads=())), {"choose"}),
+    "uniter without answers": (lambda: UNITER(replace(CONFIGS[1], answers=())), {"match"}),
+    "vqa": (lambda: VQAModel(VQA), {"choose", "attend"}),
+    "multitask": (lambda: MultitaskVLM(MULTITASK), {"caption", "choose", "attend", "encode"}),
+    "multitask, search": (lambda: MultitaskVLM(replace(MULTITASK, tasks=("search",))), {"encode"}),
     **{
         f"blip2, {name}": (
             lambda config=config: blip2(config),

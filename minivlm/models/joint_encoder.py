@@ -173,16 +173,20 @@ def logits_of(
     return logits
 
 
+def abilities(model: Model) -> frozenset[str]:
+    """See `Model.abilities`: those of the heads that the model has, and of its tower."""
+    can = {"choose"} if model.config.answers else set()
+    can |= {"attend"} if model.config.answers and model.vision is not None else set()
+    return frozenset(can | ({"match"} if "matching" in model.config.heads else set()))
+
+
 def answer(model: Model, images: Images, tokens: Tensor, mask: Tensor | None = None, **regions) -> Tensor:
     """Logits of all answers, (B, A). regions: boxes, region_mask, as `forward` takes them."""
     return model(images, tokens, mask, heads=("answers",), **regions).logits["answers"]
 
 
-def match(
-    model: Model, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, features=None, **regions
-) -> Tensor:
+def match(model: Model, images: Images, tokens: Tensor, mask: Tensor | None = None, **regions) -> Tensor:
     """Does text i describe image i?  → logits (B, 2) of no and yes. regions: as in `answer`."""
-    images = images if features is None else ImageFeatures(features)
     return model(images, tokens, mask, heads=("matching",), **regions).logits["matching"]
 
 

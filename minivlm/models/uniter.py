@@ -44,6 +44,7 @@ class UNITER(Model):
 
     config_class = UNITERConfig
     # functions of the model that all joint encoders share
+    abilities = property(joint.abilities)
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     counts, chance_losses = joint.counts, joint.chance_losses
 
