@@ -139,7 +139,9 @@ def test_all_tasks_can_be_learnt_at_once(model, images):
 def test_a_task_has_the_fields_names_as_well_and_may_stand_last(model, images):
     for name, task in (("vqa", "answer"), ("retrieval", "search"), ("caption", "caption")):
         assert model(images, TOKENS, MASK, name).equal(model(images, TOKENS, MASK, task=task))
-    with pytest.raises(UserError, match=r"None is no task of this MultitaskVLM\. There are: answer, caption, retrieval"):
+    with pytest.raises(
+        UserError, match=r"None is no task of this MultitaskVLM\. There are: answer, caption, retrieval"
+    ):
         model(images, TOKENS, MASK)
     with pytest.raises(UserError, match=r"Did you mean caption\? There are: caption, answer, search, vqa, retrieval"):
         model(images, TOKENS, MASK, "captions")
