@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Tex
 if TYPE_CHECKING:
     from PIL import Image
     from tokenizers import Tokenizer
+
+Picture = Union["Image.Image", str, os.PathLike, np.ndarray]  # a path or an (H, W, 3) uint8 array stand for an image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,21 +93,45 @@ class Processor:
     def context(self) -> int:
         return self.config.context
 
-    # ---- pictures ----------------------------------------------------------------------------------------------------
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str = "pt",
+        padding: bool | str = True,
+    ) -> dict[str, Tensor]:
+        """Images, texts or both as the keyword arguments of a model: {"images": …, "tokens": …, "mask": …}.
 
-    def images(self, pictures: Sequence[Image.Image | str | os.PathLike | np.ndarray]) -> Tensor:
+        See `images` and `text`; each `<image>` becomes its placeholders. return_tensors and padding have the one value that
+        is true of this processor, "pt" and True or "longest": UserError for any other, and where nothing is given.
+        """
+        if return_tensors != "pt" or padding not in (True, "longest"):
+            raise UserError(
+                f"return_tensors is {return_tensors!r} and padding {padding!r}, but a processor returns PyTorch tensors, "
+                "padded to the longest text: leave both out."
+            )
+        if images is None and text is None:
+            raise UserError("a processor needs images, text or both: write processor(images=…, text=…).")
+        inputs = {} if images is None else {"images": self.images(images)}
+        return inputs | (
+            {} if text is None else dict(zip(("tokens", "mask"), self.text(text, expand=True), strict=True))
+        )
+
+    # ---- images ------------------------------------------------------------------------------------------------------
+
+    def images(self, images: Picture | Sequence[Picture]) -> Tensor:
         """PIL images, paths or (H, W, 3) uint8 arrays → (B, 3, S, S) float32; with tiles (B, 1 + n², 3, S, S).
 
-        Raises UserError for a file that is no picture, and where pictures that are not cropped differ in size.
+        One image makes a batch of one. Raises UserError for a file that holds no image, and where images that are not
+        cropped differ in size.
         """
-        if isinstance(pictures, (str, os.PathLike)):
-            raise TypeError(f"a list of pictures is wanted, not one: [{str(pictures)!r}]")
         n, S = self.config.tiles, self.image_size
-        views = [view for picture in pictures for view in self.views(open_picture(picture))]
+        views = [view for image in as_list(images) for view in self.views(open_picture(image))]
         shapes = {view.shape[:2] for view in views}
         if len(shapes) > 1:
             sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
-            raise UserError(f"without a crop these pictures have different sizes ({sizes}): give them one at a time.")
+            raise UserError(f"without a crop these images have different sizes ({sizes}): give them one at a time.")
         pixels = torch.from_numpy(self.normalise(np.stack(views))) if views else torch.empty(0, 3, S, S)
         return pixels if n == 1 else pixels.view(-1, 1 + n * n, *pixels.shape[1:])
 
@@ -193,14 +219,15 @@ class Processor:
 
     # ---- strings -----------------------------------------------------------------------------------------------------
 
-    def text(self, strings: Sequence[str], *, cut: bool = False, expand: bool = False) -> tuple[Tensor, Tensor]:
+    def text(self, strings: str | Sequence[str], *, cut: bool = False, expand: bool = False) -> tuple[Tensor, Tensor]:
         """B strings → tokens (B, T) int64, mask (B, T) bool, True = a real token; T is that of the longest.
 
+        One string makes a batch of one.
         cut: a text longer than the context loses its last words, but not its end token. Otherwise nothing is ever cut:
         it comes back longer, and the model refuses it. expand: each `<image>` becomes as many placeholders as a picture
         has features; without, it is one token, as the published tokenisers have it (`generate` takes both).
         """
-        rows = self.encode(strings)
+        rows = self.encode([strings] if isinstance(strings, str) else strings)
         if expand:
             rows = [self.expand(row) for row in rows]
         if cut:
@@ -405,7 +432,15 @@ def tidy(text: str) -> str:
     return text
 
 
-def open_picture(picture: Image.Image | str | os.PathLike | np.ndarray) -> Image.Image:
+def as_list(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
+    """Several images as they are; one image in a list."""
+    from PIL.Image import Image
+
+    one = isinstance(images, (str, os.PathLike, Image)) or (isinstance(images, np.ndarray) and images.ndim == 3)
+    return [images] if one else images
+
+
+def open_picture(picture: Picture) -> Image.Image:
     """A path, an array or a PIL image of any mode → upright RGB, transparency over white."""
     from PIL import Image
 

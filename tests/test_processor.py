@@ -98,9 +98,32 @@ def test_without_a_crop_one_size_at_a_time():
         processor.images([gradient(8, 10), gradient(8, 9)])
 
 
-def test_one_path_is_not_a_list_of_pictures():
-    with pytest.raises(TypeError, match="a list of pictures"):
-        plain().images("x.jpg")
+def test_one_image_is_a_batch_of_one(tmp_path):
+    Image.fromarray(gradient(8, 8)).save(tmp_path / "x.png")
+    expected = plain().images([tmp_path / "x.png"])
+    for one in (str(tmp_path / "x.png"), Image.open(tmp_path / "x.png"), gradient(8, 8)):
+        assert torch.equal(plain().images(one), expected)
+
+
+def test_images_and_texts_together_are_what_a_model_is_called_with(trained):
+    inputs = trained(text=["a small red disc", "disc"], images=gradient(8, 8), return_tensors="pt", padding=True)
+    tokens, mask = trained.text(["a small red disc", "disc"])
+    assert torch.equal(inputs["tokens"], tokens) and torch.equal(inputs["mask"], mask)
+    assert torch.equal(inputs["images"], trained.images([gradient(8, 8)])) and len(inputs) == 3
+    assert list(trained(gradient(8, 8))) == ["images"] and list(trained(text="disc")) == ["tokens", "mask"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"return_tensors": "np"}, "leave both out"),
+        ({"padding": False}, "leave both out"),
+        ({"text": None}, "images, text"),
+    ],
+)
+def test_what_a_processor_does_not_do_is_refused_in_a_sentence(trained, wrong, told):
+    with pytest.raises(UserError, match=told):
+        trained(**{"text": "disc", **wrong})
 
 
 def test_no_pictures_are_an_empty_batch():
@@ -177,9 +200,10 @@ def test_no_texts_are_an_empty_batch(trained):
     assert trained.text([])[0].shape == (0, 0)
 
 
-def test_one_string_is_not_a_list_of_letters(trained):
+def test_one_string_is_a_batch_of_one(trained):
+    assert all(map(torch.equal, trained.text("disc"), trained.text(["disc"])))
     with pytest.raises(TypeError, match="a list of strings"):
-        trained.text("disc")
+        trained.encode("disc")  # whose result is a list for each
 
 
 def test_longer_texts_are_cut_only_when_asked(trained):

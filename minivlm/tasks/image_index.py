@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError
 from minivlm.files import is_own_file, locked, parse_json, read_bytes
-from minivlm.tasks.features import encode_pixels, inference
+from minivlm.processor import Picture
+from minivlm.tasks.features import encode_images, encode_pixels, inference
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: where both are the same, so is the file
 HEADER = 128  # bytes before the first row of our .npy files
@@ -56,7 +57,7 @@ class ImageIndex:
 
 
 def build_image_index(
-    directory: str | Path,
+    images: str | Path | Sequence[Picture],
     model,
     processor,
     *,
@@ -64,15 +65,18 @@ def build_image_index(
     batch_size: int = 64,
     save_every: float = 10.0,
     progress: bool = True,
-) -> ImageIndex:
-    """The index of every picture below `directory`: made, completed or brought up to date, behind a progress bar.
+) -> ImageIndex | Tensor:
+    """The index of every image below a folder, kept on disk; or of a list of images, a tensor (N, D) in memory.
 
-    path: a folder of its own for the index; None: one in the user's cache (`index_path` gives one in a model's folder).
-    Only new and changed pictures are encoded, those that vanished are dropped, and an index of another model or
-    folder is replaced. Killed at any moment it loses the last `save_every` seconds; interrupted with Ctrl-C, nothing.
-    Pictures that cannot be read are in `.skipped`, with the reason. UserError: no folder, no pictures, none readable.
+    A folder's index is made, completed or brought up to date, behind a progress bar. path: a folder of its own for the
+    index; None: one in the user's cache (`index_path` gives one in a model's folder). Only new and changed images are
+    encoded, those that vanished are dropped, and an index of another model or folder is replaced. Killed at any moment it
+    loses the last `save_every` seconds; interrupted with Ctrl-C, nothing. Images that cannot be read are in `.skipped`,
+    with the reason. UserError: no folder, no images, none readable; of a list, any that cannot be read.
     """
-    directory = Path(directory)
+    if not isinstance(images, (str, os.PathLike)):
+        return index_of_list(images, model, processor, path, batch_size)
+    directory = Path(images)
     files = list_images(directory)
     made_by = fingerprint(model, processor)
     path = cached_path(directory, made_by) if path is None else Path(path)
@@ -87,6 +91,14 @@ def build_image_index(
         name, (_, why) = next(iter(index.skipped.items()))
         raise UserError(f"no picture in {directory} can be read ({len(files)} tried); the first is {name}: {why}")
     return index
+
+
+def index_of_list(images: Sequence[Picture], model, processor, path: object, batch_size: int) -> Tensor:
+    if path is not None:
+        raise UserError("only the index of a folder is kept on disk; the index of a list is returned: leave out path.")
+    if not len(images):
+        raise UserError("the list of images is empty; name at least one.")
+    return encode_images(images, model, processor, batch_size=batch_size)
 
 
 def usable(path: Path, directory: Path, made_by: str) -> ImageIndex:

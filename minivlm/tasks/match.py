@@ -19,9 +19,15 @@ from torch import Tensor
 
 from minivlm.errors import UserError
 from minivlm.layers.tower import ImageFeatures
+from minivlm.processor import Picture
 from minivlm.tasks.features import finite, inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched
+
+
+def match(image: Picture, text: str, model, processor) -> float:
+    """The probability that the text describes the image. UserError: see `match_all`."""
+    return match_all([image], [text], model, processor).item()
 
 
 def match_all(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
@@ -21,29 +22,40 @@ from minivlm.tasks.image_index import ImageIndex, fingerprint, open_image_index
 
 
 def search_images(
-    query: Any, index: ImageIndex | str | Path, model, processor, *, top_k: int = 5, chunk: int = 65_536
-) -> list[tuple[Path, float]]:
+    query: Any, index: ImageIndex | str | Path | Tensor, model, processor, *, top_k: int = 5, chunk: int = 65_536
+) -> list[tuple[Path, float]] | list[tuple[int, float]]:
     """The `top_k` images of the index that are closest to `query`, as (path, cosine), best first.
 
-    query: a string is words; a Path, PIL image or (H, W, 3) uint8 array is a picture. index: from `build_image_index`,
-    or where it lies. chunk: rows in memory at a time. All images where there are fewer than top_k; of equal ones the
-    earlier in the index first. UserError: an index that another model made, an empty query, top_k below 1.
+    query: a string is a text; a Path, PIL image or (H, W, 3) uint8 array is an image. index: from `build_image_index`, or
+    the folder that it is in; or vectors (N, D) of images, for which (row, cosine) comes back. chunk: rows in memory at a
+    time. All images where there are fewer than top_k; of equal ones the earlier in the index first. UserError: an index
+    that another model made, an empty query, top_k below 1.
     """
     if top_k < 1:
-        raise UserError(f"top_k is {top_k}, but at least one picture has to be shown.")
+        raise UserError(f"top_k is {top_k}, but at least one image has to be found.")
     if isinstance(query, str) and not query.strip():
         raise UserError("the query is empty; say what to look for.")
-    if not isinstance(index, ImageIndex):
+    in_memory = isinstance(index, Tensor)
+    if not isinstance(index, (ImageIndex, Tensor)):
         index = open_image_index(index)
-    if index.model != fingerprint(model, processor):
+    if not in_memory and index.model != fingerprint(model, processor):
         raise UserError(
             f"the index in {index.path} was made with another model; make it again with build_image_index, "
             "or give the model it was made with."
         )
-    encode = encode_texts if isinstance(query, str) else encode_images
-    scores, rows = best_rows(encode([query], model, processor)[0], index.features, top_k, chunk=chunk)
+    [vector] = (encode_texts if isinstance(query, str) else encode_images)([query], model, processor)
+    if in_memory and (index.dim() < 2 or index.shape[-1] != vector.shape[-1]):
+        raise UserError(
+            f"the index has shape {tuple(index.shape)}, but the vectors of this model have width {vector.shape[-1]}: "
+            "make the index with build_image_index and the same model."
+        )
+    features = F.normalize(index.detach().float(), dim=-1).flatten(1).cpu().numpy() if in_memory else index.features
+    scores, rows = best_rows(vector, features, top_k, chunk=chunk)
+    found = zip(rows.tolist(), scores.tolist(), strict=True)
+    if in_memory:
+        return list(found)
     names = list(index.rows)
-    return [(index.directory / names[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
+    return [(index.directory / names[row], score) for row, score in found]
 
 
 def best_rows(query: Tensor, features: np.ndarray, k: int, *, chunk: int) -> tuple[Tensor, Tensor]:

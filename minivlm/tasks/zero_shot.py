@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
 from minivlm.models.image_text_matching import Matching
+from minivlm.processor import Picture, as_list
 from minivlm.tasks.features import encode_images, encode_texts
 
 # In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
@@ -36,22 +36,27 @@ TEMPLATE_SETS = {"plain": PLAIN, "photo": PHOTO}
 
 
 def zero_shot_classify(
-    images: Any, labels: Sequence[str], model, processor, *, templates: Sequence[str] = PLAIN, top_k: int = 5
-) -> list[list[tuple[str, float]]]:
-    """The `top_k` likeliest of `labels` for each image, as (label, probability), likeliest first.
+    images: Picture | Sequence[Picture],
+    labels: Sequence[str],
+    model,
+    processor,
+    *,
+    templates: Sequence[str] = PLAIN,
+    top_k: int = 5,
+) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
+    """The `top_k` likeliest of `labels` for an image, as (label, probability), likeliest first.
 
-    images: one image or a list of them, each a PIL image, a path or an (H, W, 3) uint8 array; one list an image comes
-    back. Probabilities are a softmax over the labels; of a model trained with the sigmoid loss each stands for itself,
+    images: one image (a PIL image, a path or an (H, W, 3) uint8 array), or a list of images, which gives a list of such
+    lists. Probabilities are a softmax over the labels; of a model trained with the sigmoid loss each stands for itself,
     and they need not add up to one. UserError: fewer than two labels, an empty or repeated one, a template without a
     place for it, an image that cannot be read.
     """
     if top_k < 1:
         raise UserError(f"top_k is {top_k}, but at least one label has to be shown.")
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not images:
+    if not len(several := as_list(images)):
         return []
     classes = class_features(labels, model, processor, templates)
-    features = encode_images(images, model, processor)
+    features = encode_images(several, model, processor)
     if isinstance(model, Matching):  # of a Q-Former, each query has a vector
         probabilities = (model.scale() * model.similarity(features, classes)).detach().softmax(dim=1)  # (N, C)
     else:
@@ -60,10 +65,11 @@ def zero_shot_classify(
             logits.sigmoid() if getattr(model.config, "loss", "softmax") == "sigmoid" else logits.softmax(dim=1)
         )
     best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
-    return [
+    answers = [
         [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]
         for order, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+    return answers if several is images else answers[0]
 
 
 def class_features(labels: Sequence[str], model, processor, templates: Sequence[str] = PLAIN) -> Tensor:

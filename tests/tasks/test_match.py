@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import minivlm
 from minivlm import tasks
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes.negatives import one_attribute_negatives
@@ -34,6 +35,12 @@ def files(world, tmp_path):
     for i in range(40):
         Image.fromarray(world.pixels[i]).save(tmp_path / f"{i:02}.png")
     return tmp_path
+
+
+def test_one_image_and_one_text_have_one_probability(world, oracle):
+    text = world.all_captions(0)[0]
+    [[expected]] = tasks.match_all([world.pixels[0]], [text], oracle, oracle.processor).tolist()
+    assert minivlm.match(world.pixels[0], text, oracle, oracle.processor) == expected > 0.5
 
 
 def test_the_right_text_is_likely_and_one_that_is_false_by_a_word_is_not(world, oracle):

@@ -63,6 +63,28 @@ def test_words_and_pictures_find_their_pictures(pictures, tmp_path):
     assert score == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_index_of_a_list_is_a_tensor_and_a_search_in_it_finds_rows(pictures, tmp_path, opened):
+    model, processor = ColourModel(), ColourProcessor()
+    paths = [pictures / name for name in ("red.png", "a/green.jpg", "b/blue.PNG")]
+    index = build_image_index([Image.open(path) for path in paths] if opened else paths, model, processor)
+    assert torch.equal(index, model.encode_image(processor.images(paths)).detach())
+    found = search_images("a blue thing", index, model, processor, top_k=2)
+    of_folder = search_images("a blue thing", build(pictures, tmp_path / "index"), model, processor, top_k=1)
+    assert found[0] == pytest.approx((2, of_folder[0][1])) and len(found) == 2
+    assert search_images("a blue thing", 3 * index, model, processor, top_k=2)[0] == pytest.approx(found[0])  # cosines
+
+
+def test_an_index_of_another_width_an_empty_list_and_a_place_for_a_list_are_refused(pictures, tmp_path):
+    model, processor = ColourModel(), ColourProcessor()
+    with pytest.raises(UserError, match=r"shape \(3, 5\), but the vectors of this model have width 4"):
+        search_images("red", torch.ones(3, 5), model, processor)
+    with pytest.raises(UserError, match="is empty"):
+        build_image_index([], model, processor)
+    with pytest.raises(UserError, match="leave out path"):
+        build_image_index([pictures / "red.png"], model, processor, path=tmp_path / "index")
+
+
 def test_the_index_is_a_plain_npy_of_unit_vectors_and_a_json(pictures, tmp_path):
     model = ColourModel()
     index = build(pictures, tmp_path / "index", model)

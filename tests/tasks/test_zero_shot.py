@@ -30,7 +30,7 @@ def test_each_picture_gets_its_own_label_first(tmp_path):
 def test_probabilities_are_the_softmax_of_the_scaled_cosines():
     model, processor = ColourModel(), ColourProcessor()
     image = Image.new("RGB", (8, 8), (255, 128, 0))
-    (answer,) = zero_shot_classify(image, LABELS, model, processor)
+    answer = zero_shot_classify(image, LABELS, model, processor)
     cosines = encode_images([image], model, processor)[0] @ encode_texts([f"a {x}" for x in LABELS], model, processor).T
     want = (10 * cosines).softmax(0)
     assert dict(answer) == pytest.approx(dict(zip(LABELS, want.tolist(), strict=True)), rel=1e-5)
@@ -40,17 +40,25 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines():
 
 def test_a_sigmoid_model_judges_each_label_by_itself():
     model, processor = ColourModel("sigmoid"), ColourProcessor()
-    (two,) = zero_shot_classify(Image.new("RGB", (8, 8), "red"), ["red", "blue"], model, processor)
-    (three,) = zero_shot_classify(Image.new("RGB", (8, 8), "red"), ["red", "blue", "yellow"], model, processor)
+    two = zero_shot_classify(Image.new("RGB", (8, 8), "red"), ["red", "blue"], model, processor)
+    three = zero_shot_classify(Image.new("RGB", (8, 8), "red"), ["red", "blue", "yellow"], model, processor)
     assert dict(three)["red"] == pytest.approx(dict(two)["red"])
     assert dict(two)["red"] == pytest.approx(1 / (1 + math.exp(-(10 - 5))), rel=1e-3)  # cosine 1, scale 10, bias −5
 
 
 def test_top_k_keeps_the_likeliest():
     image = Image.new("RGB", (8, 8), "red")
-    (whole,) = zero_shot_classify(image, LABELS, ColourModel(), ColourProcessor(), top_k=9)
-    (best,) = zero_shot_classify(image, LABELS, ColourModel(), ColourProcessor(), top_k=1)
+    whole = zero_shot_classify(image, LABELS, ColourModel(), ColourProcessor(), top_k=9)
+    best = zero_shot_classify(image, LABELS, ColourModel(), ColourProcessor(), top_k=1)
     assert len(whole) == 3 and best == whole[:1]
+
+
+def test_one_image_gets_one_list_and_a_list_of_one_a_list_of_lists(tmp_path):
+    one = zero_shot_classify(paint(tmp_path / "b.png", "blue"), LABELS, ColourModel(), ColourProcessor())
+    assert one[0][0] == "blue circle"
+    for image in (str(tmp_path / "b.png"), Image.open(tmp_path / "b.png"), np.array(Image.open(tmp_path / "b.png"))):
+        assert zero_shot_classify(image, LABELS, ColourModel(), ColourProcessor()) == one
+        assert zero_shot_classify([image], LABELS, ColourModel(), ColourProcessor()) == [one]
 
 
 def test_no_pictures_no_answers():
