@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -187,6 +188,27 @@ class TestBothKinds:
             expected = F.binary_cross_entropy_with_logits(z, torch.eye(8), reduction="sum") / 8
         assert_same(loss(images, texts), expected)
         assert loss.logits(images, texts[:3]).shape == (8, 3)
+
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_vectors_of_any_length_are_scaled_to_unit_length(self, kind, chunk):
+        loss = CLIPLoss(kind, chunk=chunk)
+        vectors = 3 * torch.randn(8, 6), torch.randn(8, 6)
+        unit_vectors = [F.normalize(x, dim=-1) for x in vectors]
+        normalised = lambda *vectors: loss(*(F.normalize(x, dim=-1) for x in vectors))
+        assert_same_gradients(loss, normalised, list(vectors))
+        assert_same(loss.logits(*vectors), loss.logits(*unit_vectors))
+
+    def test_vectors_of_unit_length_are_compared_as_they_are(self, kind):
+        loss, images, texts = CLIPLoss(kind).eval(), unit(64, 48), unit(64, 48)
+        plain = softmax_loss if kind == "softmax" else partial(sigmoid_loss, bias=loss.logit_bias)
+        value = plain(images, texts, loss.scale())
+        assert torch.equal(loss(images, texts), value)
+
+    def test_a_vector_of_zeros_is_no_nan(self, kind):
+        images = torch.zeros(8, 6, requires_grad=True)
+        loss = CLIPLoss(kind)(images, unit(8, 6))
+        loss.backward()
+        assert loss.isfinite() and images.grad.isfinite().all()
 
     def test_shapes_that_do_not_match(self, kind):
         with pytest.raises(ValueError, match=r"one shape \(B, D\), not \(8, 6\) and \(7, 6\)"):

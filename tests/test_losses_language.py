@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minivlm import losses
-from minivlm.losses import labelled, next_token_loss
+from minivlm.losses import labelled, next_token, next_token_loss
 from minivlm.testing import assert_same, assert_same_gradients
 from tests.test_losses import LargestTensor
 
@@ -101,7 +100,7 @@ def test_chunks_hold_no_more_logits_than_they_are_told_to():
 
 def test_many_logits_are_chunked_unasked(monkeypatch):
     told = SimpleNamespace(apply=lambda x, weight, targets, chunk, smoothing: chunk)
-    monkeypatch.setattr(losses, "ChunkedCrossEntropy", told)
+    monkeypatch.setattr(next_token, "ChunkedCrossEntropy", told)
     hidden, labels = torch.randn(1, 9, 1), torch.arange(9)[None]
     assert next_token_loss(hidden, labels, torch.empty(2**24, 1), total=True) == 4  # 8 rows of them are twice 2²⁶
 

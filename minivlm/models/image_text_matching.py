@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.layers.tower import ImageFeatures
-from minivlm.losses import backward, full_precision, gather, in_parts, is_distributed, mean
+from minivlm.losses import backward, first_row, full_precision, gather, in_parts, is_distributed, mean
 
 
 class Matching:
@@ -130,8 +130,3 @@ def gather_texts(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     beyond = (0, int(longest) - tokens.shape[1])
     return gather(F.pad(tokens, beyond)), gather(F.pad(mask, beyond).long()).bool()
-
-
-def first_row(rows: int) -> int:
-    """Where the rows of this process begin among those of all."""
-    return dist.get_rank() * rows if is_distributed() else 0

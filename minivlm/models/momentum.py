@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.layers.tower import Images
-from minivlm.losses import full_precision, gather
-from minivlm.models.image_text_matching import first_row
+from minivlm.losses import first_row, full_precision, gather
 from minivlm.models.vision_features import vision_features
 
 COPIED = ("vision", "encoder", "vision_projection", "text_projection")

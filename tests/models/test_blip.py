@@ -123,7 +123,7 @@ class TestLosses:
             return {**losses, **{n: p.grad for n, p in again.named_parameters() if p.grad is not None}}, torch.rand(1)
 
         made_again, after = parts()
-        monkeypatch.setattr("minivlm.losses.checkpoint", lambda function, *args, use_reentrant: function(*args))
+        monkeypatch.setattr("minivlm.losses.parts.checkpoint", lambda function, *args, use_reentrant: function(*args))
         kept, after_one_pass = parts()
         assert torch.equal(after, after_one_pass) and made_again.keys() == kept.keys()
         for name, tensor in kept.items():
