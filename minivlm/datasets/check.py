@@ -24,9 +24,9 @@ import numpy as np
 from minivlm.command_line import Parser
 from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.contents import available
-from minivlm.datasets.conversations import is_talk
-from minivlm.datasets.folder import SPLITS, Item, choose_split, read_folder
-from minivlm.datasets.folder_conversations import find_talk, read_entries
+from minivlm.datasets.conversations import has_conversations
+from minivlm.datasets.folder_entries import find_conversations, read_entries, read_folder
+from minivlm.datasets.folder_files import SPLITS, Item, choose_split
 from minivlm.datasets.images import in_parallel, read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem
@@ -91,18 +91,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def has_pairs(directory: Path) -> bool:
     """Are there images with texts? Conversations and documents may do without."""
-    if is_interleaved(directory) and not is_talk(directory):
+    if is_interleaved(directory) and not has_conversations(directory):
         return False
-    if not find_talk(directory) or (directory / "captions.jsonl").exists():
+    if not find_conversations(directory) or (directory / "captions.jsonl").exists():
         return True
     return any(len(entry.images) == 1 for entry in read_entries(directory, []))
 
 
 def unnamed(directory: Path, items: list[Item]) -> list[str]:
     """A sentence on images that lie in the folder without a line about them; those beside class folders are told by these."""
-    if is_interleaved(directory) or not (find_talk(directory) or (directory / "captions.jsonl").exists()):
+    if is_interleaved(directory) or not (find_conversations(directory) or (directory / "captions.jsonl").exists()):
         return []
-    entries = read_entries(directory, []) if find_talk(directory) else []
+    entries = read_entries(directory, []) if find_conversations(directory) else []
     named = {image for one in (*items, *entries) for image in one.images}
     left = [name for name in list_folder(directory).pictures if name not in named]
     shown = ", ".join(map(readable, left[:3])) + (" …" if len(left) > 3 else "")
@@ -111,7 +111,7 @@ def unnamed(directory: Path, items: list[Item]) -> list[str]:
 
 def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
     """Questions and conversations: which can be learnt from, and which be judged by?"""
-    if not find_talk(args.directory):
+    if not find_conversations(args.directory):
         return
     found: list[str] = []
     entries = read_entries(args.directory, found)

@@ -25,8 +25,8 @@ from minivlm.datasets.class_folders import (
     refuse_other_layouts,
     subfolders,
 )
-from minivlm.datasets.folder import choose_split
-from minivlm.datasets.folder_conversations import find_talk
+from minivlm.datasets.folder_entries import find_conversations
+from minivlm.datasets.folder_files import choose_split
 from minivlm.datasets.images import read_image
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.shots import Lessons, Shot, ShotEpisode
@@ -43,7 +43,7 @@ class PictureClass:
 def is_class_folder(directory: str | os.PathLike) -> bool:
     """Pictures in sub-folders, and nothing that says more about them."""
     directory = Path(directory)
-    told = is_world(directory) or find_talk(directory) or (directory / "captions.jsonl").is_file()
+    told = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
     return not told and directory.is_dir() and bool(subfolders(directory))
 
 

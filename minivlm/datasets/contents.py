@@ -12,9 +12,9 @@ from itertools import chain
 from pathlib import Path
 
 from minivlm.datasets.class_episodes import find_classes, is_class_folder
-from minivlm.datasets.conversations import is_talk
-from minivlm.datasets.folder import SPLITS, choose_split
-from minivlm.datasets.folder_conversations import Conversation, Quiz, read_entries
+from minivlm.datasets.conversations import has_conversations
+from minivlm.datasets.folder_entries import Conversation, Quiz, read_entries
+from minivlm.datasets.folder_files import SPLITS, choose_split
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
@@ -96,7 +96,7 @@ def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[s
             found[split] += Counter({"documents": len(documents), "texts": len(list(documents.texts()))})
     if is_class_folder(directory):
         count_classes(directory, found)
-    if is_talk(directory) or not is_interleaved(directory):
+    if has_conversations(directory) or not is_interleaved(directory):
         try:
             entries = read_entries(directory)
         except UserError:

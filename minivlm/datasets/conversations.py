@@ -1,101 +1,17 @@
-"""What a dataset of the prefix pattern offers: pictures, and what is said about them in turns."""
+"""Opens a folder as images with conversations, or as texts, by what it contains."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from minivlm.conversation import DESCRIBE, Turn, as_text, with_images
-from minivlm.datasets.judge import Problem
+from minivlm.datasets.conversation_base import Conversations, Question
+from minivlm.datasets.folder_conversations import FolderConversations
+from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes.conversations import ShapesConversations
 
-
-def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
-    """A request, and one of the captions of the picture."""
-    caption = as_text(captions[int(rng.random() * len(captions))])
-    return [Turn("user", with_images(DESCRIBE)), Turn("assistant", caption)]
-
-
-class Question(NamedTuple):
-    """A question to be judged by."""
-
-    index: int  # the sample whose pictures it is about
-    text: str  # without <image> marks: they stand in front of it, one for each picture of the sample
-    answers: tuple[str, ...]  # any of them is right; ten: what ten people said (VQA v2)
-    kind: str = "all"  # accuracy is told for each kind
-
-
-class Conversations:
-    """One split of pictures with conversations. A dataset sets `split`, and defines the methods that raise here.
-
-    split  "train", "val" or "test"
-    notes  sentences that the user should see: what was skipped, which split stands in for a missing one
-    one_picture_each  False where some samples have several pictures, or none
-    free_answers  True where the questions are those of conversations, whose answers are sentences
-    """
-
-    split: str
-    notes: Sequence[str] = ()
-    one_picture_each: bool = True
-    free_answers: bool = False
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
-        """The pictures of each sample, (H, W, 3) uint8 RGB; sizes may differ."""
-        raise NotImplementedError
-
-    def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
-        """Leave out, and tell in `notes`, of which samples nothing can be learnt (judge.py)."""
-
-    def keep_captioned(self) -> None:
-        """Leave out, and tell in `notes`, the samples without captions."""
-
-    def pictures(self, index: int) -> int:
-        """How many a sample has."""
-        return 1
-
-    def check_pictures(self) -> None:
-        """UserError where a picture cannot be decoded."""
-
-    def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
-        """What is said about the pictures of a sample; where there is a choice, `rng` makes it."""
-        raise NotImplementedError
-
-    def key(self, index: int) -> str:
-        """The sample's name in messages: a file name, or "train/123"."""
-        raise NotImplementedError
-
-    def texts(self) -> Iterator[str]:
-        """All that is said in the split, each text once: what a tokeniser and a language model are trained on."""
-        raise NotImplementedError
-
-    def questions(self) -> list[Question]:
-        """The questions that a model is judged by, always the same ones; none where the data hold none."""
-        return []
-
-    def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
-        """Questions about a sample to learn from; where there is a choice, `rng` makes it."""
-        return []
-
-    def captions(self, index: int) -> list[str]:
-        """What is known to describe the picture; nothing where the data have no captions."""
-        return []
-
-    def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
-        """A caption with a single thing changed that makes it false; None where the data cannot tell."""
-        return None
-
-    def caption_conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
-        """A request for a caption, and one of them; where there is none, a conversation."""
-        if not (known := self.captions(index)):
-            return self.conversation(index, rng)
-        return ask_for_caption(known, rng)
+__all__ = ["Conversations", "Question", "has_conversations", "open_conversations", "open_texts"]
 
 
 def open_conversations(directory: str | os.PathLike, split: str, *, image_size: int | None) -> Conversations:
@@ -105,17 +21,13 @@ def open_conversations(directory: str | os.PathLike, split: str, *, image_size: 
     image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no picture will be
                 looked at, so none is decoded
     """
-    from minivlm.datasets.folder_conversations import FolderConversations
-
     directory = Path(directory)
     if is_world(directory):
-        from minivlm.datasets.shapes.conversations import ShapesConversations
-
         return ShapesConversations(directory, split)
     return FolderConversations(directory, split, image_size=image_size)
 
 
-def is_talk(directory: str | os.PathLike) -> bool:
+def has_conversations(directory: str | os.PathLike) -> bool:
     """Does it hold conversations, questions or captions?"""
     files = ("world.json", "conversations.json", "vqa.jsonl", "questions.jsonl", "captions.jsonl")
     return any((Path(directory) / name).is_file() for name in files)
@@ -123,9 +35,7 @@ def is_talk(directory: str | os.PathLike) -> bool:
 
 def open_texts(directory: str | os.PathLike, split: str) -> list[str]:
     """All texts of one split of a folder, each once, those of interleaved.jsonl included."""
-    from minivlm.datasets.interleaved import Interleaved, is_interleaved
-
     sources: list = [Interleaved(directory, split, image_size=None)] if is_interleaved(directory) else []
-    if is_talk(directory) or not sources:
+    if has_conversations(directory) or not sources:
         sources.append(open_conversations(directory, split, image_size=None))
     return list(dict.fromkeys(text for source in sources for text in source.texts()))

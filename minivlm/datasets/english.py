@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from minivlm.datasets.folder import TEMPLATES
+from minivlm.datasets.folder_files import TEMPLATES
 
 # Of what English captions consist, without what transforms.py lists.
 FREQUENT = """

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from minivlm.conversation import IGNORED, PLACEHOLDER, Sample
-from minivlm.datasets.folder import find_image, read_lines
-from minivlm.datasets.folder_conversations import Entry, FolderEntries
+from minivlm.datasets.folder_conversations import FolderEntries
+from minivlm.datasets.folder_entries import Entry
+from minivlm.datasets.folder_files import find_image, read_lines
 from minivlm.datasets.judge import check_pictures, leave_out
 from minivlm.errors import UserError
 from minivlm.processor import Processor

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from minivlm.datasets import TEMPLATES, images, open_pairs
-from minivlm.datasets.folder import hashed_split
+from minivlm.datasets.folder_files import hashed_split
 from minivlm.errors import UserError
 
 

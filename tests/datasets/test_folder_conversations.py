@@ -9,7 +9,7 @@ from PIL import Image
 
 from minivlm.conversation import Turn, encode_conversation
 from minivlm.datasets import Question, check, open_conversations, open_pairs
-from minivlm.datasets.folder_conversations import read_entries
+from minivlm.datasets.folder_entries import read_entries
 from minivlm.errors import UserError
 from tests.speakers import processor
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minivlm.conversation import DESCRIBE, Turn, with_images
-from minivlm.datasets.conversations import Conversations, Question
+from minivlm.datasets.conversation_base import Conversations, Question
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes.facts import about_unseen
 from minivlm.datasets.shapes.questions import ask, judge
