@@ -33,6 +33,14 @@ class Model(nn.Module):
     # which begins with decoder_start_token.
     continues_prompt: bool = True
     decoder_start_token: int | None = None
+    # What else `tasks/` needs to know.
+    takes_images: bool = True  # False: text alone, or the features of regions that a detector has found
+    one_image: bool = False  # with each text it takes exactly one
+    image_placeholders: int | None = None  # tokens of a text that stand for an image; None: an image has no place in it
+    caption_token: int | None = None  # what a caption begins with; None: the start token of the tokeniser
+    # Whose attention over an image is drawn: "pooling", "queries", "answer", or the names of the modules in which the text
+    # attends to the image, as a pattern.
+    image_attention: str | None = None
 
     def __init__(self, config: Any):
         super().__init__()
@@ -46,7 +54,7 @@ class Model(nn.Module):
 
         | word     | promises                                                                                           |
         |----------|----------------------------------------------------------------------------------------------------|
-        | encode   | `encode_image(images)` and `encode_text(tokens, mask)`, vectors of unit length that are comparable |
+        | encode   | `encode_image(images)`, `encode_text(tokens, mask)`: unit vectors, which `probabilities` compares  |
         | match    | `match(images, tokens, mask)` → (B, 2), logits of no and yes: does the text describe the image?    |
         | caption  | `generate(images, tokens, mask)` describes an image                                                |
         | answer   | `generate([images,] tokens, mask)` answers a question in words of its own                          |
@@ -58,6 +66,11 @@ class Model(nn.Module):
         | few-shot | its images stand anywhere in the text, so that examples may precede a query                        |
         """
         return frozenset()
+
+    @property
+    def language_config(self) -> Any:
+        """The config that has the `vocab_size` and the `context` of the texts that it generates."""
+        return self.config
 
     @property
     def device(self) -> torch.device:

@@ -5,25 +5,31 @@ from dataclasses import replace
 import pytest
 
 from minivlm.model import Model
+from minivlm.models.clip import CLIP
 from minivlm.models.multitask import MultitaskVLM
 from minivlm.models.uniter import UNITER
 from minivlm.models.vqa import VQAModel
 from tests import speakers
+from tests.models.test_blip import blip
 from tests.models.test_blip2 import MODELS as BLIP2S
 from tests.models.test_blip2 import blip2
+from tests.models.test_blip2_stage1 import CONFIG as STAGE1
+from tests.models.test_blip2_stage1 import stage1
+from tests.models.test_clip import CONFIGS as CLIPS
 from tests.models.test_joint_encoder import CLASSES, CONFIGS
 from tests.models.test_multitask import CONFIG as MULTITASK
 from tests.models.test_vqa import CONFIG as VQA
 
 WORDS = {"encode", "match", "caption", "answer", "choose", "rank", "chat", "complete", "attend", "few-shot"}
 METHODS = {
-    "encode": ("encode_image", "encode_text"),
+    "encode": ("encode_image", "encode_text", "probabilities"),
     "match": ("match",),
     "choose": ("answer",),
     "rank": ("rank",),
     **dict.fromkeys(("caption", "answer", "chat", "complete"), ("generate", "stream", "prefill")),
     "few-shot": ("image_features", "generate"),
 }
+METHODS_OF_TEXT = {"caption", "answer", "chat", "complete"}
 MODELS = {
     "captioner": (speakers.captioner, {"caption", "attend"}),
     "llava": (speakers.llava, {"caption", "answer", "chat", "complete", "attend", "few-shot"}),
@@ -41,6 +47,14 @@ MODELS = {
     "vqa": (lambda: VQAModel(VQA), {"choose", "attend"}),
     "multitask": (lambda: MultitaskVLM(MULTITASK), {"caption", "choose", "attend", "encode"}),
     "multitask, search": (lambda: MultitaskVLM(replace(MULTITASK, tasks=("search",))), {"encode"}),
+    "clip": (lambda: CLIP(CLIPS["vit"]), {"encode", "attend"}),
+    "blip": (blip, {"encode", "match", "caption", "answer", "chat", "rank", "attend"}),
+    "blip not trained on questions": (lambda: blip(asked=False), {"encode", "match", "caption", "attend"}),
+    "blip that matches": (lambda: blip(roles="match"), {"encode", "match", "attend"}),
+    "blip that describes": (lambda: blip(roles="caption"), {"caption", "attend"}),
+    "blip that answers": (lambda: blip(roles="answer"), {"caption", "answer", "chat", "rank", "attend"}),
+    "stage 1": (stage1, {"encode", "match", "caption", "attend"}),
+    "stage 1 without words": (lambda: stage1(replace(STAGE1, text_head=False)), {"encode", "match", "attend"}),
     **{
         f"blip2, {name}": (
             lambda config=config: blip2(config),
@@ -56,6 +70,9 @@ def test_a_model_names_what_it_can_do_and_has_the_methods_for_it(name):
     build, expected = MODELS[name]
     model = build()
     assert model.abilities == expected
+    assert model.image_attention if "attend" in model.abilities else True
+    assert model.image_placeholders if "few-shot" in model.abilities else True
+    assert {"context", "vocab_size"} <= {*dir(model.language_config)} if METHODS_OF_TEXT & model.abilities else True
     assert all(hasattr(model, method) for word in model.abilities for method in METHODS.get(word, ()))
 
 

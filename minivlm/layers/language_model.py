@@ -61,6 +61,7 @@ class LanguageModel(PackingModel, Model):
 
     config_class = LanguageModelConfig
     abilities = frozenset({"answer", "chat", "complete"})
+    takes_images = False
     packed_class = PackedDecoder
 
     def __init__(self, config: LanguageModelConfig, *, seed: int = 0):

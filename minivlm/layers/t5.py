@@ -96,6 +96,7 @@ class T5(PackingModel, Model):
 
     config_class = T5Config
     abilities = frozenset({"answer", "chat", "complete"})
+    takes_images = False
     packed_class = PackedT5
     continues_prompt = False
     fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: what it gives passes 65,504

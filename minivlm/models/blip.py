@@ -107,6 +107,18 @@ class BLIP(Matching, Model):
     """
 
     config_class = BLIPConfig
+    one_image = True
+    image_attention = "*.cross_attention"  # of the encoder; of one that generates captions alone, of the decoder
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        c = self.config
+        can = {"attend"} | ({"encode", "match"} if c.compares else set()) | ({"caption"} if c.speaks else set())
+        return frozenset(can | ({"answer", "chat", "rank"} if c.answers else set()))
+
+    @property
+    def caption_token(self) -> int | None:
+        return self.config.caption_token
 
     def __init__(self, config: BLIPConfig, *, seed: int = 0):
         super().__init__(config)

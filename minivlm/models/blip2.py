@@ -57,6 +57,7 @@ class BLIP2(Model):
     """
 
     config_class = BLIP2Config
+    image_attention = "queries"
 
     def __init__(self, config: BLIP2Config, *, seed: int = 0):
         super().__init__(config)
@@ -73,6 +74,14 @@ class BLIP2(Model):
     def abilities(self) -> frozenset[str]:
         between = {"few-shot"} if self.config.image_token is not None else set()
         return frozenset({"caption", "answer", "chat", "complete", "attend"} | between)
+
+    @property
+    def image_placeholders(self) -> int | None:
+        return None if self.config.image_token is None else self.config.image_tokens
+
+    @property
+    def language_config(self) -> LanguageModelConfig | T5Config:
+        return self.config.language
 
     @property
     def continues_prompt(self) -> bool:

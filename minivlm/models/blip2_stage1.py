@@ -79,6 +79,7 @@ class BLIP2Stage1(Matching, Model):
     """
 
     config_class = BLIP2Stage1Config
+    image_attention = "queries"
 
     def __init__(self, config: BLIP2Stage1Config, *, seed: int = 0):
         super().__init__(config)
@@ -96,6 +97,14 @@ class BLIP2Stage1(Matching, Model):
         for part in (self.vision_projection, self.text_projection, self.match_head, self.text_head):
             if part is not None:
                 initialise_linears(part, generator)
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        return frozenset({"encode", "match", "attend"} | ({"caption"} if self.text_head is not None else set()))
+
+    @property
+    def caption_token(self) -> int | None:
+        return self.config.caption_token
 
     def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> BLIP2Stage1Output:
         features = ImageFeatures(self.image_features(images))

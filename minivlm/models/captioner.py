@@ -52,6 +52,7 @@ class ImageCaptioningModel(Model):
 
     config_class = ImageCaptioningConfig
     abilities = frozenset({"caption", "attend"})
+    image_attention = "answer"
 
     def __init__(self, config: ImageCaptioningConfig, *, seed: int = 0):
         super().__init__(config)
@@ -61,6 +62,10 @@ class ImageCaptioningModel(Model):
         self.projector = LinearProjector(c.vision.features_at(c.vision_layer)[1], c.language.width)
         initialise_linears(self.projector, generator)
         self.language_model = LanguageModel(c.language, seed=seed)
+
+    @property
+    def language_config(self) -> LanguageModelConfig:
+        return self.config.language
 
     def forward(
         self, images: Images, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None

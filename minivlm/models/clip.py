@@ -108,6 +108,8 @@ class CLIP(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → `CLIPOutput`."""
 
     config_class = CLIPConfig
+    abilities = frozenset({"encode", "attend"})
+    image_attention = "pooling"
 
     def __init__(self, config: CLIPConfig, *, seed: int = 0):
         super().__init__(config)
@@ -138,6 +140,11 @@ class CLIP(Model):
         """(B, T) → (B, E), unit length."""
         read = self.text.first if isinstance(self.text, BERT) else self.text
         return F.normalize(self.text_projection(read(tokens, mask)), dim=-1)
+
+    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """(N, E), (M, E) → (N, M): how probable each text is for each image, with the softmax loss among the M texts."""
+        logits = self.loss.logits(image_vectors, text_vectors)
+        return logits.sigmoid() if self.config.loss == "sigmoid" else logits.softmax(dim=1)
 
     def losses(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What training adds up, by name."""

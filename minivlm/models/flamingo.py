@@ -102,6 +102,14 @@ class Flamingo(Model):
         initialise_linears(self.gated, torch.Generator().manual_seed(seed))
         self.language_model = LanguageModel(c.language, seed=seed)
 
+    @property
+    def image_placeholders(self) -> int:
+        return self.config.image_tokens
+
+    @property
+    def language_config(self) -> LanguageModelConfig:
+        return self.config.language
+
     def forward(
         self,
         images: Images | None,

@@ -30,6 +30,10 @@ class Matching:
             cosines = image_vectors.float() @ text_vectors.float().T
         return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
 
+    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """(N, D) or (N, Q, D), (M, D) → (N, M): how probable each text is for each image, among the M."""
+        return (self.scale() * self.similarity(image_vectors, text_vectors)).softmax(dim=1)
+
     def scale(self) -> Tensor | float:
         """1 / temperature. In training its parameter is clamped, as CLIP's was, so that it is 100 at most."""
         if self.logit_scale is None:

@@ -180,6 +180,11 @@ def abilities(model: Model) -> frozenset[str]:
     return frozenset(can | ({"match"} if "matching" in model.config.heads else set()))
 
 
+def takes_images(model: Model) -> bool:
+    """See `Model.takes_images`."""
+    return model.vision is not None
+
+
 def answer(model: Model, images: Images, tokens: Tensor, mask: Tensor | None = None, **regions) -> Tensor:
     """Logits of all answers, (B, A). regions: boxes, region_mask, as `forward` takes them."""
     return model(images, tokens, mask, heads=("answers",), **regions).logits["answers"]

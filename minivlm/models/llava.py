@@ -88,6 +88,7 @@ class LLaVA(Model):
 
     config_class = LLaVAConfig
     abilities = frozenset({"caption", "answer", "chat", "complete", "attend", "few-shot"})
+    image_attention = "answer"
 
     def __init__(self, config: LLaVAConfig, *, seed: int = 0):
         super().__init__(config)
@@ -98,6 +99,14 @@ class LLaVA(Model):
         self.language_model = LanguageModel(c.language, seed=seed)
         if c.lora is not None:
             add_lora(self.language_model, c.lora, generator=generator)
+
+    @property
+    def image_placeholders(self) -> int:
+        return self.config.image_tokens
+
+    @property
+    def language_config(self) -> LanguageModelConfig:
+        return self.config.language
 
     def forward(
         self,

@@ -97,6 +97,7 @@ class MultitaskVLM(Model):
     """
 
     config_class = MultitaskConfig
+    image_attention = "encoder.bert.transformer.*.attention"
 
     @property
     def abilities(self) -> frozenset[str]:
@@ -174,6 +175,10 @@ class MultitaskVLM(Model):
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length: the first of words that attend to words alone."""
         return F.normalize(self.text_projection(self.encoder.bert(tokens, mask).hidden[:, 0]), dim=-1)
+
+    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """(N, E), (M, E) → (N, M): how probable each text is for each image, among the M."""
+        return self.loss.logits(image_vectors, text_vectors).softmax(dim=1)
 
     def regions(self, images: Images) -> Tensor:
         """(B, R, D), as they enter the first block."""

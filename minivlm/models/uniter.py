@@ -45,6 +45,8 @@ class UNITER(Model):
     config_class = UNITERConfig
     # functions of the model that all joint encoders share
     abilities = property(joint.abilities)
+    takes_images = property(joint.takes_images)
+    image_attention = "bert.transformer.*.attention"
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     counts, chance_losses = joint.counts, joint.chance_losses
 

@@ -56,6 +56,8 @@ class ViLBERT(Model):
     config_class = ViLBERTConfig
     # functions of the model that all joint encoders share
     abilities = property(joint.abilities)
+    takes_images = property(joint.takes_images)
+    image_attention = "connections.*.words.attention"
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
 

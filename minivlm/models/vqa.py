@@ -53,6 +53,7 @@ class VQAModel(Model):
 
     config_class = VQAConfig
     abilities = frozenset({"choose", "attend"})
+    image_attention = "fusion.*.cross_attention"
 
     def __init__(self, config: VQAConfig, *, seed: int = 0):
         super().__init__(config)
