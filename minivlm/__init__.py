@@ -56,6 +56,7 @@ _HOME = {
     "few_shot": "tasks.few_shot",
     "load": "checkpoint",
     "match": "tasks.match",
+    "save": "checkpoint",
     "search_images": "tasks",
     "zero_shot_classify": "tasks",
 }

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import pretrained
-from minivlm.checkpoint import finish_writing, lora_is_told, write_all, write_tensors
+from minivlm.atomic_writing import finish_writing, write_all, write_tensors
+from minivlm.empty_model import lora_is_told
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, LoRALinear, lora_layers, lora_parameters, shared_weights
 from minivlm.peft_config import PeftConfig, read_config

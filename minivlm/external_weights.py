@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections import ChainMap
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.checkpoint import open_model
 from minivlm.errors import UserError
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
@@ -66,16 +64,23 @@ def sources(base: Any, given: Any, where: str) -> dict[str, dict[str, Any]]:
 
 
 def bring_back(
-    weights: Mapping[str, Tensor], base: dict[str, dict[str, Any]], config: Any, where: str, above: tuple[Path, ...]
+    weights: Mapping[str, Tensor],
+    base: dict[str, dict[str, Any]],
+    config: Any,
+    where: str,
+    open_base: Callable[[str, bool], nn.Module],
 ) -> Mapping[str, Tensor]:
-    """What is stored, and the parts it was trained on, as `sources` tells them. UserError where these are missing or not the
-    same any more."""
+    """The stored tensors, and those of the parts that the model was trained on, as `sources` names them.
+
+    open_base(source, asked): loads the model in a directory, or on the hub. UserError for a part that is missing or is not
+    the same any more.
+    """
     parts = []
     for part, about in base.items():
         wanted = getattr(config, CONFIGS[part], None)
         if wanted is None:
             raise UserError(f"{where} names the base {part!r}, but its model has no such part.")
-        found = find_part(about["source"], part, where, above, asked=about["asked"])
+        found = find_part(open_base(about["source"], about["asked"]), part, where, about["source"])
         if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_MARKS:
             found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image
         refuse_another(found, wanted, about, part, where)
@@ -83,9 +88,8 @@ def bring_back(
     return ChainMap(dict(weights), *parts)
 
 
-def find_part(source: str, part: str, where: str, above: tuple[Path, ...], *, asked: bool) -> nn.Module:
-    """The vision tower or the language model of what lies in `source`, which may be one itself."""
-    model, _ = open_model(source, above, asked=asked, device="cpu", dtype=None)
+def find_part(model: nn.Module, part: str, where: str, source: str) -> nn.Module:
+    """The vision tower or the language model of `model`, which may be one itself."""
     found = getattr(model, part, model if part == "language_model" and hasattr(model, "token_embedding") else None)
     if not isinstance(found, nn.Module):
         raise UserError(

@@ -93,6 +93,20 @@ def parse_json(data: bytes, *, texts: bool = True, strict: bool = False) -> Any:
     return values
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where the file is missing, broken or holds something else."""
+    data = read_bytes(path)
+    try:
+        values = parse_json(data, strict=True)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
+    except ValueError as error:  # also of a number of more digits than Python converts
+        raise UserError(f"{path} is not JSON that can be read: {str(error).partition(';')[0]}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
+    return values
+
+
 def no_number(word: str) -> None:
     raise ValueError(f"{word} is no number")
 

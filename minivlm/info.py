@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minivlm import checkpoint, pretrained
+from minivlm import pretrained
+from minivlm.atomic_writing import finish_writing
 from minivlm.command_line import Parser
 from minivlm.conversation import template_of
+from minivlm.empty_model import skeleton
 from minivlm.errors import UserError, run_command_line
+from minivlm.files import read_json
+from minivlm.loading import read_ours
 from minivlm.metrics import Score
 from minivlm.older_names import current_name
 from minivlm.peft_config import read_config
-from minivlm.pretrained.files import open_weights, read_json
+from minivlm.pretrained.files import open_weights
 from minivlm.pretrained.hub import locate
 from minivlm.run import Run, open_tensors, read_record
 from minivlm.tasks.choose import chooses
@@ -39,7 +43,7 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
     """Family, parts, precision, sizes, abilities, run and score, a line or a table each. Of a hub id only the texts are
     downloaded. above: the adapters that belong to it. UserError where there is no model."""
     directory = locate(source, lambda directory: (), named_by=above[-1] if above else None)
-    checkpoint.finish_writing(directory)
+    finish_writing(directory)
     if (directory / "adapter_config.json").exists():
         return adapter(directory, above)
     run = Run(directory)
@@ -47,14 +51,14 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
         return f"{directory} holds a run that is not finished; its latest checkpoint:\n{info(run.latest())}"
     kind = pretrained.recognise(directory)
     ours = kind == "minivlm"
-    described = checkpoint.read_ours(directory) if ours else pretrained.read(directory, kind)
+    described = read_ours(directory) if ours else pretrained.read(directory, kind)
     try:
         file, weights = open_weights(directory, described.weights)
     except UserError as error:  # what the configs tell is told all the same
         file, weights, missing = None, {}, str(error) if Path(source).is_dir() else "not downloaded"
     config = pretrained.settle(described, weights) if not described.needs_base else described.config
     described = replace(described, config=config)
-    model = checkpoint.skeleton(directory, described, lambda: len(weights) or pretrained.MOST_LAYERS)
+    model = skeleton(directory, described, lambda: len(weights) or pretrained.MOST_LAYERS)
     values = read_json(directory / "config.json") if ours else {}
     how = f"saved by minivlm {values['minivlm']}" if ours else f"published, {kind}"
     about = {

@@ -183,9 +183,9 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
         """The model in a directory of ours, a published one, or a hub id; dtype None: as stored."""
-        from minivlm.checkpoint import load
+        import minivlm
 
-        model, _ = load(source, device=device, dtype=dtype)
+        model, _ = minivlm.load(source, device=device, dtype=dtype)
         if not isinstance(model, cls):
             raise TypeError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
@@ -196,9 +196,9 @@ class Model(nn.Module):
         """Write config.json and model.safetensors (and the processor's files). layout="hf": the published form.
 
         base: frozen parts to be left out, and where they come from, as {"language_model": "out/lm"}."""
-        from minivlm.checkpoint import save
+        import minivlm
 
-        save(directory, self, processor, layout=layout, base=base)
+        minivlm.save(directory, self, processor, layout=layout, base=base)
 
 
 def batch_norms(model: nn.Module) -> str:

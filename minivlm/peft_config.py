@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from minivlm import config as configs
 from minivlm.errors import UserError
+from minivlm.files import read_json
 from minivlm.layers.lora import LoRAConfig
-from minivlm.pretrained.files import read_json
 
 FOLLOWED = (
     *("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),

@@ -27,11 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minivlm import checkpoint, config
+from minivlm import atomic_writing, config
+from minivlm.checkpoint import save
 from minivlm.errors import UserError
-from minivlm.files import open_regular
+from minivlm.files import open_regular, read_json
 from minivlm.older_names import current_name, current_names
-from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import refuse_misfits, tied
 from minivlm.run_directory import LOCK, OWN, is_at, set_aside, take_lock
 from minivlm.training import set_random_state
@@ -65,7 +65,7 @@ class Run:
         for path in [*self.checkpoints.glob(".step-*")]:
             if not foreign_files(path):
                 shutil.rmtree(path)
-        if not (self.directory / checkpoint.UNFINISHED).exists():  # else it is put in place when the model is read
+        if not (self.directory / atomic_writing.UNFINISHED).exists():  # else it is put in place when the model is read
             for path in [*self.directory.glob(".*.tmp")]:
                 if OWN.fullmatch(path.name):
                     path.unlink()
@@ -98,14 +98,14 @@ class Run:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            checkpoint.save(temporary, model, processor)
-            checkpoint.write_tensors(temporary / "training.safetensors", training_state(model, optimiser, random))
+            save(temporary, model, processor)
+            atomic_writing.write_tensors(temporary / "training.safetensors", training_state(model, optimiser, random))
             (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
             for name in ("training.safetensors", "training.json"):
-                checkpoint.flush_to_disk(temporary / name)
+                atomic_writing.flush_to_disk(temporary / name)
             self.remove(final)
             temporary.rename(final)
-            checkpoint.flush_to_disk(self.checkpoints)
+            atomic_writing.flush_to_disk(self.checkpoints)
         except OSError as error:
             why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise UserError(f"{final} was not written: {why}. Earlier checkpoints are untouched.") from error

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minivlm.checkpoint import write_atomically
+from minivlm.atomic_writing import write_atomically
 from minivlm.errors import UserError
 from minivlm.layers.attention import Attention
 from minivlm.layers.efficientnet import EfficientNet

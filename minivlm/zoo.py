@@ -21,12 +21,12 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from minivlm import config
-from minivlm.checkpoint import write_atomically
+from minivlm.atomic_writing import write_atomically
 from minivlm.command_line import Parser, check_picture_name, write_picture
 from minivlm.errors import UserError, run_command_line
+from minivlm.files import read_json
 from minivlm.fonts import font
 from minivlm.pictures import CURVES, EDGE, INK, PALE, PAPER
-from minivlm.pretrained.files import read_json
 from minivlm.recipes import RECIPES
 from minivlm.recipes.resuming import differences
 from minivlm.run import Run, read_record

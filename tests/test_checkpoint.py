@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minivlm
-from minivlm import checkpoint
-from minivlm.checkpoint import empty_model, load, save, write_atomically
+from minivlm import atomic_writing, loading
+from minivlm.atomic_writing import write_atomically
+from minivlm.checkpoint import load, save
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import ResNetConfig, TextConfig, VisionConfig
 from minivlm.layers.lora import LoRAConfig
@@ -183,7 +185,7 @@ class Tied(nn.Module):
 
 
 def test_tied_frozen_and_overlapping_tensors(tmp_path, monkeypatch):
-    monkeypatch.setitem(checkpoint.MODELS, "Tied", __name__)
+    monkeypatch.setitem(loading.MODELS, "Tied", __name__)
     model = Tied(TiedConfig())
     model.register_buffer("view", model.twice[1])
     save(tmp_path, model)
@@ -246,13 +248,13 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(where, failure, processor
 def test_nothing_is_renamed_before_all_is_written(processor, tmp_path, monkeypatch):
     """Weights first, config last, and none of them before the last is on the disk."""
     events = []
-    replace_file, flush = os.replace, checkpoint.flush_to_disk
+    replace_file, flush = os.replace, atomic_writing.flush_to_disk
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(Path(b).name) or replace_file(a, b))
-    monkeypatch.setattr(checkpoint, "flush_to_disk", lambda path: events.append("flush") or flush(path))
+    monkeypatch.setattr(atomic_writing, "flush_to_disk", lambda path: events.append("flush") or flush(path))
     save(tmp_path, CLIP(CONFIG), processor)
     renamed = [event for event in events if event != "flush"]
-    assert renamed == [checkpoint.UNFINISHED, "model.safetensors", "tokenizer.json", "config.json"]
-    assert events[:6] == ["flush"] * 5 + [checkpoint.UNFINISHED] and events[-1] == "flush"
+    assert renamed == [atomic_writing.UNFINISHED, "model.safetensors", "tokenizer.json", "config.json"]
+    assert events[:6] == ["flush"] * 5 + [atomic_writing.UNFINISHED] and events[-1] == "flush"
 
 
 def whole(seed, processor):
@@ -291,7 +293,7 @@ def test_a_kill_at_any_renaming_leaves_the_old_model_or_the_new_one(layout, proc
         assert same_state(model, expected)
         assert words.config.mean == wanted.config.mean
         assert words.text(["a red green star"])[0].tolist() == wanted.text(["a red green star"])[0].tolist()
-        assert not (directory / checkpoint.UNFINISHED).exists()
+        assert not (directory / atomic_writing.UNFINISHED).exists()
         save(directory, *new, layout=layout)
         assert same_state(load(directory)[0], new[0])
     assert told == ["old", *["new"] * 10]  # the first renaming is the switch
@@ -299,7 +301,7 @@ def test_a_kill_at_any_renaming_leaves_the_old_model_or_the_new_one(layout, proc
 
 def test_what_was_broken_off_and_cannot_be_put_in_place_is_one_sentence(processor, tmp_path, monkeypatch):
     save(tmp_path, CLIP(CONFIG), processor)
-    (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps({"config.json": ".config.json.7.tmp"}))
+    (tmp_path / atomic_writing.UNFINISHED).write_text(json.dumps({"config.json": ".config.json.7.tmp"}))
     (tmp_path / ".config.json.7.tmp").write_text("{}")
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="was interrupted, and its files cannot be renamed now"):
@@ -311,7 +313,7 @@ def test_what_was_broken_off_and_cannot_be_put_in_place_is_one_sentence(processo
 )
 def test_a_planted_list_of_files_moves_nothing(entry, processor, tmp_path):
     save(tmp_path, CLIP(CONFIG), processor)
-    (tmp_path / checkpoint.UNFINISHED).write_text(json.dumps(entry))
+    (tmp_path / atomic_writing.UNFINISHED).write_text(json.dumps(entry))
     with pytest.raises(UserError, match="is not a list of files to be renamed: remove it"):
         load(tmp_path)
 

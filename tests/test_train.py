@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import checkpoint, training
+from minivlm import atomic_writing, saving, training
 from minivlm import run as run_module
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
@@ -160,14 +160,15 @@ def test_a_diverging_run_stops_at_the_step_and_keeps_its_checkpoints(world, tmp_
 
 @pytest.mark.parametrize("name", [".model.safetensors.{}.tmp", "training.safetensors"])
 def test_a_full_disk_loses_nothing_that_was_saved(name, world, tmp_path, monkeypatch):
-    original, name = checkpoint.write_tensors, name.format(os.getpid())
+    original, name = atomic_writing.write_tensors, name.format(os.getpid())
 
     def full(path, tensors):
         if "step-000008" in str(path) and path.name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    for module in (atomic_writing, saving):
+        monkeypatch.setattr(module, "write_tensors", full)
     with pytest.raises(UserError, match="disk is full"):
         train.main(arguments(world, tmp_path / "clip"))
     assert {path.name for path in (tmp_path / "clip/checkpoints").iterdir()} == {"step-000001", "step-000004"}
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_random_state(finish
     record = run_module.Run(finished).latest()
     tensors = load_file(record / "training.safetensors")
     tensors["random.cpu"] = tensors.pop("random.0.cpu")
-    checkpoint.write_tensors(tmp_path / "training.safetensors", tensors)
+    atomic_writing.write_tensors(tmp_path / "training.safetensors", tensors)
     drawn = []
     for path in (record, tmp_path):
         assert run_module.restore_random(path, torch.device("cpu"), 0, 1) == ""

@@ -103,7 +103,7 @@ def written_whole(out: Path, folders: tuple[str, ...]) -> Iterator[Path]:
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """One line of JSON a row, the whole file or none of it."""
-    from minivlm.checkpoint import write_atomically
+    from minivlm.atomic_writing import write_atomically
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8") as file:

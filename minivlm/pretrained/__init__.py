@@ -22,10 +22,11 @@ from torch import Tensor
 
 from minivlm import config as configs
 from minivlm.errors import Note, UserError
+from minivlm.files import read_json
 from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import generation_config, names
 from minivlm.pretrained.fields import check_config
-from minivlm.pretrained.files import WEIGHTS, read_json
+from minivlm.pretrained.files import WEIGHTS
 
 # A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
 # read_processor(directory, values, config) → Processor, known(values) → the fields that a config may have, see `fields`;

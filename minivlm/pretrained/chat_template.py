@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
 from minivlm.errors import Note, UserError
-from minivlm.files import read_text
-from minivlm.pretrained.files import read_json
+from minivlm.files import read_json, read_text
 from minivlm.special_tokens import PLACEHOLDER, TAG, Markup
 
 if TYPE_CHECKING:

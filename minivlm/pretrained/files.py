@@ -1,4 +1,4 @@
-"""What lies on the disk: JSON, and weights as a mapping from names to tensors that are read when they are asked for.
+"""Files of weights, as mappings from names to tensors that are read when they are asked for.
 
 safetensors files are memory-mapped, privately: a tensor costs nothing until it is used, writing to it never reaches the
 file. Pickled weights are read with PyTorch's restricted reader, which builds tensors and refuses everything else.
@@ -6,34 +6,18 @@ file. Pickled weights are read with PyTorch's restricted reader, which builds te
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.files import open_regular, parse_json, read_bytes
+from minivlm.files import open_regular, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError where the file is missing, broken or holds something else."""
-    data = read_bytes(path)
-    try:
-        values = parse_json(data, strict=True)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
-    except ValueError as error:  # also of a number of more digits than Python converts
-        raise UserError(f"{path} is not JSON that can be read: {str(error).partition(';')[0]}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object in braces.")
-    return values
 
 
 def open_weights(directory: Path, names: tuple[str, ...] = WEIGHTS) -> tuple[Path, Mapping[str, Tensor]]:

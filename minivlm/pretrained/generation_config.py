@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from minivlm import config as configs
 from minivlm.errors import UserError
+from minivlm.files import read_json
 from minivlm.generation.options import Options
-from minivlm.pretrained.files import read_json
 
 NAME = "generation_config.json"
 TOKENS = ("eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.errors import UserError
+from minivlm.files import read_json
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing, siglip
 from minivlm.pretrained.chat_template import with_chat_template
 from minivlm.pretrained.fields import Known
-from minivlm.pretrained.files import read_json
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 

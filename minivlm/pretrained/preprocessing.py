@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.errors import UserError
-from minivlm.files import read_bytes, read_text
+from minivlm.files import read_bytes, read_json, read_text
 from minivlm.pretrained import tokenizer_config
 from minivlm.pretrained.fields import refuse_unknown
-from minivlm.pretrained.files import read_json
 from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.errors import UserError
-from minivlm.pretrained.files import read_json
+from minivlm.files import read_json
 
 Values = dict[str, Any]
 

@@ -219,7 +219,8 @@ def value_at(value, dotted: str):
 
 def finish(run: Run, work) -> None:
     """The best checkpoint becomes the run's model, which is saved before it is evaluated on held-out data and pictured."""
-    from minivlm import checkpoint
+    from minivlm.atomic_writing import write_atomically
+    from minivlm.checkpoint import save
     from minivlm.evaluate import table
     from minivlm.precision import cast
     from minivlm.run import read_record, restore_weights
@@ -231,14 +232,14 @@ def finish(run: Run, work) -> None:
         path.unlink(missing_ok=True)
     work.finish(run.directory)
     cast(work.model, work.model.stored)  # so that what is evaluated is what is left
-    checkpoint.save(run.directory, work.model, work.processor, base=work.recipe.base())
+    save(run.directory, work.model, work.processor, base=work.recipe.base())
     try:
         scores = work.evaluate()
         print(f"\nthe best checkpoint (step {step}) on {work.judged_on()}\n\n{table(scores)}\n")
         values = {name: dataclasses.asdict(score) for name, score in scores.items()}
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         work.picture(picture)
-        checkpoint.write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
     except UserError as error:
         raise UserError(
             f"{error} The model, of step {step}, is in {run.directory} all the same: only its evaluation ended here."

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm.checkpoint import write_atomically
+from minivlm.atomic_writing import write_atomically
 from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.layers import LanguageModel, LanguageModelConfig
 from minivlm.layers.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, lora_parameters, merge_lora
 from minivlm.testing import (

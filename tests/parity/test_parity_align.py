@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.models.clip import CLIP, align_size
 from minivlm.pretrained import align, comparable, names
 

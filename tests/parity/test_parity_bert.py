@@ -5,7 +5,7 @@ import torch
 
 import minivlm
 from minivlm import BERT
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.pretrained import bert, comparable, names
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")

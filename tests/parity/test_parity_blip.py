@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.pretrained import blip, names
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")

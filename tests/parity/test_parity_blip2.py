@@ -8,8 +8,9 @@ import torch
 
 import minivlm
 from minivlm import BLIP2, BLIP2Stage1
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
+from minivlm.files import read_json
 from minivlm.layers import VIT_SIZES
 from minivlm.pretrained import blip2, blip2_itm, comparable, names
 from minivlm.processor import Processor, ProcessorConfig
@@ -188,7 +189,7 @@ def test_stage_1_in_both_directions(qformer, tmp_path, images, close):
 def test_what_transformers_cannot_express_is_named(tmp_path):
     theirs = itm_reference()
     theirs.save_pretrained(tmp_path)
-    config = blip2_itm.read_config(minivlm.pretrained.read_json(tmp_path / "config.json"))
+    config = blip2_itm.read_config(read_json(tmp_path / "config.json"))
     model = BLIP2Stage1(replace(config, text_head=True, temperature=0.07))
     with pytest.raises(UserError, match=r"cannot express temperature = 0\.07, text_head = True"):
         model.save_pretrained(tmp_path / "ours", layout="hf")

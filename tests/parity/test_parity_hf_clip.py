@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig, clip_size

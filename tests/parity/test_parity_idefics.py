@@ -7,7 +7,7 @@ from PIL import Image
 
 import minivlm
 from minivlm import Flamingo, Processor
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.layers import image_mask
 from minivlm.pretrained import comparable, idefics, names
 from minivlm.processor import ProcessorConfig

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel
 from minivlm.pretrained import comparable, gpt2, gpt_neox, llama, names, opt

@@ -7,8 +7,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minivlm
 from minivlm import LLaVA, LLaVAConfig, Processor
-from minivlm.checkpoint import empty_model
 from minivlm.conversation import Turn, encode_conversation
+from minivlm.empty_model import empty_model
 from minivlm.layers import LanguageModelConfig, VisionConfig
 from minivlm.pretrained import comparable, llava, names
 from minivlm.processor import ProcessorConfig

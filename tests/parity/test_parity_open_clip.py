@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minivlm
-from minivlm.checkpoint import Unfilled, empty_model
+from minivlm.empty_model import Unfilled, empty_model
 from minivlm.errors import UserError
 from minivlm.models.clip import CLIP, clip_size
 from minivlm.pretrained import comparable, names

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.layers import T5
 from minivlm.pretrained import names, t5
 

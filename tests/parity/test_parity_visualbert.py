@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minivlm
-from minivlm.checkpoint import empty_model
+from minivlm.empty_model import empty_model
 from minivlm.models.visualbert import VisualBERT
 from minivlm.pretrained import names, visualbert
 

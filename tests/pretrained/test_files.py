@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from minivlm.errors import UserError
-from minivlm.pretrained.files import open_weights, read_json
+from minivlm.files import read_json
+from minivlm.pretrained.files import open_weights
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 

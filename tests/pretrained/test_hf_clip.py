@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minivlm.checkpoint import empty_model, load, save
+from minivlm.checkpoint import load, save
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import ResNetConfig, TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig, clip_size

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minivlm.checkpoint import empty_model, load
+from minivlm.checkpoint import load
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.models.clip import CLIP, clip_size
 from minivlm.pretrained import names, open_clip

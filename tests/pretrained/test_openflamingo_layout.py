@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 
 from minivlm import CLIP, CLIPConfig, Flamingo, LanguageModel, Processor
-from minivlm.checkpoint import empty_model, load, save
+from minivlm.checkpoint import load, save
+from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.pretrained import mpt, names, open_clip, openflamingo
