@@ -13,7 +13,7 @@ weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from minivlm.layers.attention import Attention, KeysValues, attend
 from minivlm.layers.masks import expand_mask
 from minivlm.layers.position import Cache, LayerCache, Rotary
 from minivlm.layers.transformer import Between, Block, Transformer, bound
-
-if TYPE_CHECKING:
-    from minivlm.layers.language_model import LanguageModel
 
 LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is worth
 
@@ -102,11 +99,11 @@ class Packed:
 
 
 class PackedDecoder(Packed):
-    """tokens (B,), the cache of what came before → logits (B, V); the tokens are appended to the cache."""
+    """One step of a `LanguageModel`: tokens (B,), the cache → logits (B, V); the tokens are appended to the cache."""
 
     reads = False
 
-    def __init__(self, model: LanguageModel, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
         self.project_out = None if model.project_out is None else Matrix.of(model.project_out, dtype=dtype)
 

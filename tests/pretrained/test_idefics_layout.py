@@ -150,7 +150,7 @@ def test_configs_that_cannot_be_followed(values, said, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"see": "all"}, "cannot express see = 'all'"),
+        ({"attend_to": "all"}, "cannot express attend_to = 'all'"),
         ({"offset": 1}, "cannot express offset = 1"),
         ({"class_token": False}, "cannot express class_token = False"),
         ({"vision_norm": True}, "cannot express vision_norm = True"),
