@@ -1,8 +1,10 @@
 """What every model shares."""
 
+import pytest
 import torch
 from torch import nn
 
+from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig
 from minivlm.model import Model
 from minivlm.testing import assert_same
@@ -48,6 +50,11 @@ def test_frozen_parts_stay_in_eval_mode_and_get_no_gradients():
     model.train()
     assert model.training and model.line.training and not model.tower.training and not model.tower[1].training
     assert not any(p.requires_grad for p in model.tower.parameters()) and model.line.weight.requires_grad
+
+
+def test_a_model_without_prefill_generates_nothing():
+    with pytest.raises(UserError, match="a Regression generates no text"):
+        Regression().generate(torch.ones(1, 1, dtype=torch.long))
 
 
 def test_a_part_without_any_label_and_a_batch_without_add_nothing():

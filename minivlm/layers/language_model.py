@@ -2,7 +2,7 @@
 
     tokens (B, T) ─ embedding ─→ (B, T, D) ─ + positions ─→ blocks ─→ norm ─→ head ─→ logits (B, T, V)
                                      ▲
-                     whoever shows it pictures gives embeddings in place of tokens
+                     models with images give embeddings in place of tokens
 
 Radford et al. 2019 (GPT-2): learned positions, LayerNorm. Touvron et al. 2023 (LLaMA): rotary, RMSNorm, gated MLP.
 """
@@ -28,10 +28,10 @@ from minivlm.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(TransformerConfig):
-    """The defaults are GPT-2's way; LLaMA's: rope_theta, rmsnorm, gated_mlp, no biases, positions "none"."""
+    """The defaults are GPT-2's; LLaMA's: rope_theta, rmsnorm, gated_mlp, no biases, positions "none"."""
 
     vocab_size: int
-    context: int = 1024  # tokens it can read
+    context: int = 1024  # tokens of a text at most
     causal: bool = True
     positions: Literal["learned", "none"] = "learned"  # added to the embeddings; rotary ones are rope_theta
     position_offset: int = 0  # rows of the table before that of position 0; OPT has two
@@ -43,7 +43,7 @@ class LanguageModelConfig(TransformerConfig):
 
 
 class LMOutput:
-    """hidden (B, T, E): what the head reads; logits (B, T, V), computed when they are looked at; loss: scalar or None."""
+    """hidden (B, T, E): last hidden states; logits (B, T, V), computed when they are first used; loss: scalar or None."""
 
     def __init__(self, hidden: Tensor, head: nn.Module, loss: Tensor | None = None):
         self.hidden, self.head, self.loss = hidden, head, loss
@@ -57,6 +57,7 @@ class LanguageModel(PackingModel, Model):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
+    where: see `next_token_loss`; between: see `Transformer`.
     """
 
     config_class = LanguageModelConfig
@@ -88,14 +89,19 @@ class LanguageModel(PackingModel, Model):
         labels: Tensor | None = None,
         *,
         embeddings: Tensor | None = None,
+        where: Tensor | None = None,
+        between: Between | None = None,
     ) -> LMOutput:
         x = self.embed(tokens) if embeddings is None else embeddings
-        hidden = self.states(x, mask)
-        loss = None if labels is None else next_token_loss(hidden, labels, self.head.weight)
+        return self.output(self.states(x, mask, between=between), labels, where)
+
+    def output(self, hidden: Tensor, labels: Tensor | None = None, where: Tensor | None = None) -> LMOutput:
+        """Last hidden states (B, T, E) → their logits, and the loss of the labels (B, T), if there are some."""
+        loss = None if labels is None else next_token_loss(hidden, labels, self.head.weight, where=where)
         return LMOutput(hidden, self.head, loss)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) → (B, T, D): the words alone, without positions."""
+        """(B, T) → (B, T, D): token embeddings, without positions."""
         x = self.token_embedding(tokens)
         return x if self.project_in is None else self.project_in(x)
 
@@ -105,12 +111,10 @@ class LanguageModel(PackingModel, Model):
         mask: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        last: int = 0,
         between: Between | None = None,
     ) -> Tensor:
-        """Embeddings (B, T, D) → (B, T, E), what the head reads. With a cache, x continues what it holds.
+        """Embeddings (B, T, D) → last hidden states (B, T, E), which the head takes. With a cache, x continues what it holds.
 
-        last: → (B, last, E), of the last tokens alone, which saves most of the last block's work for the others.
         between: see `Transformer`.
         """
         T, context = x.shape[1], self.config.context
@@ -121,35 +125,17 @@ class LanguageModel(PackingModel, Model):
         positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.config.position_offset)
-        x = self.transformer(self.dropout(x), mask=mask, positions=positions, cache=cache, last=last, between=between)
+        x = self.transformer(self.dropout(x), mask=mask, positions=positions, cache=cache, between=between)
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
     def losses(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> dict[str, Tensor]:
-        """What training adds up. Padding on the right, where causal attention does not look, so no mask is needed.
+        """The training losses. Padding on the right needs no mask: causal attention does not reach it.
 
         segments (B, T): the number of the text that a token belongs to, where several share a row (see `pack`).
         """
         mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
-        return {"next token": self.loss(self.embed(tokens), labels, mask)}
-
-    def loss(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        mask: Tensor | None = None,
-        *,
-        where: Tensor | None = None,
-        between: Between | None = None,
-    ) -> Tensor:
-        """`next_token_loss` of embeddings x (B, T, D). What stands in front of the first label, such as a picture, passes
-        through all blocks but the last."""
-        last = 0
-        if where is None or labels.device.type == "cpu":  # else a GPU would be waited for
-            first = int((labels[:, 1:] != -100).any(dim=0).int().argmax())
-            last, labels, where = labels.shape[1] - first, labels[:, first:], None
-        hidden = self.states(x, mask, last=last, between=between)
-        return next_token_loss(hidden, labels, self.head.weight, where=where)
+        return {"next token": self(tokens, mask, labels).loss}
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 
@@ -162,12 +148,12 @@ class LanguageModel(PackingModel, Model):
         embeddings: Tensor | None = None,
         room: int,
         static: bool = False,
-        between: Reading | None = None,
+        between: CrossAttendingLayers | None = None,
     ) -> LMDecoding:
-        """Read a prompt (B, T) and be ready for `room` more tokens a row. Raises ValueError if the context is too short.
+        """Process a prompt (B, T) → a decoding with room for `room` more tokens a row. ValueError if the context is too short.
 
-        static: all steps have the same shapes, as torch.compile wants them (see `Cache`). between: see `Transformer`; it has
-        the prompt as it is read here, without padding on the left.
+        static: all steps have the same shapes, as torch.compile wants them (see `Cache`). between: see `Transformer`, for the
+        prompt with all its padding on the right.
         """
         x = self.embed(tokens) if embeddings is None else embeddings
         mask = None if mask is None or mask.all() else mask
@@ -178,16 +164,14 @@ class LanguageModel(PackingModel, Model):
                 f"a prompt of {x.shape[1]} tokens and {room} new ones do not fit the context of {self.config.context}"
             )
         cache = self.transformer.new_cache(len(x), x.shape[1] + room)
-        if mask is None:
-            hidden = self.states(x, cache=cache, last=1, between=between)[:, 0]  # (B, E)
-        else:
-            lengths = mask.sum(dim=1)
-            shortest = int(lengths.min())
-            if shortest == 0:
-                raise ValueError("a row of the prompt has no token at all; begin with one, such as a start token")
-            hidden = self.states(x, mask, cache=cache, last=x.shape[1] - shortest + 1, between=between)
-            hidden = hidden[torch.arange(len(x), device=x.device), lengths - shortest]  # each row's last token
-        cache.static = static  # of the steps; the prompt is read once
+        if mask is not None and not mask.any(dim=1).all():
+            raise ValueError("a row of the prompt has no token at all; begin with one, such as a start token")
+        hidden = self.states(x, mask, cache=cache, between=between)
+        rows = torch.arange(len(x), device=x.device)
+        hidden = (
+            hidden[:, -1] if mask is None else hidden[rows, mask.sum(dim=1) - 1]
+        )  # (B, E), of each row's last token
+        cache.static = static  # of the steps; the prompt is processed once
         after = None if between is None else between.after(cache.lengths)
         return LMDecoding(self, cache, self.head(hidden).float(), room=room, between=after)
 
@@ -200,24 +184,30 @@ class LanguageModel(PackingModel, Model):
         return self.transformer
 
 
-class Reading(Protocol):
-    """Layers between the blocks that read something beside the text, as `Transformer` calls them."""
+class CrossAttendingLayers(Protocol):
+    """Layers between the blocks that attend to something beside the text, as `Transformer` calls them (its `between`)."""
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
-        """What block `index` gets in place of x (B, T, D)."""
+        """The input of block `index`, made from x (B, T, D)."""
 
-    def after(self, lengths: Tensor) -> Reading:
-        """The same for a token that follows a prompt of so many tokens a row, lengths (B,)."""
+    def after(self, lengths: Tensor) -> CrossAttendingLayers:
+        """The same for tokens that follow a prompt of so many tokens a row, lengths (B,)."""
 
-    def reorder(self, rows: Tensor) -> Reading:
-        """The same where row i goes on as row rows[i] did."""
+    def reorder(self, rows: Tensor) -> CrossAttendingLayers:
+        """The same where row i continues as row rows[i] did."""
 
 
 class LMDecoding(Decoding):
     """A language model that generates. room: tokens that may still be appended."""
 
     def __init__(
-        self, model: LanguageModel, cache: Cache, logits: Tensor, *, room: int, between: Reading | None = None
+        self,
+        model: LanguageModel,
+        cache: Cache,
+        logits: Tensor,
+        *,
+        room: int,
+        between: CrossAttendingLayers | None = None,
     ):
         self.model, self.cache, self.logits, self.room, self.between = model, cache, logits, room, between
         self.packed: PackedDecoder | None = None
@@ -238,8 +228,8 @@ class LMDecoding(Decoding):
         return self.model.head(hidden[:, 0]).float()
 
     def compile(self, **options) -> None:
-        """Every further step through torch.compile; its shapes stay the same if the decoding was begun with static=True."""
-        if in_blocks(self.cache.keys.device, self.cache.keys.dtype):  # which the compiler cannot read: the plain way
+        """Run every further step through torch.compile; its shapes stay the same after a `prefill` with static=True."""
+        if in_blocks(self.cache.keys.device, self.cache.keys.dtype):  # which the compiler does not support
             self.packed, self.steps = None, max(1, self.steps)
         self.predict = torch.compile(self.predict, fullgraph=True, dynamic=False, **options)
 
@@ -263,7 +253,7 @@ def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:
     if mask is None:
         return torch.arange(x.shape[1], device=x.device)
     if mask.dim() == 3:
-        return mask.tril().sum(dim=2) - 1  # how many of its own text stand before a token
+        return mask.tril().sum(dim=2) - 1  # how many tokens of its own text precede a token
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 

@@ -1,9 +1,10 @@
-"""BLIP-2: what a Q-Former sees with frozen eyes stands in front of, or inside, the text of a frozen language model.
+"""BLIP-2: the outputs of a Q-Former, whose vision tower is frozen, stand in front of, or inside, the text of a frozen language
+model.
 
     images ─→ vision tower ─→ Q-Former ─→ projection ─┐
                         text ─→ embedding ────────────┴─→ language model (a decoder, or a T5) ─→ text
 
-Its first stage, in which the Q-Former learns to see, is `BLIP2Stage1`; this is the second.
+Its first stage, in which the Q-Former learns from images and texts, is `BLIP2Stage1`; this is the second.
 Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models",
 §3.2 and figure 3.
 """
@@ -22,8 +23,7 @@ from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput
 from minivlm.layers.qformer import QFormer, QFormerConfig
 from minivlm.layers.t5 import T5, T5Config, T5Decoding
-from minivlm.layers.tower import ImageFeatures, Images, check_reader, leading_axes, make_tower
-from minivlm.losses import next_token_loss
+from minivlm.layers.tower import Images, check_reader, leading_axes, make_tower
 from minivlm.model import Batch, Model
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.placeholders import cut_by_placeholders, expand, fill
@@ -36,7 +36,7 @@ __all__ = ["BLIP2", "BLIP2Config", "BLIP2Stage1", "BLIP2Stage1Config"]
 class BLIP2Config(VisionFeaturesConfig):
     qformer: QFormerConfig
     language: LanguageModelConfig | T5Config
-    image_token: int | None  # the placeholder's id, as many a picture as there are queries; None: they stand in front
+    image_token: int | None  # the placeholder's id, as many an image as there are queries; None: they stand in front
 
     def __post_init__(self):
         q = self.qformer
@@ -45,15 +45,15 @@ class BLIP2Config(VisionFeaturesConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Positions that one picture takes."""
+        """Positions that one image takes."""
         return self.qformer.queries
 
 
 class BLIP2(Model):
-    """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No picture at all: None.
+    """images (B, [I,] 3, H, W), tokens (B, T), mask (B, T) → `LMOutput`. No image at all: None.
 
-    A decoder: labels (B, T) are the tokens. A T5: tokens and pictures go into its encoder, labels (B, T') are what it is
-    to say. −100 = not counted. `ImageFeatures` may be given in place of images.
+    A decoder: labels (B, T) are the tokens. A T5: tokens and images go into its encoder, labels (B, T') are the text that it
+    is to generate. −100 = not counted; where: see `next_token_loss`. `ImageFeatures` may be given in place of images.
     """
 
     config_class = BLIP2Config
@@ -101,31 +101,26 @@ class BLIP2(Model):
         tokens: Tensor,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        where: Tensor | None = None,
     ) -> LMOutput:
-        x, seen_mask = self.embed(images, tokens, mask)
+        x, mask = self.embed(images, tokens, mask)
         if isinstance(self.language_model, T5):
-            return self.language_model(embeddings=x, mask=seen_mask, labels=labels)
-        head = self.language_model.head
-        hidden = self.language_model.states(x, seen_mask, last=tokens.shape[1])  # of the text alone
-        return LMOutput(hidden, head, None if labels is None else next_token_loss(hidden, labels, head.weight))
+            return self.language_model(embeddings=x, mask=mask, labels=labels)
+        hidden = self.language_model.states(x, mask)[:, -tokens.shape[1] :]  # of the text alone
+        return self.language_model.output(hidden, labels, where)
 
     def losses(
         self,
         tokens: Tensor,
         labels: Tensor,
         images: Images | None = None,
-        features: Tensor | None = None,
         mask: Tensor | None = None,
         where: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What training adds up. mask: for a T5, which sees padding. where: see `next_token_loss`; a T5 has no use for it."""
-        x, mask = self.embed(images if features is None else ImageFeatures(features), tokens, mask)
-        if isinstance(self.language_model, T5):
-            return {"next token": self.language_model(embeddings=x, mask=mask, labels=labels).loss}
-        if self.config.image_token is not None:
-            return {"next token": self.language_model.loss(x, labels, where=where)}
-        hidden = self.language_model.states(x, last=tokens.shape[1])
-        return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
+        """The training losses. A decoder needs no mask, since padding on the right is beyond its causal attention."""
+        mask = mask if isinstance(self.language_model, T5) else None
+        return {"next token": self(images, tokens, mask, labels, where=where).loss}
 
     def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
         return cut_by_placeholders(super().cut(batch, size), batch, size, self.config.image_token)
@@ -139,33 +134,31 @@ class BLIP2(Model):
         return vision_features(images, self.vision, self.standardise, self.config)
 
     def embed(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T), mask → (B, T, D) and its mask, pictures in their places; without a placeholder T grows by them."""
+        """tokens (B, T), mask → (B, T, D) and its mask, with the queries of images in place of their placeholders, or ahead."""
         x = self.language_model.embed(tokens)
-        seen = x.new_empty(0, x.shape[-1])
+        image_tokens = x.new_empty(0, x.shape[-1])
         if images is not None:
-            seen = self.projection(self.qformer.look(self.image_features(images)).queries).flatten(0, 1)  # (B·I·Q, D)
+            queries = self.qformer.look(self.image_features(images)).queries  # (B·I, Q, C)
+            image_tokens = self.projection(queries).flatten(0, 1)  # (B·I·Q, D)
         if self.config.image_token is not None:
-            return fill(x, tokens == self.config.image_token, seen), mask
-        if images is None:
-            return x, mask
-        seen = seen.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, I·Q, D)
-        mask = None if mask is None else torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1)
-        return torch.cat([seen, x], dim=1), mask
+            return fill(x, tokens == self.config.image_token, image_tokens), mask
+        image_tokens = image_tokens.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, I·Q, D)
+        mask = None if mask is None else torch.cat([mask.new_ones(image_tokens.shape[:2]), mask], dim=1)
+        return torch.cat([image_tokens, x], dim=1), mask
 
     @torch.no_grad()
     def prefill(
         self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int
     ) -> LMDecoding | T5Decoding:
-        """Read pictures and a prompt, in which a picture is one mark, or all its placeholders, or where there is none at
-        all stands in front; see `LanguageModel.prefill`."""
-        mark, Q = self.config.image_token, self.config.image_tokens
-        if images is not None and mark is not None:
-            pictures = leading_axes(images).numel()
-            if not (tokens == mark).any():
-                ahead = pictures // len(tokens) * Q
-                tokens = F.pad(tokens, (ahead, 0), value=mark)
+        """Process images and a prompt that has one placeholder an image, or all, or none at all: then the images stand in
+        front. See `LanguageModel.prefill`."""
+        placeholder, Q = self.config.image_token, self.config.image_tokens
+        if images is not None and placeholder is not None:
+            count, pad = leading_axes(images).numel(), self.config.language.pad_token
+            if not (tokens == placeholder).any():
+                ahead = count // len(tokens) * Q
+                tokens = F.pad(tokens, (ahead, 0), value=placeholder)
                 mask = None if mask is None else F.pad(mask, (ahead, 0), value=True)
-            pad = self.config.language.pad_token
-            tokens, mask = expand(tokens, mask, pictures, placeholder=mark, copies=Q, pad=pad)
+            tokens, mask = expand(tokens, mask, count, placeholder=placeholder, copies=Q, pad=pad)
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)

@@ -1,11 +1,11 @@
-"""The captioner: the features of a picture stand in front of its caption, and a causal decoder goes on from there.
+"""The captioner: image features stand in front of the caption, and a causal decoder continues from there.
 
     images (B, 3, H, W) ─→ vision tower ─→ projection ─→ (B, N, D) ─┐ in front of
     tokens (B, T)       ─→ embedding ─────────────────→ (B, T, D) ─┴────────────→ language model ─→ (B, T, V)
 
-Vinyals et al. 2015, "Show and Tell": an encoder of pictures, a decoder of words, trained on pairs; with all features of
-the picture rather than one vector (Xu et al. 2015, "Show, Attend and Tell"), here read by the decoder's self-attention.
-Training is teacher forcing: every word is guessed from the right ones before it. Speaking feeds back what was said.
+Vinyals et al. 2015, "Show and Tell": an image encoder and a text decoder, trained on pairs; here with all features of the
+image rather than one vector (Xu et al. 2015, "Show, Attend and Tell"), to which the decoder's self-attention attends.
+Training is teacher forcing: each token is predicted from the right ones before it. Generation feeds back its own.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivlm.errors import UserError
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, check_decoder
 from minivlm.layers.projector import LinearProjector
 from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, leading_axes, make_tower, tower_features
-from minivlm.losses import next_token_loss
 from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCaptioningConfig:
     vision: TowerConfig
-    language: LanguageModelConfig  # its context holds the picture as well
-    vision_layer: int = -1  # whose features are read; −1: the last, for a tower that learns with the rest
+    language: LanguageModelConfig  # its context holds the image as well
+    vision_layer: int = -1  # whose features are used; −1: the last, for a tower that learns with the rest
+    start_token: int | None = None  # of every caption; None: unknown, so that `generate` has to be given tokens
 
     def __post_init__(self):
         check_decoder(self.language, "the captioner")
@@ -40,14 +41,15 @@ class ImageCaptioningConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that one picture takes."""
+        """Positions that an image takes in front of the text."""
         return self.vision.features_at(self.vision_layer)[0]
 
 
 class ImageCaptioningModel(Model):
-    """images (B, 3, H, W), tokens (B, T) that begin with the start token → `LMOutput` of the T words.
+    """images (B, 3, H, W), tokens (B, T) that begin with the start token → `LMOutput` of the T tokens.
 
-    mask (B, T): True = a real token. labels (B, T): the tokens, −100 = not counted.
+    mask (B, T): True = a real token. labels (B, T): the tokens, −100 = not counted; where: see `next_token_loss`.
+    Without tokens it generates: images → the ids of their captions (B, ≤ 64).
     """
 
     config_class = ImageCaptioningConfig
@@ -68,21 +70,22 @@ class ImageCaptioningModel(Model):
         return self.config.language
 
     def forward(
-        self, images: Images, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> LMOutput:
-        head = self.language_model.head
-        hidden = self.states(images, tokens, mask)
-        loss = None if labels is None else next_token_loss(hidden, labels, head.weight)
-        return LMOutput(hidden, head, loss)
+        self,
+        images: Images,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        where: Tensor | None = None,
+    ) -> LMOutput | Tensor:
+        if tokens is None:
+            return self.generate(images)
+        hidden = self.language_model.states(*self.embed(images, tokens, mask))
+        return self.language_model.output(hidden[:, -tokens.shape[1] :], labels, where)  # of the text alone
 
     def losses(self, images: Images, tokens: Tensor, labels: Tensor, where: Tensor | None = None) -> dict[str, Tensor]:
-        """What training adds up; where: see `next_token_loss`."""
-        hidden = self.states(images, tokens)
-        return {"next token": next_token_loss(hidden, labels, self.language_model.head.weight, where=where)}
-
-    def states(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head reads at the words: (B, T, E)."""
-        return self.language_model.states(*self.embed(images, tokens, mask), last=tokens.shape[1])
+        """The training losses. Padding on the right needs no mask: causal attention does not reach it."""
+        return {"next token": self(images, tokens, labels=labels, where=where).loss}
 
     def image_features(self, images: Images) -> Tensor:
         """images (B, 3, H, W) → (B, N, C): what the vision tower computes, before the projector."""
@@ -91,7 +94,7 @@ class ImageCaptioningModel(Model):
         return tower_features(self.vision, images, [self.config.vision_layer])
 
     def embed(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, N + T, D) and its mask: the image, then the text."""
+        """Embeddings (B, N + T, D) and their mask: the image, then the text."""
         if leading_axes(images) != tokens.shape[:1]:
             raise ValueError(
                 f"images are {tuple(images.shape)}, but tokens {tuple(tokens.shape)} need one picture a row"
@@ -100,11 +103,22 @@ class ImageCaptioningModel(Model):
         x = torch.cat([image_tokens, self.language_model.embed(tokens)], dim=1)
         return x, None if mask is None else torch.cat([mask.new_ones(image_tokens.shape[:2]), mask], dim=1)
 
+    # ---- generation ----------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
-        """Read pictures and beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
+        """Process images and the beginnings (B, T) of their captions; see `LanguageModel.prefill`."""
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)
+
+    def start_tokens(self, images: Images) -> Tensor:
+        """(B, 1): the start token."""
+        if self.config.start_token is None:
+            raise UserError(
+                "the captioner does not know the token that its captions start with: set start_token in its config, to "
+                "processor.start_token, or give tokens (B, 1)."
+            )
+        return torch.full((len(images), 1), self.config.start_token, device=images.device)
 
     @property
     def endings(self) -> dict[str, Any]:

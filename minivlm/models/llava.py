@@ -1,4 +1,4 @@
-"""LLaVA: the features of a picture, projected to the width of words, stand in the text where `<image>` stands.
+"""LLaVA: image features, projected to the width of text embeddings, stand in the text in place of `<image>`.
 
     image (B, I, 3, H, W) ─→ vision tower ─→ projector ─┐ fill in
     tokens (B, T)         ─→ embedding ─────────────────┴───────→ language model ─→ text
@@ -39,14 +39,14 @@ from minivlm.models.placeholders import cut_by_placeholders, expand, fill
 class LLaVAConfig:
     vision: TowerConfig
     language: LanguageModelConfig
-    image_token: int  # the placeholder's id; a picture takes as many of them as it has features, or latents
+    image_token: int  # the placeholder's id; an image takes as many of them as it has features, or latents
     projector: Literal["linear", "mlp", "resampler"] = "mlp"
     resampler: PerceiverConfig | None = None  # of projector="resampler"
     projector_activation: Activation = "gelu"
     projector_bias: bool = True  # of the MLP
-    vision_layers: tuple[int, ...] = (-2,)  # whose features are read (several: side by side); −2: the last but one
-    class_token: bool = False  # True: the class token is read as well
-    tiles: int = 1  # n: a picture is seen whole, and again in n × n tiles (LLaVA-NeXT's AnyRes)
+    vision_layers: tuple[int, ...] = (-2,)  # whose features are used (several: side by side); −2: the last but one
+    class_token: bool = False  # True: the class token is used as well
+    tiles: int = 1  # n: an image is encoded whole, and again in n × n tiles (LLaVA-NeXT's AnyRes)
     lora: LoRAConfig | None = None  # on the language model, while it is trained so
 
     def __post_init__(self):
@@ -59,7 +59,7 @@ class LLaVAConfig:
 
     @property
     def features_per_view(self) -> int:
-        """Placeholders that one view of a picture takes."""
+        """Placeholders that one view of an image takes."""
         if self.resampler is not None:
             return self.resampler.latents
         return features_of(self.vision, self.vision_layers)[0] + int(self.class_token)
@@ -70,20 +70,21 @@ class LLaVAConfig:
 
     @property
     def views(self) -> int:
-        """Of one picture: itself, and its tiles."""
+        """Of one image: itself, and its tiles."""
         return 1 + self.tiles**2 if self.tiles > 1 else 1
 
     @property
     def image_tokens(self) -> int:
-        """Placeholders that one picture takes."""
+        """Placeholders that one image takes."""
         return self.views * self.features_per_view
 
 
 class LLaVA(Model):
-    """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No picture at all: None.
+    """images (B, 3, H, W), or (B, I, 3, H, W) for several a row, tokens (B, T) → `LMOutput`. No image at all: None.
 
-    With tiles, each picture is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
-    labels (B, T): the tokens, −100 = not counted. `ImageFeatures` may be given in place of images.
+    With tiles, each image is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
+    labels (B, T): the tokens, −100 = not counted; where: see `next_token_loss`. `ImageFeatures` may be given in place of
+    images.
     """
 
     config_class = LLaVAConfig
@@ -114,20 +115,17 @@ class LLaVA(Model):
         tokens: Tensor,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        where: Tensor | None = None,
     ) -> LMOutput:
-        return self.language_model(embeddings=self.embed(images, tokens), mask=mask, labels=labels)
+        x = self.embed(images, tokens)
+        return self.language_model(embeddings=x, mask=mask, labels=labels, where=where)
 
     def losses(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        images: Images | None = None,
-        features: Tensor | None = None,
-        where: Tensor | None = None,
+        self, tokens: Tensor, labels: Tensor, images: Images | None = None, where: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What training adds up; where: see `next_token_loss`."""
-        images = images if features is None else ImageFeatures(features)
-        return {"next token": self.language_model.loss(self.embed(images, tokens), labels, where=where)}
+        """The training losses. Padding on the right needs no mask: causal attention does not reach it."""
+        return {"next token": self(images, tokens, labels=labels, where=where).loss}
 
     def embed(self, images: Images | None, tokens: Tensor) -> Tensor:
         """tokens (B, T) → (B, T, D), with the projected image features in place of the placeholders."""
@@ -150,12 +148,11 @@ class LLaVA(Model):
 
     @torch.no_grad()
     def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
-        """Read pictures and a prompt, in which a picture is one mark or all its placeholders; see `LanguageModel.prefill`."""
+        """Process images and a prompt that has one placeholder an image, or all; see `LanguageModel.prefill`."""
         c = self.config
         if images is not None:
-            pictures = leading_axes(images).numel() // c.views
-            pad = c.language.pad_token
-            tokens, mask = expand(tokens, mask, pictures, placeholder=c.image_token, copies=c.image_tokens, pad=pad)
+            count, pad = leading_axes(images).numel() // c.views, c.language.pad_token
+            tokens, mask = expand(tokens, mask, count, placeholder=c.image_token, copies=c.image_tokens, pad=pad)
         return self.language_model.prefill(mask=mask, embeddings=self.embed(images, tokens), room=room)
 
     @property
@@ -163,7 +160,7 @@ class LLaVA(Model):
         return self.language_model.endings
 
     def merge_lora(self) -> None:
-        """The adapters become part of the language model's weights."""
+        """Add the adapters to the language model's weights."""
         merge_lora(self.language_model)
         self.config = replace(self.config, lora=None)
 

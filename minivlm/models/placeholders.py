@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minivlm.layers.tower import ImageFeatures, leading_axes
+from minivlm.layers.tower import leading_axes
 from minivlm.model import Batch
 
 
@@ -42,22 +42,15 @@ def expand(
 
 
 def cut_by_placeholders(parts: Iterator[Batch], batch: Batch, size: int, placeholder: int | None) -> Iterator[Batch]:
-    """Parts of `size` rows of a batch (see `Model.cut`) whose images, or their features, are all those of the batch one after
-    the other: each part gets those whose placeholders it has. placeholder None: every row has as many images."""
-    tokens = batch["tokens"]
-    listed = {name: batch[name] for name in ("images", "features") if is_listed(batch.get(name), name)}
+    """Parts of `size` rows of a batch (see `Model.cut`) whose images may be listed one after the other, without an axis for
+    the rows: each part gets those whose placeholders it has. placeholder None: every row has as many images."""
+    tokens, images = batch["tokens"], batch.get("images")
+    listed = images is not None and len(leading_axes(images)) == 1
     counts = torch.ones_like(tokens[:, 0]) if placeholder is None else (tokens == placeholder).sum(dim=1)
     ends = [0, *counts.cumsum(dim=0).tolist()]
     for first, part in zip(range(0, len(tokens), size), parts, strict=True):
-        rows = ends[first], ends[min(first + size, len(tokens))]
-        for name, images in listed.items():
+        if listed:
+            rows = ends[first], ends[min(first + size, len(tokens))]
             begin, end = (len(images) * row // max(1, ends[-1]) for row in rows)
-            part[name] = images[begin:end]
+            part["images"] = images[begin:end]
         yield {name: tensor for name, tensor in part.items() if len(tensor)}
-
-
-def is_listed(images: Tensor | ImageFeatures | None, name: str) -> bool:
-    """Are these all images of a batch one after the other, or their features?"""
-    if images is None:
-        return False
-    return len(leading_axes(ImageFeatures(images) if name == "features" else images)) == 1

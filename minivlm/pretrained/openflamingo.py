@@ -73,7 +73,7 @@ COPIES = ("vision_encoder.", "lang_encoder.old_decoder_blocks.")  # of frozen we
 def rows(config: FlamingoConfig, layers: str, speaker: list[Row], tower: list[Row]) -> list[Row]:
     """layers: what the names of the language model's blocks begin with. speaker, tower: the tables of the other two."""
     gated = []
-    for i, place in enumerate(config.places):
+    for i, place in enumerate(config.block_indices):
         theirs = (f"{layers}{place}.gated_cross_attn_layer.", f"lang_encoder.gated_cross_attn_layers.{place}.")
         gated += under(GATED, theirs, f"gated.{i}.")
     return [

@@ -77,11 +77,6 @@ class TestForward:
         }  # shifts all scores alike
         assert_gradient_reaches(model(texts(), labels=texts()).loss, weights)
 
-    def test_the_last_states_alone(self, config):
-        model, x = model_of(config), torch.randn(B, T, D).double()
-        for mask in (None, MASK):
-            assert_same(model.states(x, mask, last=3), model.states(x, mask)[:, -3:])
-
     def test_with_a_cache_it_goes_on(self, config):
         model, tokens = model_of(config), texts()
         cache = model.transformer.new_cache(B, T)
@@ -157,7 +152,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("first", [0, 1, 4, T - 1])
     @pytest.mark.parametrize("config", ["gpt2", "opt-350m", "llama", "gpt_neox"])
-    def test_what_stands_before_the_first_label_saves_the_last_block_work_and_changes_nothing(self, config, first):
+    def test_the_labelled_positions_may_be_given(self, config, first):
         model = model_of(CONFIGS[config])
         labels = texts()
         labels[:, :first] = -100
@@ -167,17 +162,9 @@ class TestLoss:
             return next_token_loss(model.states(x), labels, model.head.weight)
 
         x = torch.randn(B, T, D).double()
-        assert_same_gradients(whole, lambda x: model.loss(x, labels), [x], model)
-        assert_same_gradients(whole, lambda x: model.loss(x, labels, where=labelled(labels)), [x], model)
-
-    def test_the_last_block_asks_only_from_the_first_label_on(self):
-        model, asked = model_of(LLAMA), []
-        for block in model.transformer.blocks:
-            block.mlp.register_forward_hook(lambda module, inputs, output: asked.append(output.shape[1]))
-        labels = texts()
-        labels[:, :5] = -100
-        model.losses(texts(), labels)
-        assert asked == [T, 4]  # token 4 is judged by label 5
+        assert_same_gradients(whole, lambda x: model(embeddings=x, labels=labels).loss, [x], model)
+        given = lambda x: model(embeddings=x, labels=labels, where=labelled(labels)).loss
+        assert_same_gradients(whole, given, [x], model)
 
     @pytest.mark.parametrize("config", ["gpt2", "llama"])
     def test_texts_that_share_a_row_do_not_see_each_other(self, config):

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 
 from minivlm import ImageCaptioningModel, checkpoint
 from minivlm.conversation import Sample, collate
+from minivlm.errors import UserError
 from minivlm.layers import ImageFeatures, ResNetConfig
 from minivlm.models.captioner import ImageCaptioningConfig
 from minivlm.tasks import caption
 from minivlm.testing import assert_gradient_reaches, assert_padding_invariant, assert_same
-from tests.speakers import COLOURS, VISION, captioner, language, plain, processor
+from tests.speakers import COLOURS, VISION, captioner, language, llava, plain, processor
 
 TOKENS = torch.tensor([[1, 20, 21, 22, 3, 0], [1, 23, 24, 25, 26, 3]])
 LABELS = TOKENS.masked_fill(TOKENS == 0, -100)
@@ -76,6 +77,29 @@ def test_padding_on_the_right_changes_nothing():
 def test_there_is_one_picture_a_row(images):
     with pytest.raises(ValueError, match=r"images are \(.*16, 16\), but tokens \(2, 6\) need one picture a row"):
         captioner()(images, TOKENS)
+
+
+class TestWithoutTokens:
+    def test_captions_start_with_the_start_token_of_the_config(self):
+        model, images = ImageCaptioningModel(replace(captioner().config, start_token=1)).eval(), pictures()
+        start = torch.ones(2, 1, dtype=torch.long)
+        expected = model.generate(images, start, max_new_tokens=6)
+        assert torch.equal(model.generate(images, max_new_tokens=6), expected)
+        assert torch.equal(model.generate(images=images, tokens=start, max_new_tokens=6), expected)
+        assert torch.equal(torch.stack(list(model.stream(images, max_new_tokens=6)), dim=1), expected)
+        assert torch.equal(model(images), model.generate(images, start))
+        features = ImageFeatures(model.image_features(images))
+        assert torch.equal(model.generate(features, max_new_tokens=6), expected)
+
+    def test_a_config_that_does_not_know_it_is_an_error_that_says_what_to_set(self):
+        with pytest.raises(
+            UserError, match=r"set start_token in its config, to processor\.start_token, or give tokens"
+        ):
+            captioner()(pictures())
+
+    def test_a_model_that_continues_prompts_needs_one(self):
+        with pytest.raises(UserError, match="LLaVA has no prompt to start from: give tokens"):
+            llava().generate(pictures())
 
 
 class TestSpeaking:

@@ -66,10 +66,10 @@ def pictures(*shape):
 class TestForward:
     def test_closed_gates_are_the_language_model_to_the_bit(self, config):
         model, images = flamingo(config, opened=False), pictures(2, 2)
-        assert not model.gates().any() and model.gates().shape == (len(config.places), 2)
+        assert not model.gates().any() and model.gates().shape == (len(config.block_indices), 2)
         lm = model.language_model
         gates = [p for n, p in model.gated.named_parameters() if n.endswith(("attention_gate", "mlp_gate"))]
-        assert len(gates) == 2 * len(config.places)
+        assert len(gates) == 2 * len(config.block_indices)
         given = images, TOKENS, MASK
         f, plain = lambda *x: model(*x).logits, lambda _, tokens, mask: lm(tokens, mask).logits
         assert_zero_gates_change_nothing(f, plain, *given, gates=gates)
@@ -138,9 +138,9 @@ class TestWhereTheLayersStand:
     @pytest.mark.parametrize(
         ("every", "offset", "places"), [(1, 0, [0, 1, 2, 3]), (2, 0, [0, 2]), (2, 1, [1, 3]), (3, 2, [2])]
     )
-    def test_places(self, every, offset, places):
+    def test_block_indices(self, every, offset, places):
         config = replace(CONFIG, every=every, offset=offset)
-        assert list(config.places) == places and len(Flamingo(config).gated) == len(places)
+        assert list(config.block_indices) == places and len(Flamingo(config).gated) == len(places)
 
     def test_a_layer_stands_before_its_block(self):
         """Written out with the blocks of an untouched language model."""

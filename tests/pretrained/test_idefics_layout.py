@@ -128,7 +128,7 @@ def test_the_first_files_have_flat_configs():
     c = idefics.read_config(flat)
     assert (c.vision.width, c.vision.depth, c.resampler.width) == (1280, 30, 1280)
     assert (c.resampler.depth, c.resampler.latents, c.resampler.qk_norm) == (3, 8, "layernorm")
-    assert c.places == range(0, 32, 4)
+    assert c.block_indices == range(0, 32, 4)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_the_three_parts_are_one_model(speaker, tmp_path):
     trained, vision, lang, words = build(tmp_path, speaker)
     model, _ = load(tmp_path)
     c = model.config
-    assert (list(c.places), c.every, c.offset, c.attend_to, c.class_token, c.vision_norm) == (
+    assert (list(c.block_indices), c.every, c.offset, c.attend_to, c.class_token, c.vision_norm) == (
         [1, 3],
         2,
         1,
