@@ -18,10 +18,10 @@ from minivlm.pretrained.names import tied
 DEEP = 100  # layers that are built without a look whether the file has so many
 
 
-def empty_model(cls: type[nn.Module], config: Any) -> nn.Module:
-    """cls(config) on the meta device: all names and shapes, and no memory."""
+def empty_model(cls: type[nn.Module], config: Any, **modules: nn.Module) -> nn.Module:
+    """cls(config) on the meta device: all names and shapes, and no memory. modules: those of a user's own, as they are."""
     with torch.device("meta"), Unfilled():
-        return cls(config)
+        return cls(config, **modules)
 
 
 class Unfilled(torch.overrides.TorchFunctionMode):
@@ -36,7 +36,9 @@ class Unfilled(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def skeleton(directory: Path, described: pretrained.Published, count: Callable[[], int]) -> nn.Module:
+def skeleton(
+    directory: Path, described: pretrained.Published, count: Callable[[], int], **modules: nn.Module
+) -> nn.Module:
     """The model without its numbers. count: how many tensors there are, to judge a config by that asks for very many layers.
 
     UserError for a config that no model follows.
@@ -46,7 +48,7 @@ def skeleton(directory: Path, described: pretrained.Published, count: Callable[[
             f"the config in {directory} asks for {depth} layers, but the file has {tensors} tensors in all."
         )
     try:
-        return empty_model(described.model_class, described.config)
+        return empty_model(described.model_class, described.config, **modules)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"the config in {directory} describes no model that can be built: {why}.") from None

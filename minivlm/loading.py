@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from minivlm.atomic_writing import finish_writing
 from minivlm.empty_model import empty_model, fill, skeleton
 from minivlm.errors import UserError, nearest
 from minivlm.files import read_bytes, read_json
+from minivlm.models import own_modules
 from minivlm.older_names import current_names
 from minivlm.precision import FLOATS, dtype_called, main_dtype
 from minivlm.pretrained import generation_config
@@ -55,6 +57,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     base: Base = None,
+    **modules: nn.Module,
 ) -> tuple[nn.Module, Processor | None]:
     """The model in `source`, in eval mode, and its processor, if there is one.
 
@@ -65,10 +68,11 @@ def load(
     file has several precisions, the one that its config names, or that most of its numbers have.
     base: a directory or hub id in place of the base that `source` names; of several parts: {"language_model": "out/lm"}.
     What is only named, and is on the hub, is not downloaded.
+    modules: those of your own that the model was saved with, such as vision=my_tower (see models/own_modules.py).
     Parameters are views of the file, mapped into memory: training them does not write to it.
     Raises UserError for everything that is missing, broken or does not fit, tensors by their names.
     """
-    return open_model(source, (), device=device, dtype=dtype, base=base)
+    return open_model(source, (), device=device, dtype=dtype, base=base, modules=modules)
 
 
 def open_model(
@@ -99,20 +103,24 @@ def build(
     binding: bool,
     device: str | torch.device,
     dtype: torch.dtype | None,
+    modules: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> nn.Module:
     """The model with its tensors."""
     opened = lambda: open_weights(directory, described.weights)
-    model = skeleton(directory, described, lambda: len(described.prepare(opened()[1])))
+    described = replace(described, config=own_modules.fit(described.config, modules, str(directory)))
+    model = skeleton(directory, described, lambda: len(described.prepare(opened()[1])), **modules)
     path, weights = opened()
     weights = described.prepare(weights)
     if (config := pretrained.settle(described, weights)) != described.config:
-        model = empty_model(described.model_class, config)
+        model = empty_model(described.model_class, config, **modules)
     state = model.state_dict(keep_vars=True)
     weights = current_names(weights, state) if binding else weights
     tensors = to_ours(weights, state, described.rows, where=str(path))
     stored = stored_dtype(tensors.values(), described.dtype, str(path), binding=binding)
     refuse_no_numbers(tensors, str(path))
     fill(model, tensors, device=device, dtype=dtype or stored)
+    for module in modules.values():
+        module.to(device)  # buffers that are not saved as well
     if described.defaults:
         model.defaults = described.defaults
     return model.eval()

@@ -181,11 +181,14 @@ class Model(nn.Module):
     # ---- directories ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
-        """The model in a directory of ours, a published one, or a hub id; dtype None: as stored."""
+    def from_pretrained(
+        cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, **modules: nn.Module
+    ) -> Model:
+        """The model in a directory of ours, a published one, or a hub id; dtype None: as stored. modules: those of your own
+        that it was saved with, such as vision=my_tower."""
         import minivlm
 
-        model, _ = minivlm.load(source, device=device, dtype=dtype)
+        model, _ = minivlm.load(source, device=device, dtype=dtype, **modules)
         if not isinstance(model, cls):
             raise TypeError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
         return model

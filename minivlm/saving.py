@@ -15,6 +15,7 @@ from minivlm import pretrained
 from minivlm.atomic_writing import write_all, write_tensors
 from minivlm.empty_model import lora_is_told
 from minivlm.errors import UserError
+from minivlm.models import own_modules
 from minivlm.precision import HALF
 from minivlm.pretrained import generation_config
 from minivlm.pretrained.names import tied
@@ -48,6 +49,10 @@ def save(
             raise UserError(f"layout={layout!r} stores a model whole: leave out its base.")
         tensors, about = leave_out(tensors, model, base)
     if layout == "hf":
+        if own := own_modules.brought(model.config):
+            raise UserError(
+                f"layout={layout!r} has no place for {', '.join(o.module for o in own.values())}: leave it out."
+            )
         texts, tensors = pretrained.write(model.config, tensors, processor, getattr(model, "defaults", {}))
     elif layout == "minivlm":
         texts = our_files(model, processor, about)

@@ -26,6 +26,7 @@ from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower,
 from minivlm.layers.transformer import TransformerConfig
 from minivlm.losses import AnswerLoss, answer_loss, chance_answer_loss, masked_region_loss, masked_token_loss
 from minivlm.model import Batch, Model
+from minivlm.models.own_modules import OwnTower, either
 
 # ---- config and output -----------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ from minivlm.model import Batch, Model
 class JointEncoderConfig:
     text: BERTConfig
     region_width: int  # of a region's features
-    vision: TowerConfig | None = None  # None: the features come from elsewhere, such as a detector
+    vision: TowerConfig | OwnTower | None = None  # None: the features come from elsewhere, such as a detector
     vision_layer: int = -1  # of the tower, whose features are the regions'
     answers: tuple[str, ...] = ()  # all that a question can be answered with
     answer_loss: AnswerLoss = "softmax"  # one of them is right, or each by itself is or is not
@@ -271,9 +272,11 @@ def chance_losses(model: Model) -> dict[str, float]:
 # ---- the start -------------------------------------------------------------------------------------------------------
 
 
-def vision_tower(config: JointEncoderConfig, generator: torch.Generator) -> nn.Module | None:
-    """The tower, if the config has one."""
-    return None if config.vision is None else make_tower(config.vision, generator)
+def vision_tower(
+    config: JointEncoderConfig, generator: torch.Generator, own: nn.Module | None = None
+) -> nn.Module | None:
+    """The tower, if the config has one, or that of one's own."""
+    return None if config.vision is None else either(own, make_tower, config.vision, generator)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from minivlm.losses import (
 )
 from minivlm.model import Model
 from minivlm.models.joint_encoder import find_regions
+from minivlm.models.own_modules import describe
 from minivlm.models.uniter import UNITER, UNITERConfig
 from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 
@@ -93,7 +94,7 @@ class MultitaskConfig:
 class MultitaskVLM(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
-    `ImageFeatures` may be given in place of images.
+    `ImageFeatures` may be given in place of images. vision: a module of your own, see own_modules.py.
     """
 
     config_class = MultitaskConfig
@@ -104,10 +105,11 @@ class MultitaskVLM(Model):
         of = {"caption": ("caption",), "answer": ("choose", "attend"), "search": ("encode",)}
         return frozenset(word for task in self.config.tasks for word in of[task])
 
-    def __init__(self, config: MultitaskConfig, *, seed: int = 0):
-        super().__init__(config)
-        c = config
-        self.encoder = (UNITER if isinstance(c.encoder, UNITERConfig) else VisualBERT)(c.encoder, seed=seed)
+    def __init__(self, config: MultitaskConfig, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config, vision=vision))
+        c = self.config
+        encoder = UNITER if isinstance(c.encoder, UNITERConfig) else VisualBERT
+        self.encoder = encoder(c.encoder, vision=vision, seed=seed)
         width = c.encoder.text.width
         self.word_head = TextHead(c.encoder.text)
         self.text_projection = nn.Linear(width, c.embed_width)

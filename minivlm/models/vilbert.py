@@ -25,6 +25,7 @@ from minivlm.losses import AnswerLoss
 from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
 from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Regions
+from minivlm.models.own_modules import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class ViLBERT(Model):
     Regions are the cells of the tower's grid or, with boxes (B, R, 4), those boxes, over which the grid is pooled; or those of
     a detector: `ImageFeatures` (B, R, C) in place of images, beside their boxes. region_mask (B, R): True = a real region.
     hidden (B, R): True = its features are withheld, to be predicted. heads: those to compute; None: all.
-    Raises UserError for boxes outside the image.
+    vision: a module of your own, see own_modules.py. Raises UserError for boxes outside the image.
     """
 
     config_class = ViLBERTConfig
@@ -61,10 +62,10 @@ class ViLBERT(Model):
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
 
-    def __init__(self, config: ViLBERTConfig, *, seed: int = 0):
-        super().__init__(config)
-        c, generator = config, torch.Generator().manual_seed(seed)
-        self.vision = joint.vision_tower(c, generator)
+    def __init__(self, config: ViLBERTConfig, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config, vision=vision))
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+        self.vision = joint.vision_tower(c, generator, vision)
         self.bert = BERT(c.text, seed=seed)
         self.regions = ViLBERTRegions(c.region_width, c.regions.width, norm_eps=c.regions.norm_eps)
         self.region_transformer = Transformer(c.regions)

@@ -23,6 +23,7 @@ from minivlm.layers.transformer import take
 from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
 from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Regions
+from minivlm.models.own_modules import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class VisualBERT(Model):
     Regions are the cells of the tower's grid or, with boxes (B, R, 4), those boxes, over which the grid is pooled; or those of
     a detector: `ImageFeatures` (B, R, C) in place of images, beside their boxes. region_mask (B, R): True = a real region.
     hidden (B, R): True = its features are withheld, to be predicted. heads: those to compute; None: all.
-    Raises UserError for boxes outside the image.
+    vision: a module of your own, see own_modules.py. Raises UserError for boxes outside the image.
     """
 
     config_class = VisualBERTConfig
@@ -48,10 +49,10 @@ class VisualBERT(Model):
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
 
-    def __init__(self, config: VisualBERTConfig, *, seed: int = 0):
-        super().__init__(config)
-        c, D, generator = config, config.text.width, torch.Generator().manual_seed(seed)
-        self.vision = joint.vision_tower(c, generator)
+    def __init__(self, config: VisualBERTConfig, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config, vision=vision))
+        c, D, generator = self.config, config.text.width, torch.Generator().manual_seed(seed)
+        self.vision = joint.vision_tower(c, generator, vision)
         self.bert = BERT(c.text, seed=seed)
         sizes = dict(positions=c.text.context, types=c.text.token_types, in_order=c.region_positions)
         self.regions = VisualBERTRegions(c.region_width, D, **sizes)

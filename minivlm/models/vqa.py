@@ -23,13 +23,14 @@ from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower,
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.losses import AnswerLoss, answer_loss, chance_answer_loss
 from minivlm.model import Model
+from minivlm.models.own_modules import OwnText, OwnTower, describe, either, states_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQAConfig:
-    vision: TowerConfig
+    vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
     vision_layer: int = -1  # of the tower, whose features are used
-    text: BERTConfig  # the question encoder
+    text: BERTConfig | OwnText  # the question encoder
     fusion: TransformerConfig  # its blocks attend to the image
     answers: tuple[str, ...]
 
@@ -48,22 +49,24 @@ class VQAConfig:
 class VQAModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → the logits of all answers, (B, A).
 
-    `ImageFeatures` may be given in place of images.
+    `ImageFeatures` may be given in place of images. vision, text: modules of your own, see own_modules.py.
     """
 
     config_class = VQAConfig
     abilities = frozenset({"choose", "attend"})
     image_attention = "fusion.*.cross_attention"
 
-    def __init__(self, config: VQAConfig, *, seed: int = 0):
-        super().__init__(config)
-        c, generator = config, torch.Generator().manual_seed(seed)
+    def __init__(
+        self, config: VQAConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None, seed: int = 0
+    ):
+        super().__init__(describe(config, vision=vision, text=text))
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+        self.vision = either(vision, make_tower, c.vision, generator)
         count, width = c.vision.features_at(c.vision_layer)
-        self.vision = make_tower(c.vision, generator)
         self.projector = LinearProjector(width, c.text.width)
         self.position_embedding = nn.Parameter(torch.empty(count, c.text.width))
         self.picture_norm = make_norm(c.fusion)
-        self.bert = BERT(c.text, seed=seed)
+        self.bert = either(text, BERT, c.text, seed=seed)
         self.fusion = Transformer(c.fusion)
         self.norm = make_norm(c.fusion)
         self.answer_head = nn.Linear(c.text.width, len(c.answers))
@@ -71,7 +74,7 @@ class VQAModel(Model):
 
     def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         features = self.projector(self.image_features(images)) + self.position_embedding  # (B, N, D)
-        question = self.bert(tokens, mask).hidden  # (B, T, D)
+        question = states_of(self.bert(tokens, mask))  # (B, T, D)
         x = self.norm(self.fusion(question, self.picture_norm(features), mask=mask))
         return self.answer_head(x[:, 0])
 

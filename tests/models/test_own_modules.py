@@ -1,0 +1,183 @@
+"""Modules of a user's own in models of ours: built, trained, saved, and loaded into what is given again."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import minivlm
+from minivlm.errors import UserError
+from minivlm.info import info
+from minivlm.layers import BERTConfig, TransformerConfig, VisionConfig, VisionTransformer
+from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
+from minivlm.models.uniter import UNITERConfig
+from minivlm.models.vqa import VQAConfig, VQAModel
+from minivlm.testing import assert_same
+
+WIDTH, S = 20, 16
+TOKENS = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 9, 3, 2, 0, 0]])
+MASK = TOKENS != 0
+
+
+class Tower(nn.Module):
+    """Convolutions of a user's: a grid of 2 × 2, with a summary in front."""
+
+    image_size, leading = S, 1
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, width, 8, stride=8), nn.BatchNorm2d(width)
+        self.register_buffer("shift", torch.ones(1), persistent=False)
+
+    def features(self, images, *, layer=-1):
+        grid = self.norm(self.conv(images)).flatten(2).transpose(1, 2) + self.shift
+        return torch.cat([grid.mean(dim=1, keepdim=True), grid], dim=1)
+
+    def forward(self, images):
+        return self.features(images)[:, 0]
+
+
+class Text(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.embedding = nn.Embedding(40, width)
+
+    def forward(self, tokens, mask):
+        return self.embedding(tokens) * mask[..., None]
+
+
+LAYERS = dict(width=24, depth=2, heads=2)
+VQA = VQAConfig(
+    vision=None,
+    text=BERTConfig(vocab_size=40, context=10, **LAYERS),
+    fusion=TransformerConfig(cross_attention_every=1, **LAYERS),
+    answers=("yes", "no", "two"),
+)
+STAND_IN = VisionConfig(image_size=S, patch_size=8, width=WIDTH, depth=1, heads=2)
+ENCODER = UNITERConfig(text=VQA.text, vision=STAND_IN, region_width=WIDTH, answers=VQA.answers)
+MULTITASK = MultitaskConfig(encoder=ENCODER, embed_width=8, end_token=2)
+
+
+def answers(model):
+    return lambda images: model.answer(images, TOKENS, MASK)
+
+
+MODELS = {  # name → (build(**modules), the modules, what it computes of images, one of its losses)
+    "vqa": (lambda **own: VQAModel(VQA, **own), {"vision": Tower}, answers, "answers"),
+    "vqa, text": (lambda **own: VQAModel(VQA, **own), {"vision": Tower, "text": Text}, answers, "answers"),
+    "multitask": (lambda **own: MultitaskVLM(MULTITASK, **own), {"vision": Tower}, answers, "answer"),
+}
+BATCHES = {
+    "answers": dict(tokens=TOKENS, mask=MASK, answers=torch.eye(3)[[2, 0]]),
+    "answer": dict(tokens=TOKENS, mask=MASK, question=TOKENS, question_mask=MASK, answers=torch.eye(3)[[2, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_with_modules_of_ones_own_learns_and_comes_back_with_them(name, tmp_path):
+    build, kinds, compute, loss = MODELS[name]
+    own = {part: kind() for part, kind in kinds.items()}
+    model, images = build(**own), torch.randn(2, 3, S, S)
+    assert all(p.requires_grad for p in own["vision"].parameters())
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    before = own["vision"].conv.weight.clone()
+    for _ in range(3):
+        losses.append(sum(model.losses(images=images, **BATCHES[loss]).values()))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < losses[0] and not own["vision"].conv.weight.equal(before)
+
+    model.eval().save_pretrained(tmp_path)
+    assert f"{Tower.__module__}:Tower" in (tmp_path / "config.json").read_text()
+    fresh = {part: kind() for part, kind in kinds.items()}
+    back = type(model).from_pretrained(tmp_path, **fresh)
+    assert back.config == model.config
+    assert any(part is fresh["vision"] for part in back.modules())
+    assert_same(compute(back)(images), compute(model)(images), tolerance=0)
+    assert {n for n, p in back.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters()}
+    again, _ = minivlm.load(tmp_path, **{part: kind() for part, kind in kinds.items()})
+    assert_same(compute(again)(images), compute(model)(images), tolerance=0)
+    assert "choose" in info(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_its_module_or_with_another_a_directory_is_refused_by_name(name, tmp_path):
+    build, kinds, *_ = MODELS[name]
+    build(**{part: kind() for part, kind in kinds.items()}).save_pretrained(tmp_path)
+    rest = {part: kind() for part, kind in kinds.items() if part != "vision"}
+    with pytest.raises(UserError, match=r"saved with a module of your own, .*:Tower: give it, as vision="):
+        minivlm.load(tmp_path, **rest)
+    with pytest.raises(
+        UserError, match=r"widths \(20,\).*\), but .*widths \(12,\)|of width 12, but region_width is 20"
+    ):
+        minivlm.load(tmp_path, vision=Tower(12), **rest)
+    other = Tower()
+    other.extra = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"vision\.extra"):
+        minivlm.load(tmp_path, vision=other, **rest)
+    with pytest.raises(UserError, match="was not saved with a module of your own as tower: leave out tower="):
+        minivlm.load(tmp_path, vision=Tower(), tower=Tower(), **rest)
+    with pytest.raises(UserError, match=r"vision of this \w+Config is .*:Tower: give the module, as vision="):
+        model = minivlm.load(tmp_path, vision=Tower(), **rest)[0]
+        type(model)(model.config, **rest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_no_tower_is_refused_by_what_a_tower_has(name):
+    build, *_ = MODELS[name]
+    has = r"features\(images, layer=…\) → \(M, N, C\), and image_size, pixels a side"
+    with pytest.raises(UserError, match=f"this Identity is no vision tower, as it has no features: .*{has}"):
+        build(vision=nn.Identity())
+
+
+def test_what_a_tower_or_a_text_encoder_gives_must_have_the_right_axes():
+    class Flat(Tower):
+        def features(self, images, *, layer=-1):
+            return super().features(images)[:, 0]
+
+    class Broken(Tower):
+        def features(self, images):
+            return images
+
+    class Sizeless(Tower):
+        image_size = None
+
+    with pytest.raises(UserError, match=r"this Flat gave \(1, 20\) for one sample, but a vision tower has features"):
+        VQAModel(VQA, vision=Flat())
+    with pytest.raises(UserError, match=r"this Broken could not be called .*layer.*a vision tower has features"):
+        VQAModel(VQA, vision=Broken())
+    with pytest.raises(UserError, match="this Sizeless does not name its image_size: a vision tower has"):
+        VQAModel(VQA, vision=Sizeless())
+    with pytest.raises(UserError, match=r"this Identity could not be called .*tokens \(B, T\), mask \(B, T\)"):
+        VQAModel(VQA, vision=Tower(), text=nn.Identity())
+    with pytest.raises(UserError, match="the config describes neither this part nor was a module given"):
+        VQAModel(VQA)
+    with pytest.raises(ValueError, match="fusion reads words of width 16"):
+        VQAModel(VQA, vision=Tower(), text=Text(16))
+
+
+def test_measuring_leaves_the_module_as_it_was():
+    tower = Tower()
+    tower.norm.eval()
+    VQAModel(VQA, vision=tower)
+    assert tower.training and not tower.norm.training and tower.norm.num_batches_tracked == 0
+
+
+def test_a_ready_tower_of_ours_needs_no_module_to_come_back(tmp_path):
+    tower = VisionTransformer(replace(STAND_IN, depth=2))
+    model = VQAModel(VQA, vision=tower).eval()
+    assert model.vision is tower and model.config.vision == tower.config
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, S, S)
+    assert_same(VQAModel.from_pretrained(tmp_path)(images, TOKENS), model(images, TOKENS), tolerance=0)
+    with pytest.raises(UserError, match="was not saved with a module of your own as vision: leave out vision="):
+        VQAModel.from_pretrained(tmp_path, vision=tower)
+
+
+def test_a_module_of_ones_own_has_no_published_form(tmp_path):
+    VQAModel(VQA, vision=Tower()).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]["vision"]
+    assert stored["type"] == "OwnTower" and (stored["counts"], stored["widths"]) == ([4], [WIDTH])
