@@ -11,39 +11,43 @@ import time
 import torch
 from tqdm import tqdm
 
-from minivlm import recipes, training
+from minivlm import training
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
-from minivlm.recipes import resuming
+from minivlm.recipes import plan, resuming
+from minivlm.recipes.finish import finish
+from minivlm.recipes.options import Options
+from minivlm.recipes.parts import parts_table
+from minivlm.recipes.recipe import Recipe
 from minivlm.run import Run, read_record, restore, restore_random
 
 
 def main(argv: list[str]) -> None:
     with training.told_by_first():
-        name, recipe, options = recipes.command_line(argv)
+        name, recipe, options = plan.command_line(argv)
     if options.help or options.list:
-        print(recipes.help_text(name, recipe) if options.help else recipes.list_text())
+        print(plan.help_text(name, recipe) if options.help else plan.list_text())
     else:
         _, world = training.start_processes(training.choose_device(options.device))
         with training.ending_together():
-            plan = recipes.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
-            for part, of, _ in plan:
+            todo = plan.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
+            for part, of, _ in todo:
                 training.check_batch(part, of.batch_size, world)
             first = training.is_first_process()
             if first:
-                recipes.check_places(plan)
-            if (sentence := recipes.announcement(plan)) and first:
+                plan.check_places(todo)
+            if (sentence := plan.announcement(todo)) and first:
                 print(sentence)
-            for name, recipe, options in plan:
+            for name, recipe, options in todo:
                 with Run(options.directory(name), keep=recipe.keep, write=first) as run:
                     if not train(name, recipe, options, run):
                         if first:
-                            print(f"Go on with: {recipes.go_on(plan, options, argv)}")
+                            print(f"Go on with: {plan.go_on(todo, options, argv)}")
                         break
         training.stop_processes()
 
 
-def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run) -> bool:
+def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     """True if all steps are done, False if it was stopped before."""
     # build
     training.keep_freed_memory()
@@ -58,15 +62,15 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
         say(f"the run in {run.directory} is finished: all {recipe.steps} steps are done. For more, give --steps.")
         return True
     with training.rank_zero_first():
-        work = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
-    model = training.whole_batch_norm(work.model.to(device).train(), device, world)
+        job = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
+    model = training.whole_batch_norm(job.model.to(device).train(), device, world)
     model.check_parts(recipe.batch_size // world, recipe.micro_batch or recipe.batch_size)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)
-    for note in [*work.notes(), *work.stand_ins("val", "test")]:
+    for note in job.notes():
         say(note)
-    say(recipes.parts_table(model, recipe.optimiser.learning_rate, work.origins))
+    say(parts_table(model, recipe.optimiser.learning_rate, job.origins))
 
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
@@ -79,7 +83,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
-    work.prepare(device, precision)
+    job.prepare(device, precision)
     if options.compile:
         training.compile_parts(model)
     training.meet()  # not all took the same time
@@ -92,13 +96,13 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
         if rank == 0:
             try:
                 with as_stored(model):
-                    score = work.validate()
+                    score = job.validate()
             except UserError as error:
                 raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
             run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 2)
             random[0] = training.random_state(device)  # validation may have drawn from it
-            run.save(step, model, work.processor, optimiser, recipe, score, random)
-            bar.write(f"step {step}: {work.score_name} {score:.1%} on the validation split, checkpoint saved")
+            run.save(step, model, job.processor, optimiser, recipe, score, random)
+            bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
         training.meet()
         saved = step
         started += time.perf_counter() - paused  # samples/s speaks of training alone
@@ -108,7 +112,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
     first, saved, started = step, step, time.perf_counter()
     bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training.BAR_FORMAT)
     with training.polite_interrupt() as interrupted:
-        for batch in training.batches(lambda s: work.batch(s, rank, world), step, stop, device):
+        for batch in training.batches(lambda s: job.batch(s, rank, world), step, stop, device):
             with training.autocast(device, precision):
                 if recipe.micro_batch is None:
                     losses = forward(batch)
@@ -122,9 +126,9 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
             step += 1
             bar.update()
             if step % training.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
-                line = log.flush(work.ids)  # the one place where the device is waited for
+                line = log.flush(job.ids)  # the one place where the device is waited for
                 speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{work.progress(line)}, {speed:.0f} samples/s")
+                bar.set_postfix_str(f"{job.progress(line)}, {speed:.0f} samples/s")
                 if interrupted():
                     break
             if recipe.is_time_to_save(step):
@@ -138,7 +142,7 @@ def train(name: str, recipe: recipes.Recipe, options: recipes.Options, run: Run)
 
     # evaluate, and leave a model behind
     if rank == 0:
-        recipes.finish(run, work)
+        finish(run, job)
     training.meet()
     return True
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from minivlm import config
 from minivlm.atomic_writing import write_atomically
 from minivlm.command_line import Parser, check_picture_name, write_picture
 from minivlm.errors import UserError, run_command_line
@@ -28,6 +27,7 @@ from minivlm.files import read_json
 from minivlm.fonts import font
 from minivlm.pictures import CURVES, EDGE, INK, PALE, PAPER
 from minivlm.recipes import RECIPES
+from minivlm.recipes.older_options import read_recipe
 from minivlm.recipes.resuming import differences
 from minivlm.run import Run, read_record
 
@@ -117,7 +117,7 @@ def unlike_its_recipe(record: dict[str, Any], known: dict[str, Entry]) -> str:
     if (name := record.get("name")) not in known or record.get("seconds") is None:
         return f"its checkpoint records no time, or a recipe ({name}) that is not in the table"
     recipe = RECIPES[name]
-    was = config.from_dict(type(recipe), config.complete(type(recipe), record["recipe"]), "recipe")
+    was = read_recipe(recipe, record["recipe"], "recipe")
     changed = {field: now for field, (_, now) in differences(recipe, was).items()}
     if record["step"] < recipe.steps:
         return f"it is at step {record['step']} of {recipe.steps}"

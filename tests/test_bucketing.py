@@ -5,19 +5,24 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from minivlm import recipes
-from minivlm.recipes.base import Recipe
-from minivlm.recipes.work import Work
+from minivlm.recipes import plan
+from minivlm.recipes.job import Job
+from minivlm.recipes.recipe import FOLDER, Recipe
 from tests.test_train_blip2 import bases, world  # noqa: F401
 from tests.test_train_captioner import arguments
 
 
-class Sentences(Work):
-    """Sample i has a length that its chance decides as well."""
+class Sentences:
+    """Sample i has a length that its random numbers decide as well."""
 
     def __init__(self, bucket_steps, n=40, batch_size=4):
-        recipe = Recipe(summary="sentences", steps=100, batch_size=batch_size, bucket_steps=bucket_steps, seed=3)
-        super().__init__(recipe, model=None, processor=None, n=n)
+        how = dict(steps=100, batch_size=batch_size, bucket_steps=bucket_steps, seed=3)
+        recipe, self.n = Recipe(summary="sentences", data=FOLDER, **how), n
+        job = Job(recipe=recipe, model=None, processor=None, samples=self, scores=None, progress=None)
+        self.ids, self.indices, self.share = job.ids, job.order.indices, job.order.share
+
+    def __len__(self):
+        return self.n
 
     def length(self, index, rng):
         return index + int(rng.integers(20))
@@ -112,10 +117,10 @@ BUILT_ON = {
 def test_every_recipe_knows_how_long_its_texts_are(name, bases, world):  # noqa: F811
     """Batches of like length hold less padding than others of the same samples."""
     given = {option: bases / value if isinstance(value, str) else value for option, value in BUILT_ON[name].items()}
-    given |= {"data": world, "batch_size": 4} | ({"lessons": 0} if name == "flamingo" else {})
+    given |= {"data": world, "batch_size": 4} | ({"data.lessons": 0} if name == "flamingo" else {})
     padding = []
     for steps in (1, 4):
-        work = recipes.command_line(arguments(name, **given, bucket_steps=steps))[1].start(quiet=True)
+        work = plan.command_line(arguments(name, **given, bucket_steps=steps))[1].start(quiet=True)
         batches = [work.batch(step) for step in range(8)]
         pad_token = work.processor.pad_token
         texts = [batch[name] for batch in batches for name in ("tokens", "false", "question") if name in batch]

@@ -9,7 +9,7 @@ import torch._dynamo as dynamo
 from minivlm import training
 from minivlm.recipes import RECIPES
 from minivlm.testing import assert_same
-from tests.small_recipes import small_work, small_world
+from tests.small_recipes import small_job, small_world
 
 # The first length makes a graph, the second one another that serves all further ones; a text model has such a pair for each
 # role that it plays. Convolutions have one a stage.
@@ -60,7 +60,7 @@ def test_all_recipes_are_held():
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_few_graphs_and_no_break_whatever_the_lengths(directory, name):
-    work = small_work(name, directory)
+    work = small_job(name, directory)
     model, batches = work.model, [work.batch(step) for step in (0, 1, 3)]  # where there are questions, 3 is of captions
     assert len({batch["tokens"].shape[1] for batch in batches}) > 1
     plain = [gradients(model, batch) for batch in batches]

@@ -28,11 +28,11 @@ def model(processor):
 
 
 def test_all_of_a_text_is_learnt_and_of_a_conversation_the_answers(processor):
-    text = language.sample("a red circle", processor)
+    text = language.text_sample("a red circle", processor)
     assert text.tokens == processor.encode(["a red circle"])[0]
     assert text.labels == [IGNORED, *text.tokens[1:]]
     turns = [Turn("user", "a red circle. which shape?"), Turn("assistant", "circle")]
-    talk = language.sample(turns, processor)
+    talk = language.text_sample(turns, processor)
     answer = [*processor.ids("circle"), processor.end_token]
     assert [label for label in talk.labels if label != IGNORED] == answer
     assert talk.tokens == [processor.start_token, *processor.ids("a red circle. which shape?"), *answer]
@@ -43,7 +43,7 @@ def test_perplexity_is_the_mean_surprise_of_what_is_learnt(model, processor):
     assert any(isinstance(text, str) for text in some) and not all(isinstance(text, str) for text in some)
     surprises, tokens = [], []
     for text in some:
-        sample = language.sample(text, processor)
+        sample = language.text_sample(text, processor)
         with torch.no_grad():
             odds = model.eval()(torch.tensor([sample.tokens])).logits[0].log_softmax(dim=-1)
         foretold = [(i, t) for i, t in enumerate(sample.labels) if t != IGNORED]

@@ -21,7 +21,7 @@ from minivlm.errors import UserError
 from minivlm.models import image_text_matching
 from minivlm.recipes import RECIPES
 from tests import speakers
-from tests.small_recipes import small_work, small_world
+from tests.small_recipes import small_job, small_world
 
 ROOT = Path(__file__).parent.parent
 WORLD, B, PART = 2, 8, 3
@@ -32,10 +32,10 @@ CASES: dict[str, tuple[str, int, dict]] = {
     "uniter, other captions": ("uniter", 7, {}),
     "clip, sigmoid": ("clip", 0, {"model.loss": "sigmoid", "model.loss_chunk": 2}),
     "lm, packed": ("lm", 0, {"data.pack": "true"}),
-    "blip, momentum": ("blip", 0, {"momentum.queue": 16}),
+    "blip, momentum": ("blip", 0, {"model.momentum.queue": 16}),
     "blip2, t5": ("blip2", 0, {"lm": "t5", "language_from": "t5"}),
-    "llava, tiles": ("llava-stage1", 0, {"tiles": 2}),
-    "flamingo, no lessons": ("flamingo", 0, {"lessons": 0}),
+    "llava, tiles": ("llava-stage1", 0, {"model.tiles": 2}),
+    "flamingo, no lessons": ("flamingo", 0, {"data.lessons": 0}),
     "multitask, search alone": ("multitask", 0, {"model.tasks": "search"}),
 }
 ONE_SIDED = "llava, one picture"  # of a batch of two: one process has no use for the projector
@@ -115,7 +115,7 @@ def unordered(rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path, name):
-    work = small_work(name, small_world(tmp_path, train=8), batch_size=8)
+    work = small_job(name, small_world(tmp_path, train=8), batch_size=8)
     model, on = work.model, lambda device, world: training.whole_batch_norm(model, torch.device(device), world)
     with pytest.raises(
         UserError, match=r"batch norm \(vision\..* and \d+ more\) .*sees a part of it with --micro_batch 3"
@@ -140,7 +140,7 @@ def test_a_run_that_is_resumed_trains_what_it_trained(found, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SyncBatchNorm is for CUDA")
 def test_batch_norm_over_processes_counts_the_whole_batch(tmp_path):
     small_world(tmp_path, train=64)
-    work = small_work("clip-resnet", tmp_path, batch_size=B)
+    work = small_job("clip-resnet", tmp_path, batch_size=B)
     whole = step(work, 0, None, device="cuda")
     fork = multiprocessing.get_context("spawn")
     both = [fork.Process(target=share_batch_norm, args=(tmp_path, rank)) for rank in range(WORLD)]
@@ -159,7 +159,7 @@ def test_batch_norm_over_processes_counts_the_whole_batch(tmp_path):
 def share_batch_norm(directory: Path, rank: int) -> None:
     """gloo, so that the two can share one GPU."""
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
-    work = small_work("clip-resnet", directory, batch_size=B)
+    work = small_job("clip-resnet", directory, batch_size=B)
     torch.save(step(work, 0, None, rank, WORLD, device="cuda"), directory / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -174,7 +174,7 @@ def main(directory: Path) -> None:
     image_text_matching.hard_negatives = likeliest
     small_world(directory)
     works = {
-        case: small_work(recipe, directory, batch_size=B, **changes)
+        case: small_job(recipe, directory, batch_size=B, **changes)
         for case, (recipe, _, changes) in CASES.items()
         if case not in REFUSED
     }

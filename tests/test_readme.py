@@ -17,7 +17,8 @@ from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
-from minivlm.recipes import RECIPES, Options, dotted_names
+from minivlm.recipes import RECIPES
+from minivlm.recipes.options import Options, dotted_names
 from tests.data.test_prepare import prepare, save_omniglot
 from tests.test_train import TINY
 
@@ -33,7 +34,7 @@ HUB = "openai/clip-vit-base-patch32"
 SMALLER = {k: v for k, v in TINY.items() if k not in ("steps", "batch_size")}
 RUN = {k: v for k, v in SMALLER.items() if "." not in k}
 LANGUAGE = {"width": 16, "depth": 1, "heads": 2}
-QFORMER = {"qformer.width": 16, "qformer.depth": 2, "qformer.heads": 2}
+QFORMER = {f"model.qformer.{k}": v for k, v in dict(width=16, depth=2, heads=2).items()}
 VOCABULARY = {"data.vocab_size": 300}
 SMALL = {  # the options that make a recipe tiny
     "clip": SMALLER,
@@ -41,12 +42,12 @@ SMALL = {  # the options that make a recipe tiny
     "t5": RUN | VOCABULARY | {f"model.{k}": v for k, v in LANGUAGE.items()},
     "llava-stage1": RUN | {"vision_from": "out/clip"},
     "llava": RUN,
-    "blip2-stage1": RUN | QFORMER | {"embed_width": 8, "vision_from": "out/clip"},
+    "blip2-stage1": RUN | QFORMER | {"model.embed_width": 8, "vision_from": "out/clip"},
     "blip2": RUN,
     "flamingo": RUN
-    | {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()}
+    | {f"model.resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2).items()}
     | {"vision_from": "out/clip"},
-    "blip": RUN | {f"text.{k}": v for k, v in LANGUAGE.items()} | {"embed_width": 8, "vocab_size": 300},
+    "blip": RUN | VOCABULARY | {f"model.text.{k}": v for k, v in LANGUAGE.items()} | {"model.embed_width": 8},
     "uniter": RUN | {f"model.text.{k}": v for k, v in LANGUAGE.items()} | {"vision_from": "out/clip"},
     "captioner": RUN
     | VOCABULARY

@@ -5,9 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from minivlm import config, recipes
+from minivlm import config
 from minivlm.errors import UserError
-from minivlm.recipes.base import split_arguments
+from minivlm.recipes import RECIPES, plan
+from minivlm.recipes.finish import no_options
+from minivlm.recipes.options import Options, split_arguments
 
 
 def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
@@ -16,8 +18,8 @@ def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
     for i in range(40):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     for name in ("clip", "clip-resnet", "align"):
-        of = recipes.command_line([name, "--data", str(tmp_path)])[1]
-        assert type(of.model.vision) is type(recipes.RECIPES[name].model.vision)
+        of = plan.command_line([name, "--data", str(tmp_path)])[1]
+        assert type(of.model.vision) is type(RECIPES[name].model.vision)
         assert of.data.augment and of.batch_size < 40
 
 
@@ -26,7 +28,7 @@ def test_a_folder_that_gives_nothing_to_train_on_is_told_so(tmp_path):
     line = {"image": "a.png", "caption": "a", "split": "test"}
     (tmp_path / "captions.jsonl").write_text(json.dumps(line), encoding="utf-8")
     with pytest.raises(UserError, match="in its val and test split, and nothing to train on: give some"):
-        recipes.command_line(["clip", "--data", str(tmp_path)])
+        plan.command_line(["clip", "--data", str(tmp_path)])
 
 
 def test_a_class_name_too_long_to_judge_by_is_refused_before_the_first_step(tmp_path):
@@ -35,27 +37,27 @@ def test_a_class_name_too_long_to_judge_by_is_refused_before_the_first_step(tmp_
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for i in range(20):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    recipe = recipes.command_line(["clip", "--data", str(tmp_path)])[1]
+    recipe = plan.command_line(["clip", "--data", str(tmp_path)])[1]
     with pytest.raises(UserError, match=r"makes a sentence of \d+ tokens, but the model reads 64: shorten the name"):
         recipe.start(quiet=True)
 
 
 def test_minus_h_is_help_as_everywhere():
-    assert recipes.command_line(["lm", "-h"])[2].help
+    assert plan.command_line(["lm", "-h"])[2].help
 
 
 def test_a_file_that_is_called_like_an_option_is_proposed_so_that_it_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "-o").mkdir()
-    assert recipes.no_options("python sample.py search -o 'my data' 'a b' --top 8") == (
+    assert no_options("python sample.py search -o 'my data' 'a b' --top 8") == (
         "python sample.py search ./-o 'my data' 'a b' --top 8"
     )
-    assert recipes.no_options('python sample.py complete out/lm "a b"') == 'python sample.py complete out/lm "a b"'
+    assert no_options('python sample.py complete out/lm "a b"') == 'python sample.py complete out/lm "a b"'
 
 
 def test_without_arguments_the_default_recipe_as_it_stands():
-    name, recipe, options = recipes.command_line([])
-    assert name == "clip" and recipe == recipes.RECIPES["clip"] and options == recipes.Options()
+    name, recipe, options = plan.command_line([])
+    assert name == "clip" and recipe == RECIPES["clip"] and options == Options()
 
 
 def test_dotted_names_replace_nested_fields_and_nothing_else():
@@ -70,28 +72,28 @@ def test_dotted_names_replace_nested_fields_and_nothing_else():
         "--out",
         "2024",
     ]
-    _, recipe, options = recipes.command_line(argv)
-    base = recipes.RECIPES["clip"]
+    _, recipe, options = plan.command_line(argv)
+    base = RECIPES["clip"]
     assert (recipe.steps, recipe.model.vision.depth, recipe.optimiser.learning_rate) == (7, 2, 0.01)
     assert recipe.model.text == base.model.text and recipe.batch_size == base.batch_size
     assert options.compile is True and options.out == "2024"
 
 
 def test_values_that_only_fit_together_are_given_together():
-    _, recipe, _ = recipes.command_line(["--model.vision.image_size", "60", "--model.vision.patch_size", "6"])
+    _, recipe, _ = plan.command_line(["--model.vision.image_size", "60", "--model.vision.patch_size", "6"])
     assert (recipe.model.vision.image_size, recipe.model.vision.patch_size) == (60, 6)
 
 
 def test_a_list_is_given_with_commas_or_as_json():
     for given in ("caption,search", '["caption", "search"]'):
-        _, recipe, _ = recipes.command_line(["multitask", "--model.tasks", given])
+        _, recipe, _ = plan.command_line(["multitask", "--model.tasks", given])
         assert recipe.model.tasks == ("caption", "search")
-    _, recipe, _ = recipes.command_line(["multitask", "--model.tasks", "caption"])
+    _, recipe, _ = plan.command_line(["multitask", "--model.tasks", "caption"])
     assert recipe.model.tasks == ("caption",)
-    _, recipe, _ = recipes.command_line(["blip", "--vision_layers", "-2,-1"])
-    assert recipe.vision_layers == (-2, -1)
+    _, recipe, _ = plan.command_line(["blip", "--model.vision_layers", "-2,-1"])
+    assert recipe.model.vision_layers == (-2, -1)
     with pytest.raises(UserError, match=r"model.tasks\[1\] is 'singing', but must be one of"):
-        recipes.command_line(["multitask", "--model.tasks", "caption,singing"])
+        plan.command_line(["multitask", "--model.tasks", "caption,singing"])
 
 
 @pytest.mark.parametrize(
@@ -125,21 +127,21 @@ def test_a_list_is_given_with_commas_or_as_json():
 )
 def test_each_mistake_is_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):
-        recipes.command_line(argv)
+        plan.command_line(argv)
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_goes_through_json_without_loss(name):
-    recipe = recipes.RECIPES[name]
+    recipe = RECIPES[name]
     again = config.from_dict(type(recipe), json.loads(json.dumps(config.to_dict(recipe))))
     assert again == recipe
 
 
 def test_help_names_every_field_and_list_every_recipe():
-    _, recipe, _ = recipes.command_line(["clip"])
-    text = recipes.help_text("clip", recipe)
+    _, recipe, _ = plan.command_line(["clip"])
+    text = plan.help_text("clip", recipe)
     assert "--model.vision.depth" in text and "--optimiser.learning_rate" in text and "--resume" in text
-    assert all(name in recipes.list_text() for name in recipes.RECIPES)
+    assert all(name in plan.list_text() for name in RECIPES)
 
 
 def test_arguments_split_into_words_and_options():

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 import train
-from minivlm import evaluate, recipes
+from minivlm import evaluate
 from minivlm.errors import UserError
-from minivlm.recipes import lessons
+from minivlm.recipes import RECIPES, plan, scores
+from minivlm.recipes.folders import check_suits
+from minivlm.recipes.fuse import FUSE_RECIPES
 from minivlm.run_directory import foreign
 
 SIDE, N = 16, 40
@@ -29,9 +31,9 @@ SIZES = {
     "t5": {f"model.{k}": v for k, v in T5.items()} | {"induction_heads": "false"},
     "captioner": {f"model.vision.{k}": v for k, v in TOWER.items()}
     | {f"model.language.{k}": v for k, v in SMALL.items()},
-    "blip": {f"text.{k}": v for k, v in SMALL.items()} | {"embed_width": 8},
-    "blip2-stage1": {"qformer.width": 16, "qformer.heads": 2, "qformer.depth": 2, "qformer.queries": 4},
-    "flamingo": {"resampler.width": 16, "resampler.heads": 2, "resampler.depth": 1, "resampler.latents": 2},
+    "blip": {f"model.text.{k}": v for k, v in SMALL.items()} | {"model.embed_width": 8},
+    "blip2-stage1": {f"model.qformer.{k}": v for k, v in dict(width=16, heads=2, depth=2, queries=4).items()},
+    "flamingo": {f"model.resampler.{k}": v for k, v in dict(width=16, heads=2, depth=1, latents=2).items()},
     "vilbert": FUSION
     | {f"model.regions.{k}": v for k, v in SMALL.items()}
     | {"model.joint_width": 16, "model.joint_heads": 2, "model.connections": 1},
@@ -39,7 +41,7 @@ SIZES = {
     "multitask": {f"model.encoder.text.{k}": v for k, v in SMALL.items()},
 }
 SIZES |= dict.fromkeys(("blip-noisy", "blip-capfilt"), SIZES["blip"]) | dict.fromkeys(("visualbert", "uniter"), FUSION)
-ON_CLIP = ("blip", "blip-noisy", "blip2-stage1", *recipes.FUSION_RECIPES, "multitask")
+ON_CLIP = ("blip", "blip-noisy", "blip2-stage1", *FUSE_RECIPES, "multitask")
 PARTS = {  # what each builds on
     **{name: {"vision_from": "clip"} for name in ON_CLIP},
     "llava-stage1": {"vision_from": "clip", "language_from": "lm"},
@@ -48,7 +50,7 @@ PARTS = {  # what each builds on
     "blip2": {"starts_from": "blip2-stage1", "language_from": "lm"},
     "flamingo": {"vision_from": "clip", "language_from": "lm"},
 }
-ALL = set(recipes.RECIPES)
+ALL = set(RECIPES)
 PAIRS = {"clip", "clip-resnet", "align", "blip", "blip-noisy", "blip-capfilt", "blip2-stage1"}
 TALK = {"llava-stage1", "llava", "blip2", "flamingo"}
 CHOOSERS = {"vqa", "visualbert", "uniter", "vilbert"}
@@ -166,7 +168,7 @@ def bases(folders, tmp_path_factory):
     """What the recipes build on, as it is before the first step."""
     out = tmp_path_factory.mktemp("bases")
     for name in ("clip", "lm", "llava-stage1", "blip-noisy", "blip2-stage1"):
-        _, recipe, _ = recipes.command_line(arguments(name, data=folders / "captions", **parts(name, out)))
+        _, recipe, _ = plan.command_line(arguments(name, data=folders / "captions", **parts(name, out)))
         work = recipe.start(quiet=True)
         work.model.save_pretrained(out / name, processor=work.processor)
     return out
@@ -178,23 +180,23 @@ def parts(name, bases):
 
 @pytest.fixture(autouse=True)
 def few_episodes(monkeypatch):
-    monkeypatch.setattr(lessons, "VALIDATED", 4)
+    monkeypatch.setattr(scores, "VALIDATED", 4)
     monkeypatch.setattr(importlib.import_module("minivlm.evaluate.few_shot"), "EPISODES", 4)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_to_the_end_or_is_refused_before_the_first_step(name, kind, folders, bases, tmp_path, capsys):
     data, out = folders / kind, tmp_path / "out"
-    more = {"threshold": 0.0} if name == "blip-capfilt" else {}
+    more = {"data.threshold": 0.0} if name == "blip-capfilt" else {}
     argv = arguments(name, data=data, out=out, **parts(name, bases), **more)
     if name in TRAINS[kind]:
         train.main(argv)
         said = capsys.readouterr().out
         assert {"config.json", "metrics.json", "picture.png"} <= {path.name for path in out.iterdir()}
         assert not foreign(out)  # so that the next run moves it aside
-        scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        assert scores and all(np.isfinite(score["value"]) for score in scores.values())
+        found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        assert found and all(np.isfinite(score["value"]) for score in found.values())
         on_training_pictures = "What is judged has been trained on." in said.partition("the best checkpoint")[2]
         assert on_training_pictures == (kind == "few")
         check_next_commands(said.partition("Try next:")[2].splitlines(), data)
@@ -225,11 +227,11 @@ def test_evaluation_says_where_it_judges_by_what_was_trained_on(folders, bases, 
 
 
 def test_a_folder_smaller_than_a_batch_is_trained_on_whole_in_fewer_steps(folders, tmp_path):
-    _, recipe, _ = recipes.command_line(["clip", "--data", str(folders / "captions"), "--out", str(tmp_path / "out")])
-    train_images = recipes.shared.check_suits(recipe, folders / "captions")
+    _, recipe, _ = plan.command_line(["clip", "--data", str(folders / "captions"), "--out", str(tmp_path / "out")])
+    train_images = check_suits(recipe, folders / "captions")
     assert recipe.batch_size == train_images < N
-    plan = recipes.chain(*recipes.command_line(["vqa", "--data", str(folders / "questions"), "--batch_size", "4"]))
-    assert [(name, part.batch_size) for name, part, _ in plan] == [("clip-resnet", train_images), ("vqa", 4)]
+    todo = plan.chain(*plan.command_line(["vqa", "--data", str(folders / "questions"), "--batch_size", "4"]))
+    assert [(name, part.batch_size) for name, part, _ in todo] == [("clip-resnet", train_images), ("vqa", 4)]
 
 
 def test_what_does_not_suit_is_refused_before_what_it_builds_on_is_trained(folders, tmp_path, monkeypatch):

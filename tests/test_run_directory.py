@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minivlm import recipes, run_directory
+from minivlm import run_directory
 from minivlm.errors import UserError
+from minivlm.recipes import plan
 from minivlm.run import Run
 from minivlm.run_directory import check_out
 
@@ -197,9 +198,9 @@ def test_the_lock_holds_while_an_earlier_run_is_set_aside():
 def test_the_directories_that_a_chain_names_itself_are_judged_as_well():
     Path("out/photos-clip").mkdir(parents=True)
     Path("out/photos-clip/holiday.png").touch()
-    name, recipe, options = recipes.command_line(["blip", "--data", "photos", "--out", "out/x"])
+    name, recipe, options = plan.command_line(["blip", "--data", "photos", "--out", "out/x"])
     with pytest.raises(UserError, match="out/photos-clip holds what no run wrote"):
-        recipes.check_places(recipes.chain(name, recipe, options))
-    name, recipe, options = recipes.command_line(["blip", "--data", "photos", "--out", "new/photos-clip"])
+        plan.check_places(plan.chain(name, recipe, options))
+    name, recipe, options = plan.command_line(["blip", "--data", "photos", "--out", "new/photos-clip"])
     with pytest.raises(UserError, match="--out new/photos-clip is what the run reads"):
-        recipes.check_places(recipes.chain(name, recipe, options))
+        plan.check_places(plan.chain(name, recipe, options))

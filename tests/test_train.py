@@ -18,7 +18,7 @@ from minivlm import atomic_writing, saving, training
 from minivlm import run as run_module
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
-from minivlm.recipes.clip import Contrast
+from minivlm.recipes.job import Job
 
 ROOT = Path(train.__file__).parent
 TINY = {
@@ -100,14 +100,14 @@ def test_ten_steps_are_five_and_resume_and_five_to_the_bit(finished, world, tmp_
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(finished, world, tmp_path, capsys, monkeypatch):
-    original = Contrast.batch
+    original = Job.batch
 
     def batch(self, step, *args):
         if step == 6:
             signal.raise_signal(signal.SIGINT)
         return original(self, step, *args)
 
-    monkeypatch.setattr(Contrast, "batch", batch)
+    monkeypatch.setattr(Job, "batch", batch)
     out = tmp_path / "clip"
     train.main(arguments(world, out))
     said = capsys.readouterr().out

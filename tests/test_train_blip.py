@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import minivlm
 import sample
 import train
-from minivlm import recipes, tasks
+from minivlm import tasks
 from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes.negatives import is_true
@@ -21,10 +21,16 @@ from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
+from minivlm.recipes import RECIPES
 from minivlm.recipes.capfilt import PROPOSED, WEB, Bootstrapped, Judged, judge
+from minivlm.recipes.folders import for_data
 from tests.test_train_captioner import SHORT, arguments, weights
 
-SIZES = {"text.width": 16, "text.depth": 2, "text.heads": 2, "embed_width": 8, "vocab_size": 400}
+SIZES = {
+    f"model.{name}": value
+    for name, value in {"text.width": 16, "text.depth": 2, "text.heads": 2, "embed_width": 8}.items()
+}
+SIZES |= {"data.vocab_size": 400}
 TINY = SHORT | SIZES | {"optimiser.warmup": 0}
 WIDTH = 16
 
@@ -50,18 +56,20 @@ def eyes(world, tmp_path_factory):
 def built(world, eyes):
     """The three recipes one after the other, beside the eyes that they start from."""
     out, base = eyes.parent, TINY | {"data": world, "vision_from": eyes}
-    train.main(arguments("blip", **base, out=out / "blip", **{"momentum.queue": 16}))
+    train.main(arguments("blip", **base, out=out / "blip", **{"model.momentum.queue": 16}))
     train.main(arguments("blip-noisy", **base, freeze_vision="true", out=out / "noisy"))
-    options = dict(starts_from=out / "noisy", threshold=0.05, pictures=32, out=out / "capfilt")
+    options = dict(starts_from=out / "noisy", data__threshold=0.05, data__proposed=32, out=out / "capfilt")
     train.main(arguments("blip-capfilt", **base, **options))
     return out
 
 
-def recipe_of(name, world, **changes):
-    text = replace(recipes.RECIPES[name].text, width=16, depth=1, heads=2)
+def recipe_of(name, world, *, data=None, **changes):
+    recipe = RECIPES[name]
+    text = replace(recipe.model.text, width=16, depth=1, heads=2)
     vision = VisionConfig(image_size=32, patch_size=16, width=WIDTH, depth=1, heads=2)
-    small = dict(vision_from=None, vision=vision, text=text, vocab_size=400, embed_width=8, batch_size=8)
-    return replace(recipes.RECIPES[name], directory=str(world), **{**small, **changes})
+    model = replace(recipe.model, vision=vision, text=text, embed_width=8)
+    data = replace(recipe.data, directory=str(world), vocab_size=400, **(data or {}))
+    return replace(recipe, **{"vision_from": None, "batch_size": 8, "model": model, "data": data, **changes})
 
 
 # ---- blip --------------------------------------------------------------------------------------------------------------
@@ -92,7 +100,7 @@ def test_the_slow_copy_helps_in_training_and_is_left_behind(built):
 
 
 def test_a_resumed_run_goes_the_same_way(world, eyes, built, tmp_path):
-    base = TINY | {"data": world, "vision_from": eyes, "momentum.queue": 16, "out": tmp_path / "blip"}
+    base = TINY | {"data": world, "vision_from": eyes, "model.momentum.queue": 16, "out": tmp_path / "blip"}
     train.main(arguments("blip", **base, stop_at=2))
     train.main(["blip", "--resume", "--out", str(tmp_path / "blip"), "--device", "cpu", "--precision", "fp32"])
     for name, tensor in weights(built / "blip/checkpoints/step-000004").items():
@@ -132,21 +140,21 @@ def test_answers_are_ranked(built, world, capsys):
 
 
 def test_questions_are_about_the_picture_that_they_come_with(world):
-    work = recipe_of("blip", world).start(quiet=True)
-    batch, indices = work.batch(0), work.indices(0)
-    told, said = (work.processor.decode([row[1:] for row in batch[name]]) for name in ("question", "answer"))
+    job = recipe_of("blip", world).start(quiet=True)
+    batch, indices = job.batch(0), job.order.indices(0)
+    told, said = (job.processor.decode([row[1:] for row in batch[name]]) for name in ("question", "answer"))
     for i, question, answer in zip(indices, told, said, strict=True):
-        true = {(asked.text, asked.answer) for asked in true_questions(work.talk.scenes[int(i)])}
+        true = {(asked.text, asked.answer) for asked in true_questions(job.samples.talk.scenes[int(i)])}
         assert (question.strip(), answer.strip()) in true
     assert batch["answer_mask"].any(dim=1).all()
 
 
 def test_a_queue_that_the_batch_does_not_divide(world):
-    options = TINY | {"data": world, "vision_from": "none", "vision.image_size": 32}
+    options = TINY | {"data": world, "vision_from": "none", "model.vision.image_size": 32}
     with pytest.raises(
-        UserError, match=r"a momentum queue of 20 is not a multiple of the batch of 8: choose another --mom"
+        UserError, match=r"a momentum queue of 20 is not a multiple of the batch of 8: choose another --model.mom"
     ):
-        train.main(arguments("blip", **options, **{"momentum.queue": 20}))
+        train.main(arguments("blip", **options, **{"model.momentum.queue": 20}))
 
 
 def test_eyes_of_another_kind(world, built):
@@ -165,14 +173,15 @@ def test_a_blip_that_was_asked_nothing_answers_nothing(world):
 
 
 def test_noisy_captions_are_those_of_the_web_and_their_negatives_are_guessed(world):
-    work = recipe_of("blip-noisy", world, wrong=0.4, false_captions=1.0).start(quiet=True)
-    assert isinstance(work.train, NoisyPairs) and work.train.wrong.mean() == pytest.approx(0.4, abs=0.05)
+    job = recipe_of("blip-noisy", world, data=dict(wrong_captions=0.4, false_captions=1.0)).start(quiet=True)
+    assert isinstance(job.samples.pairs, NoisyPairs) and job.samples.pairs.wrong.mean() == pytest.approx(0.4, abs=0.05)
     rng = np.random.default_rng(0)
-    scenes = work.train.pairs.scenes.read(np.arange(48))
+    pairs = job.samples.pairs
+    scenes = pairs.pairs.scenes.read(np.arange(48))
     for i, scene in enumerate(scenes):
-        caption, false = work.captions(i, rng)
-        assert caption == work.train.all_captions(i)[0] and is_true(caption, scene) is not bool(work.train.wrong[i])
-        assert false != caption and (work.train.wrong[i] or not is_true(false, scene))
+        caption, false = job.samples.captions(i, rng)
+        assert caption == pairs.all_captions(i)[0] and is_true(caption, scene) is not bool(pairs.wrong[i])
+        assert false != caption and (pairs.wrong[i] or not is_true(false, scene))
 
 
 def test_the_filter_is_told_apart_from_chance(built):
@@ -194,7 +203,7 @@ def test_scores_of_a_filter():
 def test_what_is_kept_is_learnt(world):
     web = NoisyPairs(ShapesWorld(world, "train"), 0.5)
     captions = [web.all_captions(i)[0] for i in range(48)]
-    recipe = recipe_of("blip-capfilt", world, threshold=0.5)
+    recipe = recipe_of("blip-capfilt", world, data=dict(threshold=0.5))
     sure = judge(recipe, web, WEB, captions, 1.0 - web.wrong)  # a filter without a mistake
     none = judge(recipe, web, PROPOSED, captions, np.zeros(48))
     assert np.array_equal(sure.true, ~web.wrong) and np.array_equal(sure.kept, sure.true) and not none.kept.any()
@@ -210,11 +219,11 @@ def test_a_filter_that_drops_everything(world, built, tmp_path):
     with pytest.raises(
         UserError, match=r"the filter drops every caption: none matches with a probability of 1\.5 \(the"
     ):
-        train.main(arguments("blip-capfilt", **options, threshold=1.5, out=tmp_path / "out"))
+        train.main(arguments("blip-capfilt", **options, data__threshold=1.5, out=tmp_path / "out"))
 
 
 def test_what_it_builds_on(world):
-    assert recipes.RECIPES["blip-capfilt"].needs() == {"clip": "out/clip", "blip-noisy": "out/blip-noisy"}
+    assert RECIPES["blip-capfilt"].needs() == {"clip": "out/clip", "blip-noisy": "out/blip-noisy"}
     assert recipe_of("blip", world).needs() == {}
-    own = recipes.RECIPES["blip-capfilt"].for_data("photos", "out/mine")
+    own = for_data(RECIPES["blip-capfilt"], "photos", "out/mine")
     assert (own.vision_from, own.starts_from) == ("out/photos-clip", "out/photos-blip-noisy")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import evaluate, recipes, tasks, training
+from minivlm import evaluate, tasks, training
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.datasets.span_corruption import HOLES
@@ -26,10 +26,12 @@ from minivlm.models.blip2 import BLIP2
 from minivlm.models.blip2_stage1 import BLIP2Stage1
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
+from minivlm.recipes import plan
+from minivlm.recipes.job import Job
 from tests.test_train_captioner import SHORT, arguments, weights
 
-QFORMER = {f"qformer.{k}": v for k, v in dict(width=16, depth=2, heads=2, queries=3).items()}
-STAGE1 = SHORT | QFORMER | {"embed_width": 8, "optimiser.warmup": 0}
+QFORMER = {f"model.qformer.{k}": v for k, v in dict(width=16, depth=2, heads=2, queries=3).items()}
+STAGE1 = SHORT | QFORMER | {"model.embed_width": 8, "optimiser.warmup": 0}
 STAGE2 = SHORT | {"optimiser.warmup": 0}
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (0, 0, 0)}
 
@@ -99,9 +101,8 @@ def built(bases, world):
 @pytest.fixture
 def unjudged(monkeypatch):
     """Runs end with their last checkpoint: what they would score is not asked."""
-    monkeypatch.setattr(recipes, "finish", lambda run, work: None)
-    for kind in (recipes.blip2.Stage1, recipes.blip2.BLIP2Work):
-        monkeypatch.setattr(kind, "validate", lambda work: 0.5)
+    monkeypatch.setattr(train, "finish", lambda run, job: None)
+    monkeypatch.setattr(Job, "validate", lambda job: 0.5)
 
 
 def last(directory, step=4):
@@ -155,7 +156,7 @@ def test_stage_two_trains_qformer_and_projection_alone(built, lm):
 
 def test_the_qformer_goes_on_where_stage_one_left_it_without_the_half_that_reads(built, world):
     options = STAGE2 | from_stage1(built, "lm") | {"data": world}
-    work = recipes.command_line(arguments("blip2", **options))[1].start(quiet=True)
+    work = plan.command_line(arguments("blip2", **options))[1].start(quiet=True)
     stage1, mine = weights(built / "stage1"), work.model.state_dict()
     assert the_same(part(mine, "qformer"), part(stage1, "qformer"))
     left = part(stage1, "qformer").keys() - part(mine, "qformer").keys()
@@ -280,7 +281,7 @@ def test_from_scratch_the_qformer_is_new_on_the_eyes_of_a_clip(built, photos, tm
 
 def test_the_qformer_may_start_from_bert(built, world):
     options = STAGE1 | {"data": world, "vision_from": built / "clip", "bert_from": built / "bert"}
-    work = recipes.command_line(arguments("blip2-stage1", **options))[1].start(quiet=True)
+    work = plan.command_line(arguments("blip2-stage1", **options))[1].start(quiet=True)
     bert, _ = minivlm.load(built / "bert")
     ours, theirs = work.model.qformer.state_dict(), bert.state_dict()
     words = theirs["token_embedding.weight"]
@@ -293,34 +294,34 @@ def test_the_qformer_may_start_from_bert(built, world):
 def test_what_is_missing_is_planned_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def plan(*words):
-        return [(name, options.out) for name, _, options in recipes.chain(*recipes.command_line([*words]))]
+    def planned(*words):
+        return [(name, options.out) for name, _, options in plan.chain(*plan.command_line([*words]))]
 
     eyes, stage1, lm, t5, last = (
         *((name, f"out/{name}") for name in ("clip-resnet", "blip2-stage1", "lm", "t5")),
         ("blip2", None),
     )
-    assert plan("blip2") == [eyes, stage1, lm, last]
-    assert plan("blip2", "--lm", "t5") == [eyes, stage1, t5, last]
-    assert plan("blip2", "--from_scratch") == [eyes, lm, last]
-    assert plan("blip2-stage1") == [eyes, ("blip2-stage1", None)]
+    assert planned("blip2") == [eyes, stage1, lm, last]
+    assert planned("blip2", "--lm", "t5") == [eyes, stage1, t5, last]
+    assert planned("blip2", "--from_scratch") == [eyes, lm, last]
+    assert planned("blip2-stage1") == [eyes, ("blip2-stage1", None)]
     mine = [("clip-resnet", "clip"), ("blip2-stage1", "blip2-stage1"), ("t5", "t5")]
     wanted = [(name, f"out/photos-{directory}") for name, directory in mine]
-    assert plan("blip2", "--lm", "t5", "--data", "photos") == [*wanted, last]
-    assert recipes.chain(*recipes.command_line(["blip2", "--data", "photos"]))[1][1].vision_from == "out/photos-clip"
+    assert planned("blip2", "--lm", "t5", "--data", "photos") == [*wanted, last]
+    assert plan.chain(*plan.command_line(["blip2", "--data", "photos"]))[1][1].vision_from == "out/photos-clip"
 
 
 @pytest.mark.parametrize("lm", ["lm", "t5"])
 def test_a_t5_is_asked_one_question_and_a_decoder_all(built, world, lm):
     options = STAGE2 | from_stage1(built, lm) | {"data": world}
-    work = recipes.command_line(arguments("blip2", **options))[1].start(quiet=True)
+    work = plan.command_line(arguments("blip2", **options))[1].start(quiet=True)
     batch, decode, mark = work.batch(2), work.processor.decode, work.processor.image_token_id
     assert (batch["tokens"] == mark).sum(dim=1).tolist() == [3] * 8
-    share = work.share(2, 0, 1)
+    share = work.order.share(2)
     for row, (index, rng) in enumerate(share):
         labels = batch["labels"][row]
         said = decode([labels[(labels >= 0) & (labels != work.processor.end_token)].tolist()])[0]
-        turns = [turn.text for turn in work.train.conversation(index, rng)]
+        turns = [turn.text for turn in work.samples.turns(index, rng)]
         answers, questions = turns[1::2], [text.replace("<image>", "").strip() for text in turns[::2]]
         if lm == "t5":
             asked = decode([batch["tokens"][row][batch["mask"][row]].tolist()])[0].strip()
@@ -337,13 +338,13 @@ def test_a_t5_that_knows_holes_is_asked_all_at_once(built, world, tmp_path, hole
     t5, speaks = minivlm.load(built / "t5")
     speaks.tokenizer.add_special_tokens(list(HOLES))
     with_vocabulary(t5, speaks.tokenizer.get_vocab_size()).save_pretrained(tmp_path, processor=speaks)
-    options = STAGE2 | from_stage1(built, "t5") | {"data": world, "language_from": tmp_path, "holes": holes}
-    work = recipes.command_line(arguments("blip2", **options))[1].start(quiet=True)
+    options = STAGE2 | from_stage1(built, "t5") | {"data": world, "language_from": tmp_path, "data.holes": holes}
+    work = plan.command_line(arguments("blip2", **options))[1].start(quiet=True)
     batch, ids = work.batch(2), work.processor
     marks = [ids.tokenizer.token_to_id(hole) for hole in HOLES]
-    for row, (index, rng) in enumerate(work.share(2, 0, 1)):
+    for row, (index, rng) in enumerate(work.order.share(2)):
         rng.random()  # whether all are asked is drawn first
-        turns = [turn.text.replace("<image>", "").strip() for turn in work.train.conversation(index, rng)]
+        turns = [turn.text.replace("<image>", "").strip() for turn in work.samples.turns(index, rng)]
         read = batch["tokens"][row][batch["mask"][row]].tolist()
         said = [label for label in batch["labels"][row].tolist() if label >= 0]
         if holes:
@@ -414,10 +415,14 @@ def test_a_folder_with_questions_is_answered(built, photos, tmp_path, capsys):
         ("blip2-stage1", {"bert_from": "lm"}, r"--bert_from \S+ holds a LanguageModel, but a BERT is wanted\."),
         (
             "blip2-stage1",
-            {"bert_from": "bert", "qformer.depth": 3},
+            {"bert_from": "bert", "model.qformer.depth": 3},
             r"--bert_from \S+ .*depth of the Q-Former is 3, but BERT's is 2\.",
         ),
-        ("blip2-stage1", {"qformer.heads": 3}, r"the model cannot be built: width 16 is not a multiple of 3 heads"),
+        (
+            "blip2-stage1",
+            {"model.qformer.heads": 3},
+            r"the model cannot be built: width 16 is not a multiple of 3 heads",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(built, world, recipe, given, message):
@@ -426,7 +431,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(built, world, recipe, given, 
     base = {"vision_from": built / "clip"} if recipe == "blip2-stage1" else from_stage1(built, "lm")
     options = (STAGE1 if recipe == "blip2-stage1" else STAGE2) | base | {"data": world} | given
     with pytest.raises(UserError, match=message):
-        recipes.command_line(arguments(recipe, **options))[1].start(quiet=True)
+        plan.command_line(arguments(recipe, **options))[1].start(quiet=True)
 
 
 def test_a_base_that_is_not_there_is_an_error_and_not_trained(built, world, tmp_path):

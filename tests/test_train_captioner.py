@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes, training
+from minivlm import training
 from minivlm.conversation import IGNORED
 from minivlm.datasets.continuation import split
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
 from minivlm.errors import UserError
-from minivlm.recipes import language
+from minivlm.recipes import plan, scores
 from tests.test_train import TINY
 
 SHORT = {"steps": 4, "batch_size": 8, "save_every": 4, "seed": 3, "device": "cpu", "precision": "fp32"}
@@ -68,8 +68,10 @@ def test_stage_one_trains_the_projector_alone(built):
 
 def test_a_resampler_may_stand_in_the_projectors_place(built, world, tmp_path):
     base = {"data": world, "vision_from": built / "clip", "language_from": built / "lm"}
-    sizes = {"resampler.latents": 3, "resampler.width": 16, "resampler.depth": 1, "resampler.heads": 2}
-    train.main(arguments("llava-stage1", **SHORT | base | sizes, projector="resampler", out=tmp_path / "aligned"))
+    sizes = {f"model.resampler.{k}": v for k, v in dict(latents=3, width=16, depth=1, heads=2).items()}
+    train.main(
+        arguments("llava-stage1", **SHORT | base | sizes, model__projector="resampler", out=tmp_path / "aligned")
+    )
     model, processor = minivlm.load(tmp_path / "aligned")
     assert model.config.image_tokens == processor.config.image_tokens == 3
     train.main(arguments("llava", **SHORT, data=world, starts_from=tmp_path / "aligned", out=tmp_path / "out"))
@@ -143,25 +145,25 @@ def test_a_stage_resumes_to_the_bit(built, world, tmp_path):
 
 def test_what_is_missing_is_planned_first_and_what_is_there_is_used(tmp_path, monkeypatch, built):
     monkeypatch.chdir(tmp_path)
-    plan = recipes.chain(*recipes.command_line(["llava"]))
-    assert [(name, options.out) for name, _, options in plan] == [
+    todo = plan.chain(*plan.command_line(["llava"]))
+    assert [(name, options.out) for name, _, options in todo] == [
         ("clip-resnet", "out/clip-resnet"),
         ("lm", "out/lm"),
         ("llava-stage1", "out/llava-stage1"),
         ("llava", None),
     ]
-    said = recipes.announcement(plan)
+    said = plan.announcement(todo)
     assert said == (
         "llava builds on what is not there yet; trained first: "
         "clip-resnet (out/clip-resnet), lm (out/lm), llava-stage1 (out/llava-stage1)"
     )
-    plan = recipes.chain(*recipes.command_line(["llava", "--data", "photos", "--device", "cpu"]))
+    todo = plan.chain(*plan.command_line(["llava", "--data", "photos", "--device", "cpu"]))
     names = ["out/photos-clip", "out/photos-lm", "out/photos-llava-stage1", None]
-    assert [options.out for *_, options in plan] == names
-    assert plan[2][1].vision_from == "out/photos-clip" and plan[3][1].starts_from == "out/photos-llava-stage1"
-    assert all(options.data == "photos" and options.device == "cpu" for *_, options in plan)
-    plan = recipes.chain(*recipes.command_line(["llava", "--starts_from", str(built / "stage1")]))
-    assert [name for name, *_ in plan] == ["llava"] and recipes.announcement(plan) == ""
+    assert [options.out for *_, options in todo] == names
+    assert todo[2][1].vision_from == "out/photos-clip" and todo[3][1].starts_from == "out/photos-llava-stage1"
+    assert all(options.data == "photos" and options.device == "cpu" for *_, options in todo)
+    todo = plan.chain(*plan.command_line(["llava", "--starts_from", str(built / "stage1")]))
+    assert [name for name, *_ in todo] == ["llava"] and plan.announcement(todo) == ""
 
 
 def test_a_base_of_the_wrong_kind_is_refused(built, world, tmp_path):
@@ -185,7 +187,7 @@ def test_texts_can_be_packed(world, tmp_path):
 def test_induction_heads_are_there_before_the_first_step(world):
     two = {"model.depth": 2, "model.heads": 4, "data": world}
     given, plain = (
-        recipes.command_line(arguments("lm", **TEXTS | two, induction_heads=heads))[1].start(quiet=True).model
+        plan.command_line(arguments("lm", **TEXTS | two, induction_heads=heads))[1].start(quiet=True).model
         for heads in ("true", "false")
     )
     unlike = [name for name, p in plain.state_dict().items() if not torch.equal(p, given.state_dict()[name])]
@@ -198,16 +200,16 @@ def test_induction_heads_are_there_before_the_first_step(world):
 def test_a_model_too_small_for_induction_heads_says_how_to_do_without(world, wrong):
     options = TEXTS | {"model.depth": 2, "model.heads": 4, "data": world} | wrong
     with pytest.raises(UserError, match=r"need rotary positions, two blocks, .*; or .*--induction_heads false\.$"):
-        recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
+        plan.command_line(arguments("lm", **options))[1].start(quiet=True)
 
 
 def test_a_language_model_learns_the_answers_of_conversations_and_the_whole_of_texts(world):
     options = LM | {"data": world, "batch_size": 16, "model.context": 400}  # nothing is cut
-    work = recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
+    work = plan.command_line(arguments("lm", **options))[1].start(quiet=True)
     batch, end = work.batch(0), work.processor.end_token
-    read = [index for index, _ in work.share(0, 0, 1)]
+    read = [index for index, _ in work.order.share(0)]
     for row, labels, index in zip(batch["tokens"], batch["labels"], read, strict=True):
-        document = work.read(int(index))
+        document = work.samples.read(int(index))
         learnt = labels[labels != IGNORED].tolist()
         assert torch.equal(labels[labels != IGNORED], row[labels != IGNORED])
         if isinstance(document, str):
@@ -221,19 +223,21 @@ def test_a_language_model_learns_the_answers_of_conversations_and_the_whole_of_t
 
 def test_its_picture_goes_on_where_a_conversation_is_answered_and_tells_what_is_right(world, tmp_path, monkeypatch):
     options = LM | {"data": world, "model.context": 400}  # all texts fit
-    work = recipes.command_line(arguments("lm", **options))[1].start(quiet=True)
+    work = plan.command_line(arguments("lm", **options))[1].start(quiet=True)
     right, drawn = [], []
-    for number, document in enumerate(work.held_out[:12]):
+    for number, document in enumerate(work.scores.held_out[:12]):
         begun, rest = split(document, np.random.default_rng(number))
         right.append(rest)
         assert isinstance(document, str) or begun.endswith(("?", "."))
     said = iter([right[0], "zebra", *right[2:]])
     monkeypatch.setattr(work.processor, "decode", lambda tokens: [" " + next(said)])
-    monkeypatch.setattr(language, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
-    work.picture(tmp_path / "picture.png")
+    monkeypatch.setattr(scores, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
+    work.figure(tmp_path / "picture.png")
     assert len(drawn) == 12 and [row.detail.endswith(" (as the text)") for row in drawn] == [True, False] + [True] * 10
     assert drawn[1].detail == f"goes on: zebra (the text: {right[1]})"
-    assert all(row.text.removeprefix("… ") in words(text) for row, text in zip(drawn, work.held_out, strict=False))
+    assert all(
+        row.text.removeprefix("… ") in words(text) for row, text in zip(drawn, work.scores.held_out, strict=False)
+    )
     assert any(row.text.startswith("… ") for row in drawn)
     assert re.fullmatch(r"python sample.py complete out/lm '.*\?'", work.next_commands("out/lm")[0])
 

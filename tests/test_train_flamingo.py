@@ -11,21 +11,22 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes
 from minivlm.conversation import IGNORED
+from minivlm.datasets.sequence_batches import ConversationTurns, document_batch, lesson_sample
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.shots import Named
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.clip import CLIP, CLIPConfig
-from minivlm.recipes.lessons import lesson_sample
+from minivlm.recipes import plan
+from minivlm.recipes.job import Job
 from minivlm.run_directory import foreign
 from minivlm.testing import assert_same
 from tests.test_train_blip2 import bases, losses, part, parts, the_same  # noqa: F401
 from tests.test_train_captioner import SHORT, arguments, weights
 
-RESAMPLER = {f"resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2, latents=3).items()}
+RESAMPLER = {f"model.resampler.{k}": v for k, v in dict(width=16, depth=1, heads=2, latents=3).items()}
 FLAMINGO = SHORT | RESAMPLER | {"optimiser.warmup": 0}
 
 
@@ -40,13 +41,13 @@ def world(tmp_path_factory, little_to_judge_by):
 @pytest.fixture(scope="module")
 def built(bases, world):  # noqa: F811
     ours = {"data": world, "vision_from": bases / "clip", "language_from": bases / "lm", "out": bases / "flamingo"}
-    train.main(arguments("flamingo", **FLAMINGO, **ours, lessons=0.5))
+    train.main(arguments("flamingo", **FLAMINGO, **ours, data__lessons=0.5))
     return bases
 
 
 def work_of(built, data, **options):
     given = {"data": data, "vision_from": built / "clip", "language_from": built / "lm"}
-    return recipes.command_line(arguments("flamingo", **FLAMINGO | given | options))[1].start(quiet=True)
+    return plan.command_line(arguments("flamingo", **FLAMINGO | given | options))[1].start(quiet=True)
 
 
 def test_resampler_and_gated_layers_learn_and_nothing_else(built):
@@ -79,7 +80,7 @@ def test_it_starts_as_the_language_model_and_tells_how_far_its_gates_are_open(bu
 
 
 def test_a_batch_has_conversations_and_lessons_each_picture_for_its_mark(built, world):
-    work = work_of(built, world, lessons=0.5)
+    work = work_of(built, world, data__lessons=0.5)
     work.prepare(torch.device("cpu"), torch.float32)
     batch = work.batch(0)
     marks = (batch["tokens"] == work.model.config.image_token).sum(dim=1)
@@ -95,7 +96,7 @@ def test_a_batch_has_conversations_and_lessons_each_picture_for_its_mark(built, 
 
 
 def test_without_lessons_every_sample_is_about_one_picture(built, world):
-    work = work_of(built, world, lessons=0.0)
+    work = work_of(built, world, data__lessons=0.0)
     tokens = work.batch(0)["tokens"]
     assert ((tokens == work.model.config.image_token).sum(dim=1) == 1).all()
 
@@ -111,16 +112,16 @@ def test_of_a_lesson_a_word_is_learnt_once_it_was_heard(built, world):
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(built, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "finish", lambda run, work: None)
-    monkeypatch.setattr(recipes.flamingo.FlamingoWork, "validate", lambda work: 0.5)
-    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "lessons": 0.5}
+    monkeypatch.setattr(train, "finish", lambda run, job: None)
+    monkeypatch.setattr(Job, "validate", lambda job: 0.5)
+    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "data.lessons": 0.5}
     train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path, stop_at=2))
     train.main(["flamingo", "--out", str(tmp_path), "--resume", "--device", "cpu", "--precision", "fp32"])
     assert losses(tmp_path) == losses(built / "flamingo")
 
 
 def test_only_what_is_new_is_stored_where_that_is_wanted(built, world, tmp_path):
-    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "lessons": 0.5}
+    given = {"data": world, "vision_from": built / "clip", "language_from": built / "lm", "data.lessons": 0.5}
     train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path / "new", store_frozen=False))
     stored, whole = weights(tmp_path / "new"), weights(built / "flamingo")
     assert {name.partition(".")[0] for name in stored} == {"resampler", "gated"}
@@ -147,10 +148,10 @@ class TestBadInput:
             UserError, match=r"shows only \d looks alone, but a lesson has up to 4: make a world with more"
         ):
             work_of(built, tmp_path / "few")
-        assert work_of(built, tmp_path / "few", lessons=0.0).lessons is None
+        assert isinstance(work_of(built, tmp_path / "few", data__lessons=0.0).samples, ConversationTurns)
 
     def test_lessons_are_read_in_parts_each_picture_with_its_mark(self, built, world):
-        work = work_of(built, world, lessons=0.7, micro_batch=3)
+        work = work_of(built, world, data__lessons=0.7, micro_batch=3)
         work.prepare(torch.device("cpu"), torch.float32)
         batch, mark = work.batch(0), work.processor.image_token_id
         parts = list(work.model.cut(batch, 3))
@@ -179,19 +180,20 @@ class TestInterleaved:
 
     def test_perplexity_is_of_what_follows_the_first_picture(self, built, pages):
         work = work_of(built, pages, batch_size=4)
+        val = work.scores.val
         work.model.eval()
         with torch.no_grad():
             for gate in (layer.attention_gate for layer in work.model.gated):
                 gate.fill_(1.0)
         surprise = []
-        for i in range(len(work.val)):
-            batch = work.read(work.val, [i], [work.val.text(i)])
+        for i in range(len(val)):
+            batch = document_batch(val, [i], [val.text(i)], work.processor)
             with torch.no_grad():
                 log_p = work.model(batch["images"][None], batch["tokens"]).logits[0, :-1].log_softmax(dim=-1)
             labels = batch["labels"][0, 1:]
             surprise += [-log_p[t, label].item() for t, label in enumerate(labels.tolist()) if label != IGNORED]
-        assert len(work.val) > 1
-        assert work.perplexity(work.val).value == pytest.approx(np.exp(np.mean(surprise)), rel=1e-4)
+        assert len(val) > 1
+        assert work.scores.perplexity(val).value == pytest.approx(np.exp(np.mean(surprise)), rel=1e-4)
 
     def test_every_mark_of_a_batch_has_its_picture(self, built, pages):
         batch = (work := work_of(built, pages, bucket_steps=2)).batch(0)
@@ -229,14 +231,18 @@ def test_what_a_resnet_sees_is_measured_before_the_first_step(name, eyes, resnet
     given = {"data": world, "vision_from": resnet if eyes == "resnet" else bases / "clip", "batch_size": 4}
     given |= {} if name == "blip2-stage1" else {"language_from": bases / "lm"}
     given |= {"from_scratch": "true"} if name == "blip2" else {}
-    work = recipes.command_line(arguments(name, **given))[1].start(quiet=True)
+    work = plan.command_line(arguments(name, **given))[1].start(quiet=True)
     standardise = work.model.standardise
     assert work.model.config.standardise == (standardise is not None) == (eyes == "resnet")
     assert standardise is None or not standardise.measured
     work.prepare(torch.device("cpu"), torch.float32)
     assert standardise is None or standardise.measured
     if eyes == "resnet":
-        assert_same(work.features[:1000].std(dim=(0, 1), correction=0).max(), torch.tensor(1.0), tolerance=1e-4)
+        assert_same(
+            work.samples.images.features.tensor[:1000].std(dim=(0, 1), correction=0).max(),
+            torch.tensor(1.0),
+            tolerance=1e-4,
+        )
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])
@@ -273,7 +279,7 @@ class TestClasses:
 
     def test_what_a_flamingo_has_learnt_goes_on_with_other_pictures(self, built, drawings, tmp_path, capsys):
         begun, given = weights(built / "flamingo"), {"data": drawings, "starts_from": built / "flamingo"}
-        work = recipes.command_line(arguments("flamingo", **FLAMINGO | given))[1].start(quiet=True)
+        work = plan.command_line(arguments("flamingo", **FLAMINGO | given))[1].start(quiet=True)
         start = work.model.state_dict()
         assert all(torch.equal(start[name], tensor) for name, tensor in begun.items())
         train.main(arguments("flamingo", **FLAMINGO | given, out=tmp_path, store_frozen=False))
@@ -300,7 +306,7 @@ class TestClasses:
         work = work_of(built, drawings, freeze_vision="false")
         batch = work.batch(0)
         work.prepare(torch.device("cpu"), torch.float32)
-        assert work.pixels is not None and "images" in batch
+        assert work.samples.images.pixels is not None and "images" in batch
         assert all(torch.equal(a, b) for a, b in zip(batch.values(), work.batch(0).values(), strict=True))
 
     def test_too_few_classes(self, built, tmp_path):

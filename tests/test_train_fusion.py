@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes, tasks, training
+from minivlm import tasks, training
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
-from minivlm.recipes.fusion import FUSION_RECIPES, MASK
+from minivlm.recipes import plan
+from minivlm.recipes.fuse import FUSE_RECIPES, MASK
 from minivlm.recipes.multitask import MULTITASK_RECIPES
 from tests.test_train import TINY
 
@@ -52,11 +53,11 @@ def options(built, name, **more):
 
 
 def start(built, name, **more):
-    _, recipe, _ = recipes.command_line(arguments(name, **options(built, name, **more)))
+    _, recipe, _ = plan.command_line(arguments(name, **options(built, name, **more)))
     return recipe.start(quiet=True)
 
 
-@pytest.mark.parametrize("name", FUSION_RECIPES | MULTITASK_RECIPES)
+@pytest.mark.parametrize("name", FUSE_RECIPES | MULTITASK_RECIPES)
 def test_a_run_leaves_a_model_that_answers(built, name, capsys):
     train.main(arguments(name, **options(built, name, out=built / name)))
     printed = capsys.readouterr().out
@@ -92,7 +93,9 @@ def check_what_else_it_can(name, picture, model, processor):
 
 def test_a_run_resumes_to_the_bit(built, tmp_path):
     for out, more in (("whole", {}), ("parts", {"stop_at": 2})):
-        train.main(arguments("uniter", **options(built, "uniter", out=tmp_path / out, captions_every=2, **more)))
+        train.main(
+            arguments("uniter", **options(built, "uniter", out=tmp_path / out, **more, **{"data.captions_every": 2}))
+        )
     train.main(["uniter", "--resume", "--out", str(tmp_path / "parts"), "--device", "cpu", "--precision", "fp32"])
     logs = [[line["loss"] for line in training.read_log(tmp_path / out / "log.jsonl")] for out in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0]) == 4
@@ -100,7 +103,7 @@ def test_a_run_resumes_to_the_bit(built, tmp_path):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_captions_come_every_few_steps_with_what_the_model_is_to_tell(built, name):
-    work = start(built, name, captions_every=3, batch_size=32)
+    work = start(built, name, batch_size=32, **{"data.captions_every": 3})
     work.prepare(torch.device("cpu"), torch.float32)
     assert work.batch(0).keys() == {"tokens", "mask", "answers", "images"}
     batch = work.batch(2)
@@ -123,7 +126,7 @@ def test_captions_come_every_few_steps_with_what_the_model_is_to_tell(built, nam
 @pytest.mark.parametrize("name", HEADS)
 def test_what_is_hidden_does_not_tell_whether_a_caption_is_true(built, name):
     """Else a model learns to look for masks, and calls whatever is shown whole false."""
-    work = start(built, name, captions_every=1, batch_size=64)
+    work = start(built, name, batch_size=64, **{"data.captions_every": 1})
     work.prepare(torch.device("cpu"), torch.float32)
     hides, matches = [], []
     for step in range(8):
@@ -137,7 +140,7 @@ def test_what_is_hidden_does_not_tell_whether_a_caption_is_true(built, name):
 
 
 def test_processes_share_a_batch(built):
-    work = start(built, "visualbert", captions_every=0)
+    work = start(built, "visualbert", **{"data.captions_every": 0})
     whole, parts = work.batch(1), [work.batch(1, rank, 2) for rank in (0, 1)]
     for rank in (0, 1):
         assert torch.equal(whole["answers"][rank::2], parts[rank]["answers"])
@@ -147,7 +150,7 @@ def test_processes_share_a_batch(built):
 def test_one_task_alone_can_be_learnt(built):
     work = start(built, "multitask", **{"model.tasks": '["search"]'})
     assert work.model.losses(**work.batch(0)).keys() == {"search"}
-    assert work.score_name == "text→image Recall@1" and 0 <= work.validate() <= 1
+    assert work.scores.name == "text→image Recall@1" and 0 <= work.validate() <= 1
 
 
 def test_an_unknown_task_is_one_sentence(built):
@@ -169,17 +172,17 @@ def folder(tmp_path):
 
 
 def test_answers_outside_the_list_are_counted_and_told(built, folder):
-    work = start(built, "vqa", data=folder, most_answers=2, batch_size=4)
+    work = start(built, "vqa", data=folder, batch_size=4, **{"data.most_answers": 2})
     assert work.model.config.answers == ("red", "dark")
     assert "2 answers to choose from; 2 of 10 questions that were looked at have none of them" in work.notes()[1]
     assert all(batch["answers"].sum() == 4 for batch in map(work.batch, range(4)))
-    assert {work.train.key(work.samples[i]) for i in range(work.n)}.isdisjoint({"3.png", "7.png"})
+    assert {*map(work.samples.key, range(len(work.samples)))}.isdisjoint({"3.png", "7.png"})
 
 
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("vqa", {"most_answers": 2, "batch_size": 9}, "the 8 training samples with an answer on the list"),
+        ("vqa", {"data.most_answers": 2, "batch_size": 9}, "the 8 training samples with an answer on the list"),
         (
             "multitask",
             {"batch_size": 4},
@@ -194,7 +197,7 @@ def test_what_does_not_fit_is_one_sentence(built, folder, name, more, message):
 
 
 def test_a_folder_without_captions_teaches_by_questions_alone(built, folder):
-    work = start(built, "visualbert", data=folder, batch_size=4, captions_every=2)
+    work = start(built, "visualbert", data=folder, batch_size=4, **{"data.captions_every": 2})
     assert any("has no captions: questions alone are learnt from" in note for note in work.notes())
     assert "answers" in work.batch(1)
     assert work.model.match_head is None and work.model.config.heads == ()  # nobody is to ask what was not learnt

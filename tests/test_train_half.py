@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes
 from minivlm.evaluate import Score
 from minivlm.layers.lora import LoRAConfig, add_lora, lora_parameters
 from minivlm.precision import as_stored, hold_for_training
+from minivlm.recipes.job import Job
 from tests import test_train_blip, test_train_blip2, test_train_fusion
 from tests.speakers import flamingo, llava
 from tests.test_train_blip2 import bases, losses, world  # noqa: F401
@@ -49,9 +49,9 @@ def aligned(half, world):  # noqa: F811
 @pytest.fixture
 def unjudged(monkeypatch):
     """Neither a validation nor an evaluation: another test's business."""
-    monkeypatch.setattr(recipes.llava.PrefixWork, "validate", lambda work: 0.5)
-    monkeypatch.setattr(recipes.llava.PrefixWork, "evaluate", lambda work: {"a score": Score(0.5, 0.1)})
-    monkeypatch.setattr(recipes.llava.PrefixWork, "picture", lambda work, path: None)
+    monkeypatch.setattr(Job, "validate", lambda job: 0.5)
+    monkeypatch.setattr(Job, "evaluate", lambda job: {"a score": Score(0.5, 0.1)})
+    monkeypatch.setattr(Job, "figure", lambda job, path: None)
 
 
 def moved(directory: Path, before: dict[str, torch.Tensor]) -> float:
@@ -91,7 +91,7 @@ def test_adapters_on_a_half_learn_in_fp32_and_are_merged_into_it(aligned, world,
 def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_stopped(half, world, tmp_path, unjudged):  # noqa: F811
     _, out = half
     given = {"data": world, "vision_from": out / "clip", "language_from": out / "lm", "precision": "bf16"}
-    options = SLOW | RESAMPLER | given | {"save_every": 1, "lessons": 0.0}
+    options = SLOW | RESAMPLER | given | {"save_every": 1, "data.lessons": 0.0}
     train.main(arguments("flamingo", **options, out=tmp_path / "whole"))
     train.main(arguments("flamingo", **options, out=tmp_path / "parts", stop_at=1))
     train.main(["flamingo", "--out", str(tmp_path / "parts"), "--resume", "--device", "cpu", "--precision", "bf16"])
@@ -102,8 +102,8 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_stopped(half, wor
 
 SEEING = {  # recipe → its sizes, for those that see with a tower in half precision
     **{name: test_train_fusion.SIZES[name] for name in ("visualbert", "uniter", "vilbert", "vqa", "multitask")},
-    "blip": test_train_blip.SIZES | {"momentum.queue": 16},
-    "blip2-stage1": test_train_blip2.QFORMER | {"embed_width": 8},
+    "blip": test_train_blip.SIZES | {"model.momentum.queue": 16},
+    "blip2-stage1": test_train_blip2.QFORMER | {"model.embed_width": 8},
 }
 
 

@@ -125,7 +125,7 @@ def test_a_batch_that_they_cannot_share_is_refused_before_the_start():
 def resume(world: str, out: str) -> None:
     import torch.distributed as dist
 
-    from minivlm.recipes.clip import Contrast
+    from minivlm.recipes.job import Job
 
     groups: list[weakref.ref] = []
     times: dict[str, list] = {"collectives": [], "validations": []}
@@ -141,7 +141,7 @@ def resume(world: str, out: str) -> None:
         times["validations"].append((begun, time.monotonic()))
         return 0.5
 
-    Contrast.validate = validate
+    Job.validate = validate
     dist.all_reduce, dist.all_gather, dist.barrier = map(noted, (dist.all_reduce, dist.all_gather, dist.barrier))
     short, resumed = {"steps": 4, "save_every": 2}, ["--device", "cpu", "--precision", "fp32", "--resume"]
     for port, argv in zip(
@@ -162,16 +162,16 @@ def resume(world: str, out: str) -> None:
 
 
 def mistake(world: str, out: str) -> None:
-    from minivlm.recipes.clip import Contrast
+    from minivlm.recipes.job import Job
 
-    original = Contrast.batch
+    original = Job.batch
 
     def batch(self, step, rank=0, world=1):
         if step == 2 and rank == 1:
             raise UserError(NOT_READ)
         return original(self, step, rank, world)
 
-    Contrast.batch = batch
+    Job.batch = batch
     run_command_line(lambda _: train.main(arguments(world, f"{out}/run", steps=4)))
 
 

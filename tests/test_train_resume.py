@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import recipes, training
+from minivlm import training
 from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.errors import UserError
-from minivlm.recipes.clip import Contrast
+from minivlm.recipes import plan
+from minivlm.recipes.job import Job
+from minivlm.recipes.options import Options
 from minivlm.run import Run, read_record
 
 HOW = ["--device", "cpu", "--precision", "fp32"]
@@ -207,7 +209,7 @@ def test_the_model_is_there_before_it_is_evaluated(place, monkeypatch):
     def fail(self):
         raise UserError("a test picture is broken.")
 
-    monkeypatch.setattr(Contrast, "evaluate", fail)
+    monkeypatch.setattr(Job, "evaluate", fail)
     sentence = r"a test picture is broken\. The model, of step \d, is in a run/clip all the same"
     with pytest.raises(UserError, match=sentence):
         resume()
@@ -233,27 +235,27 @@ def test_a_finished_run_that_is_started_anew_and_stopped_is_still_there(begun, p
 
 def test_a_chain_that_is_stopped_on_the_way_goes_on_with_the_command_it_began_with(place):
     argv = ["llava", "--out", "out/my llava"]
-    plan = [("lm", None, recipes.Options(out="out/lm")), ("llava", None, recipes.Options(out="out/my llava"))]
-    assert recipes.go_on(plan, plan[0][2], argv) == "python train.py llava --out 'out/my llava'"
-    assert recipes.go_on(plan, plan[1][2], argv) == "python train.py llava --out 'out/my llava' --resume"
+    todo = [("lm", None, Options(out="out/lm")), ("llava", None, Options(out="out/my llava"))]
+    assert plan.go_on(todo, todo[0][2], argv) == "python train.py llava --out 'out/my llava'"
+    assert plan.go_on(todo, todo[1][2], argv) == "python train.py llava --out 'out/my llava' --resume"
 
 
 def test_what_a_chain_finds_and_was_trained_on_other_data_is_told(begun, place):
     shutil.copytree("a run/clip", "out/photos-clip")
-    plan = recipes.chain(*recipes.command_line(["blip", "--data", str(begun / "photos")]))
-    assert [name for name, *_ in plan] == ["clip", "blip"] and plan[0][2].resume  # it goes on with what was begun
-    assert recipes.announcement(plan) == "blip builds on what is not there yet; trained first: clip (out/photos-clip)"
+    todo = plan.chain(*plan.command_line(["blip", "--data", str(begun / "photos")]))
+    assert [name for name, *_ in todo] == ["clip", "blip"] and todo[0][2].resume  # it goes on with what was begun
+    assert plan.announcement(todo) == "blip builds on what is not there yet; trained first: clip (out/photos-clip)"
     Path("out/photos-clip/config.json").touch()
-    assert recipes.announcement(recipes.chain(*recipes.command_line(["blip", "--data", str(begun / "photos")]))) == ""
-    plan = recipes.chain(*recipes.command_line(["blip", "--data", "elsewhere/photos"]))
+    assert plan.announcement(plan.chain(*plan.command_line(["blip", "--data", str(begun / "photos")]))) == ""
+    todo = plan.chain(*plan.command_line(["blip", "--data", "elsewhere/photos"]))
     told = f"out/photos-clip, which it builds on, was trained on {begun / 'photos'}, not on elsewhere/photos"
-    assert recipes.announcement(plan) == told
+    assert plan.announcement(todo) == told
 
 
 def test_the_batch_of_a_small_folder_is_one_that_the_processes_share(begun, place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
-    (name, recipe, _), _ = recipes.chain(
-        *recipes.command_line(["flamingo", "--data", str(begun / "photos"), "--language_from", "x"])
+    (name, recipe, _), _ = plan.chain(
+        *plan.command_line(["flamingo", "--data", str(begun / "photos"), "--language_from", "x"])
     )
     assert name == "clip-resnet" and recipe.batch_size == 35  # of 38
 
@@ -261,7 +263,7 @@ def test_the_batch_of_a_small_folder_is_one_that_the_processes_share(begun, plac
 def test_the_command_that_goes_on_is_torchruns_where_it_was(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert recipes.Options().resume_command("clip") == "torchrun --nproc_per_node=2 train.py clip --resume"
+    assert Options().resume_command("clip") == "torchrun --nproc_per_node=2 train.py clip --resume"
 
 
 def test_a_fingerprint_reads_texts_whole_and_leaves_out_what_is_hidden(tmp_path):

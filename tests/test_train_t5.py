@@ -10,13 +10,14 @@ import torch
 
 import minivlm
 import train
-from minivlm import evaluate, recipes, tasks, training
+from minivlm import evaluate, tasks, training
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
 from minivlm.datasets.span_corruption import HOLES
 from minivlm.errors import UserError
 from minivlm.layers import T5
+from minivlm.recipes import plan
 from tests.test_train_captioner import LM, arguments
 
 TEXTS = LM | {"optimiser.learning_rate": 0.03}  # four steps have to beat a guess
@@ -69,11 +70,11 @@ def test_a_run_resumes_to_the_bit(trained, world, tmp_path):
 
 
 def test_a_batch_without_holes_is_texts_in_two_parts(world):
-    work = recipes.command_line(arguments("t5", data=world, batch_size=16, holes=0, bucket_steps=1))[1].start(
+    work = plan.command_line(arguments("t5", data=world, batch_size=16, data__holes=0, bucket_steps=1))[1].start(
         quiet=True
     )
     batch, decode = work.batch(3), work.processor.decode
-    texts = [work.read(index) for index in work.indices(3).tolist()]
+    texts = [work.samples.read(index) for index in work.order.indices(3).tolist()]
     assert any(isinstance(text, str) for text in texts) and not all(isinstance(text, str) for text in texts)
     said = batch["labels"].masked_fill(batch["labels"] == IGNORED, 0)
     whole = [f"{a} {b}".strip() for a, b in zip(decode(batch["tokens"]), decode(said), strict=True)]
@@ -88,9 +89,9 @@ def test_a_batch_without_holes_is_texts_in_two_parts(world):
 
 
 def test_most_texts_are_read_with_holes_and_whole_with_what_is_said(world):
-    work = recipes.command_line(arguments("t5", data=world, batch_size=64, bucket_steps=1))[1].start(quiet=True)
+    work = plan.command_line(arguments("t5", data=world, batch_size=64, bucket_steps=1))[1].start(quiet=True)
     batch, spell = work.batch(3), work.processor.tokenizer.decode
-    texts = [words(work.read(index)) for index, _ in work.share(3, 0, 1)]
+    texts = [words(work.samples.read(index)) for index, _ in work.order.share(3)]
     holed = 0
     for tokens, labels in zip(batch["tokens"].tolist(), batch["labels"].tolist(), strict=True):
         read, said = (spell([t for t in row if t > 1], skip_special_tokens=False) for row in (tokens, labels))
@@ -109,14 +110,14 @@ def test_most_texts_are_read_with_holes_and_whole_with_what_is_said(world):
 def test_its_heads_are_given_before_the_first_step_and_need_room(world):
     two = {"model.depth": 2, "model.heads": 8, "model.width": 64, "data": world}
     given, plain = (
-        recipes.command_line(arguments("t5", **TEXTS | two | {"induction_heads": heads}))[1].start(quiet=True).model
+        plan.command_line(arguments("t5", **TEXTS | two | {"induction_heads": heads}))[1].start(quiet=True).model
         for heads in ("true", "false")
     )
     table = "encoder.relative.table.weight"
     assert not torch.equal(given.state_dict()[table], plain.state_dict()[table])
     with pytest.raises(UserError, match=r"need two blocks, 8 heads, .*; or .*--induction_heads false\.$"):
         options = TEXTS | two | {"model.heads": 4, "induction_heads": "true"}
-        recipes.command_line(arguments("t5", **options))[1].start(quiet=True)
+        plan.command_line(arguments("t5", **options))[1].start(quiet=True)
 
 
 def test_perplexity_is_that_of_the_second_parts(trained):
@@ -148,11 +149,11 @@ def test_texts_of_your_own(tmp_path):
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for i in range(40):
         (folder / f"{i}.png").touch()
-    _, recipe, _ = recipes.command_line(["t5", "--data", str(folder)])
+    _, recipe, _ = plan.command_line(["t5", "--data", str(folder)])
     assert recipe.summary == f"a small T5 on the texts of {folder}" and (recipe.batch_size, recipe.steps) == (35, 100)
     assert recipe.data.vocab_size == 4096
 
 
 def test_it_cannot_be_packed():
     with pytest.raises(UserError, match=r"unknown option --data\.pack"):
-        recipes.command_line(["t5", "--data.pack", "true"])
+        plan.command_line(["t5", "--data.pack", "true"])

@@ -12,7 +12,7 @@ from minivlm import config, zoo
 from minivlm.errors import UserError
 from minivlm.metrics import Score
 from minivlm.recipes import RECIPES
-from minivlm.recipes.base import override
+from minivlm.recipes.options import override
 
 ROOT = Path(__file__).parent.parent
 KNOWN = zoo.read_zoo(ROOT / "docs/zoo.json")

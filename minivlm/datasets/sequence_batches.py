@@ -82,22 +82,22 @@ class QuestionsToEncoder:
     """
 
     def __init__(self, turns: ConversationTurns, *, all_at_once: float):
-        self.turns, self.processor = turns, turns.processor
+        self.conversations, self.turns, self.processor = turns, turns.turns, turns.processor
         known = all(self.processor.tokenizer.token_to_id(mark) is not None for mark in HOLES)
         self.all_at_once = all_at_once if known else None
-        self.length, self.key, self.notes = turns.length, turns.key, turns.notes
+        self.images, self.length, self.key, self.notes = turns.images, turns.length, turns.key, turns.notes
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.conversations)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         pairs = [*map(self.pair, indices, rngs)]
-        return collate_pairs(pairs, self.processor) | self.turns.images(indices)
+        return collate_pairs(pairs, self.processor) | self.images(indices)
 
     def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """The tokens that are read, and those that are generated."""
         whole = self.all_at_once is not None and rng.random() < self.all_at_once
-        turns = self.turns.turns(index, rng)
+        turns = self.turns(index, rng)
         return self.all_answers(turns) if whole else self.one_answer(turns, rng)
 
     def all_answers(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
@@ -118,6 +118,7 @@ class NewWords:
     """Lessons, in which images are given made-up names, and of which every name that was heard before is learnt."""
 
     def __init__(self, lessons: Lessons, processor: Processor, images: ImagesOf, *, ways: int, n: int, note: str = ""):
+        """n: how many an epoch has; there is no end of them."""
         self.lessons, self.processor, self.images, self.ways, self.n, self.note = (
             lessons,
             processor,
@@ -166,14 +167,14 @@ class Mixed:
 
     def __init__(self, turns: ConversationTurns, lessons: NewWords, share: float):
         self.turns, self.lessons, self.share = turns, lessons, share
-        self.key, self.notes = turns.key, turns.notes
+        self.images, self.key, self.notes = turns.images, turns.key, turns.notes
 
     def __len__(self) -> int:
         return len(self.turns)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         drawn = [self.either(rng).draw(index, rng) for index, rng in zip(indices, rngs, strict=True)]
-        return batch_of(drawn, self.turns.processor, self.turns.images)
+        return batch_of(drawn, self.turns.processor, self.images)
 
     def either(self, rng: np.random.Generator) -> ConversationTurns | NewWords:
         return self.lessons if rng.random() < self.share else self.turns

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversation
+from minivlm.conversation import IGNORED, collate
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.conversations import Question, open_texts
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.episodes import document, few_shot, held_out_scenes
 from minivlm.datasets.shapes.questions import judge
 from minivlm.datasets.shapes.text import canonical
+from minivlm.datasets.text_batches import Document, text_sample
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import beginning, has_encoder, model_inputs
 
-Document = str | list[Turn]  # a text, or a conversation
 HELD_OUT = 500  # documents of the shapes world
 EPISODES = 300
 TOLD, QUESTIONS = 500, 100  # scenes told in words, and questions about them of each kind
@@ -49,14 +49,6 @@ def held_out_texts(directory: str | Path) -> list[Document]:
     return open_texts(directory, "test")
 
 
-def sample(document: Document, processor) -> Sample:
-    """A text, all of which is learnt, or a conversation, of which the answers are; at most as long as the context."""
-    if not isinstance(document, str):
-        return encode_conversation(document, processor, context=processor.context)
-    tokens = processor.cut(processor.encode([document])[0])
-    return Sample(tokens, [IGNORED, *tokens[1:]], [])
-
-
 def perplexity(model, processor, documents: Sequence[Document], *, batch_size: int = 32) -> Score:
     """exp of the mean cross-entropy per token that is learnt. chance: unigrams fitted to these very tokens."""
     batches = batches_with_encoder if has_encoder(model) else batches_of_texts
@@ -73,7 +65,7 @@ def perplexity(model, processor, documents: Sequence[Document], *, batch_size: i
 def batches_of_texts(processor, documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """The arguments of `model.losses`."""
     for i in range(0, len(documents), batch_size):
-        yield collate([sample(text, processor) for text in documents[i : i + batch_size]], processor.pad_token)
+        yield collate([text_sample(text, processor) for text in documents[i : i + batch_size]], processor.pad_token)
 
 
 def batches_with_encoder(processor, documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -91,7 +83,7 @@ def learnt(labels: Tensor) -> list[int]:
 
 def unigram_entropy(documents: Sequence[Document], processor) -> float:
     """The loss (nats a token) of the best model of these very texts that knows no context."""
-    return entropy([t for text in documents for t in sample(text, processor).labels if t != IGNORED])
+    return entropy([t for text in documents for t in text_sample(text, processor).labels if t != IGNORED])
 
 
 def entropy(tokens: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ nothing but the noisy captions is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,45 +26,67 @@ from minivlm.metrics import Score
 from minivlm.models.blip import BLIP
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processor import Processor
-from minivlm.recipes.blip import BLIP_RECIPES, BLIPRecipe, BLIPWork
-from minivlm.recipes.shared import check_fills_a_batch
+from minivlm.recipes.blip import BLIP_RECIPES, BLIPRecipe, MatchingAndCaptions, check_queue, job, open_parts
+from minivlm.recipes.folders import check_fills_a_batch
+from minivlm.recipes.job import Job
+from minivlm.recipes.vision_cache import VisionCache
 from minivlm.tasks.features import to_tokens
 from minivlm.tasks.generate import caption_all
 from minivlm.tasks.match import features_of_all, match_pairs
 from minivlm.training import autocast
 
-AT_A_TIME = 256  # pictures
+AT_A_TIME = 256  # images
 PICTURED, TILE = 4, 176  # pairs of a kind on the sheet, and their pixels
 WEB, PROPOSED = "the web's captions", "proposed captions"
-LIKE_THE_TEACHER = ("optimiser", "steps", "batch_size", "save_every", "questions", "wrong")
+LIKE_THE_TEACHER = ("optimiser", "steps", "batch_size", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapFiltRecipe(BLIPRecipe):
-    starts_from: str = "out/blip-noisy"  # captioner and filter
-    pictures: int | None = None  # of the training pictures, the first so many; None: all
+class FilteredData:
+    directory: str = "data/shapes"
+    vocab_size: int = 512  # of the byte-level BPE that is trained on captions and questions
+    wrong_captions: float = 0.4  # share of the captions that are another picture's, before the filter
+    false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where there is one
+    proposed: int | None = None  # of the training images, the first so many; None: all
     top_p: float | None = 0.9  # proposals are sampled (nucleus: §4.2, the more diverse the better); None: the likeliest
     # Pairs that match less probably are thrown out. A filter that learnt from noise finds a wrong caption as probable as it
     # has met wrong ones, here 0.4: of the first 2,560 pictures' captions, 0.5 keeps 95 % true ones and 0.6 only true ones.
     threshold: float = 0.6
 
-    def needs(self) -> dict[str, str]:
-        return {**super().needs(), "blip-noisy": self.starts_from}
 
-    def for_data(self, directory: str, out: str) -> CapFiltRecipe:
-        beside = f"{Path(out).parent / Path(directory).resolve().name}-blip-noisy"
-        return replace(super().for_data(directory, out), starts_from=beside)
+@dataclass(frozen=True, kw_only=True)
+class CapFiltRecipe(BLIPRecipe):
+    starts_from: str = "out/blip-noisy"  # captioner and filter
+    data: FilteredData = FilteredData()
 
-    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> CapFilt:
-        self.check_queue()
+    def builds_on(self) -> dict[str, str]:
+        return {**super().builds_on(), "starts_from": "blip-noisy"}
+
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
+        check_queue(self)
         teacher, words = load(self.starts_from)
         if not isinstance(teacher, BLIP) or teacher.config.roles != "all":
             raise UserError(
                 f"--starts_from {self.starts_from} holds a {type(teacher).__name__}, but a BLIP that captions and matches "
                 "is wanted: train one with `python train.py blip-noisy`."
             )
-        model, processor, web = self.open(checkpoint, quiet=quiet)
-        return CapFilt(self, model, processor, web, (teacher, words))
+        model, processor, web = open_parts(self, checkpoint, quiet=quiet)
+        made = job(self, model, processor, web, ask=False)
+        made.scores = scores = Filtered(made.scores, web)
+        teachers = [(teacher, words)]
+
+        def prepare(device: torch.device, precision: torch.dtype) -> None:
+            """Propose and judge. What results is a function of the recipe, so a run that is resumed does it again."""
+            teacher, words = teachers.pop()  # whose memory is wanted
+            with autocast(device, precision):
+                scores.judged = bootstrap(self, teacher.to(device), words, web)
+            made.samples.pairs = kept = Bootstrapped(web, scores.judged)
+            check_kept(self, kept, scores.judged)
+            made.samples.images = cache = VisionCache(model, processor, len(kept), kept.images)
+            cache.prepare(device, precision)
+
+        made.prepare = prepare
+        return made
 
 
 @dataclass
@@ -111,34 +133,28 @@ class Bootstrapped(Pairs):
         return self.pairs.key(self.kept[index][0])
 
 
-class CapFilt(BLIPWork):
-    def __init__(
-        self, recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pairs, teacher: tuple[BLIP, Processor]
-    ):
-        super().__init__(recipe, model, processor, web)
-        self.web, self.teacher = web, teacher
+def check_kept(recipe: CapFiltRecipe, kept: Bootstrapped, judged: Sequence[Judged]) -> None:
+    """UserError unless what is left fills a batch."""
+    if not len(kept):
+        likeliest = max(some.probability.max() for some in judged)
+        raise UserError(
+            f"the filter drops every caption: none matches with a probability of {recipe.data.threshold:g} (the "
+            f"likeliest has {likeliest:.3f}); lower --data.threshold, or train {recipe.starts_from} for longer."
+        )
+    check_fills_a_batch(len(kept), recipe.batch_size, "pairs that the filter kept", recipe.data.directory)
+
+
+class Filtered:
+    """The scores of a BLIP, and those of the filter; judged: once it has."""
+
+    def __init__(self, scores: MatchingAndCaptions, web: Pairs):
+        self.scores, self.web = scores, web
+        self.name, self.validate, self.next_commands = scores.name, scores.validate, scores.next_commands
         self.judged: list[Judged] = []
 
-    def prepare(self, device: torch.device, precision: torch.dtype) -> None:
-        """Propose and judge. What results is a function of the recipe, so a run that is resumed does it again."""
-        model, processor = self.teacher[0].to(device), self.teacher[1]
-        with autocast(device, precision):
-            self.judged = bootstrap(self.recipe, model, processor, self.web)
-        self.teacher = None  # its memory is wanted
-        self.train = Bootstrapped(self.web, self.judged)
-        if not len(self.train):
-            likeliest = max(some.probability.max() for some in self.judged)
-            raise UserError(
-                f"the filter drops every caption: none matches with a probability of {self.recipe.threshold:g} (the "
-                f"likeliest has {likeliest:.3f}); lower --threshold, or train {self.recipe.starts_from} for longer."
-            )
-        self.n = len(self.train)
-        check_fills_a_batch(self.n, self.recipe.batch_size, "pairs that the filter kept", self.recipe.directory)
-        super().prepare(device, precision)
-
     def evaluate(self) -> dict[str, Score]:
-        """And of the filter, and how many of the pairs that were learnt from are true; chance: of the web's."""
-        scores = super().evaluate()
+        """And how many of the pairs that were learnt from are true; chance: of the web's."""
+        scores = self.scores.evaluate()
         if any(some.true is None for some in self.judged):
             return scores
         for some in self.judged:
@@ -148,7 +164,7 @@ class CapFilt(BLIPWork):
             "pairs learnt from that are true": Score(float(kept.mean()), float(self.judged[0].true.mean()))
         }
 
-    def picture(self, path: Path) -> None:
+    def figure(self, path: Path) -> None:
         """Pairs that were kept, and such that were dropped; framed green where that was right."""
         rows = []
         for some in self.judged:
@@ -167,8 +183,8 @@ def bootstrap(recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pai
     """The web's captions and the captioner's, each judged by the filter."""
     from tqdm import tqdm
 
-    n = len(web) if recipe.pictures is None else min(recipe.pictures, len(web))
-    how = {} if recipe.top_p is None else dict(temperature=1.0, top_p=recipe.top_p)
+    n = len(web) if recipe.data.proposed is None else min(recipe.data.proposed, len(web))
+    how = {} if recipe.data.top_p is None else dict(temperature=1.0, top_p=recipe.data.top_p)
     captions, odds = {WEB: [web.all_captions(i)[0] for i in range(n)], PROPOSED: []}, {WEB: [], PROPOSED: []}
     for start in tqdm(range(0, n, AT_A_TIME), desc="captions proposed and judged", unit=" batches", leave=False):
         pictures = list(web.images(range(start, min(start + AT_A_TIME, n))))
@@ -191,7 +207,7 @@ def judge(recipe: CapFiltRecipe, web: Pairs, origin: str, captions: list[str], p
     if isinstance(world, ShapesWorld):
         scenes = world.scenes.read(np.arange(len(captions)))
         true = np.array([is_true(text, scene) for text, scene in zip(captions, scenes, strict=True)])
-    return Judged(origin, captions, probability, probability >= recipe.threshold, true)
+    return Judged(origin, captions, probability, probability >= recipe.data.threshold, true)
 
 
 CAPFILT_RECIPES = {

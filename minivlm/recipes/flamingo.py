@@ -1,27 +1,27 @@
-"""Flamingo: new layers teach a frozen language model to read pictures, and to learn from examples in its prompt.
+"""Flamingo: new layers teach a frozen language model to read images, and to learn from examples in its prompt.
 
     clip-resnet ─ vision tower, frozen ─┐
     lm ─ language model, frozen ────────┴→ flamingo (lessons in new words, and conversations)
 
 Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning". The language model knows from its texts how
-to pick up a word; the resampler and the gated layers only have to tell it what the pictures show.
+to pick up a word; the resampler and the gated layers only have to tell it what the images show.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from math import log
 from pathlib import Path
 from shlex import quote
-
-import numpy as np
+from typing import Any
 
 from minivlm import evaluate
 from minivlm.checkpoint import load
-from minivlm.conversation import Sample
-from minivlm.datasets.class_episodes import is_class_folder
+from minivlm.datasets.class_episodes import class_lessons, is_class_folder, read_classes
 from minivlm.datasets.conversations import Conversations
-from minivlm.datasets.interleaved import is_interleaved
+from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.judge import conversation_problem
+from minivlm.datasets.sequence_batches import ConversationTurns, Documents, Mixed, NewWords
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.datasets.shapes.shots import MOST_WAYS, Lessons, shot_episodes
@@ -31,13 +31,11 @@ from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
-from minivlm.recipes.base import Recipe
-from minivlm.recipes.captioner import ConversationsConfig, open_train
-from minivlm.recipes.interleaved import InterleavedWork, gates_text
-from minivlm.recipes.lessons import LessonsWork, lesson_sample
-from minivlm.recipes.llava import PrefixWork
+from minivlm.recipes.folders import SHAPES, check_fills_a_batch, check_suits, open_talk
+from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import (
     LATENTS,
+    build,
     join_processors,
     load_language_model,
     load_vision_model,
@@ -45,12 +43,29 @@ from minivlm.recipes.parts import (
     resampling,
     take,
 )
-from minivlm.recipes.shared import SHAPES, build, check_suits, suited
-from minivlm.recipes.work import Work
+from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.scores import VALIDATED, DocumentPerplexity, Generated, NewClasses
+from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
-WORDS = 8  # about so many tokens has an example of a lesson
-VALIDATED = 200  # episodes of two examples that a checkpoint is judged by, besides the questions
+WAYS = 5  # of lessons about classes: words to choose from, with an example of each
+EPOCH = 10_000  # such lessons; there is no end of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedLayers:
+    """What a Flamingo has between its vision tower and its language model; the rest follows from the two."""
+
+    vision_layers: tuple[int, ...] = (-2,)
+    resampler: PerceiverConfig = LATENTS  # its context_width and positions follow from the tower
+    gated: GatedConfig = field(default_factory=GatedConfig)
+    every: int = 1  # a gated layer before every n-th block of the language model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessonData:
+    directory: str = "data/shapes"
+    lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,56 +76,42 @@ class FlamingoRecipe(Recipe):
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
     starts_from: str | None = None  # a Flamingo that goes on learning, in place of both and of what is new
-    vision_layers: tuple[int, ...] = (-2,)
-    resampler: PerceiverConfig = LATENTS  # its context_width and positions follow from the tower
-    gated: GatedConfig = field(default_factory=GatedConfig)
-    every: int = 1  # a gated layer before every n-th block of the language model
+    model: GatedLayers = GatedLayers()
+    data: LessonData = LessonData()
     freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen
     store_frozen: bool = True  # False: the model that is left names its frozen parts, and holds only what is new
     chat: str | None = None  # how turns are written, by name; None: as the language model has it
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
-    lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
-    data: ConversationsConfig = field(default_factory=ConversationsConfig)
 
-    def needs(self) -> dict[str, str]:
-        if self.starts_from is not None:
+    def builds_on(self) -> dict[str, str]:
+        return {} if self.starts_from is not None else {"vision_from": "clip-resnet", "language_from": "lm"}
+
+    def external_weights(self) -> dict[str, str]:
+        if self.store_frozen:
             return {}
-        return {"clip-resnet": self.vision_from, "lm": self.language_from}
-
-    def for_data(self, directory: str, out: str) -> FlamingoRecipe:
-        """The same on another folder; what it builds on is trained on that folder as well, beside `out`."""
-        beside = f"{Path(out).parent / Path(directory).resolve().name}"
-        return suited(
-            self,
-            directory,
-            summary=f"{self.summary}, on {directory}",
-            data=replace(self.data, directory=directory),
-            vision_from=f"{beside}-clip",
-            language_from=f"{beside}-lm",
-        )
-
-    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Work:
-        model, processor = load(checkpoint) if checkpoint is not None else self.new_model()
-        model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
-        directory = self.data.directory
-        if is_interleaved(directory) or is_class_folder(directory):
-            check_suits(self, directory)
-            work = (InterleavedWork if is_interleaved(directory) else LessonsWork)(self, model, processor)
-            work.origins = self.origins()
-            return work
-        train = open_train(self, processor.image_size, quiet=quiet, problem=conversation_problem(processor))
-        return FlamingoWork(self, model, processor, train)
+        frozen = ("vision", "language_model") if self.freeze_vision else ("language_model",)
+        return {part: self.origins()[part] for part in frozen}
 
     def origins(self) -> dict[str, str]:
         if self.starts_from is not None:
             return dict.fromkeys(("vision", "resampler", "gated", "language_model"), self.starts_from)
         return {"vision": self.vision_from, "language_model": self.language_from}
 
-    def base(self) -> dict[str, str]:
-        if self.store_frozen:
-            return {}
-        frozen = ("vision", "language_model") if self.freeze_vision else ("language_model",)
-        return {part: self.origins()[part] for part in frozen}
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
+        model, processor = load(checkpoint) if checkpoint is not None else self.new_model()
+        model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
+        directory = self.data.directory
+        if is_interleaved(directory) or is_class_folder(directory):
+            check_suits(self, directory)
+            fed = documents(self, model, processor) if is_interleaved(directory) else classes(self, model, processor)
+        else:
+            problem = conversation_problem(processor)
+            talk = open_talk(self, processor.image_size, quiet=quiet, problem=problem)
+            fed = conversations(self, model, processor, talk)
+        loss = against(f"uniform {log(processor.vocab_size):.2f}")
+        progress = lambda line: f"{loss(line)}, gates {gates_text(model)}"
+        origins = self.origins()
+        return Job(recipe=self, model=model, processor=processor, progress=progress, origins=origins, **fed)
 
     def new_model(self) -> tuple[Flamingo, Processor]:
         if self.starts_from is None:
@@ -123,80 +124,120 @@ class FlamingoRecipe(Recipe):
         return model, processor
 
     def compose(self) -> tuple[Flamingo, Processor]:
-        """Eyes and language model put together, with a new resampler and new gated layers between them."""
-        clip, eyes = load_vision_model(self.vision_from)
-        speaker, words = load_language_model(self.language_from, chat=self.chat, system=self.system)
-        vision = clip.config.vision
+        """Vision tower and language model put together, with a new resampler and new gated layers between them."""
+        clip, seen = load_vision_model(self.vision_from)
+        language, read = load_language_model(self.language_from, chat=self.chat, system=self.system)
+        c, vision = self.model, clip.config.vision
         config = FlamingoConfig(
-            **reading(vision, self.vision_layers),
-            language=speaker.config,
-            resampler=resampling(self.resampler, vision, self.vision_layers),
-            image_token=words.image_token_id,
-            gated=self.gated,
-            every=self.every,
+            **reading(vision, c.vision_layers),
+            language=language.config,
+            resampler=resampling(c.resampler, vision, c.vision_layers),
+            image_token=read.image_token_id,
+            gated=c.gated,
+            every=c.every,
         )
         model = build(Flamingo, config, seed=self.seed)
         take(model.vision, clip.vision)
-        take(model.language_model, speaker)
-        return model, join_processors(eyes, words, image_tokens=config.image_tokens, context=speaker.config.context)
+        take(model.language_model, language)
+        return model, join_processors(seen, read, image_tokens=config.image_tokens, context=language.config.context)
 
 
-class FlamingoWork(PrefixWork):
-    def __init__(self, recipe: FlamingoRecipe, model: Flamingo, processor: Processor, train: Conversations):
-        super().__init__(recipe, model, processor, train, origins=recipe.origins(), answers=True)
+def gates_text(model: Flamingo) -> str:
+    """How far the gates are open, of attention and MLP together, layer by layer."""
+    return " ".join(f"{gate:.2f}" for gate in model.gates().mean(dim=1).tolist())
+
+
+# ---- what it is fed, and judged by: the fields of a Job --------------------------------------------------------------
+
+
+def documents(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> dict[str, Any]:
+    """What follows the first image of a document is learnt; judged is how well that of held-out ones is expected."""
+    directory = recipe.data.directory
+    train = Interleaved(directory, "train", image_size=processor.image_size)
+    train.leave_out(processor)
+    scores = DocumentPerplexity(model, processor, directory, recipe.batch_size)
+    check_fills_a_batch(len(train), recipe.batch_size, "training documents", directory)
+    pictures = lambda indices: [picture for pictures in train.images(indices) for picture in pictures]
+    cache = VisionCache(model, processor, len(train), pictures, single=False)
+    return dict(samples=Documents(train, processor, directory), scores=scores, prepare=cache.prepare)
+
+
+def classes(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> dict[str, Any]:
+    """The names of classes are learnt, new in every lesson; judged are classes held out, one example each."""
+    directory = recipe.data.directory
+    known = read_classes(Path(directory), "train")
+    if len(known) < WAYS:
+        raise UserError(
+            f"{directory} has {len(known)} training classes, but a lesson has up to {WAYS}: add some, or give "
+            "a folder with interleaved.jsonl or conversations."
+        )
+    lessons, paths = class_lessons(known)
+    pictures = lambda indices: [paths[i] for i in indices]
+    cache = VisionCache(model, processor, len(paths), pictures, keep_pixels=True)
+    note = f"lessons about {len(paths)} pictures of {len(known)} classes in {directory}"
+    return dict(
+        samples=NewWords(lessons, processor, cache, ways=WAYS, n=EPOCH, note=note),
+        scores=NewClasses(model, processor, directory, ways=WAYS),
+        prepare=cache.prepare,
+        of_classes=True,
+    )
+
+
+def conversations(recipe: FlamingoRecipe, model: Flamingo, processor: Processor, talk: Conversations) -> dict[str, Any]:
+    """Conversations are learnt and, in the shapes world, lessons; judged are answers, and new words from examples."""
+    directory, share = recipe.data.directory, recipe.data.lessons
+    world = is_world(directory)
+
+    def commands(out: Path) -> list[str]:
+        asked, data = generated.question(), "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
+        return [
+            f"python sample.py caption {out} {generated.picture()}",
+            *([f"python sample.py answer {out} {asked}"] if asked else []),
+            *([f"python -m minivlm.evaluate {out}{data} --shots 0 1 2 4 8"] if world else []),
+        ]
+
+    generated = Generated(model, processor, directory, commands, ask=True)
+    cache = VisionCache.of_talk(model, processor, talk)
+    samples = ConversationTurns(talk, processor, cache, directory)
+    taught = isinstance(talk, ShapesConversations) and bool(share)
+    if taught:
+        lessons = Lessons.of_scenes(talk.world.scenes)
+        if len(lessons.pictures) < MOST_WAYS:
+            raise UserError(
+                f"{directory} shows only {len(lessons.pictures)} looks alone, but a lesson has up to {MOST_WAYS}: make a "
+                "world with more pictures, or leave lessons out with --data.lessons 0."
+            )
+        samples = Mixed(samples, NewWords(lessons, processor, cache, ways=MOST_WAYS, n=EPOCH), share)
+    scores = AnswersAndNewWords(generated, taught=taught) if world else generated
+    return dict(samples=samples, scores=scores, prepare=cache.prepare)
+
+
+class AnswersAndNewWords:
+    """Answers, and the words of held-out lessons over the number of examples; where lessons were taught, a checkpoint is
+    judged by both alike."""
+
+    def __init__(self, generated: Generated, *, taught: bool):
+        self.generated, self.taught, self.next_commands = generated, taught, generated.next_commands
+        self.name = "accuracy of answers and of new words" if taught else generated.name
         self.shots: dict[str, Score] = {}  # scores by the number of examples, once it has been judged
-        world = isinstance(train, ShapesConversations)
-        self.lessons = Lessons.of_scenes(train.world.scenes) if world and recipe.lessons else None
-        if self.lessons is not None:
-            if len(self.lessons.pictures) < MOST_WAYS:
-                raise UserError(
-                    f"{recipe.data.directory} shows only {len(self.lessons.pictures)} looks alone, but a lesson has up to "
-                    f"{MOST_WAYS}: make a world with more pictures, or leave lessons out with --lessons 0."
-                )
-            self.score_name = "accuracy of answers and of new words"
-
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
-        """A conversation about a picture, or a lesson about several others."""
-        if not self.is_lesson(rng):
-            return super().draw(index, rng)
-        named = self.lessons.lesson(rng)
-        return lesson_sample(named, self.processor), [picture for picture, _ in named]
-
-    def is_lesson(self, rng: np.random.Generator) -> bool:
-        return self.lessons is not None and rng.random() < self.recipe.lessons
-
-    def length(self, index: int, rng: np.random.Generator) -> int:
-        if not self.is_lesson(rng):
-            return super().length(index, rng)
-        return WORDS * len(self.lessons.lesson(rng))
-
-    def progress(self, line: dict[str, float]) -> str:
-        return f"{super().progress(line)}, gates {gates_text(self.model)}"
 
     def validate(self) -> float:
-        answers = super().validate()
-        if self.lessons is None:
+        of, answers = self.generated, self.generated.validate()
+        if not self.taught:
             return answers
-        episodes = shot_episodes(VALIDATED, shots=2, seed=1, image_size=self.processor.image_size)
-        return (answers + evaluate.few_shot_accuracy(self.model, self.processor, episodes).value) / 2
+        episodes = shot_episodes(VALIDATED, shots=2, seed=1, image_size=of.processor.image_size)
+        return (answers + evaluate.few_shot_accuracy(of.model, of.processor, episodes).value) / 2
 
     def evaluate(self) -> dict[str, Score]:
-        scores = super().evaluate()
-        if is_world(self.recipe.data.directory):
-            self.shots = evaluate.few_shot(self.model, self.processor, self.recipe.data.directory)
+        of, scores = self.generated, self.generated.evaluate()
+        self.shots = evaluate.few_shot(of.model, of.processor, of.directory)
         return scores | self.shots
 
-    def picture(self, path: Path) -> None:
+    def figure(self, path: Path) -> None:
         """Answers and captions; and the curves over the number of examples, in few-shot.png beside it."""
-        super().picture(path)
+        self.generated.figure(path)
         if self.shots:
             evaluate.few_shot_picture(self.shots, path.with_name("few-shot.png"))
-
-    def next_commands(self, out: Path) -> list[str]:
-        where = self.recipe.data.directory
-        data = "" if Path(where) == SHAPES else f" --data {quote(str(where))}"
-        shots = [f"python -m minivlm.evaluate {out}{data} --shots 0 1 2 4 8"] if is_world(where) else []
-        return [*super().next_commands(out), *shots]
 
 
 FLAMINGO_RECIPES = {

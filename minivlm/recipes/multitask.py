@@ -1,92 +1,100 @@
-"""Captions, answers and search by one encoder of words and regions (models/multitask.py): all three learn in every step."""
+"""Captions, answers and search by one encoder of text and regions (models/multitask.py): all three learn in every step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-import numpy as np
-from torch import Tensor
-
-from minivlm import evaluate
 from minivlm.datasets.folder import open_pairs
+from minivlm.datasets.question_batches import QuestionsAndCaptions
+from minivlm.metrics import Score
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.visualbert import VisualBERTConfig
-from minivlm.processor import Processor
-from minivlm.recipes.fusion import COMMON, SMALL, WORDS, FusionRecipe, FusionWork, completed
-from minivlm.recipes.shared import check_fills_a_batch
+from minivlm.recipes.folders import check_fills_a_batch
+from minivlm.recipes.fuse import COMMON, SMALL, TEXT, Chosen, completed, list_questions, open_parts
+from minivlm.recipes.job import Job
+from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.scores import Generated, Retrieval
+from minivlm.recipes.vision_cache import VisionCache
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultitaskRecipe(FusionRecipe):
+class MultitaskData:
+    directory: str = "data/shapes"
+    vocab_size: int = 512  # of the byte-level BPE that is trained on questions, answers and captions
+    most_answers: int = 3000  # the most frequent ones are to choose from
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskRecipe(Recipe):
     what = "the multitask model"
     learns_from = ("captions and questions",)
-    model: MultitaskConfig
-    eyes = "encoder.vision"
-    model_class = MultitaskVLM
+    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    model: MultitaskConfig  # tower, vocabulary and answers follow from vision_from and the data
+    data: MultitaskData = MultitaskData()
 
-    @property
-    def encoder(self) -> VisualBERTConfig:
-        return self.model.encoder
+    def builds_on(self) -> dict[str, str]:
+        return {"vision_from": "clip-resnet"}
 
-    def complete(self, vision, answers: tuple[str, ...], processor: Processor) -> MultitaskConfig:
-        encoder = completed(self.encoder, vision, answers, processor)
+    def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
+        made = open_parts(self, self.model.encoder.text.context, self.complete, MultitaskVLM, checkpoint, quiet=quiet)
+        model, processor, talk, asked = made
+        model.freeze("encoder.vision")
+        directory = self.data.directory
+        scores = Tasks(Generated(model, processor, directory, lambda out: [], ask=True))
+        cache = VisionCache.of_talk(model, processor, talk)
+        questions = list_questions(self, model.config.encoder, processor, talk, asked, cache)
+        questions.samples = [i for i in questions.samples if talk.captions(i)]
+        n = len(questions.samples)
+        check_fills_a_batch(n, self.batch_size, "images with captions and questions", directory)
+
+        def progress(line: Mapping[str, float]) -> str:
+            """Each task's loss as a share of what knowing nothing costs."""
+            shares = (f"{task} {line[task] / model.task_weight(task):.2f}" for task in model.config.tasks)
+            return ", ".join(shares) + " (1: knows nothing)"
+
+        return Job(
+            recipe=self,
+            model=model,
+            processor=processor,
+            samples=QuestionsAndCaptions(questions),
+            scores=scores,
+            progress=progress,
+            origins={"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"},
+            prepare=cache.prepare,
+        )
+
+    def complete(self, vision, answers, processor, talk) -> MultitaskConfig:
+        encoder = completed(self.model.encoder, vision, answers, processor)
         return replace(self.model, encoder=encoder, end_token=processor.end_token, pad_token=processor.pad_token)
 
-    def work(self, *parts) -> MultitaskWork:
-        return MultitaskWork(self, *parts)
 
+class Tasks:
+    """All that the model can do; the first of answers, captions and search that it learns is judged while it trains."""
 
-class MultitaskWork(FusionWork):
-    """A question and a caption about every picture."""
+    def __init__(self, generated: Generated):
+        self.generated, self.chosen = generated, Chosen(generated)
+        search = Retrieval(generated.model, generated.processor, generated.directory)
+        known = {
+            "answer": ("accuracy of answers", generated.answers_score, generated.figure),
+            "caption": (generated.captions_name, generated.captions_score, generated.figure),
+            "search": (search.name, search.validate, search.figure),
+        }
+        judged = next(task for task in known if task in generated.model.config.tasks)
+        self.name, self.validate, self.figure = known[judged]
 
-    def __init__(self, recipe: MultitaskRecipe, *parts):
-        super().__init__(recipe, *parts)
-        self.samples = self.captioned
-        self.n = len(self.samples)
-        check_fills_a_batch(self.n, recipe.batch_size, "images with captions and questions", recipe.data.directory)
-        tasks = self.model.config.tasks  # the first of these is judged while it trains
-        names = {"answer": "accuracy of answers", "caption": self.captions_name, "search": "text→image Recall@1"}
-        self.judged = next(task for task in names if task in tasks)
-        self.score_name = names[self.judged]
-
-    def validate(self) -> float:
-        if self.judged != "search":
-            return self.answers_score() if self.judged == "answer" else self.captions_score()
-        pairs = open_pairs(self.recipe.data.directory, "val", image_size=self.processor.image_size)
-        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
-
-    def picture(self, path: Path) -> None:
-        if self.judged != "search":
-            super().picture(path)
-        else:
-            evaluate.picture(self.model, self.processor, self.recipe.data.directory, path)
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        share = [(self.samples[i], rng) for i, rng in self.share(step, rank, world)]
-        asked = self.questions(share)
-        tokens, mask = self.processor.text([self.caption(index, rng) for index, rng in share], cut=True)
-        question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
-        return {"tokens": tokens, "mask": mask, **question, **self.pictures([index for index, _ in share])}
-
-    def length(self, index: int, rng: np.random.Generator) -> int:
-        """Of the two, the caption is the longer one; it is drawn second."""
-        self.question(self.samples[index], rng)
-        return len(self.caption(self.samples[index], rng).split())
-
-    def progress(self, line: dict[str, float]) -> str:
-        """Each task's loss as a share of what knowing nothing costs."""
-        shares = (f"{task} {line[task] / self.model.task_weight(task):.2f}" for task in self.model.config.tasks)
-        return ", ".join(shares) + " (1: knows nothing)"
+    def evaluate(self) -> dict[str, Score]:
+        return self.chosen.evaluate()
 
     def next_commands(self, out: Path) -> list[str]:
-        pairs = open_pairs(self.recipe.data.directory, "test", image_size=self.processor.image_size)
-        folder = quote(str((Path(self.recipe.data.directory) / pairs.key(0)).parent))
-        wanted = quote(pairs.all_captions(0)[0])
+        of = self.generated
+        pairs = open_pairs(of.directory, "test", image_size=of.processor.image_size)
+        folder, wanted = quote(str((Path(of.directory) / pairs.key(0)).parent)), quote(pairs.all_captions(0)[0])
         return [
-            *super().next_commands(out),
-            f"python sample.py caption {out} {self.held_out_picture()}",
+            *self.chosen.next_commands(out),
+            f"python sample.py caption {out} {of.picture()}",
             f"python sample.py search {out} {folder} {wanted} --top 8 --save sheet.png",
         ]
 
@@ -96,7 +104,7 @@ MULTITASK_RECIPES = {
         summary="captions, answers and search by one encoder of words and regions",
         model=MultitaskConfig(
             encoder=VisualBERTConfig(
-                **COMMON | {"text": replace(WORDS, context=96)}, region_positions=True, answer_at="first"
+                **COMMON | {"text": replace(TEXT, context=96)}, region_positions=True, answer_at="first"
             ),
             end_token=0,
             caption_weight=4.0,

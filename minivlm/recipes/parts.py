@@ -10,7 +10,7 @@ from torch import nn
 from minivlm.checkpoint import load
 from minivlm.conversation import template_of, with_chat
 from minivlm.errors import UserError
-from minivlm.layers.language_model import LanguageModel
+from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, learned_positions
@@ -75,3 +75,39 @@ def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
 def resampling(resampler: PerceiverConfig, vision: TowerConfig, layers: tuple[int, ...]) -> PerceiverConfig:
     """A resampler of what these layers of a tower see."""
     return replace(resampler, context_width=features_of(vision, layers)[1], positions=learned_positions(vision, layers))
+
+
+def build(model_class: type[nn.Module], config: Any, *, seed: int) -> nn.Module:
+    """The model of a config; sizes that do not fit each other are a UserError."""
+    try:
+        return model_class(config, seed=seed)
+    except ValueError as error:
+        raise UserError(f"the model cannot be built: {error}.") from None
+
+
+def speaking(config: LanguageModelConfig, processor: Processor) -> LanguageModelConfig:
+    """The config with what follows from the tokeniser."""
+    return replace(
+        config, vocab_size=processor.vocab_size, end_tokens=(processor.end_token,), pad_token=processor.pad_token
+    )
+
+
+def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
+    """part | parameters | frozen or trained | learning rate | starts from, read from the parameters themselves."""
+    rows, seen = [], set()
+    for name, part in model.named_children():
+        adapters = {id(p) for key, p in part.named_parameters() if "lora_" in key}
+        own = [p for p in part.parameters() if id(p) not in adapters | seen]  # a tied head is counted once
+        seen |= {id(p) for p in own}
+        rows.append((name, own))
+        if adapters:
+            rows.append((f"{name} LoRA", [p for p in part.parameters() if id(p) in adapters]))
+    lines = [("part", "parameters", "frozen or trained", "learning rate", "starts from")]
+    for name, parameters in rows:
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() for p in parameters)
+        if total:
+            state = "trained" if trained == total else "frozen" if not trained else f"{trained:,} trained"
+            lines.append((name, f"{total:,}", state, f"{rate:g}" if trained else "-", origins.get(name, "new")))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

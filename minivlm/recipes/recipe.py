@@ -11,14 +11,25 @@ from minivlm.training import OptimiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class FolderData:
+    """A folder of which nothing is left to choose."""
+
+    directory: str = "data/shapes"
+
+
+FOLDER = FolderData()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What every recipe has. A family adds what it starts from, and `start`, which opens the data and builds the model.
 
     what         it trains, in words
     learns_from  what a folder has to hold, one of them, and what it is judged by if not the same (datasets/contents.py)
     taken_by     the option by which other recipes take a model of this kind, if they do
-    model        its config or, where that follows from what it starts from, the part that is left to choose
     data         the directory, and what is made of it
+    model        (of all but those that train what they start from as it is) its config or, where that follows from what it
+                 starts from, the part that is left to choose
     """
 
     what: ClassVar[str]
@@ -27,7 +38,6 @@ class Recipe:
     taken_by: ClassVar[str] = ""
     summary: str
     measured: str = ""  # how long it took and what it reached, for --list
-    model: Any
     data: Any
     steps: int
     batch_size: int  # of all processes together

@@ -9,32 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from minivlm import config
 from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.errors import UserError
 from minivlm.pretrained.names import listed
-from minivlm.recipes.base import Recipe
+from minivlm.recipes.older_options import read_recipe
+from minivlm.recipes.recipe import Recipe
 from minivlm.run import Run, read_record
 
 MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.")  # and are told
-DATA = ("directory", "data.directory")  # judged by what is in them
+DATA = ("data.directory",)  # judged by what is in it
 WORDS = ("summary", "measured")
-
-
-def data_directory(recipe: Recipe) -> str:
-    return recipe.data.directory if hasattr(recipe, "data") else recipe.directory
-
-
-def data_directory_of(recorded: dict) -> str:
-    """The same of a recipe as `config.to_dict` gives it."""
-    return recorded["data"]["directory"] if "data" in recorded else recorded["directory"]
-
-
-def with_directory(recipe: Recipe, directory: str) -> Recipe:
-    """The recipe on the same data in another place."""
-    if hasattr(recipe, "data"):
-        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, directory=directory))
-    return dataclasses.replace(recipe, directory=directory)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -70,7 +54,7 @@ def facts(name: str, recipe: Recipe, device: torch.device, precision: torch.dtyp
     on = {"device": device.type, "precision": str(precision).removeprefix("torch.")}
     on |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     sizes = {"parameters": parameters(model), "trained": parameters(model, trained=True)}
-    return {"name": name, "data": fingerprint(data_directory(recipe)), "on": on, **sizes}
+    return {"name": name, "data": fingerprint(recipe.data.directory), "on": on, **sizes}
 
 
 def parameters(model: nn.Module, *, trained: bool = False) -> int:
@@ -93,13 +77,13 @@ def told(run: Run, recipe: Recipe) -> list[str]:
 
 def compare(record: dict, recipe: Recipe, about: dict[str, Any]) -> list[str]:
     """What the resumed run does otherwise than the one that wrote `record`, a line each. UserError for other data."""
-    old = config.from_dict(type(recipe), config.complete(type(recipe), record["recipe"]), "recipe")
-    directory, lines = data_directory(recipe), []
+    old = read_recipe(recipe, record["recipe"], "recipe")
+    directory, lines = recipe.data.directory, []
     if not isinstance(record.get("data"), dict) or not isinstance(record.get("on"), dict):
         lines.append("the checkpoint is of an earlier version, which did not record its data: they cannot be compared")
     elif told := changes(record["data"], about["data"]):
         raise UserError(
-            f"the data in {directory} are not those that the run began with, in {data_directory(old)} ({listed(told, 3)}): put "
+            f"the data in {directory} are not those that the run began with, in {old.data.directory} ({listed(told, 3)}): put "
             "them back, or start anew, without --resume (the earlier run is kept)."
         )
     else:
@@ -108,8 +92,8 @@ def compare(record: dict, recipe: Recipe, about: dict[str, Any]) -> list[str]:
         ]
         if differ:
             lines.append(f"not to the bit what it would have been: {', '.join(differ)}")
-    if os.path.realpath(directory) != os.path.realpath(data_directory(old)):
-        lines.append(f"the data are read from {directory} in place of {data_directory(old)}")
+    if os.path.realpath(directory) != os.path.realpath(old.data.directory):
+        lines.append(f"the data are read from {directory} in place of {old.data.directory}")
     for name, (before, now) in differences(old, recipe).items():
         if name.startswith(MAY_CHANGE):
             lines.append(f"{name}: {before} → {now}, as asked for")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minivlm.datasets.conversations import Conversations
 from minivlm.layers.tower import ImageFeatures
+from minivlm.models.vision_features import measure
 from minivlm.processor import Processor
 from minivlm.tasks.features import inference
 from minivlm.training import autocast
@@ -65,12 +66,13 @@ class VisionCache:
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> None:
         """A new model measures the first images, of which it standardises the features."""
-        if not getattr(self.model, "unmeasured", False):
+        standardise = getattr(self.model, "standardise", None)
+        if standardise is None or standardise.measured:
             return
-        first = islice((picture for i in range(self.n) for picture in self.pictures([i])), MEASURED)
-        if first := list(first):
+        first = list(islice((picture for i in range(self.n) for picture in self.pictures([i])), MEASURED))
+        if first:
             with inference(self.model), autocast(device, dtype):
-                self.model.measure(self.processor.images(first).to(device))
+                measure(self.model, self.processor.images(first).to(device))
 
     def compute(self, device: torch.device, dtype: torch.dtype) -> None:
         """(n, N, C) on the CPU, unless that is more than LIMIT."""

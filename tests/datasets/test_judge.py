@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm import recipes
 from minivlm.conversation import Turn
 from minivlm.datasets import check, open_conversations
 from minivlm.datasets.contents import contents
@@ -15,6 +14,7 @@ from minivlm.datasets.interleaved import Interleaved
 from minivlm.datasets.judge import conversation_problem
 from minivlm.errors import UserError
 from minivlm.processor import Processor
+from minivlm.recipes import plan
 
 LONG = "why " * 150
 
@@ -145,7 +145,7 @@ def start(folder, name):
         if base != name:
             make_plain(folder.parent / "plain")
         given = {"batch_size": 2} | options | data
-        _, recipe, _ = recipes.command_line([base, *(str(x) for k, v in given.items() for x in (f"--{k}", v))])
+        _, recipe, _ = plan.command_line([base, *(str(x) for k, v in given.items() for x in (f"--{k}", v))])
         work = recipe.start(quiet=True)
         if base != name:
             work.model.save_pretrained(folder / base, processor=work.processor)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import sample
-from minivlm import recipes
 from minivlm.errors import UserError
+from minivlm.recipes import plan
 from tests.test_recipes_folders import arguments, bases, folders, parts  # noqa: F401
 
 few_shot = importlib.import_module("minivlm.tasks.few_shot")  # of whose name there is a function as well
@@ -34,10 +34,10 @@ def model(request, folders, bases, tmp_path_factory):  # noqa: F811
     name, out = request.param, tmp_path_factory.mktemp("model")
     more = parts(name, bases)
     if name == "blip2-t5":
-        t5 = recipes.command_line(arguments("t5", data=folders / "mixed"))[1].start(quiet=True)
+        t5 = plan.command_line(arguments("t5", data=folders / "mixed"))[1].start(quiet=True)
         t5.model.save_pretrained(bases / "t5", processor=t5.processor)
         name, more = "blip2", {"lm": "t5", "starts_from": bases / "blip2-stage1", "language_from": bases / "t5"}
-    work = recipes.command_line(arguments(name, data=folders / "mixed", **more))[1].start(quiet=True)
+    work = plan.command_line(arguments(name, data=folders / "mixed", **more))[1].start(quiet=True)
     work.model.save_pretrained(out, processor=work.processor)
     return out
 
@@ -81,10 +81,10 @@ def test_each_task_is_answered_or_refused_in_a_sentence(model, pictures, tmp_pat
 
 def test_an_encoder_scores_candidates_as_its_decoder_would_say_them(folders, bases, pictures):  # noqa: F811
     """The log-likelihood of a candidate is that of its tokens, one after the other, by a loop over the plain model."""
-    t5 = recipes.command_line(arguments("t5", data=folders / "mixed"))[1].start(quiet=True)
+    t5 = plan.command_line(arguments("t5", data=folders / "mixed"))[1].start(quiet=True)
     t5.model.save_pretrained(bases / "t5", processor=t5.processor)
     more = {"lm": "t5", "starts_from": bases / "blip2-stage1", "language_from": bases / "t5"}
-    work = recipes.command_line(arguments("blip2", data=folders / "mixed", **more))[1].start(quiet=True)
+    work = plan.command_line(arguments("blip2", data=folders / "mixed", **more))[1].start(quiet=True)
     model, p = work.model.eval(), work.processor
     query = few_shot.Example(f"{pictures}/1.png", "this is a")
     prompt = few_shot.few_shot_prompt([few_shot.Example(f"{pictures}/0.png", "this is a dax")], query, p)

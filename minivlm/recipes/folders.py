@@ -1,42 +1,49 @@
-"""What recipes have in common: the data suit them, are there and fill a batch, and the model can be built."""
+"""A recipe on a folder: it suits it, fills a batch from it, and on another folder a few things are another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from torch import nn
-
 from minivlm.datasets.contents import FILES, KINDS, contents, told
+from minivlm.datasets.conversations import Conversations, open_conversations
 from minivlm.datasets.folder import SPLITS, open_pairs
 from minivlm.datasets.folder_conversations import read_entries
+from minivlm.datasets.judge import Problem
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
-from minivlm.layers.language_model import LanguageModelConfig
-from minivlm.processor import Processor
-from minivlm.recipes.base import Recipe
+from minivlm.recipes.recipe import Recipe
 from minivlm.training import is_first_process
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6
+VOCABULARY = 4096  # of a tokeniser that is trained on a folder of one's own
+CALLED = {"clip-resnet": "clip"}  # the CLIP of a folder is clip to some recipes and clip-resnet to others
 EPOCHS = 100  # the most that are proposed for a folder that is smaller than a batch, and soon known by heart
 
 
-def suited(recipe: Recipe, where: str | Path, /, **changes: Any) -> Recipe:
-    """The recipe with its changes for another folder, in batches that the folder can fill. UserError unless the folder has
-    what the recipe learns from, and what it is judged by, in the splits for that."""
-    recipe = replace(recipe, **changes)
-    n = check_suits(recipe, where) if Path(where).is_dir() else ENDLESS  # what is not there is told by `start`
+def for_data(recipe: Recipe, directory: str | Path, out: str) -> Recipe:
+    """The recipe on another folder: what it starts from is trained on that folder as well, beside `out`, and its batch is
+    one that the folder can fill. UserError unless the folder has what the recipe learns from, and what it is judged by.
+    """
+    recipe = recipe.on(directory)
+    changes: dict[str, Any] = {"directory": directory}
+    if not is_world(directory) and any(field.name == "vocab_size" for field in fields(recipe.data)):
+        changes["vocab_size"] = VOCABULARY
+    beside = f"{Path(out).parent / Path(directory).resolve().name}"
+    places = {option: f"{beside}-{CALLED.get(base, base)}" for option, base in recipe.builds_on().items()}
+    recipe = replace(recipe, data=replace(recipe.data, **changes), **places)
+    n = check_suits(recipe, directory) if Path(directory).is_dir() else ENDLESS  # what is not there is told by `start`
     if n >= recipe.batch_size:
         return recipe
     return replace(recipe, batch_size=n, steps=min(recipe.steps, EPOCHS))  # each of which sees all there is
 
 
 def check_suits(recipe: Recipe, directory: str | Path) -> int:
-    """How many samples the recipe can learn from. UserError: see `suited`."""
+    """How many samples the recipe can learn from. UserError: see `for_data`."""
     if Path(directory) == SHAPES and not is_world(directory):
         return ENDLESS  # it is made when training starts
     found = contents(directory)
@@ -106,6 +113,31 @@ def make_world_if_missing(directory: str | Path, image_size: int, *, quiet: bool
         make_shapes(directory, image_size=image_size, progress=not quiet)
 
 
+def open_world(recipe: Recipe, image_size: int, *, quiet: bool) -> None:
+    """The recipe's folder is there and suits it; the shapes world is made if it is missing."""
+    make_world_if_missing(recipe.data.directory, image_size, quiet=quiet)
+    check_suits(recipe, recipe.data.directory)
+
+
+def open_talk(
+    recipe: Recipe, image_size: int, *, quiet: bool, problem: Problem | None = None, captioned: bool = False
+) -> Conversations:
+    """The training split of the recipe's folder. UserError where it does not suit the recipe or fill a batch.
+
+    problem: of a conversation from which nothing can be learnt (datasets/judge.py), which is left out. captioned: samples
+    without captions are left out, or with `problem` what is learnt are captions.
+    """
+    directory = recipe.data.directory
+    open_world(recipe, image_size, quiet=quiet)
+    talk = open_conversations(directory, "train", image_size=image_size)
+    if problem is not None:
+        talk.leave_out(problem, captions=captioned)
+    elif captioned:
+        talk.keep_captioned()
+    check_fills_a_batch(len(talk), recipe.batch_size, "training samples", directory)
+    return talk
+
+
 def check_fills_a_batch(n: int, batch_size: int, what: str, directory: str | Path) -> None:
     """UserError unless there are as many samples as a batch needs."""
     if n == 0:
@@ -121,18 +153,3 @@ def check_held_out(directory: str | Path, image_size: int) -> None:
     """UserError, before the first step, for a held-out picture that cannot be decoded."""
     for split in SPLITS[1:] if is_first_process() and not is_world(directory) else ():
         open_pairs(directory, split, image_size=image_size).check_pictures()
-
-
-def build(model_class: type[nn.Module], config: Any, *, seed: int) -> nn.Module:
-    """The model of a config; sizes that do not fit each other are a UserError."""
-    try:
-        return model_class(config, seed=seed)
-    except ValueError as error:
-        raise UserError(f"the model cannot be built: {error}.") from None
-
-
-def speaking(config: LanguageModelConfig, processor: Processor) -> LanguageModelConfig:
-    """The config with what follows from the tokeniser."""
-    return replace(
-        config, vocab_size=processor.vocab_size, end_tokens=(processor.end_token,), pad_token=processor.pad_token
-    )

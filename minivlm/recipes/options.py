@@ -1,4 +1,4 @@
-"""A recipe is a value: model, data, optimiser, steps. The command line replaces its fields by their dotted names."""
+"""The command line of train.py: options by the dotted names of a recipe's fields, and how a recipe is run."""
 
 from __future__ import annotations
 
@@ -6,59 +6,13 @@ import dataclasses
 import os
 import re
 import shlex
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin
 
 from minivlm import config
 from minivlm.errors import UserError, as_started, nearest
 from minivlm.files import parse_json
-from minivlm.training import OptimiserConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What every recipe has; the recipes of a pattern add model and data, and `start`, which opens both.
-
-    what         it trains, in words
-    learns_from  what a folder has to hold, one of them, and what it is judged by if not the same (datasets/contents.py)
-    taken_by     the option by which other recipes take a model of this kind, if they do
-    """
-
-    what: ClassVar[str]
-    learns_from: ClassVar[tuple[str, ...]]
-    judged_by: ClassVar[tuple[str, ...]] = ()
-    taken_by: ClassVar[str] = ""
-    summary: str
-    measured: str = ""  # how long it took and what it reached, for --list
-    steps: int
-    batch_size: int  # of all processes together
-    bucket_steps: int = 1  # the samples of so many steps are sorted by length, and each batch is of like length; 1: not
-    micro_batch: int | None = None  # samples whose activations are held at a time; None: the whole batch
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    seed: int = 0
-    save_every: int = 200  # steps between checkpoints, each with its score on the validation split
-    keep: int = 2  # checkpoints kept besides the best
-
-    def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_size", 1), ("bucket_steps", 1), ("save_every", 1), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, but must be from 0 to {2**63 - 1}")
-
-    def needs(self) -> dict[str, str]:
-        """What it builds on: recipe → the directory where that recipe's model is looked for."""
-        return {}
-
-    def base(self) -> dict[str, str]:
-        """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""
-        return {}
-
-    def is_time_to_save(self, step: int) -> bool:
-        """Every save_every steps, at the end, and once early, so that a run that dies young leaves something."""
-        return step % self.save_every == 0 or step in (max(1, self.save_every // 4), self.steps)
+from minivlm.recipes.older_options import current_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +95,8 @@ def override(value: Any, names: dict[str, str | bool]) -> Any:
     known = dotted_names(value)
     for name in names:
         if name not in known:
+            if (now := current_option(name)) in known:
+                raise UserError(f"--{name} is called --{now} now.")
             raise UserError(f"unknown option --{name}.{nearest(name, [*known, *dotted_names(Options())])}")
     return set_fields(value, {tuple(name.split(".")): text for name, text in names.items()})
 

@@ -1,0 +1,50 @@
+"""What a run leaves behind after its last step: the best model, its scores, a figure, and what to try next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+
+from minivlm.atomic_writing import write_atomically
+from minivlm.checkpoint import save
+from minivlm.errors import UserError, as_started
+from minivlm.evaluate import table
+from minivlm.precision import cast
+from minivlm.recipes.job import Job
+from minivlm.run import Run, read_record, restore_weights
+
+
+def finish(run: Run, job: Job) -> None:
+    """The best checkpoint becomes the run's model, which is saved before it is evaluated on held-out data and pictured."""
+    best, metrics, figure = run.best(), run.directory / "metrics.json", run.directory / "picture.png"
+    step = read_record(best)["step"]
+    restore_weights(best, job.model)
+    for path in (metrics, figure):  # of what the run had come to before it was resumed
+        path.unlink(missing_ok=True)
+    job.finish(run.directory)
+    cast(job.model, job.model.stored)  # so that what is evaluated is what is left
+    save(run.directory, job.model, job.processor, base=job.recipe.external_weights())
+    try:
+        scores = job.evaluate()
+        print(f"\nthe best checkpoint (step {step}) on {job.judged_on()}\n\n{table(scores)}\n")
+        values = {name: dataclasses.asdict(score) for name, score in scores.items()}
+        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        job.figure(figure)
+        write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
+    except UserError as error:
+        raise UserError(
+            f"{error} The model, of step {step}, is in {run.directory} all the same: only its evaluation ended here."
+        ) from error
+    print(f"{run.directory}/ holds the model, metrics.json and picture.png. Try next:")
+    out = f" {run.directory} "
+    for command in job.next_commands(run.directory):
+        print(f"  {as_started(no_options(command.replace(out, f' {shlex.quote(str(run.directory))} ')))}")
+
+
+def no_options(command: str) -> str:
+    """The command, in which a file that is called like an option, such as -o, is called ./-o."""
+    words = shlex.split(command)
+    files = [f"./{word}" if word.startswith("-") and os.path.exists(word) else word for word in words]
+    return command if files == words else shlex.join(files)
