@@ -77,10 +77,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def forget_packings(model: nn.Module) -> None:
-    """The second copies of weights that models speak with (see `minivlm.layers.packed_decoding`)."""
+    """Drop the second copies of weights that models generate with (see `minivlm.layers.packed_decoding`)."""
     for module in model.modules():
-        if getattr(module, "packing", None) is not None:
-            module.packing = None
+        if (packing := getattr(module, "packing", None)) is not None:
+            packing.clear()
 
 
 @contextmanager

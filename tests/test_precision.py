@@ -107,6 +107,6 @@ def test_names_of_precisions():
 def test_a_cast_forgets_the_copies_that_models_speak_with():
     model = LanguageModel(LM).eval()
     model.generate(TOKENS, max_new_tokens=4)
-    assert model.packing is not None
+    assert model.packing.current is not None
     cast(model, torch.bfloat16)
-    assert model.packing is None and dtypes(model) == {torch.bfloat16}
+    assert model.packing.current is None and dtypes(model) == {torch.bfloat16}

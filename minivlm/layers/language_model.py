@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minivlm.generation import Decoding
 from minivlm.layers.initialise import initialise_linears, normal
-from minivlm.layers.packed_decoding import PackedDecoder, PackingModel, in_blocks
+from minivlm.layers.packed_decoding import PackedDecoder, PackedWeights, in_blocks
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
@@ -53,7 +53,7 @@ class LMOutput:
         return self.head(self.hidden)
 
 
-class LanguageModel(PackingModel, Model):
+class LanguageModel(Model):
     """tokens (B, T), mask (B, T) with True = a real token → `LMOutput`. labels (B, T): the tokens, −100 = not counted.
 
     embeddings (B, T, D), as `embed` makes them, may be given in place of tokens. Padding belongs on the right.
@@ -63,7 +63,6 @@ class LanguageModel(PackingModel, Model):
     config_class = LanguageModelConfig
     abilities = frozenset({"answer", "chat", "complete"})
     takes_images = False
-    packed_class = PackedDecoder
 
     def __init__(self, config: LanguageModelConfig, *, seed: int = 0):
         super().__init__(config)
@@ -80,6 +79,7 @@ class LanguageModel(PackingModel, Model):
         self.head = nn.Linear(E, c.vocab_size, bias=False)
         if c.tie_head:
             self.head.weight = self.token_embedding.weight
+        self.packing = PackedWeights(PackedDecoder)
         initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(
@@ -121,7 +121,7 @@ class LanguageModel(PackingModel, Model):
         if cache is None and context < T:
             raise ValueError(f"texts have {T} tokens, but the context is {context}; cut them first")
         if torch.is_grad_enabled():
-            self.packing = None  # the weights are about to change
+            self.packing.clear()  # the weights are about to change
         positions = cache.next_positions(T) if cache is not None else positions_of(mask, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.config.position_offset)
@@ -179,10 +179,6 @@ class LanguageModel(PackingModel, Model):
     def endings(self) -> dict[str, Any]:
         return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}
 
-    @property
-    def speaker(self) -> Transformer:
-        return self.transformer
-
 
 class CrossAttendingLayers(Protocol):
     """Layers between the blocks that attend to something beside the text, as `Transformer` calls them (its `between`)."""
@@ -215,7 +211,7 @@ class LMDecoding(Decoding):
 
     def step(self, tokens: Tensor) -> None:
         if self.steps == 0:  # not before the first token is out: copying the weights takes as long as some steps
-            self.packed = self.model.packed(self.cache.keys.dtype)
+            self.packed = self.model.packing.of(self.model, self.cache.keys.dtype)
         super().step(tokens)
         self.steps += 1
 

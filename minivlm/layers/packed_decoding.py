@@ -26,34 +26,34 @@ from minivlm.layers.transformer import Between, Block, Transformer, bound
 LARGEST = 2**31  # bytes of weights; beyond, a second copy costs more than it is worth
 
 
-class PackingModel(nn.Module):
-    """What makes a `Model` generate with a second copy of its weights, kept in `packing` until they change."""
+class PackedWeights(nn.Module):
+    """A part of a model that holds a second copy of its weights, kept until they change. It is neither saved nor copied."""
 
-    packed_class: ClassVar[type[Packed]]
-    packing: Packed | None = None
+    def __init__(self, packed_class: type[Packed]):
+        super().__init__()
+        self.packed_class = packed_class
+        self.current: Packed | None = None
 
-    @property
-    def speaker(self) -> Transformer:
-        """The stack that runs in every step."""
-        raise NotImplementedError
-
-    def packed(self, dtype: torch.dtype) -> Packed | None:
-        """The weights as `packed_class` lays them out; None where that cannot be."""
-        if not can_be_packed(self):
+    def of(self, model: nn.Module, dtype: torch.dtype) -> Packed | None:
+        """The model's weights as `packed_class` lays them out; None where that cannot be."""
+        if not can_be_packed(model, self.packed_class):
             return None
-        packing = self.packing
-        if packing is None or packing.dtype != dtype or not packing.is_current():
-            packing = self.packed_class(self, dtype)
-        training = any(p.grad is not None for p in self.parameters())  # fused optimisers change weights unnoticed
-        self.packing = None if training else packing
-        return packing
+        packed = self.current
+        if packed is None or packed.dtype != dtype or not packed.is_current():
+            packed = self.packed_class(model, dtype)
+        training = any(p.grad is not None for p in model.parameters())  # fused optimisers change weights unnoticed
+        self.current = None if training else packed
+        return packed
 
-    def _apply(self, fn, recurse: bool = True) -> PackingModel:
-        self.packing = None  # another device or dtype
+    def clear(self) -> None:
+        self.current = None
+
+    def _apply(self, fn, recurse: bool = True) -> PackedWeights:
+        self.clear()  # the model goes to another device or dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "packing": None}  # neither copied nor pickled
+        return {**self.__dict__, "current": None}
 
 
 class Packed:
@@ -61,11 +61,16 @@ class Packed:
 
     reads: ClassVar[bool]  # is there a context for blocks with cross-attention?
 
-    def __init__(self, model: PackingModel, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
-        self.blocks = [PackedBlock(block, dtype) for block in model.speaker.blocks]
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        self.model, self.dtype, self.stack = model, dtype, self.stack_of(model)
+        self.blocks = [PackedBlock(block, dtype) for block in self.stack.blocks]
         self.head = Matrix.of(model.head, dtype=dtype)
         self.made_of = fingerprint(model)
+
+    @staticmethod
+    def stack_of(model: nn.Module) -> Transformer:
+        """The blocks that run in every step."""
+        raise NotImplementedError
 
     def is_current(self) -> bool:
         """Has no parameter changed or been replaced since?"""
@@ -83,7 +88,7 @@ class Packed:
     ) -> Tensor:
         """x (B, D), after `cache.begin(1)` gave its positions → (B, D). context: of `Transformer.context_keys_values`, with its
         mask (B, S); between: see `Transformer`, whose layers between the blocks are not packed."""
-        stack = self.model.speaker
+        stack = self.stack
         rope = stack.rotary(positions)
         rope = None if rope is None else rope.to(self.dtype)
         bias = None if stack.relative is None else stack.relative(positions, cache.width)
@@ -102,6 +107,10 @@ class PackedDecoder(Packed):
     """One step of a `LanguageModel`: tokens (B,), the cache → logits (B, V); the tokens are appended to the cache."""
 
     reads = False
+
+    @staticmethod
+    def stack_of(model: nn.Module) -> Transformer:
+        return model.transformer
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
@@ -122,6 +131,10 @@ class PackedT5(Packed):
     """The same for a T5, which also attends to what its encoder made of a text: see `T5.states`."""
 
     reads = True
+
+    @staticmethod
+    def stack_of(model: nn.Module) -> Transformer:
+        return model.decoder
 
     def __call__(self, tokens: Tensor, cache: Cache, context: list[KeysValues], mask: Tensor | None) -> Tensor:
         model = self.model
@@ -267,11 +280,11 @@ def fingerprint(model: nn.Module) -> list[tuple]:
     return [(p, p._version, p.data_ptr()) for p in model.parameters()]
 
 
-def can_be_packed(model: PackingModel) -> bool:
+def can_be_packed(model: nn.Module, packed_class: type[Packed]) -> bool:
     """Not while it trains, not with other blocks, not while someone records its attention, and not if it is too large."""
     if model.training or sum(p.nbytes for p in model.parameters()) > LARGEST:
         return False
-    readers = model.packed_class.reads
-    plain = all(type(block) is Block and (readers or block.cross_attention is None) for block in model.speaker.blocks)
-    attentions = [m for m in model.speaker.modules() if isinstance(m, Attention)]
+    stack, reads = packed_class.stack_of(model), packed_class.reads
+    plain = all(type(block) is Block and (reads or block.cross_attention is None) for block in stack.blocks)
+    attentions = [m for m in stack.modules() if isinstance(m, Attention)]
     return plain and not any(m.q_norm is not None or callable(m.backend) for m in attentions)

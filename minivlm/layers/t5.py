@@ -23,7 +23,7 @@ from minivlm.layers.attention import Attention, KeysValues
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.language_model import LMOutput
 from minivlm.layers.mlp import Activation
-from minivlm.layers.packed_decoding import PackedT5, PackingModel
+from minivlm.layers.packed_decoding import PackedT5, PackedWeights
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
@@ -87,7 +87,7 @@ class T5Config:
         return replace(self.encoder, depth=self.decoder_depth or self.depth, causal=True, cross_attention_every=1)
 
 
-class T5(PackingModel, Model):
+class T5(Model):
     """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
 
     logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
@@ -97,7 +97,6 @@ class T5(PackingModel, Model):
     config_class = T5Config
     abilities = frozenset({"answer", "chat", "complete"})
     takes_images = False
-    packed_class = PackedT5
     continues_prompt = False
     fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: what it gives passes 65,504
 
@@ -113,6 +112,7 @@ class T5(PackingModel, Model):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tie_head:
             self.head.weight = self.token_embedding.weight
+        self.packing = PackedWeights(PackedT5)
         initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(
@@ -156,7 +156,7 @@ class T5(PackingModel, Model):
         With a cache, the tokens continue what it holds.
         """
         if torch.is_grad_enabled():
-            self.packing = None  # the weights are about to change
+            self.packing.clear()  # the weights are about to change
         x = self.decoder(self.dropout(self.embed(tokens)), read, context_mask=mask, cache=cache)
         x = self.dropout(self.decoder_norm(x))
         return x * self.config.width**-0.5 if self.config.scale_head else x
@@ -198,10 +198,6 @@ class T5(PackingModel, Model):
     def endings(self) -> dict[str, Any]:
         return {"end_tokens": self.config.end_tokens, "pad_token": self.config.pad_token}
 
-    @property
-    def speaker(self) -> Transformer:
-        return self.decoder
-
 
 class T5Decoding(Decoding):
     """A T5 that generates.
@@ -220,7 +216,7 @@ class T5Decoding(Decoding):
 
     def step(self, tokens: Tensor) -> None:
         if self.steps == 0 and (self.mask is None or self.mask.any(dim=1).all()):  # see `LMDecoding.step`
-            self.packed = self.model.packed(self.cache.keys.dtype)
+            self.packed = self.model.packing.of(self.model, self.cache.keys.dtype)
         super().step(tokens)
         self.steps += 1
 

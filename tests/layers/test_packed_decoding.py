@@ -152,8 +152,8 @@ def test_a_text_without_a_single_token_is_read_the_plain_way():
 def test_whoever_records_attention_misses_no_step(config):
     model = model_of(config)
     said = model.generate(TOKENS, max_new_tokens=5)  # leaves a packing behind
-    assert model.packing is not None
-    with record_attention(model.speaker) as maps:
+    assert model.packing.current is not None
+    with record_attention(model.decoder if isinstance(model, T5) else model.transformer) as maps:
         assert torch.equal(model.generate(TOKENS, max_new_tokens=5), said)
     assert {len(weights) for weights in maps.values()} == {5} and model.prefill(TOKENS, room=2).packed is None
     assert_same_steps(model)
@@ -229,7 +229,7 @@ class TestWeights:
             assert_same_steps(model)
         given = (TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), TOKENS)
         sum(model.losses(*(given if isinstance(model, T5) else given[::2])).values()).backward()
-        assert model.packing is None
+        assert model.packing.current is None
         if speak_before == "the update":
             assert_same_steps(model)
         optimiser.step()
@@ -254,7 +254,7 @@ class TestWeights:
         model = model_of()
         assert_same_steps(model)
         model.float()
-        assert model.packing is None
+        assert model.packing.current is None
         assert_same_steps(model)
 
     def test_adapters_are_merged_in_it_while_they_learn_and_when_they_are_merged(self):
@@ -274,10 +274,10 @@ class TestWeights:
         model = model_of(config)
         names = list(model.state_dict())
         assert_same_steps(model)
-        assert model.packing is not None
+        assert model.packing.current is not None
         assert list(model.state_dict()) == names
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert twin.packing is None
+            assert twin.packing.current is None
             assert_same_steps(twin)
 
     def test_what_is_too_large_or_reads_a_context_goes_the_plain_way(self, monkeypatch):

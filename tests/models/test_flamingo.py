@@ -238,7 +238,7 @@ class TestImages:
         for token in (20, 21, 22):
             packed.step(torch.full((2,), token))
             with monkeypatch.context() as patch:
-                patch.setattr(model.language_model, "packed", lambda dtype: None)
+                patch.setattr(model.language_model.packing, "of", lambda model, dtype: None)
                 plain.step(torch.full((2,), token))
             assert packed.packed is not None and plain.packed is None
             assert_same(packed.logits, plain.logits)
