@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.errors import UserError
 from minivlm.layers.initialise import initialise_linears
@@ -22,18 +22,19 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.projector import LinearProjector
 from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, leading_axes, make_tower, tower_features
 from minivlm.model import Model
+from minivlm.models.own_modules import OwnTower, describe, either
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCaptioningConfig:
-    vision: TowerConfig
+    vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
     language: LanguageModelConfig  # its context holds the image as well
     vision_layer: int = -1  # whose features are used; −1: the last, for a tower that learns with the rest
     start_token: int | None = None  # of every caption; None: unknown, so that `generate` has to be given tokens
 
     def __post_init__(self):
         check_decoder(self.language, "the captioner")
-        if self.language.context <= self.image_tokens:
+        if self.vision is not None and self.language.context <= self.image_tokens:
             raise ValueError(
                 f"a picture takes {self.image_tokens} positions, but the context of the language model is "
                 f"{self.language.context}: no room is left for words"
@@ -56,11 +57,11 @@ class ImageCaptioningModel(Model):
     abilities = frozenset({"caption", "attend"})
     image_attention = "answer"
 
-    def __init__(self, config: ImageCaptioningConfig, *, seed: int = 0):
-        super().__init__(config)
-        c = config
+    def __init__(self, config: ImageCaptioningConfig, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config, vision=vision))
+        c = self.config
         generator = torch.Generator().manual_seed(seed)
-        self.vision = make_tower(c.vision, generator)
+        self.vision = either(vision, make_tower, c.vision, generator)
         self.projector = LinearProjector(c.vision.features_at(c.vision_layer)[1], c.language.width)
         initialise_linears(self.projector, generator)
         self.language_model = LanguageModel(c.language, seed=seed)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,12 +30,13 @@ from minivlm.layers.tower import TowerConfig, initialise_tower, new_tower
 from minivlm.layers.vit import VIT_SIZES
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
 from minivlm.model import Model
+from minivlm.models.own_modules import OwnText, OwnTower, describe, either, text_states
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    vision: TowerConfig
-    text: TextConfig | BERTConfig  # of a BERT the first token speaks for the text
+    vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
+    text: TextConfig | BERTConfig | OwnText  # of a BERT the first token speaks for the text
     embed_width: int = 512
     image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP, ALIGN)
     text_projection_bias: bool = False
@@ -47,7 +49,7 @@ class CLIPConfig:
     def __post_init__(self):
         if self.initial_temperature is not None and not 0 < self.initial_temperature < math.inf:
             raise ValueError(f"initial_temperature is {self.initial_temperature}, but must be above 0")
-        out = self.vision.output_width
+        out = self.embed_width if self.vision is None else self.vision.output_width
         if not self.image_projection and out != self.embed_width:
             raise ValueError(f"without image_projection the tower's width {out} must be embed_width {self.embed_width}")
 
@@ -105,23 +107,34 @@ class CLIPOutput:
 
 
 class CLIP(Model):
-    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `CLIPOutput`."""
+    """images (B, 3, H, W), tokens (B, T), mask (B, T) → `CLIPOutput`.
+
+    vision, text: modules of your own, see own_modules.py.
+    """
 
     config_class = CLIPConfig
-    abilities = frozenset({"encode", "attend"})
     image_attention = "pooling"
 
-    def __init__(self, config: CLIPConfig, *, seed: int = 0):
-        super().__init__(config)
-        c = config
-        self.vision = new_tower(c.vision)
-        self.text = BERT(c.text, seed=seed) if isinstance(c.text, BERTConfig) else TextTransformer(c.text)
-        out = self.vision.output_width
+    @property
+    def abilities(self) -> frozenset[str]:
+        return frozenset({"encode", "attend"} if self.image_attention else {"encode"})
+
+    def __init__(
+        self, config: CLIPConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None, seed: int = 0
+    ):
+        super().__init__(describe(config, vision=vision, text=text))
+        c = self.config
+        self.vision = either(vision, new_tower, c.vision)
+        make_text = partial(BERT, seed=seed) if isinstance(c.text, BERTConfig) else TextTransformer
+        self.text = either(text, make_text, c.text)
+        out = c.vision.output_width
         self.image_projection = nn.Linear(out, c.embed_width, bias=False) if c.image_projection else nn.Identity()
         self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
         temperature = c.initial_temperature or (0.1 if c.loss == "sigmoid" else 0.07)
         self.loss = CLIPLoss(c.loss, temperature=temperature, chunk=c.loss_chunk, smoothing=c.label_smoothing)
-        initialise(self, torch.Generator().manual_seed(seed))
+        initialise(self, torch.Generator().manual_seed(seed), own=(vision, text))
+        if isinstance(c.vision, OwnTower):
+            self.image_attention = None  # nobody knows where it pools
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
         image_features = self.encode_image(images)
@@ -138,8 +151,8 @@ class CLIP(Model):
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length."""
-        read = self.text.first if isinstance(self.text, BERT) else self.text
-        return F.normalize(self.text_projection(read(tokens, mask)), dim=-1)
+        vector = self.text.first if isinstance(self.text, BERT) else partial(text_states, self.text)
+        return F.normalize(self.text_projection(vector(tokens, mask)), dim=-1)
 
     def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
         """(N, E), (M, E) → (N, M): how probable each text is for each image, with the softmax loss among the M texts."""
@@ -163,8 +176,8 @@ class CLIP(Model):
 
 
 @torch.no_grad()
-def initialise(model: CLIP, generator: torch.Generator) -> None:
-    """CLIP's initialisation (OpenAI's released model.py), the same for both transformers.
+def initialise(model: CLIP, generator: torch.Generator, own: tuple[nn.Module | None, ...] = ()) -> None:
+    """CLIP's initialisation (OpenAI's released model.py), the same for both transformers. own: modules that stay as they are.
 
     | tensor                              | normal, mean 0, standard deviation     |
     |-------------------------------------|----------------------------------------|
@@ -174,8 +187,9 @@ def initialise(model: CLIP, generator: torch.Generator) -> None:
 
     Norms are one.
     """
-    initialise_linears(model, generator)
-    if isinstance(model.text, TextTransformer):  # a BERT has started its own
+    initialise_linears(nn.ModuleList(part for part in model.children() if part not in own), generator)
+    if isinstance(model.text, TextTransformer) and model.text not in own:  # a BERT has initialised its own
         normal(model.text.token_embedding.weight, 0.02, generator)
         normal(model.text.position_embedding, 0.01, generator)
-    initialise_tower(model.vision, generator)
+    if model.vision not in own:
+        initialise_tower(model.vision, generator)

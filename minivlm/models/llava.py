@@ -32,12 +32,13 @@ from minivlm.layers.tower import (
     tower_features,
 )
 from minivlm.model import Batch, Model
+from minivlm.models.own_modules import OwnTower, describe, either
 from minivlm.models.placeholders import cut_by_placeholders, expand, fill
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLaVAConfig:
-    vision: TowerConfig
+    vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
     language: LanguageModelConfig
     image_token: int  # the placeholder's id; an image takes as many of them as it has features, or latents
     projector: Literal["linear", "mlp", "resampler"] = "mlp"
@@ -51,9 +52,11 @@ class LLaVAConfig:
 
     def __post_init__(self):
         check_decoder(self.language, "LLaVA")
-        width = self.feature_width
         if (self.projector == "resampler") != (self.resampler is not None):
             raise ValueError(f"projector is {self.projector!r}, but resampler is {self.resampler}: the two go together")
+        if self.vision is None:  # what is given in its place is checked when it is there
+            return
+        width = self.feature_width
         if (r := self.resampler) is not None:
             check_reader(width, r.context_width or r.width, "resampler", "resampler.context_width")
 
@@ -91,11 +94,11 @@ class LLaVA(Model):
     abilities = frozenset({"caption", "answer", "chat", "complete", "attend", "few-shot"})
     image_attention = "answer"
 
-    def __init__(self, config: LLaVAConfig, *, seed: int = 0):
-        super().__init__(config)
-        c = config
+    def __init__(self, config: LLaVAConfig, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config, vision=vision))
+        c = self.config
         generator = torch.Generator().manual_seed(seed)
-        self.vision = make_tower(c.vision, generator)
+        self.vision = either(vision, make_tower, c.vision, generator)
         self.projector = make_projector(c, generator, seed=seed)
         self.language_model = LanguageModel(c.language, seed=seed)
         if c.lora is not None:

@@ -93,11 +93,18 @@ def either(module: nn.Module | None, make: Callable[..., nn.Module], config: Any
     return make(config, *args, **options)
 
 
-def states_of(output: Any) -> Tensor:
-    """What a text encoder gave, as a tensor."""
+def text_states(encoder: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """What a text encoder gives, as a tensor. One of your own is given a mask in any case."""
+    if mask is None and not is_ours(encoder):
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    output = encoder(tokens, mask)
     if torch.is_tensor(output):
         return output
     return output.hidden if hasattr(output, "hidden") else output.last_hidden_state
+
+
+def is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("minivlm.layers.")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def states_of(output: Any) -> Tensor:
 
 def measure(name: str, module: nn.Module, config: Any) -> Any:
     """What stands for the module in a config: of a module of ours its own config."""
-    if type(module).__module__.startswith("minivlm.layers."):
+    if is_ours(module):
         return module.config
     layers = (config.vision_layer,) if hasattr(config, "vision_layer") else getattr(config, "vision_layers", ())
     if name == "text":
@@ -144,8 +151,7 @@ def text_width(module: nn.Module, *, vector: bool) -> int:
         f"a text encoder has a call, encoder(tokens (B, T), mask (B, T)) → {gives} (see minivlm/models/own_modules.py)"
     )
     with measuring(module, needs) as like:
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=like.device)
-        states = states_of(module(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+        states = text_states(module, torch.zeros(1, 1, dtype=torch.long, device=like.device), None)
     return check(states, 2 if vector else 3, type(module).__name__, needs).shape[-1]
 
 

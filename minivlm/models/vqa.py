@@ -23,7 +23,7 @@ from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, make_tower,
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
 from minivlm.losses import AnswerLoss, answer_loss, chance_answer_loss
 from minivlm.model import Model
-from minivlm.models.own_modules import OwnText, OwnTower, describe, either, states_of
+from minivlm.models.own_modules import OwnText, OwnTower, describe, either, text_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class VQAModel(Model):
 
     def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         features = self.projector(self.image_features(images)) + self.position_embedding  # (B, N, D)
-        question = states_of(self.bert(tokens, mask))  # (B, T, D)
+        question = text_states(self.bert, tokens, mask)  # (B, T, D)
         x = self.norm(self.fusion(question, self.picture_norm(features), mask=mask))
         return self.answer_head(x[:, 0])
 

@@ -10,7 +10,17 @@ from torch import nn
 import minivlm
 from minivlm.errors import UserError
 from minivlm.info import info
-from minivlm.layers import BERTConfig, TransformerConfig, VisionConfig, VisionTransformer
+from minivlm.layers import (
+    BERTConfig,
+    LanguageModelConfig,
+    TextConfig,
+    TransformerConfig,
+    VisionConfig,
+    VisionTransformer,
+)
+from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
+from minivlm.models.clip import CLIP, CLIPConfig
+from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.uniter import UNITERConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
@@ -60,16 +70,48 @@ ENCODER = UNITERConfig(text=VQA.text, vision=STAND_IN, region_width=WIDTH, answe
 MULTITASK = MultitaskConfig(encoder=ENCODER, embed_width=8, end_token=2)
 
 
+SMALL = LanguageModelConfig(vocab_size=40, context=20, **LAYERS)
+CLIP_CONFIG = CLIPConfig(vision=None, text=TextConfig(vocab_size=40, context=10, **LAYERS), embed_width=8)
+LLAVA = LLaVAConfig(vision=None, language=SMALL, image_token=39, vision_layers=(-1,))
+CAPTIONER = ImageCaptioningConfig(vision=None, language=SMALL)
+IN_FRONT = torch.cat([torch.full((2, 4), 39), TOKENS], dim=1)
+
+
+class Vector(Text):
+    def forward(self, tokens, mask):
+        return super().forward(tokens, mask).sum(dim=1)
+
+
 def answers(model):
     return lambda images: model.answer(images, TOKENS, MASK)
+
+
+def similarities(model):
+    return lambda images: model(images, TOKENS, MASK).logits_per_image
 
 
 MODELS = {  # name → (build(**modules), the modules, what it computes of images, one of its losses)
     "vqa": (lambda **own: VQAModel(VQA, **own), {"vision": Tower}, answers, "answers"),
     "vqa, text": (lambda **own: VQAModel(VQA, **own), {"vision": Tower, "text": Text}, answers, "answers"),
     "multitask": (lambda **own: MultitaskVLM(MULTITASK, **own), {"vision": Tower}, answers, "answer"),
+    "clip": (lambda **own: CLIP(CLIP_CONFIG, **own), {"vision": Tower, "text": Vector}, similarities, "contrast"),
+    "captioner": (
+        lambda **own: ImageCaptioningModel(CAPTIONER, **own),
+        {"vision": Tower},
+        lambda model: lambda images: model(images, TOKENS, MASK).logits,
+        "next token",
+    ),
+    "llava": (
+        lambda **own: LLaVA(LLAVA, **own),
+        {"vision": Tower},
+        lambda model: lambda images: model(images, IN_FRONT).logits,
+        "next token, placeholders",
+    ),
 }
 BATCHES = {
+    "contrast": dict(tokens=TOKENS, mask=MASK),
+    "next token": dict(tokens=TOKENS, labels=TOKENS.masked_fill(~MASK, -100)),
+    "next token, placeholders": dict(tokens=IN_FRONT, labels=IN_FRONT.masked_fill(IN_FRONT == 39, -100)),
     "answers": dict(tokens=TOKENS, mask=MASK, answers=torch.eye(3)[[2, 0]]),
     "answer": dict(tokens=TOKENS, mask=MASK, question=TOKENS, question_mask=MASK, answers=torch.eye(3)[[2, 0]]),
 }
@@ -100,7 +142,7 @@ def test_a_model_with_modules_of_ones_own_learns_and_comes_back_with_them(name, 
     assert {n for n, p in back.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters()}
     again, _ = minivlm.load(tmp_path, **{part: kind() for part, kind in kinds.items()})
     assert_same(compute(again)(images), compute(model)(images), tolerance=0)
-    assert "choose" in info(tmp_path)
+    assert f"{type(model).__name__}, saved by" in info(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,7 +153,7 @@ def test_without_its_module_or_with_another_a_directory_is_refused_by_name(name,
     with pytest.raises(UserError, match=r"saved with a module of your own, .*:Tower: give it, as vision="):
         minivlm.load(tmp_path, **rest)
     with pytest.raises(
-        UserError, match=r"widths \(20,\).*\), but .*widths \(12,\)|of width 12, but region_width is 20"
+        UserError, match=r"width.* \(?20.*\), but .*width.* \(?12.*\)|of width 12, but region_width is 20"
     ):
         minivlm.load(tmp_path, vision=Tower(12), **rest)
     other = Tower()
@@ -127,10 +169,11 @@ def test_without_its_module_or_with_another_a_directory_is_refused_by_name(name,
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_no_tower_is_refused_by_what_a_tower_has(name):
-    build, *_ = MODELS[name]
-    has = r"features\(images, layer=…\) → \(M, N, C\), and image_size, pixels a side"
-    with pytest.raises(UserError, match=f"this Identity is no vision tower, as it has no features: .*{has}"):
-        build(vision=nn.Identity())
+    build, kinds, *_ = MODELS[name]
+    rest = {part: kind() for part, kind in kinds.items() if part != "vision"}
+    has = r"features\(images, layer=…\) → \(M, N, C\)" if name != "clip" else r"a call, tower\(images\) → \(M, E\)"
+    with pytest.raises(UserError, match=f"this Identity .*: a vision tower has {has}, and image_size, pixels a side"):
+        build(vision=nn.Identity(), **rest)
 
 
 def test_what_a_tower_or_a_text_encoder_gives_must_have_the_right_axes():
