@@ -164,10 +164,11 @@ class Model(nn.Module):
         return {"decoding": decoding, "options": options, "prompt": tokens, "prompt_mask": mask}
 
     def start_tokens(self, images: Any) -> Tensor:
-        """The prompt (B, T) where none is given."""
-        raise UserError(
-            f"{type(self).__name__} has no prompt to start from: give tokens, as processor.text makes them."
-        )
+        """The prompt (B, 1) where none is given: the first token of a caption."""
+        if self.caption_token is None:
+            name = type(self).__name__
+            raise UserError(f"{name} has no prompt to start from: give tokens, as processor.text makes them.")
+        return torch.full((len(images), 1), self.caption_token, device=images.device)
 
     def options(self, **given) -> Options:
         """The options given; the others are as `defaults` or the model's own end and padding tokens have them."""

@@ -1,11 +1,11 @@
-"""T5: an encoder reads a text (or whatever is embedded like one), a decoder says another, token by token.
+"""T5: an encoder processes a text (or whatever is embedded like one), a decoder generates another, token by token.
 
     tokens (B, S) ─ embedding ─→ encoder ─ norm ─→ (B, S, D) ─────────────┐ keys and values of the cross-attention
                         │                                                 ▼
     start, labels… (B, T) ─────────→ decoder: self-attention, cross-attention, MLP ─ norm ─ head ─→ logits (B, T, V)
 
-A position is known by its distance alone: a learnt number per head and distance is added to the scores, in place of any
-position embedding. Scores are not divided by √K; the weights start that much smaller. Nothing has a bias.
+A learnt number per head and distance is added to the scores, in place of any position embedding. Scores are not divided by
+√K; the weights start that much smaller. Nothing has a bias.
 Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", §2.1.
 """
 
@@ -46,12 +46,12 @@ class T5Config:
     activation: Activation = "relu"
     gated_mlp: bool = False
     norm_eps: float = 1e-6
-    relative_buckets: int = 32  # distances told apart
+    relative_buckets: int = 32  # distances that have a number of their own
     relative_distance: int = 128  # all that are further apart share the last bucket
     tie_head: bool = True  # the head is the embedding
-    scale_head: bool = False  # what it reads is multiplied by width^-0.5: the first T5, whose embeddings are large
-    context: int = 512  # tokens that a processor lets through; the model itself has no limit
-    start_token: int = 0  # what the decoder has heard before it says anything
+    scale_head: bool = False  # its input is multiplied by width^-0.5: the first T5, whose embeddings are large
+    context: int = 512  # tokens at most, of a processor; the model itself has no limit
+    start_token: int = 0  # the first input of the decoder
     end_tokens: tuple[int, ...] = ()  # any of these ends an answer
     pad_token: int = 0
     dropout: float = 0.0
@@ -88,9 +88,9 @@ class T5Config:
 
 
 class T5(Model):
-    """tokens (B, S), mask (B, S) with True = a real token, labels (B, T): what is to be said → `LMOutput`.
+    """tokens (B, S), mask (B, S) with True = a real token, labels (B, T), the text to be generated → `LMOutput`.
 
-    logits (B, T, V): position i foretells labels[:, i], having seen those before it. A label of −100 is not counted.
+    logits (B, T, V): position i predicts labels[:, i] from those before it. A label of −100 is not counted.
     embeddings (B, S, D), as `embed` makes them, may be given in place of tokens. Padding may stand at either end.
     """
 
@@ -98,7 +98,7 @@ class T5(Model):
     abilities = frozenset({"answer", "chat", "complete"})
     takes_images = False
     continues_prompt = False
-    fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: what it gives passes 65,504
+    fp32_in_fp16 = "mlp.down_proj.weight"  # as transformers does it: its output exceeds 65,504
 
     def __init__(self, config: T5Config, *, seed: int = 0):
         super().__init__(config)
@@ -124,10 +124,10 @@ class T5(Model):
         embeddings: Tensor | None = None,
     ) -> LMOutput:
         if labels is None:
-            raise ValueError("T5 needs labels (B, T), the text to be said; to let it speak, call generate")
-        read = self.encode(tokens, mask, embeddings=embeddings)
-        hidden = self.states(self.shift(labels), read, mask)
-        # `next_token_loss` judges position t by label t + 1; here the labels do not stand among what was read.
+            raise ValueError("T5 needs labels (B, T), the text to be generated; without them, call generate")
+        context = self.encode(tokens, mask, embeddings=embeddings)
+        hidden = self.states(self.shift(labels), context, mask)
+        # `next_token_loss` compares position t with label t + 1; here the labels are a text of their own.
         loss = next_token_loss(F.pad(hidden, (0, 0, 0, 1)), F.pad(labels, (1, 0), value=-100), self.head.weight)
         return LMOutput(hidden, self.head, loss)
 
@@ -138,36 +138,36 @@ class T5(Model):
     def encode(
         self, tokens: Tensor | None = None, mask: Tensor | None = None, *, embeddings: Tensor | None = None
     ) -> Tensor:
-        """tokens (B, S), or embeddings (B, S, D) → what the decoder reads (B, S, D)."""
+        """tokens (B, S), or embeddings (B, S, D) → the encoder's output (B, S, D), to which the decoder attends."""
         x = self.embed(tokens) if embeddings is None else embeddings
         return self.dropout(self.encoder_norm(self.encoder(self.dropout(x), mask=mask)))
 
     def states(
         self,
         tokens: Tensor,
-        read: Tensor | list[KeysValues | None],
+        context: Tensor | list[KeysValues | None],
         mask: Tensor | None = None,
         *,
         cache: Cache | None = None,
     ) -> Tensor:
-        """What has been said (B, T), start token first, and what was read (B, S, D) → what the head reads (B, T, D).
+        """The decoder's tokens (B, T), start token first, and context (B, S, D) → last hidden states (B, T, D).
 
-        read: as `encode` returns it, or the keys and values that `decoder.context_keys_values` made of it. mask (B, S): of it.
-        With a cache, the tokens continue what it holds.
+        context: of `encode`, or its keys and values, of `decoder.context_keys_values`. mask (B, S): of it. With a cache, the
+        tokens continue what it holds.
         """
         if torch.is_grad_enabled():
             self.packing.clear()  # the weights are about to change
-        x = self.decoder(self.dropout(self.embed(tokens)), read, context_mask=mask, cache=cache)
+        x = self.decoder(self.dropout(self.embed(tokens)), context, context_mask=mask, cache=cache)
         x = self.dropout(self.decoder_norm(x))
         return x * self.config.width**-0.5 if self.config.scale_head else x
 
     def shift(self, labels: Tensor) -> Tensor:
-        """labels (B, T) → what the decoder has heard when it is to say them: the start token, then all but the last."""
-        heard = F.pad(labels[:, :-1], (1, 0), value=self.config.start_token)
-        return heard.masked_fill(heard == -100, self.config.pad_token)
+        """labels (B, T) → the decoder's input for them: the start token, then all but the last."""
+        tokens = F.pad(labels[:, :-1], (1, 0), value=self.config.start_token)
+        return tokens.masked_fill(tokens == -100, self.config.pad_token)
 
     def losses(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What training adds up."""
+        """The training losses."""
         return {"next token": self(tokens, mask, labels).loss}
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -185,10 +185,10 @@ class T5(Model):
         embeddings: Tensor | None = None,
         room: int,
     ) -> T5Decoding:
-        """Read a text (B, S) and be ready to say `room` tokens a row."""
+        """Encode a text (B, S) → a decoding with room for `room` tokens a row."""
         mask = None if mask is None or mask.all() else mask
-        read = self.encode(tokens, mask, embeddings=embeddings)
-        return T5Decoding(self, self.decoder.context_keys_values(read), mask, batch=len(read), room=room)
+        context = self.encode(tokens, mask, embeddings=embeddings)
+        return T5Decoding(self, self.decoder.context_keys_values(context), mask, batch=len(context), room=room)
 
     @property
     def decoder_start_token(self) -> int:
@@ -202,16 +202,16 @@ class T5(Model):
 class T5Decoding(Decoding):
     """A T5 that generates.
 
-    read: for every block the keys and values of what was read, each (B, H, S, K), made once; mask (B, S): its padding.
+    context: for every block the keys and values of the encoded text, each (B, H, S, K), made once; mask (B, S): its padding.
     """
 
-    def __init__(self, model: T5, read: list[KeysValues], mask: Tensor | None, *, batch: int, room: int):
+    def __init__(self, model: T5, context: list[KeysValues], mask: Tensor | None, *, batch: int, room: int):
         self.model, self.mask, self.room = model, mask, room
-        self.read = [(k.contiguous(), v.contiguous()) for k, v in read]  # else they would be copied in every step
+        self.context = [(k.contiguous(), v.contiguous()) for k, v in context]  # else they would be copied in every step
         self.cache = model.decoder.new_cache(batch, 1 + room)
         self.packed: PackedT5 | None = None
         self.steps = 0
-        self.texts = torch.arange(batch, device=model.device)  # which of the texts a row has read
+        self.texts = torch.arange(batch, device=model.device)  # which of the texts belongs to a row
         self.logits = self.predict(torch.full_like(self.texts, model.config.start_token))
 
     def step(self, tokens: Tensor) -> None:
@@ -224,23 +224,23 @@ class T5Decoding(Decoding):
     def predict(self, tokens: Tensor) -> Tensor:
         """tokens (B,) → logits (B, V) of what follows."""
         if self.packed is not None:
-            return self.packed(tokens, self.cache, self.read, self.mask).float()
-        hidden = self.model.states(tokens[:, None], self.read, self.mask, cache=self.cache)
+            return self.packed(tokens, self.cache, self.context, self.mask).float()
+        hidden = self.model.states(tokens[:, None], self.context, self.mask, cache=self.cache)
         return self.model.head(hidden[:, 0]).float()
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self.cache.reorder(rows)
         texts = self.texts[rows]
-        if not torch.equal(texts, self.texts):  # beams change places with others that have read the same text
-            self.read = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.read]
+        if not torch.equal(texts, self.texts):  # else beams change places with others of the same text
+            self.context = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.context]
             self.mask = None if self.mask is None else self.mask[rows]
             self.texts = texts
 
 
 @torch.no_grad()
 def initialise(model: T5, generator: torch.Generator) -> None:
-    """As `initialise_linears` says, but for q, which brings the scale that the scores are not divided by.
+    """As `initialise_linears` does, but for q, which has the scale that the scores are not divided by.
 
     Embeddings: 0.02 as GPT-2's; 1 as T5's where the head is scaled down instead. Position biases: width^-0.5, as T5's.
     """

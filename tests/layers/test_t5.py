@@ -239,11 +239,11 @@ class TestSpeaking:
         model = model_of(FLAN)
         decoding = model.prefill(texts(), MASK, room=3)
         decoding.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
-        before = decoding.read
+        before = decoding.context
         decoding.reorder(torch.tensor([1, 0, 3, 3, 4, 5]))
-        assert decoding.read is before
+        assert decoding.context is before
         decoding.reorder(torch.tensor([2, 3, 0, 1, 4, 5]))
-        assert decoding.read is not before
+        assert decoding.context is not before
 
     def test_beam_search_finds_the_likeliest_of_all_answers(self):
         """Of 4 words and two steps: every answer is tried by hand."""
