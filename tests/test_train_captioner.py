@@ -251,6 +251,10 @@ def test_the_captioner_learns_to_caption(world, tmp_path):
     assert {"captions, exact scene match", "never-seen pairs, captions, exact scene match"} <= set(metrics)
     losses = [line["loss"] for line in training.read_log(tmp_path / "captioner/log.jsonl")]
     assert losses[-1] < losses[0]
+    model, processor = minivlm.load(tmp_path / "captioner")
+    images = torch.zeros(2, 3, 32, 32)
+    start = torch.full((2, 1), processor.start_token)
+    assert torch.equal(model(images), model.generate(images, start))  # it knows its start token
 
 
 def test_stage_two_in_parts_takes_the_steps_of_the_whole_batch(built, world, tmp_path):

@@ -46,7 +46,8 @@ class CaptionerRecipe(Recipe):
             room = self.model.language.context - vision.patches
             sizes = dict(vocab_size=self.data.vocab_size, image_size=vision.image_size, context=room)
             processor = Processor.train(texts, **sizes)
-        config = replace(self.model, language=speaking(self.model.language, processor))
+        language = speaking(self.model.language, processor)
+        config = replace(self.model, language=language, start_token=processor.start_token)
         model = build(ImageCaptioningModel, config, seed=self.seed)
         commands = lambda out: [f"python sample.py caption {out} {scores.picture()} --num_beams 3"]
         scores = Generated(model, processor, directory, commands, ask=False)
