@@ -132,7 +132,7 @@ def tables_to_read(model: nn.Module) -> list[list[Row] | None]:
 
 def rows_of(kind: str, config: Any) -> list[Row] | None:
     try:
-        rows = pretrained.module_of(kind).rows(config)
+        rows = pretrained.rows_of(kind, config)
     except (AttributeError, KeyError, ValueError):  # a table for other configs of this class
         return None
     return modern(rows) if kind == "llava" else rows

@@ -25,13 +25,14 @@ from minivlm.errors import Note, UserError
 from minivlm.files import read_json
 from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import generation_config, names
-from minivlm.pretrained.fields import check_config
+from minivlm.pretrained.fields import DERIVED, Known, check_config
 from minivlm.pretrained.files import WEIGHTS
 
-# A module here has: model_class, read_config(values) → our config, rows(config) → its table of names,
-# read_processor(directory, values, config) → Processor, known(values) → the fields that a config may have, see `fields`;
-# and to write layout="hf": write_config(config) → values, and, if it sees pictures, write_processor(processor, config) →
-# values by file name. Where tensors have to be put together before a table of names can be read: prepare(weights) → weights.
+# A module here has: model_class; read_config(values) → our config; rows, its table of names, or rows(config) → this table;
+# read_processor(directory, values, config) → Processor; known, the fields that a config may have (see `fields`), or
+# known(values) → these. To write layout="hf": write_config(config) → values, and, if it takes images,
+# write_processor(processor, config) → values by file name. Where tensors have to be put together before a table of names
+# can be read: prepare(weights) → weights.
 MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
@@ -115,6 +116,18 @@ def module_of(kind: str) -> ModuleType:
     return importlib.import_module(f"minivlm.pretrained.{MODULES[kind]}")
 
 
+def rows_of(kind: str, config: Any) -> list[names.Row]:
+    """A publisher's table of names for such a model."""
+    rows = module_of(kind).rows
+    return rows(config) if callable(rows) else rows
+
+
+def known_fields(kind: str, values: Mapping[str, Any]) -> dict[str, Known]:
+    """The fields that a config may have, by its parts; none: the module looks at all of them itself."""
+    known = getattr(module_of(kind), "known", {})
+    return known(values) if callable(known) else known
+
+
 def read(directory: Path, kind: str) -> Published:
     """Everything but the tensors. Raises UserError for a config that cannot be followed exactly."""
     module = module_of(kind)
@@ -124,8 +137,8 @@ def read(directory: Path, kind: str) -> Published:
     values = read_json(path)
     said, how = generation_config.read_values(directory, values)
     values |= generation_config.tokens(how)
-    if known := getattr(module, "known", None):
-        check_config(values, str(path), known(values))
+    if known := known_fields(kind, values):
+        check_config(values, str(path), known)
     try:
         config = module.read_config(values)
     except UNREADABLE as error:
@@ -134,7 +147,7 @@ def read(directory: Path, kind: str) -> Published:
     if (depth := depth_of(config)) > MOST_LAYERS:
         raise UserError(f"{path} asks for {depth} layers: no file has so many.")
     try:
-        processor, rows = tidied(module.read_processor(directory, values, config), directory), module.rows(config)
+        processor, rows = tidied(module.read_processor(directory, values, config), directory), rows_of(kind, config)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -218,7 +231,7 @@ def write(
     if kind_of(config) in generation_config.READERS:
         files[generation_config.NAME] = json.dumps(generation_config.write(values, defaults), indent=2)
     files["config.json"] = json.dumps({**values, "torch_dtype": dtype}, indent=2)
-    return files, names.to_theirs(tensors, module.rows(config))
+    return files, names.to_theirs(tensors, rows_of(kind_of(config), config))
 
 
 def kind_of(config: Any) -> str:
@@ -261,9 +274,10 @@ def comparable(config: Any) -> dict[str, Any]:
     for part in [
         name.removesuffix("depth") for name in flat if name.endswith("depth") and f"{name[:-5]}mlp_width" in flat
     ]:
-        width, heads, depth = (flat[f"{part}{name}"] for name in ("width", "heads", "depth"))
-        derived = {"mlp_width": 4 * width, "head_width": width // heads, "kv_heads": heads, "decoder_depth": depth}
-        derived |= {"context_width": width} if flat.get(f"{part}cross_attention_every") else {}
+        sizes = [flat[f"{part}{name}"] for name in ("width", "heads", "depth")]
+        derived = {name: value(*sizes) for name, value in DERIVED.items()}
+        if not flat.get(f"{part}cross_attention_every"):
+            del derived["context_width"]
         flat |= {part + name: v for name, v in derived.items() if flat.get(part + name, v) is None}
     like = {"gated.heads": flat.get("language.heads"), "gated.mlp_width": flat.get("language.mlp_width")}
     flat |= {name: value for name, value in like.items() if name in flat and flat[name] is None}

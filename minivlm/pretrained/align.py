@@ -9,8 +9,7 @@ from minivlm.errors import UserError
 from minivlm.layers.efficientnet import EfficientNetConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import bert, hf_clip, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.hf_clip import part, read_activation, square, write_activation
+from minivlm.pretrained.fields import Known, fields
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -50,36 +49,37 @@ def rows(config: CLIPConfig) -> list[Row]:
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-VISION_DEFAULTS = {
-    "num_channels": 3,
-    "image_size": 600,
-    "width_coefficient": 2.0,
-    "depth_coefficient": 3.1,
-    "depth_divisor": 8,
-    "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
-    "in_channels": [32, 16, 24, 40, 80, 112, 192],
-    "out_channels": [16, 24, 40, 80, 112, 192, 320],
-    "depthwise_padding": [],
-    "strides": [1, 2, 2, 2, 1, 2, 1],
-    "num_block_repeats": [1, 2, 2, 3, 3, 4, 1],
-    "expand_ratios": [1, 6, 6, 6, 6, 6, 6],
-    "squeeze_expansion_ratio": 0.25,
-    "hidden_act": "swish",
-    "pooling_type": "mean",
-    "batch_norm_eps": 1e-3,
-}
+VISION_FIELDS = fields("""
+    num_channels                -               3
+    pooling_type                -               "mean"
+    image_size                  image_size      600
+    width_coefficient           width_scale     2.0
+    depth_coefficient           depth_scale     3.1
+    depth_divisor               divisor         8
+    kernel_sizes                kernels         [3, 3, 5, 3, 5, 5, 3]
+    in_channels                 -               [32, 16, 24, 40, 80, 112, 192]
+    out_channels                channels        [16, 24, 40, 80, 112, 192, 320]
+    depthwise_padding           even_padding    []
+    strides                     strides         [1, 2, 2, 2, 1, 2, 1]
+    num_block_repeats           blocks          [1, 2, 2, 3, 3, 4, 1]
+    expand_ratios               expansions      [1, 6, 6, 6, 6, 6, 6]
+    squeeze_expansion_ratio     squeeze         0.25
+    hidden_act                  activation      "swish"
+    batch_norm_eps              norm_eps        1e-3
+""")
 
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    vision = Known.of(VISION_DEFAULTS, "hidden_dim", "batch_norm_momentum", "num_hidden_layers")
-    return hf_clip.of_towers(bert.KNOWN, vision, Known.of("projection_dim"))
+known = hf_clip.of_towers(
+    bert.KNOWN,
+    Known.of(VISION_FIELDS, "hidden_dim", "batch_norm_momentum", "num_hidden_layers"),
+    Known.of("projection_dim"),
+)
 
 
 def read_config(values: dict[str, Any]) -> CLIPConfig:
     """transformers' config.json → ours."""
     return CLIPConfig(
-        vision=read_vision(part(values, "vision_config", VISION_DEFAULTS)),
-        text=bert.read_config(part(values, "text_config", bert.DEFAULTS)),
+        vision=read_vision(hf_clip.part(values, "vision_config")),
+        text=bert.read_config(hf_clip.part(values, "text_config")),
         embed_width=values.get("projection_dim", 640),
         image_projection=False,
         text_projection_bias=True,
@@ -89,27 +89,14 @@ def read_config(values: dict[str, Any]) -> CLIPConfig:
 
 
 def read_vision(values: dict[str, Any]) -> EfficientNetConfig:
-    v = values
+    v = VISION_FIELDS.complete(values)
     if v["num_channels"] != 3 or v["pooling_type"] != "mean":
         raise UserError(
             f"config.json asks for images of {v['num_channels']} channels and the pooling {v['pooling_type']!r}; only 3 "
             "channels and 'mean' are supported."
         )
-    vision = EfficientNetConfig(
-        width_scale=float(v["width_coefficient"]),
-        depth_scale=float(v["depth_coefficient"]),
-        image_size=square(v["image_size"], "image_size"),
-        channels=tuple(v["out_channels"]),
-        blocks=tuple(v["num_block_repeats"]),
-        kernels=tuple(v["kernel_sizes"]),
-        strides=tuple(v["strides"]),
-        expansions=tuple(v["expand_ratios"]),
-        squeeze=float(v["squeeze_expansion_ratio"]),
-        divisor=v["depth_divisor"],
-        activation=read_activation(v["hidden_act"]),
-        norm_eps=v["batch_norm_eps"],
-        even_padding=tuple(v["depthwise_padding"]),
-    )
+    given = {**VISION_FIELDS.read(v), "image_size": hf_clip.square(v["image_size"], "image_size")}
+    vision = EfficientNetConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()})
     before = (vision.stem_channels, *vision.channels[:-1])
     if list(map(vision.scaled, v["in_channels"])) != list(map(vision.scaled, before)):
         raise ValueError(f"in_channels are {v['in_channels']}, but what comes before each stage has {list(before)}")
@@ -121,30 +108,16 @@ def write_config(config: CLIPConfig) -> dict[str, Any]:
     vision = config.vision
     if not isinstance(vision, EfficientNetConfig):
         raise UserError("transformers' ALIGN has an EfficientNet, which this is not; save without layout='hf'.")
-    text = bert.write_config(config.text)
-    del text["architectures"]
     return {
         "architectures": ["AlignModel"],
         "model_type": "align",
         "projection_dim": config.embed_width,
-        "text_config": {**text, "model_type": "align_text_model"},
+        "text_config": {"model_type": "align_text_model", **bert.FIELDS.write(config.text)},
         "vision_config": {
             "model_type": "align_vision_model",
-            "image_size": vision.image_size,
-            "width_coefficient": vision.width_scale,
-            "depth_coefficient": vision.depth_scale,
-            "depth_divisor": vision.divisor,
-            "kernel_sizes": vision.kernels,
+            **VISION_FIELDS.write(vision),
             "in_channels": [vision.stem_channels, *vision.channels[:-1]],
-            "out_channels": vision.channels,
-            "depthwise_padding": vision.even_padding,
-            "strides": vision.strides,
-            "num_block_repeats": vision.blocks,
-            "expand_ratios": vision.expansions,
-            "squeeze_expansion_ratio": vision.squeeze,
-            "hidden_act": write_activation(vision.activation),
             "hidden_dim": vision.output_width,  # no width, but the side of the largest grid that their pool averages
-            "batch_norm_eps": vision.norm_eps,
         },
     }
 

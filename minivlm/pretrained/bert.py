@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.layers.bert import BERT, BERTConfig
-from minivlm.pretrained import language, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.hf_clip import read_activation, write_activation
+from minivlm.pretrained import preprocessing
+from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -51,70 +50,39 @@ MODEL = [
     *under(BLOCK, "encoder.layer.*.", "transformer.blocks.*."),
 ]
 
-ROWS = under(MODEL, ("bert.", ""), "") + table("cls|classifier|qa_outputs - unread")
-
-
-def rows(config: BERTConfig) -> list[Row]:
-    return ROWS
+rows = under(MODEL, ("bert.", ""), "") + table("cls|classifier|qa_outputs - unread")
 
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-DEFAULTS = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-}
-
+FIELDS = fields("""
+    vocab_size                  vocab_size      30522
+    max_position_embeddings     context         512
+    type_vocab_size             token_types     2
+    hidden_size                 width           768
+    num_hidden_layers           depth           12
+    num_attention_heads         heads           12
+    intermediate_size           mlp_width       3072
+    hidden_act                  activation      "gelu"
+    layer_norm_eps              norm_eps        1e-12
+""")
 
 KNOWN = Known.of(
-    *(DEFAULTS, "position_embedding_type", "directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+    *(FIELDS, "position_embedding_type", "directionality", "pooler_fc_size", "pooler_num_attention_heads"),
     *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
 )
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN}
+known = {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> BERTConfig:
     """transformers' config.json → ours."""
-    v = {**DEFAULTS, **values}
-    language.refuse_unless(v, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    return BERTConfig(
-        vocab_size=v["vocab_size"],
-        context=v["max_position_embeddings"],
-        token_types=v["type_vocab_size"],
-        width=v["hidden_size"],
-        depth=v["num_hidden_layers"],
-        heads=v["num_attention_heads"],
-        mlp_width=v["intermediate_size"],
-        activation=read_activation(v["hidden_act"]),
-        norm_eps=v["layer_norm_eps"],
-    )
+    refuse_unless(values, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    return BERTConfig(**FIELDS.read(values))
 
 
 def write_config(config: BERTConfig) -> dict[str, Any]:
     """Ours → transformers' config.json."""
-    return {
-        "architectures": ["BertModel"],
-        "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "type_vocab_size": config.token_types,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden_width,
-        "hidden_act": write_activation(config.activation),
-        "layer_norm_eps": config.norm_eps,
-    }
+    return {"architectures": ["BertModel"], "model_type": "bert", **FIELDS.write(config)}
 
 
 # ---- processor: [CLS] text [SEP] ---------------------------------------------------------------------------------------

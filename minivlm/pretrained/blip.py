@@ -14,7 +14,7 @@ from minivlm.layers.bert import BERTConfig
 from minivlm.layers.resnet import ResNetConfig
 from minivlm.models.blip import BLIP, BLIPConfig
 from minivlm.pretrained import bert, blip2, hf_clip, language, preprocessing
-from minivlm.pretrained.fields import Known
+from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -63,27 +63,27 @@ ROLES = {
     "BlipForQuestionAnswering": "answer",
     "BlipForImageTextRetrieval": "match",
 }
-VISION_DEFAULTS = {**hf_clip.VISION_DEFAULTS, "image_size": 384, "patch_size": 16, "hidden_act": "gelu"}
-TEXT_DEFAULTS = {
-    "vocab_size": 30524,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,  # those of the published files, which have 12, are in them
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "bos_token_id": 30522,
-    "sep_token_id": 102,
-    "pad_token_id": 0,
-}
+VISION_FIELDS = hf_clip.VISION_FIELDS.but(image_size=384, patch_size=16, hidden_act="gelu")
+TEXT_FIELDS = fields("""
+    vocab_size                  vocab_size      30524
+    hidden_size                 width           768
+    num_hidden_layers           depth           12
+    num_attention_heads         heads           8
+    intermediate_size           mlp_width       3072
+    hidden_act                  activation      "gelu"
+    max_position_embeddings     context         512
+    layer_norm_eps              norm_eps        1e-12
+    bos_token_id                -               30522
+    sep_token_id                -               102
+    pad_token_id                -               0
+""")
 
 
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    text = Known.of(TEXT_DEFAULTS, "projection_dim", "encoder_hidden_size")
-    vision = Known.of(VISION_DEFAULTS, "projection_dim")
-    whole = Known.of("projection_dim", "image_text_hidden_size", tie_word_embeddings=(True,))
-    return hf_clip.of_towers(text, vision, whole)
+known = hf_clip.of_towers(
+    Known.of(TEXT_FIELDS, "projection_dim", "encoder_hidden_size"),
+    Known.of(VISION_FIELDS, "projection_dim"),
+    Known.of("projection_dim", "image_text_hidden_size", tie_word_embeddings=(True,)),
+)
 
 
 def read_config(values: dict[str, Any]) -> BLIPConfig:
@@ -91,18 +91,18 @@ def read_config(values: dict[str, Any]) -> BLIPConfig:
     [architecture] = values.get("architectures") or [None]
     if architecture not in ROLES:
         raise UserError(f"config.json asks for a {architecture}; of BLIP there are {', '.join(ROLES)}.")
-    text = hf_clip.part(values, "text_config", TEXT_DEFAULTS)
-    vision = hf_clip.part(values, "vision_config", VISION_DEFAULTS)
-    language.refuse_unless(text, is_decoder=True)  # else its blocks have no cross-attention
+    text = TEXT_FIELDS.complete(hf_clip.part(values, "text_config"))
+    vision = hf_clip.read_vision(
+        VISION_FIELDS, hf_clip.part(values, "vision_config"), embedding_norm=False, patch_bias=True
+    )
+    refuse_unless(text, is_decoder=True)  # else its blocks have no cross-attention
     return BLIPConfig(
-        vision=hf_clip.read_vision(vision, embedding_norm=False, patch_bias=True),
+        vision=vision,
         text=BERTConfig(
-            **hf_clip.read_encoder(text),
-            vocab_size=text["vocab_size"],
-            context=text["max_position_embeddings"],
+            **TEXT_FIELDS.read(text),
             token_types=0,
             cross_attention_every=1,
-            context_width=vision["hidden_size"],  # transformers sets encoder_hidden_size to it
+            context_width=vision.width,  # transformers sets encoder_hidden_size to it
         ),
         roles=ROLES[architecture],
         embed_width=values.get("image_text_hidden_size", 256),
@@ -128,9 +128,7 @@ def write_config(config: BLIPConfig) -> dict[str, Any]:
         "vision_config": {"model_type": "blip_vision_model", **hf_clip.write_vision(config.vision)},
         "text_config": {
             "model_type": "blip_text_model",
-            **hf_clip.write_encoder(text),
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context,
+            **TEXT_FIELDS.write(text),
             "encoder_hidden_size": text.context_width or text.width,
             "is_decoder": True,
             "bos_token_id": config.decode_token,

@@ -12,7 +12,7 @@ from minivlm.layers.t5 import T5Config
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.pretrained import hf_clip, language, opt, preprocessing, t5
-from minivlm.pretrained.fields import Known
+from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -71,51 +71,50 @@ SEEING = [
 
 
 def rows(config: BLIP2Config) -> list[Row]:
-    kind = t5 if isinstance(config.language, T5Config) else opt
-    text = under(kind.rows(config.language), "language_model.", "language_model.")
-    return [*SEEING, *table("language_projection projection"), *text]
+    text = t5.rows(config.language) if isinstance(config.language, T5Config) else opt.rows
+    return [*SEEING, *table("language_projection projection"), *under(text, "language_model.", "language_model.")]
 
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-VISION_DEFAULTS = {
-    "hidden_size": 1408,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 39,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-    "qkv_bias": True,
-}
-QFORMER_DEFAULTS = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "cross_attention_frequency": 2,
-    "encoder_hidden_size": 1408,
-}
+VISION_FIELDS = hf_clip.VISION_FIELDS.but(
+    hidden_size=1408,
+    intermediate_size=6144,
+    num_hidden_layers=39,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    qkv_bias=True,
+)
+QFORMER_FIELDS = fields("""
+    vocab_size                      -                           30522
+    hidden_size                     width                       768
+    num_hidden_layers               depth                       12
+    num_attention_heads             heads                       12
+    intermediate_size               mlp_width                   3072
+    hidden_act                      activation                  "gelu"
+    max_position_embeddings         context                     512
+    layer_norm_eps                  norm_eps                    1e-12
+    cross_attention_frequency       cross_attention_every       2
+    encoder_hidden_size             context_width               1408
+""")
 
-
+WHOLE_KNOWN = Known.of(
+    *("num_query_tokens", "image_text_hidden_size", "image_token_index", "image_token_id"),
+    "use_decoder_only_language_model",
+)
 SEEING_KNOWN = {
-    "vision_config": Known.of(VISION_DEFAULTS, "projection_dim"),
+    "vision_config": Known.of(VISION_FIELDS, "projection_dim"),
     "qformer_config": Known.of(
-        QFORMER_DEFAULTS, "position_embedding_type", "use_qformer_text_input", "qformer_text_input"
+        QFORMER_FIELDS, "position_embedding_type", "use_qformer_text_input", "qformer_text_input"
     ),
 }
 
 
 def known(values: dict[str, Any]) -> dict[str, Known]:
-    whole = Known.of("num_query_tokens", "image_text_hidden_size", "image_token_index", "image_token_id")
     text = t5.KNOWN if (values.get("text_config") or {}).get("model_type") == "t5" else opt.KNOWN
-    return {"": whole | Known.of("use_decoder_only_language_model"), **SEEING_KNOWN, "text_config": text}
+    return {"": WHOLE_KNOWN, **SEEING_KNOWN, "text_config": text}
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Config:
@@ -129,19 +128,15 @@ def read_config(values: dict[str, Any]) -> BLIP2Config:
 
 def read_seeing(values: dict[str, Any], *, text: bool) -> dict[str, Any]:
     """The fields that both stages' configs have. text: does the Q-Former read it?"""
-    vision = {**VISION_DEFAULTS, **(values.get("vision_config") or {})}
-    q = {**QFORMER_DEFAULTS, **(values.get("qformer_config") or {})}
-    language.refuse_unless(vision, qkv_bias=True)
-    language.refuse_unless(q, position_embedding_type="absolute")
+    vision, qformer = values.get("vision_config") or {}, values.get("qformer_config") or {}
+    refuse_unless(vision, qkv_bias=True)
+    refuse_unless(qformer, position_embedding_type="absolute")
     return {
-        "vision": hf_clip.read_vision(vision, embedding_norm=False, patch_bias=True),
+        "vision": hf_clip.read_vision(VISION_FIELDS, vision, embedding_norm=False, patch_bias=True),
         "qformer": QFormerConfig(
-            **hf_clip.read_encoder(q),
+            **QFORMER_FIELDS.read(qformer),
             queries=values.get("num_query_tokens", 32),
-            vocab_size=q["vocab_size"] if text else None,
-            context=q["max_position_embeddings"],
-            cross_attention_every=q["cross_attention_frequency"],
-            context_width=q["encoder_hidden_size"],
+            vocab_size=QFORMER_FIELDS.complete(qformer)["vocab_size"] if text else None,
         ),
     }
 
@@ -184,11 +179,8 @@ def write_seeing(config: BLIP2Config) -> dict[str, Any]:
         "vision_config": {"model_type": "blip_2_vision_model", **hf_clip.write_vision(config.vision), "qkv_bias": True},
         "qformer_config": {
             "model_type": "blip_2_qformer",
-            **hf_clip.write_encoder(q),
+            **QFORMER_FIELDS.write(q),
             **({} if q.vocab_size is None else {"vocab_size": q.vocab_size}),
-            "max_position_embeddings": q.context,
-            "cross_attention_frequency": q.cross_attention_every,
-            "encoder_hidden_size": q.context_width or q.width,
         },
     }
 

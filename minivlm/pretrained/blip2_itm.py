@@ -11,12 +11,12 @@ from typing import Any
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.pretrained import blip2, language, preprocessing
 from minivlm.pretrained.fields import Known
-from minivlm.pretrained.names import Row, table
+from minivlm.pretrained.names import table
 from minivlm.processor import Processor, ProcessorConfig
 
 model_class = BLIP2Stage1
 
-ROWS = blip2.SEEING + table("""
+rows = blip2.SEEING + table("""
     embeddings.word_embeddings      qformer.token_embedding
     embeddings.position_embeddings  qformer.position_embedding
     vision_projection               vision_projection
@@ -28,14 +28,7 @@ ROWS = blip2.SEEING + table("""
 CLS, SEP = 101, 102
 
 
-def rows(config: BLIP2Stage1Config) -> list[Row]:
-    return ROWS
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    """The language model stands in the file, but is not read."""
-    parts = blip2.known(values)
-    return {**blip2.SEEING_KNOWN, "": parts[""] | Known.of("text_config")}
+known = {**blip2.SEEING_KNOWN, "": blip2.WHOLE_KNOWN | Known.of("text_config")}  # the language model is not read
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Stage1Config:

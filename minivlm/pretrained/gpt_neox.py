@@ -9,8 +9,7 @@ from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, llama, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.hf_clip import read_activation, write_activation
+from minivlm.pretrained.fields import Known, fields
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
 
@@ -42,49 +41,36 @@ def rows(config: LanguageModelConfig) -> list[Row]:
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-DEFAULTS = {
-    "vocab_size": 50432,
-    "hidden_size": 6144,
-    "num_hidden_layers": 44,
-    "num_attention_heads": 64,
-    "intermediate_size": 24576,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 2048,
-    "layer_norm_eps": 1e-5,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10_000,
-    "use_parallel_residual": True,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
+FIELDS = fields("""
+    vocab_size                  vocab_size          50432
+    max_position_embeddings     context             2048
+    hidden_size                 width               6144
+    intermediate_size           mlp_width           24576
+    num_hidden_layers           depth               44
+    num_attention_heads         heads               64
+    hidden_act                  activation          "gelu"
+    layer_norm_eps              norm_eps            1e-5
+    use_parallel_residual       parallel_residual   true
+    tie_word_embeddings         tie_head            false
+    attention_bias              -                   true
+    rotary_pct                  -                   0.25
+    rotary_emb_base             -                   10000
+    eos_token_id                -                   2
+""")
 
-
-KNOWN = Known.of(DEFAULTS, "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN}
+KNOWN = Known.of(FIELDS, "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+known = {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     """transformers' config.json → ours."""
-    v = {**DEFAULTS, **values}
+    v = FIELDS.complete(values)
     config = LanguageModelConfig(
-        vocab_size=v["vocab_size"],
-        context=v["max_position_embeddings"],
+        **FIELDS.read(v),
         positions="none",
-        width=v["hidden_size"],
-        depth=v["num_hidden_layers"],
-        heads=v["num_attention_heads"],
-        mlp_width=v["intermediate_size"],
-        activation=read_activation(v["hidden_act"]),
-        norm_eps=v["layer_norm_eps"],
         **dict.fromkeys(("qkv_bias", "out_bias"), v["attention_bias"]),
         **llama.read_rope({"rope_theta": v["rotary_emb_base"], **v}),
         rotary_fraction=llama.rope_values(v).get("partial_rotary_factor", v["rotary_pct"]),
-        parallel_residual=v["use_parallel_residual"],
-        tie_head=v["tie_word_embeddings"],
         **language.read_special_tokens(v),
     )
     if config.rotary_width < 2 or config.rotary_width % 2:
@@ -97,21 +83,12 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden_width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "hidden_act": write_activation(config.activation),
-        "layer_norm_eps": config.norm_eps,
+        **FIELDS.write(config),
+        "attention_bias": config.qkv_bias,
         "rotary_pct": config.rotary_fraction,
         "rotary_emb_base": config.rope_theta,
         "rope_theta": config.rope_theta,
         "rope_scaling": llama.write_rope_scaling(config.rope_scaling),
-        "use_parallel_residual": config.parallel_residual,
-        "attention_bias": config.qkv_bias,
-        "tie_word_embeddings": config.tie_head,
         **language.write_special_tokens(config),
     }
 

@@ -19,7 +19,7 @@ from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing
-from minivlm.pretrained.fields import Known
+from minivlm.pretrained.fields import Known, fields
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -89,56 +89,51 @@ def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-DEFAULTS = {
-    **{
-        k: llama.LLAMA[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
-    },
-    **{k: llama.LLAMA[k] for k in ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "eos_token_id")},
-    "additional_vocab_size": 0,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "cross_layer_interval": 1,
-    "qk_layer_norms": False,
-    "use_resampler": False,
-    "alpha_type": "float",
-}
-VISION_DEFAULTS = {
-    "embed_dim": 768,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-}
-RESAMPLER_DEFAULTS = {
-    "resampler_n_latents": 64,
-    "resampler_depth": 6,
-    "resampler_n_heads": 16,
-    "resampler_head_dim": 96,
-    "qk_layer_norms_perceiver": False,
-}
+FIELDS = llama.FIELDS.but(
+    additional_vocab_size=0,
+    pad_token_id=0,
+    cross_layer_interval=1,
+    qk_layer_norms=False,
+    use_resampler=False,
+    alpha_type="float",
+)
+VISION_FIELDS = fields("""
+    embed_dim               width           768
+    intermediate_size       mlp_width       5120
+    num_hidden_layers       depth           32
+    num_attention_heads     heads           16
+    num_channels            -               3
+    image_size              image_size      224
+    patch_size              patch_size      14
+    hidden_act              activation      "gelu"
+    layer_norm_eps          norm_eps        1e-5
+""")
+RESAMPLER_FIELDS = fields("""
+    resampler_n_latents         latents         64
+    resampler_depth             depth           6
+    resampler_n_heads           heads           16
+    resampler_head_dim          head_width      96
+    qk_layer_norms_perceiver    -               false
+""")
 GATES = {"float": "scalar", "vector": "channel"}
 
 
 def known(values: dict[str, Any]) -> dict[str, Known]:
-    flat = {*RESAMPLER_DEFAULTS, *(f"vision_{name}" for name in VISION_DEFAULTS)}
+    flat = {*RESAMPLER_FIELDS, *(f"vision_{name}" for name in VISION_FIELDS)}
     whole = Known.of(
-        *(llama.KNOWN.fields, DEFAULTS, flat, "image_token_id", "alpha_initializer", "alphas_initializer_range"),
+        *(llama.KNOWN.fields, FIELDS, flat, "image_token_id", "alpha_initializer", "alphas_initializer_range"),
         *("freeze_text_layers", "freeze_text_module_exceptions", "freeze_lm_head", "freeze_vision_layers"),
         *("freeze_vision_module_exceptions", "vision_model_name", "vision_model_params", "word_embed_proj_dim"),
         "ffn_dim",
         cross_layer_activation_function=("swiglu",),
     )
-    vision = Known.of(VISION_DEFAULTS, "hidden_size", "projection_dim", "vision_model_name", "vision_model_params")
-    return {"": whole, "vision_config": vision, "perceiver_config": Known.of(RESAMPLER_DEFAULTS, "use_resampler")}
+    vision = Known.of(VISION_FIELDS, "hidden_size", "projection_dim", "vision_model_name", "vision_model_params")
+    return {"": whole, "vision_config": vision, "perceiver_config": Known.of(RESAMPLER_FIELDS, "use_resampler")}
 
 
 def read_config(values: dict[str, Any]) -> FlamingoConfig:
     """transformers' config.json → ours."""
-    v = {**DEFAULTS, **values}
+    v = FIELDS.complete(values)
     vision, speaker = read_vision(values), read_language(v)
     if v["alpha_type"] not in GATES:
         raise UserError(f"config.json has alpha_type = {v['alpha_type']!r}; there are {', '.join(GATES)}.")
@@ -173,36 +168,25 @@ def read_language(values: dict[str, Any]) -> LanguageModelConfig:
 
 def read_vision(values: dict[str, Any]) -> VisionConfig:
     """The first files had no vision_config, but fields such as vision_embed_dim."""
-    flat = {name: values[f"vision_{name}"] for name in VISION_DEFAULTS if f"vision_{name}" in values}
-    v = {**VISION_DEFAULTS, **flat, **(values.get("vision_config") or {})}
-    return hf_clip.read_vision({**v, "hidden_size": v["embed_dim"]})
+    flat = {name: values[f"vision_{name}"] for name in VISION_FIELDS if f"vision_{name}" in values}
+    return hf_clip.read_vision(VISION_FIELDS, flat | (values.get("vision_config") or {}))
 
 
 def read_resampler(values: dict[str, Any], vision: VisionConfig) -> PerceiverConfig:
-    flat = {name: values[name] for name in RESAMPLER_DEFAULTS if name in values}
-    v = {**RESAMPLER_DEFAULTS, **flat, **(values.get("perceiver_config") or {})}
-    return PerceiverConfig(
-        width=vision.width,
-        depth=v["resampler_depth"],
-        heads=v["resampler_n_heads"],
-        head_width=v["resampler_head_dim"],
-        latents=v["resampler_n_latents"],
-        activation="relu",
-        qk_norm="layernorm" if v["qk_layer_norms_perceiver"] else None,
-    )
+    flat = {name: values[name] for name in RESAMPLER_FIELDS if name in values}
+    v = RESAMPLER_FIELDS.complete(flat | (values.get("perceiver_config") or {}))
+    qk_norm = "layernorm" if v["qk_layer_norms_perceiver"] else None
+    return PerceiverConfig(**RESAMPLER_FIELDS.read(v), width=vision.width, activation="relu", qk_norm=qk_norm)
 
 
 def write_config(config: FlamingoConfig) -> dict[str, Any]:
     """Ours → transformers' config.json. All words are in the one table, and none are added."""
     text = llama.write_config(config.language)
     resampler, vision = config.resampler, hf_clip.write_vision(config.vision)
-    perceiver = {} if resampler is None else {
-        "resampler_n_latents": resampler.latents,
-        "resampler_depth": resampler.depth,
-        "resampler_n_heads": resampler.heads,
-        "resampler_head_dim": resampler.head_width or resampler.width // resampler.heads,
-        "qk_layer_norms_perceiver": resampler.qk_norm is not None,
-    }  # fmt: skip
+    perceiver = {"use_resampler": resampler is not None}
+    if resampler is not None:
+        perceiver |= RESAMPLER_FIELDS.write(resampler)
+        perceiver["qk_layer_norms_perceiver"] = resampler.qk_norm is not None
     return {
         **text,
         "architectures": ["IdeficsForVisionText2Text"],
@@ -213,7 +197,7 @@ def write_config(config: FlamingoConfig) -> dict[str, Any]:
         "qk_layer_norms": config.gated.qk_norm is not None,
         "alpha_type": next(theirs for theirs, ours in GATES.items() if ours == config.gated.gate),
         "use_resampler": resampler is not None,
-        "perceiver_config": {"use_resampler": resampler is not None, **perceiver},
+        "perceiver_config": perceiver,
         "vision_config": {**vision, "embed_dim": vision["hidden_size"]},
     }
 

@@ -38,13 +38,6 @@ def write_special_tokens(config: LanguageModelConfig) -> dict[str, Any]:
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": config.pad_token}
 
 
-def refuse_unless(values: dict[str, Any], **supported) -> None:
-    """UserError if a field that changes what the model computes has another value than the one that is supported."""
-    for name, value in supported.items():
-        if (given := values.get(name, value)) != value:
-            raise UserError(f"config.json has {name} = {given!r}, which is not supported; {value!r} is.")
-
-
 def kind_of(config: LanguageModelConfig) -> str:
     """The model_type that comes nearest. What it cannot say is found by reading it back (see `pretrained.write`)."""
     if config.alibi:

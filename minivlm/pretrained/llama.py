@@ -11,9 +11,8 @@ from minivlm.errors import Note, UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.position import RopeScaling
 from minivlm.pretrained import language, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.hf_clip import read_activation, write_activation
-from minivlm.pretrained.names import Row, table, under
+from minivlm.pretrained.fields import Known, fields, refuse_unless
+from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor
 
 model_class = LanguageModel
@@ -37,93 +36,72 @@ MODEL = table("""
     norm            norm
 """) + under(BLOCK, "layers.*.", "transformer.blocks.*.")  # fmt: skip
 
-ROWS = under(MODEL, ("model.", ""), "") + table("lm_head head")
-
-
-def rows(config: LanguageModelConfig) -> list[Row]:
-    return ROWS
+rows = under(MODEL, ("model.", ""), "") + table("lm_head head")
 
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-    "attention_bias": False,
-    "mlp_bias": False,
+FIELDS = fields("""
+    vocab_size                  vocab_size      32000
+    hidden_size                 width           4096
+    intermediate_size           mlp_width       11008
+    num_hidden_layers           depth           32
+    num_attention_heads         heads           32
+    num_key_value_heads         kv_heads        null
+    head_dim                    head_width      null
+    hidden_act                  activation      "silu"
+    max_position_embeddings     context         2048
+    rms_norm_eps                norm_eps        1e-6
+    tie_word_embeddings         tie_head        false
+    attention_bias              -               false
+    mlp_bias                    -               false
+    eos_token_id                -               2
+""")
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
 }
-DEFAULTS = {
-    "llama": LLAMA,
-    "mistral": {
-        **LLAMA,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        **LLAMA,
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "eos_token_id": None,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
+QWEN2 = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "eos_token_id": None,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
 }
+KINDS = {"llama": FIELDS, "mistral": FIELDS.but(**MISTRAL), "qwen2": FIELDS.but(**QWEN2)}
 TOKENIZERS = {"qwen2": "Qwen2Tokenizer"}  # the others have LLaMA's
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # that are written
 
 
 KNOWN = Known.of(
-    *DEFAULTS.values(),
+    *KINDS.values(),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"),
     *("pretraining_tp", "max_sequence_length", "is_llama_config"),
     rope_interleaved=(False,),
 )
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN}
+known = {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     """transformers' config.json → ours."""
     kind = values["model_type"]
-    v = {**DEFAULTS[kind], **values}
-    language.refuse_unless({**v, **rope_values(v)}, partial_rotary_factor=1.0)
+    v = KINDS[kind].complete(values)
+    refuse_unless({**v, **rope_values(v)}, partial_rotary_factor=1.0)
     biases = {"qkv_bias": v["attention_bias"], "out_bias": v["attention_bias"], "mlp_bias": v["mlp_bias"]}
     if kind != "llama":  # they have no such fields
         biases = {"qkv_bias": kind == "qwen2", "out_bias": False, "mlp_bias": False}
     return LanguageModelConfig(
-        vocab_size=v["vocab_size"],
-        context=context_of(v),
+        **{**FIELDS.read(v), "context": context_of(v)},
         positions="none",
-        width=v["hidden_size"],
-        depth=v["num_hidden_layers"],
-        heads=v["num_attention_heads"],
-        kv_heads=v["num_key_value_heads"],
-        head_width=v["head_dim"],
-        mlp_width=v["intermediate_size"],
         gated_mlp=True,
-        activation=read_activation(v["hidden_act"]),
         norm="rmsnorm",
-        norm_eps=v["rms_norm_eps"],
         **biases,
         **read_rope(v),
-        tie_head=v["tie_word_embeddings"],
         **language.read_special_tokens(v),
     )
 
@@ -180,20 +158,10 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden_width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads,
-        "head_dim": config.head_width or config.width // config.heads,
-        "hidden_act": write_activation(config.activation),
-        "rms_norm_eps": config.norm_eps,
+        **FIELDS.write(config),
         "rope_theta": config.rope_theta,
         "rope_scaling": write_rope_scaling(config.rope_scaling),
         **({"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias} if kind == "llama" else {}),
-        "tie_word_embeddings": config.tie_head,
         **language.write_special_tokens(config),
     }
 

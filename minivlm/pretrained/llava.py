@@ -13,7 +13,7 @@ from minivlm.layers.vit import VisionConfig
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing, siglip
 from minivlm.pretrained.chat_template import with_chat_template
-from minivlm.pretrained.fields import Known
+from minivlm.pretrained.fields import Known, read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor, ProcessorConfig
 
@@ -58,7 +58,7 @@ DEFAULTS = {
     "text_config": None,
     "vision_config": None,
 }
-VISION_DEFAULT = {  # CLIP-L/14-336, where nothing at all is said about the tower
+UNDESCRIBED_VISION = {  # CLIP-L/14-336
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -89,7 +89,7 @@ def read_config(values: dict[str, Any]) -> LLaVAConfig:
         vision=vision,
         language=read_language(v),
         image_token=v.get("image_token_id", v["image_token_index"]),
-        projector_activation=hf_clip.read_activation(v["projector_hidden_act"]),
+        projector_activation=read_activation(v["projector_hidden_act"]),
         projector_bias=v["multimodal_projector_bias"],
         vision_layers=tuple(layers) if isinstance(layers, list) else (layers,),
         class_token=reads_class_token(v["vision_feature_select_strategy"], vision),
@@ -99,8 +99,8 @@ def read_config(values: dict[str, Any]) -> LLaVAConfig:
 def read_language(values: dict[str, Any]) -> LanguageModelConfig:
     text = values["text_config"] or {}
     kind = text.get("model_type", "llama")
-    if kind not in llama.DEFAULTS:
-        known = ", ".join(llama.DEFAULTS)
+    if kind not in llama.KINDS:
+        known = ", ".join(llama.KINDS)
         raise UserError(f"config.json asks for a language model of type {kind!r}; supported in a LLaVA are {known}.")
     outer = {k: values[k] for k in ("eos_token_id", "pad_token_id") if values.get(k) is not None}
     config = llama.read_config({**text, "model_type": kind, **outer})
@@ -108,12 +108,12 @@ def read_language(values: dict[str, Any]) -> LanguageModelConfig:
 
 
 def read_vision(values: dict[str, Any] | None) -> VisionConfig:
-    values = VISION_DEFAULT if values is None else values
+    values = UNDESCRIBED_VISION if values is None else values
     kind = values.get("model_type", "clip_vision_model")
     if kind == "clip_vision_model":
-        return hf_clip.read_vision({**hf_clip.VISION_DEFAULTS, **values})
+        return hf_clip.read_vision(hf_clip.VISION_FIELDS, values)
     if kind == "siglip_vision_model":
-        return siglip.read_vision({**siglip.VISION_DEFAULTS, **values})
+        return siglip.read_vision(values)
     raise UserError(
         f"config.json asks for a vision tower of type {kind!r}; there are clip_vision_model and siglip_vision_model."
     )
@@ -147,7 +147,7 @@ def write_config(config: LLaVAConfig) -> dict[str, Any]:
         "model_type": "llava",
         "image_token_index": config.image_token,
         "image_seq_length": config.image_tokens,
-        "projector_hidden_act": hf_clip.write_activation(config.projector_activation),
+        "projector_hidden_act": write_activation(config.projector_activation),
         "multimodal_projector_bias": config.projector_bias,
         "vision_feature_layer": layers if len(layers) > 1 else layers[0],
         "vision_feature_select_strategy": strategy(config),

@@ -8,8 +8,8 @@ from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.pretrained import language, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.names import Row, table, under
+from minivlm.pretrained.fields import Known, fields, refuse_unless
+from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor
 
 model_class = LanguageModel
@@ -32,26 +32,22 @@ MODEL = table("""
     norm_f|ln_f     norm
 """) + under(BLOCK, "blocks.*.", "transformer.blocks.*.")  # fmt: skip
 
-ROWS = under(MODEL, "transformer.", "") + table("lm_head head")
-
-
-def rows(config: LanguageModelConfig) -> list[Row]:
-    return ROWS
+rows = under(MODEL, "transformer.", "") + table("lm_head head")
 
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-DEFAULTS = {
-    "d_model": 2048,
-    "n_heads": 16,
-    "n_layers": 24,
-    "max_seq_len": 2048,
-    "vocab_size": 50368,
-    "layer_norm_epsilon": 1e-5,
-    "mlp_ratio": 4,  # MosaicGPT's; in MPT it is always four times the width
-    "attn_qk_ln": False,  # MosaicGPT's
-}
-
+# The last two are MosaicGPT's; in MPT the MLPs always have four times the width.
+FIELDS = fields("""
+    vocab_size              vocab_size      50368
+    max_seq_len             context         2048
+    d_model                 width           2048
+    n_layers                depth           24
+    n_heads                 heads           16
+    layer_norm_epsilon      norm_eps        1e-5
+    mlp_ratio               -               4
+    attn_qk_ln              -               false
+""")
 
 ATTENTION = Known.of(
     *("attn_type", "attn_impl", "alibi", "alibi_bias_max", "clip_qkv", "softmax_scale", "prefix_lm", "qk_ln"),
@@ -59,7 +55,7 @@ ATTENTION = Known.of(
     sliding_window_size=(-1,),
 )
 KNOWN = Known.of(  # MPT's and MosaicGPT's; expansion_ratio and learned_pos_emb are read by neither
-    *(DEFAULTS, ATTENTION.fields, "attn_clip_qkv", "logit_scale", "no_bias", "hidden_size", "expansion_ratio"),
+    *(FIELDS, ATTENTION.fields, "attn_clip_qkv", "logit_scale", "no_bias", "hidden_size", "expansion_ratio"),
     *("learned_pos_emb", "init_device", "init_config", "verbose", "tokenizer_name", "low_precision_layernorm"),
     *("fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "param_init_fn", "emb_init_std"),
     *("emb_init_uniform_lim", "attn_uses_sequence_id", "name", "fc_type", "use_pad_tok_in_ffn"),
@@ -68,35 +64,25 @@ KNOWN = Known.of(  # MPT's and MosaicGPT's; expansion_ratio and learned_pos_emb 
 )
 
 
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN, "attn_config": ATTENTION, "ffn_config": Known.of(ffn_type=("mptmlp",))}
+known = {"": KNOWN, "attn_config": ATTENTION, "ffn_config": Known.of(ffn_type=("mptmlp",))}
 
 
 def read_config(values: dict[str, Any]) -> LanguageModelConfig:
     """transformers' config.json, or MosaicGPT's, → ours."""
-    v = {**DEFAULTS, **values}
+    v = FIELDS.complete(values)
     mosaic = values.get("model_type") == "mosaic_gpt"
     attention = v if mosaic else values.get("attn_config") or {}
-    language.refuse_unless(v, no_bias=True, logit_scale=None)
-    language.refuse_unless(
-        attention, alibi=True, alibi_bias_max=8, softmax_scale=None, clip_qkv=None, attn_clip_qkv=None
-    )
-    language.refuse_unless(attention, attn_type="multihead_attention", prefix_lm=False, qk_ln=False)
+    refuse_unless(v, no_bias=True, logit_scale=None)
+    refuse_unless(attention, alibi=True, alibi_bias_max=8, softmax_scale=None, clip_qkv=None, attn_clip_qkv=None)
+    refuse_unless(attention, attn_type="multihead_attention", prefix_lm=False, qk_ln=False)
     return LanguageModelConfig(
-        vocab_size=v["vocab_size"],
-        context=v["max_seq_len"],
+        **FIELDS.read(v),
         positions="none",
         alibi=True,
-        width=v["d_model"],
-        depth=v["n_layers"],
-        heads=v["n_heads"],
         mlp_width=v["d_model"] * (v["mlp_ratio"] if mosaic else 4),
-        norm_eps=v["layer_norm_epsilon"],
         norm_bias=False,
         qk_norm="wide_layernorm" if mosaic and v["attn_qk_ln"] else None,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
         tie_head=True,
         **language.read_special_tokens(v),
     )
@@ -107,12 +93,7 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["MptForCausalLM"],
         "model_type": "mpt",
-        "vocab_size": config.vocab_size,
-        "max_seq_len": config.context,
-        "d_model": config.width,
-        "n_layers": config.depth,
-        "n_heads": config.heads,
-        "layer_norm_epsilon": config.norm_eps,
+        **FIELDS.write(config),
         "no_bias": True,
         "attn_config": {"alibi": True, "alibi_bias_max": 8},
         "tie_word_embeddings": True,

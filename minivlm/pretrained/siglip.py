@@ -11,7 +11,7 @@ from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import hf_clip, preprocessing
 from minivlm.pretrained.fields import Known
-from minivlm.pretrained.names import Row, table, under
+from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor, ProcessorConfig
 
 model_class = CLIP
@@ -28,7 +28,7 @@ VISION = hf_clip.VISION + table("""
     head.mlp.fc2                    attention_pool.mlp.down_proj
 """)
 
-ROWS = [
+rows = [
     *under(VISION, "vision_model.", "vision."),
     *under(hf_clip.TEXT, "text_model.", "text."),
     *table("""
@@ -39,47 +39,31 @@ ROWS = [
 ]
 
 
-def rows(config: CLIPConfig) -> list[Row]:
-    return ROWS
-
-
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-ENCODER_DEFAULTS = {
+ENCODER = {
     "hidden_size": 768,
     "intermediate_size": 3072,
-    "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-TEXT_DEFAULTS = {**ENCODER_DEFAULTS, "vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None}
-VISION_DEFAULTS = {**ENCODER_DEFAULTS, "num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True}
+TEXT_FIELDS = hf_clip.TEXT_FIELDS.but(**ENCODER, vocab_size=32000, max_position_embeddings=64, projection_size=None)
+VISION_FIELDS = hf_clip.VISION_FIELDS.but(**ENCODER, patch_size=16, vision_use_head=True)
 
-
-VISION_KNOWN = Known.of(VISION_DEFAULTS)
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return hf_clip.of_towers(Known.of(TEXT_DEFAULTS), VISION_KNOWN, Known.of())
+VISION_KNOWN = Known.of(VISION_FIELDS)
+known = hf_clip.of_towers(Known.of(TEXT_FIELDS), VISION_KNOWN, Known.of())
 
 
 def read_config(values: dict[str, Any]) -> CLIPConfig:
     """transformers' config.json → ours."""
-    text = hf_clip.part(values, "text_config", TEXT_DEFAULTS)
-    vision = hf_clip.part(values, "vision_config", VISION_DEFAULTS)
-    if not vision["vision_use_head"]:
+    text = TEXT_FIELDS.complete(hf_clip.part(values, "text_config"))
+    vision = read_vision(hf_clip.part(values, "vision_config"))
+    if vision.pool != "attention":
         raise UserError("config.json has vision_use_head false: this SigLIP has no image embedding to load.")
     return CLIPConfig(
-        vision=read_vision(vision),
-        text=TextConfig(
-            **hf_clip.read_encoder(text),
-            vocab_size=text["vocab_size"],
-            context=text["max_position_embeddings"],
-            causal=False,
-            use_mask=False,
-            pool="last",
-        ),
+        vision=vision,
+        text=TextConfig(**TEXT_FIELDS.read(text), causal=False, use_mask=False, pool="last"),
         embed_width=text["projection_size"] or text["hidden_size"],
         image_projection=False,
         text_projection_bias=True,
@@ -88,20 +72,18 @@ def read_config(values: dict[str, Any]) -> CLIPConfig:
 
 
 def read_vision(values: dict[str, Any]) -> VisionConfig:
-    pool = "attention" if values["vision_use_head"] else "mean"
-    return hf_clip.read_vision(values, pool=pool, embedding_norm=False, patch_bias=True)
+    pool = "attention" if VISION_FIELDS.complete(values)["vision_use_head"] else "mean"
+    return hf_clip.read_vision(VISION_FIELDS, values, pool=pool, embedding_norm=False, patch_bias=True)
 
 
 def write_config(config: CLIPConfig) -> dict[str, Any]:
     """Ours → transformers' config.json."""
-    clip = hf_clip.write_config(config)
-    text, vision = clip["text_config"], clip["vision_config"]
-    del text["projection_dim"], vision["projection_dim"], text["eos_token_id"]
+    text = {**TEXT_FIELDS.write(config.text), "projection_size": config.embed_width}
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
-        "text_config": {**text, "model_type": "siglip_text_model", "projection_size": config.embed_width},
-        "vision_config": {**vision, "model_type": "siglip_vision_model"},
+        "text_config": {"model_type": "siglip_text_model", **text},
+        "vision_config": {"model_type": "siglip_vision_model", **hf_clip.write_vision(config.vision)},
     }
 
 

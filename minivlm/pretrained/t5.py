@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.pretrained import language, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.hf_clip import read_activation, write_activation
+from minivlm.pretrained.fields import Known, fields, read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
 
@@ -68,57 +67,41 @@ def rows(config: T5Config) -> list[Row]:
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
 
-DEFAULTS = {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_decoder_layers": None,
-    "num_heads": 8,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-    "feed_forward_proj": "relu",
-    "n_positions": 512,
-    "decoder_start_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-}
+FIELDS = fields("""
+    vocab_size                          vocab_size          32128
+    d_model                             width               512
+    d_kv                                head_width          64
+    d_ff                                mlp_width           2048
+    num_layers                          depth               6
+    num_decoder_layers                  decoder_depth       null
+    num_heads                           heads               8
+    relative_attention_num_buckets      relative_buckets    32
+    relative_attention_max_distance     relative_distance   128
+    layer_norm_epsilon                  norm_eps            1e-6
+    n_positions                         context             512
+    tie_word_embeddings                 tie_head            true
+    decoder_start_token_id              start_token         0
+    feed_forward_proj                   -                   "relu"
+    eos_token_id                        -                   1
+    pad_token_id                        -                   0
+""")
 
-
-KNOWN = Known.of(DEFAULTS, "dense_act_fn", "is_gated_act", "scale_decoder_outputs")
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": KNOWN}
+KNOWN = Known.of(FIELDS, "dense_act_fn", "is_gated_act", "scale_decoder_outputs")
+known = {"": KNOWN}
 
 
 def read_config(values: dict[str, Any]) -> T5Config:
     """transformers' config.json → ours."""
-    v = {**DEFAULTS, **values}
+    v = FIELDS.complete(values)
     gated, word = v["feed_forward_proj"].startswith("gated-"), v["feed_forward_proj"].removeprefix("gated-")
     if gated and word == "gelu":
         word = "gelu_new"  # Flan-T5 was trained so; BLIP-2's, with the exact one, says so in dense_act_fn
     return T5Config(
-        vocab_size=v["vocab_size"],
-        width=v["d_model"],
-        depth=v["num_layers"],
-        decoder_depth=v["num_decoder_layers"],
-        heads=v["num_heads"],
-        head_width=v["d_kv"],
-        mlp_width=v["d_ff"],
+        **FIELDS.read(v),
         activation=read_activation(v.get("dense_act_fn", word)),
         gated_mlp=gated,
-        norm_eps=v["layer_norm_epsilon"],
-        relative_buckets=v["relative_attention_num_buckets"],
-        relative_distance=v["relative_attention_max_distance"],
-        tie_head=v["tie_word_embeddings"],
         # Up to transformers 4, a tied head is a scaled one; 5 writes which it is.
         scale_head=v.get("scale_decoder_outputs", v["tie_word_embeddings"]),
-        context=v["n_positions"],
-        start_token=v["decoder_start_token_id"],
         **language.read_special_tokens(v),
     )
 
@@ -131,23 +114,11 @@ def write_config(config: T5Config) -> dict[str, Any]:
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.width,
-        "d_kv": config.head_width or config.width // config.heads,
-        "d_ff": config.encoder.hidden_width,
-        "num_layers": config.depth,
-        "num_decoder_layers": config.decoder.depth,
-        "num_heads": config.heads,
-        "relative_attention_num_buckets": config.relative_buckets,
-        "relative_attention_max_distance": config.relative_distance,
-        "layer_norm_epsilon": config.norm_eps,
+        **FIELDS.write(config),
         "feed_forward_proj": f"gated-{word.removesuffix('_new')}" if config.gated_mlp else word,
         "dense_act_fn": word,
-        "n_positions": config.context,
-        "tie_word_embeddings": config.tie_head,
         **scale,
         **language.write_special_tokens(config),
-        "decoder_start_token_id": config.start_token,
     }
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import bert, language, preprocessing
-from minivlm.pretrained.fields import Known
-from minivlm.pretrained.names import Row, table, under
+from minivlm.pretrained.fields import Known, refuse_unless
+from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor, ProcessorConfig
 
 model_class = VisualBERT
@@ -29,7 +29,7 @@ REGIONS = table("""
     pooler.dense                                pooler
 """)
 
-ROWS = [
+rows = [
     *under(REGIONS, ("visual_bert.", ""), ""),
     *under([row for row in bert.MODEL if row.how != "unread"], ("visual_bert.", ""), "bert."),
     *table("""
@@ -43,22 +43,17 @@ ROWS = [
 ]
 EMBEDDING, DECODER = "visual_bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 
-DEFAULTS = bert.DEFAULTS | {"visual_embedding_dim": 512}
+FIELDS = bert.FIELDS.but(visual_embedding_dim=512)
 ANSWERING, TELLING, ALONE = "VisualBertForQuestionAnswering", "VisualBertForPreTraining", "VisualBertModel"
 
 
-def rows(config: VisualBERTConfig) -> list[Row]:
-    return ROWS
-
-
-def known(values: dict[str, Any]) -> dict[str, Known]:
-    return {"": bert.KNOWN | Known.of(DEFAULTS, "bypass_transformer", "special_visual_initialize")}
+known = {"": bert.KNOWN | Known.of(FIELDS, "bypass_transformer", "special_visual_initialize")}
 
 
 def read_config(values: dict[str, Any]) -> VisualBERTConfig:
     """transformers' config.json → ours."""
-    v = {**DEFAULTS, **values}
-    language.refuse_unless(v, bypass_transformer=False)
+    v = FIELDS.complete(values)
+    refuse_unless(v, bypass_transformer=False)
     [architecture] = v.get("architectures") or [ALONE]
     if architecture not in (ANSWERING, TELLING, ALONE):
         raise UserError(

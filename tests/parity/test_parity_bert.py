@@ -83,6 +83,6 @@ def test_bert_base_name_by_name():
         theirs = transformers.BertForPreTraining(transformers.BertConfig())
     ours = empty_model(BERT, bert.read_config({}))
     assert comparable(bert.read_config({})) == comparable(bert.read_config(transformers.BertConfig().to_dict()))
-    names.to_ours(theirs.state_dict(), ours.state_dict(keep_vars=True), bert.rows(ours.config), "base")
+    names.to_ours(theirs.state_dict(), ours.state_dict(keep_vars=True), bert.rows, "base")
     pooler = 768 * 768 + 768
     assert sum(p.numel() for p in ours.parameters()) + pooler == 109_482_240

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minivlm.pretrained import module_of
+from minivlm.pretrained import known_fields
 from minivlm.pretrained.fields import check_config
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
@@ -21,4 +21,4 @@ def test_all_fields_are_known(kind, tmp_path):
     config = getattr(transformers, f"{CONFIGS[kind]}Config")()
     config.save_pretrained(tmp_path)
     for values in (config.to_dict(), json.loads((tmp_path / "config.json").read_text())):
-        check_config(values, "config.json", module_of(kind).known(values))
+        check_config(values, "config.json", known_fields(kind, values))

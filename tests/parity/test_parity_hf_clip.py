@@ -216,8 +216,8 @@ def test_published_sizes_name_by_name(name):
     ours = empty_model(CLIP, hf_clip.read_config(config.to_dict()))
     assert comparable(ours.config) == comparable(clip_size(name))
     state = ours.state_dict(keep_vars=True)
-    names.to_ours(theirs, state, hf_clip.ROWS, name)  # raises unless every name and shape agrees
-    written = names.to_theirs(state, hf_clip.ROWS)
+    names.to_ours(theirs, state, hf_clip.rows, name)  # raises unless every name and shape agrees
+    written = names.to_theirs(state, hf_clip.rows)
     stored = {k: v.shape for k, v in theirs.items() if not k.endswith("position_ids")}
     assert {k: v.shape for k, v in written.items()} == stored
 

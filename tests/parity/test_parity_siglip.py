@@ -86,9 +86,9 @@ def test_published_size_name_by_name():
         theirs = transformers.SiglipModel(transformers.SiglipConfig())
     ours = empty_model(CLIP, siglip.read_config({"text_config": {}, "vision_config": {}}))
     stored = theirs.state_dict()
-    names.to_ours(stored, ours.state_dict(keep_vars=True), siglip.ROWS, "siglip-base")
+    names.to_ours(stored, ours.state_dict(keep_vars=True), siglip.rows, "siglip-base")
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 203_155_970
-    written = names.to_theirs(ours.state_dict(), siglip.ROWS)
+    written = names.to_theirs(ours.state_dict(), siglip.rows)
     assert {k: v.shape for k, v in written.items()} == {
         k: v.shape for k, v in stored.items() if "position_ids" not in k
     }

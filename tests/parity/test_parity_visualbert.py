@@ -128,6 +128,6 @@ def test_visualbert_vqa_name_by_name():
             transformers.VisualBertConfig(visual_embedding_dim=2048, num_labels=3129)
         )
     ours = empty_model(VisualBERT, config)
-    names.to_ours(theirs.state_dict(), ours.state_dict(keep_vars=True), visualbert.rows(config), "visualbert-vqa")
+    names.to_ours(theirs.state_dict(), ours.state_dict(keep_vars=True), visualbert.rows, "visualbert-vqa")
     assert sum(p.numel() for p in ours.parameters()) == 113_856_825
     assert config.answers[10] == "answer 10"

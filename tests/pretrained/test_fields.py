@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minivlm.errors import UserError
-from minivlm.pretrained import module_of, read
+from minivlm.pretrained import known_fields, read
 from minivlm.pretrained.fields import Known, check_config, refuse_unknown
 
 OLD = {  # what transformers 4 wrote into every part of a config
@@ -43,8 +43,7 @@ def test_what_is_on_and_not_known_is_refused():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_family_refuses_an_unknown_field_and_takes_what_transformers_4_wrote(kind):
-    module = module_of(kind)
-    parts = module.known({"model_type": kind})
+    parts = known_fields(kind, {"model_type": kind})
     assert "" in parts
     for name in parts:
         whole = {"model_type": kind, **({name: OLD} if name else OLD)}
@@ -75,6 +74,6 @@ HARMLESS = {  # of dolly-v2, of files of transformers 4.35, of galactica
 
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_what_published_files_say_beside_the_matter_is_no_obstacle(kind):
-    check_config(HARMLESS[kind], "config.json", module_of(kind).known({"model_type": kind}))
+    check_config(HARMLESS[kind], "config.json", known_fields(kind, {"model_type": kind}))
     with pytest.raises(UserError, match="scale_embeddings = True"):
-        check_config({"scale_embeddings": True}, "config.json", module_of("opt").known({"model_type": "opt"}))
+        check_config({"scale_embeddings": True}, "config.json", known_fields("opt", {"model_type": "opt"}))

@@ -145,7 +145,7 @@ def test_defaults_are_those_of_base_patch32():
 def test_published_sizes(name, parameters):
     model = empty_model(CLIP, clip_size(name))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    stored = names.to_theirs(model.state_dict(), hf_clip.ROWS)
+    stored = names.to_theirs(model.state_dict(), hf_clip.rows)
     assert sum(t.numel() for t in stored.values()) == parameters
 
 

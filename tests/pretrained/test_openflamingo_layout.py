@@ -257,7 +257,7 @@ def test_openflamingo_3b_name_by_name():
     clip = names.to_theirs({n: t for n, t in clip.items() if n.startswith("vision.")}, open_clip.VIT)
     shapes |= {f"lang_encoder.{n}": s for n, s in mosaic.items()}
     shapes |= {f"vision_encoder.{n}": tuple(t.shape) for n, t in clip.items()}
-    rows = openflamingo.rows(config, layers, mpt.ROWS, open_clip.VIT)
+    rows = openflamingo.rows(config, layers, mpt.rows, open_clip.VIT)
     ours = empty_model(Flamingo, config)
     names.to_ours(
         meta(shapes), ours.state_dict(keep_vars=True), rows, "3B"

@@ -27,7 +27,7 @@ def published(directory, **changes):
     model = VisualBERT(CONFIG).eval()
     values = visualbert.write_config(CONFIG) | {"pad_token_id": 1} | changes
     (directory / "config.json").write_text(json.dumps(values))
-    tensors = names.to_theirs(model.state_dict(), visualbert.rows(CONFIG))
+    tensors = names.to_theirs(model.state_dict(), visualbert.rows)
     position_ids = {"visual_bert.embeddings.position_ids": torch.arange(12)[None]}
     torch.save(tensors | position_ids, directory / "pytorch_model.bin")
     return model
