@@ -1,4 +1,4 @@
-"""Pictures and what is said about them: the shapes world, and one's own folders. Each part is imported on first use."""
+"""Images and what is said about them: the shapes world, and one's own folders. Each part is imported on first use."""
 
 import importlib
 

@@ -3,7 +3,7 @@
     python -m minivlm.datasets.check photos                        counts, classes, caption lengths, problems, samples
     python -m minivlm.datasets.check photos --model out/clip       with that model's tokeniser, context and image size
     python -m minivlm.datasets.check photos --context 96           with such a context, where no model says one
-    python -m minivlm.datasets.check photos --save sheet.png       a picture: the evaluation view beside augmented views
+    python -m minivlm.datasets.check photos --save sheet.png       an image: the evaluation view beside augmented views
 
 A sample that training leaves out is a problem, and so is one on which evaluation would stop: both by the same judgement
 (judge.py). Nothing is written into DIR. The exit code is 1 if there are problems, and 2 if DIR is no dataset at all.
@@ -110,7 +110,7 @@ def unnamed(directory: Path, items: list[Item]) -> list[str]:
 
 
 def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
-    """Questions and conversations: which can be learnt from, and which be judged by?"""
+    """Questions and conversations: which can be learned from, and which be judged by?"""
     if not find_conversations(args.directory):
         return
     found: list[str] = []
@@ -330,7 +330,7 @@ def save_sheet(sheet, path: Path) -> None:
     try:
         sheet.save(path)
     except (OSError, ValueError, KeyError) as error:  # no such folder, no room; an ending that names no image format
-        raise UserError(f"the picture {path} could not be written: {error}.") from error
+        raise UserError(f"the image {path} could not be written: {error}.") from error
     print(f"\nwrote {path}: the evaluation view, then augmented views of the same image")
 
 

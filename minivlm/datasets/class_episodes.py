@@ -1,11 +1,11 @@
-"""Few-shot episodes from one's own pictures: a folder with a sub-folder a class, such as Omniglot's drawings.
+"""Few-shot episodes from one's own images: a folder with a sub-folder a class, such as Omniglot's drawings.
 
-    DIR/…/character01/*.png         a class is a folder that holds pictures, however deep; what it is called is not read
+    DIR/…/character01/*.png         a class is a folder that holds images, however deep; what it is called is not read
     DIR/train/…   DIR/test/…        the splits, as in folder.py; otherwise they are drawn by a hash of the class's path
 
-Folders that hold something else than the pictures of a class are refused, as in class_folders.py.
+Folders that hold something else than the images of a class are refused, as in class_folders.py.
 
-Pictures of some classes are shown under made-up names, and then another one of any of them, whose name is asked for.
+Images of some classes are shown under made-up names, and then another one of any of them, whose name is asked for.
 Vinyals et al. 2016, "Matching Networks for One Shot Learning", §4.1; Lake et al. 2015 (Omniglot).
 """
 
@@ -41,7 +41,7 @@ class PictureClass:
 
 
 def is_class_folder(directory: str | os.PathLike) -> bool:
-    """Pictures in sub-folders, and nothing that says more about them."""
+    """Images in sub-folders, and nothing that says more about them."""
     directory = Path(directory)
     told = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
     return not told and directory.is_dir() and bool(subfolders(directory))
@@ -50,7 +50,7 @@ def is_class_folder(directory: str | os.PathLike) -> bool:
 def class_episodes(
     directory: str | os.PathLike, n: int, *, shots: int, ways: int = 5, seed: int = 0, split: str = "test"
 ) -> list[ShotEpisode]:
-    """`n` episodes of `shots` examples in all, in held-out words. UserError: too few classes, or pictures of one."""
+    """`n` episodes of `shots` examples in all, in held-out words. UserError: too few classes, or images of one."""
     classes = read_classes(Path(directory), split)
     check_enough(classes, Path(directory), split, shots=shots, ways=ways)
     lessons, pictures = class_lessons(classes)
@@ -64,13 +64,13 @@ def class_episodes(
 
 
 def class_lessons(classes: list[PictureClass]) -> tuple[Lessons, list[Path]]:
-    """Lessons in which a class is a look, and the pictures that their numbers stand for."""
+    """Lessons in which a class is a look, and the images that their numbers stand for."""
     numbers = np.repeat(np.arange(len(classes)), [len(one.pictures) for one in classes])
     return Lessons(numbers), [picture for one in classes for picture in one.pictures]
 
 
 def read_classes(directory: Path, split: str) -> list[PictureClass]:
-    """The classes of a split, in the order of their names. UserError: no folder, or none with pictures."""
+    """The classes of a split, in the order of their names. UserError: no folder, or none with images."""
     return choose_split(find_classes(directory), split, directory)[0]
 
 
@@ -93,20 +93,20 @@ def find_classes(directory: Path) -> list[PictureClass]:
     if not read_names(directory):
         refuse_other_layouts(directory, holds, named=False)
     if not found:
-        raise UserError(f"{directory} has no sub-folders of pictures, one a class.")
+        raise UserError(f"{directory} has no sub-folders of images, one a class.")
     return list(found.values())
 
 
 def check_enough(classes: list[PictureClass], directory: Path, split: str, *, shots: int, ways: int) -> None:
     if len(classes) < ways:
         raise UserError(
-            f"{directory} has {len(classes)} {split} classes (folders of pictures), but an episode has {ways}: ask for "
+            f"{directory} has {len(classes)} {split} classes (folders of images), but an episode has {ways}: ask for "
             f"fewer --ways, or put those that are to be judged by into {directory / split}."
         )
     most = -(-shots // ways)
     for one in classes:
         if len(one.pictures) <= most:
             raise UserError(
-                f"{directory / one.image} has {len(one.pictures)} pictures, but an episode shows {most} of them and "
+                f"{directory / one.image} has {len(one.pictures)} images, but an episode shows {most} of them and "
                 "asks for another: ask for fewer --shots, or add some."
             )

@@ -1,10 +1,10 @@
-"""Folders with one sub-folder a class: which pictures they hold, and whether their names are names of classes at all.
+"""Folders with one sub-folder a class: which images they hold, and whether their names are names of classes at all.
 
     DIR/<class>/…/*.jpg                   "_" in a class name reads as a space
     DIR/train/<class>/…, DIR/test/…       the same with the split given; val (or valid, validation) beside them
     DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench"
 
-Pictures also lie in folders that are no classes: a year of photographs, a shard of a download. To be taught "an image of
+Images also lie in folders that are no classes: a year of photographs, a shard of a download. To be taught "an image of
 a 2023" helps nobody, so those are refused unless class_names.txt says what they show.
 """
 
@@ -24,7 +24,7 @@ from minivlm.files import check_text, read_bytes, readable
 
 NAMES = "class_names.txt"
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside a picture and called like it: what is said about it
+SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called like it: what is said about it
 
 # ------------------------------------------------------------------------------------------------- what a folder holds
 
@@ -34,7 +34,7 @@ class Listing:
     """What lies below a folder, hidden files and folders left out; names are paths below it, with slashes."""
 
     pictures: list[str] = field(default_factory=list)  # sorted, by their endings
-    irregular: list[str] = field(default_factory=list)  # called like pictures, but pipes, devices, links to nowhere
+    irregular: list[str] = field(default_factory=list)  # called like images, but pipes, devices, links to nowhere
     others: list[str] = field(default_factory=list)
     linked: int = 0  # links to folders, which are not followed
     closed: int = 0  # folders that may not be read
@@ -106,9 +106,9 @@ class ClassFolder:
 
 
 def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
-    """The classes that have pictures, in the order of their names, and notes on what is passed over.
+    """The classes that have images, in the order of their names, and notes on what is passed over.
 
-    UserError where the folders hold something else than the pictures of a class each.
+    UserError where the folders hold something else than the images of a class each.
     """
     folders = subfolders(directory)
     splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
@@ -213,7 +213,7 @@ SYNSETS = {r"n\d{8}": "WordNet's numbers, as ImageNet's folders are called"}
 
 
 def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
-    """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learnt."""
+    """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learned."""
     names = sorted({os.path.basename(path) for path in folders})
     remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME)"
     for pattern, kind in (NO_CLASSES | (SYNSETS if named else {})).items():
@@ -223,8 +223,8 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
         if like and 2 * len(like) >= len(names):
             shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
             raise UserError(
-                f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learnt as "
-                f"classes: rename them, say what is in each picture in a captions.jsonl, or {remedy.format(like[0])}."
+                f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learned as "
+                f"classes: rename them, say what is in each image in a captions.jsonl, or {remedy.format(like[0])}."
             )
     for path, found in folders.items():
         stems = {os.path.splitext(name)[0] for name in found.pictures}
@@ -232,7 +232,7 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
         beside = [n for n in found.others if os.path.splitext(n)[1] in SIDECARS and os.path.splitext(n)[0] in stems]
         if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(found.pictures):
             raise UserError(
-                f"{directory / path} holds texts beside its pictures ({beside[0]}), as img2dataset and annotation tools "
-                "leave them, and not the pictures of a class alone: write what they say to captions.jsonl; or, if the "
+                f"{directory / path} holds texts beside its images ({beside[0]}), as img2dataset and annotation tools "
+                "leave them, and not the images of a class alone: write what they say to captions.jsonl; or, if the "
                 f"folder is a class, {remedy.format(os.path.basename(path))}."
             )

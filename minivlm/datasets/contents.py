@@ -20,7 +20,7 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.errors import UserError
 
-# What can be learnt from, and how it is called in a sentence. Several may be true of one folder.
+# What can be learned from, and how it is called in a sentence. Several may be true of one folder.
 KINDS = {
     "pairs": "images with captions, answers or classes",
     "captions": "images with captions or classes",
@@ -134,7 +134,7 @@ def count(entries: list, directory: Path, split: str) -> Counter[str]:
 
 
 def count_classes(directory: Path, found: Contents) -> None:
-    """Folders of pictures, however deep, whose names a lesson does not read."""
+    """Folders of images, however deep, whose names a lesson does not read."""
     try:
         classes = find_classes(directory)
     except UserError:  # which is told by those who read the names as well

@@ -1,4 +1,4 @@
-"""What a dataset of the prefix pattern offers: pictures, and what is said about them in turns."""
+"""What a dataset of the prefix pattern offers: images, and what is said about them in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minivlm.datasets.judge import Problem
 
 
 def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
-    """A request, and one of the captions of the picture."""
+    """A request, and one of the captions of the image."""
     caption = as_text(captions[int(rng.random() * len(captions))])
     return [Turn("user", with_images(DESCRIBE)), Turn("assistant", caption)]
 
@@ -20,18 +20,18 @@ def ask_for_caption(captions: Sequence[str], rng: np.random.Generator) -> list[T
 class Question(NamedTuple):
     """A question to be judged by."""
 
-    index: int  # the sample whose pictures it is about
-    text: str  # without <image> marks: they stand in front of it, one for each picture of the sample
+    index: int  # the sample whose images it is about
+    text: str  # without <image> marks: they stand in front of it, one for each image of the sample
     answers: tuple[str, ...]  # any of them is right; ten: what ten people said (VQA v2)
     kind: str = "all"  # accuracy is told for each kind
 
 
 class Conversations:
-    """One split of pictures with conversations. A dataset sets `split`, and defines the methods that raise here.
+    """One split of images with conversations. A dataset sets `split`, and defines the methods that raise here.
 
     split  "train", "val" or "test"
     notes  sentences that the user should see: what was skipped, which split stands in for a missing one
-    one_picture_each  False where some samples have several pictures, or none
+    one_picture_each  False where some samples have several images, or none
     free_answers  True where the questions are those of conversations, whose answers are sentences
     """
 
@@ -44,11 +44,11 @@ class Conversations:
         raise NotImplementedError
 
     def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
-        """The pictures of each sample, (H, W, 3) uint8 RGB; sizes may differ."""
+        """The images of each sample, (H, W, 3) uint8 RGB; sizes may differ."""
         raise NotImplementedError
 
     def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
-        """Leave out, and tell in `notes`, of which samples nothing can be learnt (judge.py)."""
+        """Leave out, and tell in `notes`, of which samples nothing can be learned (judge.py)."""
 
     def keep_captioned(self) -> None:
         """Leave out, and tell in `notes`, the samples without captions."""
@@ -58,10 +58,10 @@ class Conversations:
         return 1
 
     def check_pictures(self) -> None:
-        """UserError where a picture cannot be decoded."""
+        """UserError where an image cannot be decoded."""
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
-        """What is said about the pictures of a sample; where there is a choice, `rng` makes it."""
+        """What is said about the images of a sample; where there is a choice, `rng` makes it."""
         raise NotImplementedError
 
     def key(self, index: int) -> str:
@@ -81,7 +81,7 @@ class Conversations:
         return []
 
     def captions(self, index: int) -> list[str]:
-        """What is known to describe the picture; nothing where the data have no captions."""
+        """What is known to describe the image; nothing where the data have no captions."""
         return []
 
     def false_caption(self, index: int, rng: np.random.Generator) -> str | None:

@@ -16,9 +16,9 @@ __all__ = ["Conversations", "Question", "has_conversations", "open_conversations
 
 def open_conversations(directory: str | os.PathLike, split: str, *, image_size: int | None) -> Conversations:
     """One split of a folder that holds the shapes world; or conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl,
-    of which all that are there are read; or pictures in class folders.
+    of which all that are there are read; or images in class folders.
 
-    image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no picture will be
+    image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no image will be
                 looked at, so none is decoded
     """
     directory = Path(directory)

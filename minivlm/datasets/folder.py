@@ -1,4 +1,4 @@
-"""One's own pictures: a folder with captions.jsonl, or with one sub-folder a class, as train, val and test pairs.
+"""One's own images: a folder with captions.jsonl, or with one sub-folder a class, as train, val and test pairs.
 
     DIR/captions.jsonl      {"image": "a.jpg", "captions": ["…"]}   the image in DIR or DIR/images; or "caption": "…"
                             optional: "split": "train" | "val" | "test", "label": "pink primrose"
@@ -45,7 +45,7 @@ def open_pairs(
 
 
 class FolderPairs(Pairs):
-    """A split of a folder of pictures; see the module for what is recognised, `Pairs` for the interface.
+    """A split of a folder of images; see the module for what is recognised, `Pairs` for the interface.
 
     A training image that cannot be decoded is left out, counted and named in `notes` (and in `skipped`, key → why);
     in val and test it is an error, since a score over what happened to be readable would not be the folder's score.

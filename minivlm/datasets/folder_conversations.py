@@ -27,7 +27,7 @@ from minivlm.datasets.judge import Problem, check_headers, check_pictures, leave
 
 
 class FolderEntries:
-    """The entries of one split of a folder, and their pictures.
+    """The entries of one split of a folder, and their images.
 
     A training sample with an image that cannot be decoded is left out, and told in `notes` and `skipped` (image → why);
     in val and test it is an error. Training images come from a cache with a shorter side of 1.25 times image_size.
@@ -66,7 +66,7 @@ class FolderEntries:
 class FolderConversations(FolderEntries, Conversations):
     """A split of a folder; see the module for what is recognised, `Conversations` for the interface.
 
-    Questions about one picture are one sample, of which a conversation asks up to four.
+    Questions about one image are one sample, of which a conversation asks up to four.
     """
 
     entries: list[Captioned | Quiz | Conversation]
@@ -76,7 +76,7 @@ class FolderConversations(FolderEntries, Conversations):
         self.free_answers = any(isinstance(entry, Conversation) for entry in self.entries)
 
     def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
-        """captions: where a sample has captions, they alone are learnt from."""
+        """captions: where a sample has captions, they alone are learned from."""
 
         def judge(entry: Entry) -> tuple[Entry | None, list[str]]:
             if not captions or not entry.captions:
@@ -106,11 +106,11 @@ class FolderConversations(FolderEntries, Conversations):
         yield from dict.fromkeys([*request, *(text for entry in self.entries for text in entry.texts())])
 
     def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
-        """All that vqa.jsonl asks about the picture, or the first question of the conversation."""
+        """All that vqa.jsonl asks about the image, or the first question of the conversation."""
         return [Question(index, q.text, q.answers, q.kind) for q in self.entries[index].questions()]
 
     def questions(self) -> list[Question]:
-        """Those of vqa.jsonl, or the first of each conversation about pictures."""
+        """Those of vqa.jsonl, or the first of each conversation about images."""
         return [
             Question(index, asked.text, asked.answers, asked.kind)
             for index, entry in enumerate(self.entries)

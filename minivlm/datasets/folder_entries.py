@@ -1,4 +1,4 @@
-"""One's own pictures in conversation: a folder with conversations.json, vqa.jsonl or captions.jsonl.
+"""One's own images in conversation: a folder with conversations.json, vqa.jsonl or captions.jsonl.
 
 DIR/conversations.json  LLaVA's format: [{"id": "1", "image": "a.jpg", "conversations": [
                         {"from": "human", "value": "<image>\\nwhat is it?"}, {"from": "gpt", "value": "a kite"}]}]
@@ -47,7 +47,7 @@ MOST = 4  # questions of one conversation
 
 @dataclass
 class Entry:
-    """Pictures (paths below the folder), and what is said about them."""
+    """Images (paths below the folder), and what is said about them."""
 
     images: list[str]
     split: str | None
@@ -68,7 +68,7 @@ class Entry:
 @dataclass
 class Captioned(Entry):
     def judged(self, problem: Problem) -> tuple[Captioned | None, list[str]]:
-        """Without what nothing can be learnt from; None if that is all; and why (see judge.py)."""
+        """Without what nothing can be learned from; None if that is all; and why (see judge.py)."""
         known, why = fitting(self.captions, caption_turns, problem)
         return (replace(self, captions=known) if known else None), why
 
@@ -86,14 +86,14 @@ class Captioned(Entry):
 
 class Asked(NamedTuple):
     text: str
-    answer: str  # the one that is learnt
+    answer: str  # the one that is learned
     answers: tuple[str, ...]  # those that are right
     kind: str = "all"
 
 
 @dataclass
 class Quiz(Entry):
-    """All questions about one picture."""
+    """All questions about one image."""
 
     asked: list[Asked] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class Quiz(Entry):
         return (replace(self, captions=known, asked=asked) if known or asked else None), why + more
 
     def conversation(self, rng: np.random.Generator) -> list[Turn]:
-        """Some of the questions, in any order, the picture in front of the first. A caption, if there is one, is asked for as
+        """Some of the questions, in any order, the image in front of the first. A caption, if there is one, is asked for as
         well."""
         asked = self.asked
         if self.captions:
@@ -134,7 +134,7 @@ class Conversation(Entry):
         return self.turns
 
     def questions(self) -> list[Asked]:
-        """The first question and its answer, if all pictures, and there are some, come with it."""
+        """The first question and its answer, if all images, and there are some, come with it."""
         user, assistant = [turn.text for turn in self.turns if turn.role != "system"][:2]
         if not self.images or user.count(PLACEHOLDER) != len(self.images):
             return []
@@ -275,7 +275,7 @@ def read_questions(file: Path, find, problems: list[str] | None) -> list[Quiz]:
 
 
 def read_question(values: dict) -> Asked:
-    """ValueError says what is wrong. Where there is no "answer", the most frequent one of "answers" is learnt."""
+    """ValueError says what is wrong. Where there is no "answer", the most frequent one of "answers" is learned."""
     text, answers = values.get("question"), values.get("answers")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'it has no "question"; a line looks like {QUESTION_EXAMPLE}')

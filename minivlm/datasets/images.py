@@ -51,7 +51,7 @@ def formats() -> list[str]:
 
 @cache
 def extensions() -> frozenset[str]:
-    """Endings of the files that are taken for pictures: those of `formats`, as pillow knows them."""
+    """Endings of the files that are taken for images: those of `formats`, as pillow knows them."""
     known = Image.registered_extensions().items()
     return frozenset(ending for ending, name in known if name in formats() or name == "MPO")
 
@@ -60,14 +60,14 @@ def extensions() -> frozenset[str]:
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """The image file, header read, size bearable; whatever fails here or in the body becomes one UserError.
 
-    All picture files go through here: it opens only regular files, and only in formats that are safe to read.
+    All image files go through here: it opens only regular files, and only in formats that are safe to read.
     """
     with open_regular(path) as file:
         try:
             with Image.open(file, formats=formats()) as image:
                 refuse_bomb(image.size)
                 yield image
-        except Exception as error:  # whatever a decoder throws at arbitrary bytes means the same: no picture comes out
+        except Exception as error:  # whatever a decoder throws at arbitrary bytes means the same: no image comes out
             raise UserError(f"{path} cannot be read as an image: {reason(error)}.") from error
 
 
@@ -126,12 +126,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # EXIF is bytes from anywhere: a damaged block says nothing of how the picture lies
+    except Exception:  # EXIF is bytes from anywhere: a damaged block says nothing of how the image lies
         return None
 
 
 def from_integers(image: Image.Image) -> Image.Image:
-    """A gray picture of 16 or 32 bits. pillow's own conversion would clip it to white.
+    """A gray image of 16 or 32 bits. pillow's own conversion would clip it to white.
 
     A file of 16 bits is scaled by its depth, however dark it is. 32 bits do not say what white is: 255 where no
     pixel is above, else 65535. ValueError beyond that.

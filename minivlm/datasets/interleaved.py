@@ -1,9 +1,9 @@
-"""Pictures between texts, as they stand on a page: a folder with interleaved.jsonl.
+"""Images between texts, as they stand on a page: a folder with interleaved.jsonl.
 
 DIR/interleaved.jsonl   a document a line, its segments in their order (images are found as in folder.py):
                         [{"image": "a.jpg"}, {"text": "a red kite"}, {"image": "b.jpg"}, {"text": "its owner"}]
 
-A model that is shown a picture in the middle of a text learns from what follows: Alayrac et al. 2022, "Flamingo", §3.2.
+A model that is shown an image in the middle of a text learns from what follows: Alayrac et al. 2022, "Flamingo", §3.2.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EXAMPLE = '[{"image": "a.jpg"}, {"text": "a red kite"}]'
 
 @dataclass
 class Document(Entry):
-    pieces: list[str]  # texts, and an <image> mark for each picture
+    pieces: list[str]  # texts, and an <image> mark for each image
 
 
 class Interleaved(FolderEntries):
-    """A split of a folder's documents; how it is drawn, and broken pictures, as in `FolderEntries`.
+    """A split of a folder's documents; how it is drawn, and broken images, as in `FolderEntries`.
 
-    Documents without a picture are left out, and counted in `notes`. UserError: a line that is no document, and where
-    none has a picture.
+    Documents without an image are left out, and counted in `notes`. UserError: a line that is no document, and where
+    none has an image.
     """
 
     entries: list[Document]
@@ -65,9 +65,9 @@ class Interleaved(FolderEntries):
         check_pictures(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def text(self, index: int, rng: np.random.Generator | None = None) -> str:
-        """The document with a mark where each picture stands.
+        """The document with a mark where each image stands.
 
-        rng: half of the time each picture stands in front of the text that it follows, since it may belong to either
+        rng: half of the time each image stands in front of the text that it follows, since it may belong to either
         (the paper's p_next).
         """
         pieces = self.entries[index].pieces
@@ -79,7 +79,7 @@ class Interleaved(FolderEntries):
 
 
 def ahead(pieces: list[str]) -> list[str]:
-    """[text, mark, other text] → [mark, text, other text]: each picture before the text that it stood behind."""
+    """[text, mark, other text] → [mark, text, other text]: each image before the text that it stood behind."""
     moved, text = [], []
     for piece in pieces:
         if piece == PLACEHOLDER:
@@ -90,10 +90,10 @@ def ahead(pieces: list[str]) -> list[str]:
 
 
 def encode_document(text: str, processor: Processor, *, context: int | None = None) -> Sample:
-    """Start token, text with its marks, end token; labels on what follows the first picture, but not on pictures.
+    """Start token, text with its marks, end token; labels on what follows the first image, but not on images.
 
-    context: no more tokens than this. What the first picture cannot explain is left out first, then the end, pictures
-    and all: the sample has as many of the document's pictures as it has marks. ValueError for a text without a mark.
+    context: no more tokens than this. What the first image cannot explain is left out first, then the end, images
+    and all: the sample has as many of the document's images as it has marks. ValueError for a text without a mark.
     """
     mark = processor.image_token_id
     fence = processor.config.image_fence
@@ -102,7 +102,7 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
     body = [*processor.ids(text), *end]
     if mark not in body:
         raise ValueError(
-            f"a document has an {PLACEHOLDER} mark for each of its pictures, but here is none: {text[:40]!r}"
+            f"a document has an {PLACEHOLDER} mark for each of its images, but here is none: {text[:40]!r}"
         )
     first = next(i for i, token in enumerate(body) if token in pictures)
     surplus = 0 if context is None else max(0, len(start) + len(body) - context)
@@ -112,7 +112,7 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
 
 
 def document_problem(processor) -> Callable[[str], str | None]:
-    """A document → why nothing can be learnt from it (as in judge.py): a token has to fit behind its first image."""
+    """A document → why nothing can be learned from it (as in judge.py): a token has to fit behind its first image."""
 
     def problem(text: str) -> str | None:
         labels = encode_document(text, processor, context=processor.context).labels
@@ -131,9 +131,9 @@ def is_interleaved(directory: str | os.PathLike) -> bool:
 
 
 def read_documents(directory: Path) -> tuple[list[Document], int]:
-    """The documents with pictures, and how many have none."""
+    """The documents with images, and how many have none."""
     if not is_interleaved(directory):
-        raise UserError(f"{directory} holds no documents of pictures and texts: looked for {FILE}.")
+        raise UserError(f"{directory} holds no documents of images and texts: looked for {FILE}.")
     find = cache(partial(find_image, directory=directory))
     read: list[Document] = []
     read_lines(directory / FILE, lambda values: read.append(read_document(values, find)), EXAMPLE)
@@ -157,7 +157,7 @@ def read_document(values: Any, find) -> Document:
             continue
         if PLACEHOLDER in segment["text"]:
             raise ValueError(
-                f"a text has an {PLACEHOLDER} mark, so there are more marks than images: a picture is a segment, as in "
+                f"a text has an {PLACEHOLDER} mark, so there are more marks than images: an image is a segment, as in "
                 f"{EXAMPLE}"
             )
         text = " ".join(segment["text"].split())

@@ -18,7 +18,7 @@ FRAME = 64
 ANSWER = 16  # tokens that an answer is given
 SHOWN = 5  # of what is left out
 
-Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothing can be learnt from it
+Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothing can be learned from it
 
 
 def conversation_problem(processor, *, alone: bool = False) -> Problem:
@@ -67,7 +67,7 @@ def question_problem(text: str, images: int, processor, *, context: int | None) 
 
 
 def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
-    """The training entries from which something can be learnt; `notes` is told of the others.
+    """The training entries from which something can be learned; `notes` is told of the others.
 
     judge: an entry → what is left of it (None: nothing), and a sentence for each thing that is not.
     """
@@ -77,7 +77,7 @@ def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
         kept += [] if left is None else [left]
         told += [f"{entry.name}: {problem}" for problem in problems]
     if not kept:
-        raise UserError(f"none of the {len(entries)} training samples can be learnt from; the first: {told[0]}")
+        raise UserError(f"none of the {len(entries)} training samples can be learned from; the first: {told[0]}")
     if told:
         shown = " ".join(told[:SHOWN]) + (" …" if len(told) > SHOWN else "")
         notes.append(f"{len(told)} of {len(entries)} training samples are left out. {shown}")

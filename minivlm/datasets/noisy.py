@@ -1,4 +1,4 @@
-"""Captions as the web has them: some belong to another picture. Here it is known which, so that a filter can be judged."""
+"""Captions as the web has them: some belong to another image. Here it is known which, so that a filter can be judged."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from minivlm.datasets.pairs import Pairs
 from minivlm.errors import UserError
 
-TRIES = 20  # to find a picture that has another caption
+TRIES = 20  # to find an image that has another caption
 
 
 class NoisyPairs(Pairs):
-    """`pairs`, of which this share are captioned as some other picture is, the same one each time.
+    """`pairs`, of which this share are captioned as some other image is, the same one each time.
 
-    wrong   (n,) bool: which captions are of another picture
+    wrong   (n,) bool: which captions are of another image
     source  (n,) int64: of which
-    The same seed gives the same captions. A picture whose caption all others share keeps its own.
+    The same seed gives the same captions. An image whose caption all others share keeps its own.
     """
 
     def __init__(self, pairs: Pairs, share: float, *, seed: int = 0):
@@ -32,7 +32,7 @@ class NoisyPairs(Pairs):
             others = (int(j) for j in rng.integers(n, size=TRIES))
             self.source[i] = next((j for j in others if own.isdisjoint(pairs.all_captions(j))), i)
         self.wrong = self.source != np.arange(n)
-        self.notes = [*pairs.notes, f"{self.wrong.sum()} of the {n} captions are those of another picture"]
+        self.notes = [*pairs.notes, f"{self.wrong.sum()} of the {n} captions are those of another image"]
 
     def __len__(self) -> int:
         return len(self.pairs)

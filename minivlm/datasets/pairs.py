@@ -37,7 +37,7 @@ class Pairs:
         raise NotImplementedError
 
     def check_pictures(self) -> None:
-        """UserError where a picture cannot be decoded."""
+        """UserError where an image cannot be decoded."""
 
     def captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:
         """One caption for each index; where several are known, `rng` picks."""

@@ -8,7 +8,7 @@ A crop can remove what stands "at the top left", a mirror turns left into right,
     the caption names        then no         because
     a side (SIDES)           flip            left becomes right; east, west and clockwise likewise
     letters, digits (SIGNS)  flip            a mirrored 3 is no 3
-    a place (SIDES, PLACES)  crop            the whole picture is resized to the square: nothing at an edge is lost
+    a place (SIDES, PLACES)  crop            the whole image is resized to the square: nothing at an edge is lost
     a colour (COLOURS)       saturation, hue a pale pink must not become gray, or orange
     what cannot be read      any of these    "links" may be a side: only English is read (english.py)
 

@@ -474,7 +474,7 @@ def test_a_script_that_is_killed_leaves_nothing_that_passes_as_omniglot(archives
         prepare("omniglot", *archives, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".making"]
     save(tmp_path / "out" / ".partial" / "train" / "Greek_character01" / "9.png")  # as a kill -9 leaves it
-    with pytest.raises(UserError, match="has no sub-folders of pictures"):
+    with pytest.raises(UserError, match="has no sub-folders of images"):
         read_classes(tmp_path / "out", "test")
     monkeypatch.setattr(Image.Image, "rotate", rotate)
     prepare("omniglot", *archives, "--out", tmp_path / "out")

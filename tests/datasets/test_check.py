@@ -132,7 +132,7 @@ def test_what_is_no_dataset_is_one_sentence(tmp_path):
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(folder, tmp_path):
     for name in ("nowhere/sheet.png", "sheet.xyz"):
-        with pytest.raises(UserError, match=rf"the picture .*{name} could not be written"):
+        with pytest.raises(UserError, match=rf"the image .*{name} could not be written"):
             check.main([str(folder), "--save", str(tmp_path / name)])
 
 

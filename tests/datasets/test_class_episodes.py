@@ -75,11 +75,11 @@ def test_what_is_missing_is_told(omniglot, tmp_path):
     with pytest.raises(UserError, match=r"has 5 test classes .* but an episode has 6: ask for fewer --ways, or put"):
         class_episodes(omniglot, 1, shots=6, ways=6)
     with pytest.raises(
-        UserError, match=r"character0 has 4 pictures, but an episode shows 4 of them and asks for another"
+        UserError, match=r"character0 has 4 images, but an episode shows 4 of them and asks for another"
     ):
         class_episodes(omniglot, 1, shots=8, ways=2)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no sub-folders of pictures, one a class"):
+    with pytest.raises(UserError, match="has no sub-folders of images, one a class"):
         class_episodes(tmp_path / "empty", 1, shots=1)
 
 

@@ -437,7 +437,7 @@ def test_texts_beside_the_pictures_are_no_class_folder(tmp_path):
             save(tmp_path / folder / f"{i:09}.jpg")
             (tmp_path / folder / f"{i:09}.txt").write_text("a caption")
             (tmp_path / folder / f"{i:09}.json").write_text("{}")
-    with pytest.raises(UserError, match=r"mine holds texts beside its pictures \(000000000\.json\).* captions\.jsonl"):
+    with pytest.raises(UserError, match=r"mine holds texts beside its images \(000000000\.json\).* captions\.jsonl"):
         pairs_of(tmp_path)
 
 

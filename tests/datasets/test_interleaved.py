@@ -87,7 +87,7 @@ def test_documents_without_an_image_are_counted_told_and_skipped(folder):
         ({"image": "0.png"}, "it is no list of images and texts"),
         ([{"image": "0.png", "text": "a"}], "it is no list of images and texts"),
         ([{"image": 3}], "it is no list of images and texts"),
-        ([image("0.png"), text("a <image> b")], "more marks than images: a picture is a segment"),
+        ([image("0.png"), text("a <image> b")], "more marks than images: an image is a segment"),
         ([image("0.png"), text(" ")], "it has no text"),
         ([image("gone.png"), text("a")], r"there is no image 'gone\.png'"),
     ],
@@ -99,7 +99,7 @@ def test_a_line_that_is_no_document_is_named(folder, line, message):
 
 
 def test_a_folder_without_documents_and_broken_pictures(folder):
-    with pytest.raises(UserError, match=r"holds no documents of pictures and texts: looked for interleaved\.jsonl"):
+    with pytest.raises(UserError, match=r"holds no documents of images and texts: looked for interleaved\.jsonl"):
         Interleaved(folder, "train", image_size=8)
     (folder / "0.png").write_text("no image")
     write(folder, *([image(name), text("u")] for name in NAMES))

@@ -64,7 +64,7 @@ def test_a_conversation_too_long_to_be_learnt_from_is_left_out_counted_and_named
     conversations(folder, LONG, LONG)
     talk = open_conversations(folder, "train", image_size=16)
     with pytest.raises(
-        UserError, match=r"none of the 2 training samples can be learnt from; the first: entry 1 \(id x0\)"
+        UserError, match=r"none of the 2 training samples can be learned from; the first: entry 1 \(id x0\)"
     ):
         talk.leave_out(conversation_problem(processor()))
 

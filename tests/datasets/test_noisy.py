@@ -36,7 +36,7 @@ def test_the_share_is_wrong_and_known():
     assert [number(c) for c in captions] == pairs.source.tolist()
     assert [number(pairs.all_captions(i)[0]) for i in range(50)] == pairs.source.tolist()
     assert [int(image[0, 0, 0]) for image in pairs.images(range(50))] == list(range(50))
-    assert pairs.notes == ["counted", "20 of the 50 captions are those of another picture"]
+    assert pairs.notes == ["counted", "20 of the 50 captions are those of another image"]
     assert (pairs.split, pairs.classes, pairs.key(3)) == ("train", ["even", "odd"], "3.png")
     assert pairs.labels is Numbers.labels and set(pairs.texts()) == set(Numbers().texts())
 

@@ -1,4 +1,4 @@
-"""The shapes world in conversation: its pictures with questions, answers and captions (Liu et al. 2023, "Visual
+"""The shapes world in conversation: its images with questions, answers and captions (Liu et al. 2023, "Visual
 Instruction Tuning").
 
     <image> is there a red circle?     yes
@@ -45,7 +45,7 @@ class ShapesConversations(Conversations):
         return len(self.scenes)
 
     def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
-        """One (S, S, 3) uint8 picture for each sample."""
+        """One (S, S, 3) uint8 image for each sample."""
         return [[pixels] for pixels in self.world.images(indices)]
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:

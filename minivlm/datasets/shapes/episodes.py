@@ -1,13 +1,13 @@
-"""Texts without pictures about the shapes world, for a language model: captions, questions, and lessons in new words.
+"""Texts without images about the shapes world, for a language model: captions, questions, and lessons in new words.
 
     "red circle: dax. blue star: wug. blue star: wug. red circle: dax. blue star:"  →  "wug"
 
 In a lesson, words that nobody has heard before are bound to looks. No weight can know what they mean: only a model that
 copies from its context continues a lesson well (induction heads; Olsson et al. 2022, "In-context Learning and Induction
-Heads"), and that is what few-shot learning from pictures needs later. Every tenth word is held out: it is never in a
+Heads"), and that is what few-shot learning from images needs later. Every tenth word is held out: it is never in a
 training text, and the lessons that one is judged by use such words alone.
 
-Document i of a stream is a pure function of (seed, stream, i). Pairs of colour and shape that training pictures never
+Document i of a stream is a pure function of (seed, stream, i). Pairs of colour and shape that training images never
 show are never mentioned.
 """
 

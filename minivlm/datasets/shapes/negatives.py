@@ -1,14 +1,14 @@
-"""Captions of the shapes world that are false by one word: what a model that matches pictures with texts is judged by.
+"""Captions of the shapes world that are false by one word: what a model that matches images with texts is judged by.
 
     true    "a small red circle at the top left and a large blue star in the centre"
     colour  "a small red circle at the top left and a large pink star in the centre"
     place   "a small red circle at the top left and a large blue star on the right"
 
-A caption of another picture is mostly wrong in every word, and a model that hears one of them can tell. These need all
+A caption of another image is mostly wrong in every word, and a model that hears one of them can tell. These need all
 (Thrush et al. 2022, "Winoground", and Yuksekgonul et al. 2023, "When and Why Vision-Language Models Behave like
 Bags-of-Words", ask for the same). The words alone must not give them away: no two objects share a place, objects come in
 reading order as in every canonical caption, and pairs of colour and shape that training never shows are named only
-where the picture shows such a pair.
+where the image shows such a pair.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def one_negative(scene: Scene, said: Sequence[SceneObject], attribute: str, rng:
 
 
 def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
-    """Every change of this attribute of one object that makes what was said false, and could be said of some picture."""
+    """Every change of this attribute of one object that makes what was said false, and could be said of some image."""
     shows_unseen = any(pair(thing) in UNSEEN_PAIRS for thing in scene.objects)
     for i, thing in enumerate(said):
         others = [*said[:i], *said[i + 1 :]]
@@ -68,14 +68,14 @@ def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) ->
 
 
 def changed(caption: str, rng: np.random.Generator) -> str | None:
-    """The caption with one attribute of one object changed, without a look at the picture: false if the caption was true.
+    """The caption with one attribute of one object changed, without a look at the image: false if the caption was true.
     None where there is nothing to change, as in captions of photographs."""
     said = tuple(parse(caption))
     return any_negative(Scene(said), said, rng)
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """Does it name every object of the picture and no other, each with nothing that is wrong of it?"""
+    """Does it name every object of the image and no other, each with nothing that is wrong of it?"""
     said = parse(caption)
     if len(said) != len(scene.objects):
         return False

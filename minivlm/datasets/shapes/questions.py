@@ -151,8 +151,8 @@ OTHER_SLOTS = (
     {"side": 0.5},
     {"more": 0.35},
 )
-TURNS = 6  # questions about one picture, at most
-# Of a scene that is told in words, more is asked, and two objects are compared most of all: it is learnt last, since both
+TURNS = 6  # questions about one image, at most
+# Of a scene that is told in words, more is asked, and two objects are compared most of all: it is learned last, since both
 # have to be found before a "yes" tells anything. Two of the slots may ask the same.
 TOLD_SLOTS = (*OTHER_SLOTS[:-3], {"size": 1.0}, {"side": 1.0}, {"more": 1.0}, {"size": 0.5, "side": 0.5})
 TOLD_TURNS = 8

@@ -73,7 +73,7 @@ def paste(canvas: np.ndarray, margin: int, scenes: Scenes, k: int, size: int, sp
 
 
 def noise(scenes: Scenes, S: int) -> np.ndarray:
-    """(n, S, 3 S): every picture takes its window of the film, at its own place and strength."""
+    """(n, S, 3 S): every image takes its window of the film, at its own place and strength."""
     windows = sliding_window_view(film(), 3 * S * S)
     grain = windows[scenes.grain[:, 0]].astype(np.int16)  # (n, 3 S S), −127 … 127
     grain *= scenes.grain[:, 1:].astype(np.int16)
@@ -83,7 +83,7 @@ def noise(scenes: Scenes, S: int) -> np.ndarray:
 
 @functools.cache
 def film() -> np.ndarray:
-    """(4 Mi,) int8 noise, more often small than large. Drawn once: fresh noise for every picture would be slow."""
+    """(4 Mi,) int8 noise, more often small than large. Drawn once: fresh noise for every image would be slow."""
     halves = raw_draws(0, FILM_STREAM, 1 << 20).astype("<u8").view(np.uint8).reshape(2, -1) >> 1  # 0 … 127
     return halves[0].astype(np.int8) - halves[1].astype(np.int8)
 

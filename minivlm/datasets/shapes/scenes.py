@@ -4,7 +4,7 @@ Scene i of a split is a pure function of (seed, split, i), computed by integers 
 counter-based generator (Philox; Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). NumPy guarantees
 the stream, so the same seed means the same scenes on every platform and in every version.
 
-A scene knows no pixels. Lengths are in units of 1/16,384 of the picture's side: a scene can be drawn at any size, and
+A scene knows no pixels. Lengths are in units of 1/16,384 of the image's side: a scene can be drawn at any size, and
 hardly two ever coincide.
 """
 
@@ -27,7 +27,7 @@ CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 UNSEEN = np.array([8 * shape + (3 * shape + 1) % 8 for shape in range(8)])
 SEEN = np.setdiff1d(np.arange(64), UNSEEN)
 
-UNIT = 1 << 14  # the picture's side
+UNIT = 1 << 14  # the image's side
 MOST = 3  # objects in a scene
 # Four radii for small objects, four for large: 7.0 to 8.1 and 9.1 to 10.2 pixels of 64.
 RADII = np.array([[112, 118, 124, 130], [146, 152, 158, 164]]) * UNIT // 1024
@@ -51,7 +51,7 @@ DRAWS = 32  # raw 64-bit draws for one scene; a multiple of 4, because one step 
 
 
 class SceneObject(NamedTuple):
-    """One object, or what a caption says of it: None where it is silent. Boxes are fractions of the picture's side."""
+    """One object, or what a caption says of it: None where it is silent. Boxes are fractions of the image's side."""
 
     shape: str
     colour: str
@@ -107,7 +107,7 @@ class Scenes:
 
     @property
     def box(self) -> np.ndarray:
-        """(n, 3, 4) left, top, right, bottom of each object, as fractions of the picture's side."""
+        """(n, 3, 4) left, top, right, bottom of each object, as fractions of the image's side."""
         centre = np.stack([self.x, self.y], axis=-1)
         half = self.radius[..., None] * EXTENTS[self.shape] // 100
         return np.concatenate([centre - half, centre + half], axis=-1) / UNIT  # a power of two: the division is exact

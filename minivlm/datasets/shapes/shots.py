@@ -1,10 +1,10 @@
-"""Lessons in new words with pictures of the shapes world, for a model that is to learn from its prompt.
+"""Lessons in new words with images of the shapes world, for a model that is to learn from its prompt.
 
     <image>this is a dax.<image>this is a wug.<image>this is a wug.<image>this is a   →  dax
 
-Every picture shows one object, and an object's look is a colour and a shape ("red circle"); size and place mean nothing.
+Every image shows one object, and an object's look is a colour and a shape ("red circle"); size and place mean nothing.
 The words are new in every lesson, and every tenth is kept for held-out episodes (`episodes.is_held_out`), which
-use pictures of their own. Looks are held out as well: the pairs of colour and shape that training never shows.
+use images of their own. Looks are held out as well: the pairs of colour and shape that training never shows.
 
 In the words of `episodes` the same lesson is "red circle: dax. blue star: wug. …".
 """
@@ -20,7 +20,7 @@ from minivlm.datasets.shapes.render import render
 from minivlm.datasets.shapes.scenes import SEEN, UNSEEN, Scenes, draw_scenes
 
 EPISODE_PICTURES = 1 << 50  # a stream of draws far from those that splits and texts use
-OF_EACH_LOOK = 16  # pictures that held-out episodes are drawn from
+OF_EACH_LOOK = 16  # images that held-out episodes are drawn from
 MOST_WAYS = 4  # looks of a lesson
 LEAD = "this is a"  # how we begin a text that goes on with a new word
 END = "."  # of an example's text, and of an answer
@@ -43,10 +43,10 @@ class ShotEpisode(NamedTuple):
 
 
 class Lessons:
-    """Pictures of one object each, ready to be given new names. looks: of every picture, its look as a number."""
+    """Images of one object each, ready to be given new names. looks: of every image, its look as a number."""
 
     def __init__(self, looks: np.ndarray, pictures: np.ndarray | None = None):
-        """pictures: their indices; None: 0, 1, 2 …"""
+        """images: their indices; None: 0, 1, 2 …"""
         pictures = np.arange(len(looks)) if pictures is None else pictures
         self.pictures = [pictures[looks == look] for look in np.unique(looks)]
 
@@ -57,7 +57,7 @@ class Lessons:
         return cls(scenes.classes[alone, 0], alone)
 
     def draw(self, rng: np.random.Generator, order: np.ndarray, *, held_out: bool) -> list[Named]:
-        """New words for as many looks as `order` names, and pictures of these looks in that order; none twice, as long as a
+        """New words for as many looks as `order` names, and images of these looks in that order; none twice, as long as a
         look has enough."""
         ways = int(order.max()) + 1
         words = new_words(rng, ways, held_out=held_out)
@@ -69,7 +69,7 @@ class Lessons:
         return [Named(int(next(fresh[way])), words[way]) for way in order.tolist()]
 
     def lesson(self, rng: np.random.Generator, *, most_ways: int = MOST_WAYS) -> list[Named]:
-        """For training: four to nine pictures of two to `most_ways` looks, each as likely at each place."""
+        """For training: four to nine images of two to `most_ways` looks, each as likely at each place."""
         ways = int(rng.integers(2, most_ways + 1))
         order = rng.integers(ways, size=rng.integers(ways + 2, 10))
         order[rng.choice(len(order), size=ways, replace=False)] = np.arange(ways)  # every look is there
@@ -93,9 +93,9 @@ def shot_episodes(
     looks: str = "seen",
     image_size: int = 64,
 ) -> list[ShotEpisode]:
-    """`n` episodes with pictures that no split has. shots: examples in all. looks: those that training "seen" or "unseen".
+    """`n` episodes with images that no split has. shots: examples in all. looks: those that training "seen" or "unseen".
 
-    Raises ValueError for more words than there are looks, or examples than there are pictures of a look.
+    Raises ValueError for more words than there are looks, or examples than there are images of a look.
     """
     pairs = LOOKS[looks]
     if not 1 <= ways <= len(pairs) or shots // ways + 2 > OF_EACH_LOOK:
