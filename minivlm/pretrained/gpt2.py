@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
-from minivlm.pretrained import language, preprocessing, tokenizer_config
+from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor
@@ -78,9 +77,5 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
-    about = tokenizer_config.read_about(directory)
-    start = tokenizer_config.spelt(about, "bos_token", "<|endoftext|>") if about.get("add_bos_token") else None
-    how = {"start": start, "prefix_space": bool(about.get("add_prefix_space"))}
-    build = partial(preprocessing.byte_level_tokenizer, special=["<|endoftext|>"], **how)
-    source = preprocessing.read_tokenizer(directory, "GPT2Tokenizer", build)
+    source = preprocessing.read_tokenizer(directory, "GPT2Tokenizer", special=["<|endoftext|>"])
     return language.read_processor(directory, config, source)

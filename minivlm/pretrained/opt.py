@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
-from minivlm.pretrained import language, preprocessing, tokenizer_config
+from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import table, under
 from minivlm.processor import Processor
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 model_class = LanguageModel
 
@@ -102,9 +98,5 @@ def read_processor(directory: Path, values: dict[str, Any], config: LanguageMode
     return language.read_processor(directory, config, read_words(directory))
 
 
-def read_words(directory: Path) -> Tokenizer | bytes | None:
-    about = tokenizer_config.read_about(directory)
-    start = "</s>" if about.get("add_bos_token", True) else None
-    how = {"start": start, "prefix_space": bool(about.get("add_prefix_space"))}
-    build = partial(preprocessing.byte_level_tokenizer, special=["<pad>", "</s>"], **how)
-    return preprocessing.read_tokenizer(directory, "GPT2Tokenizer", build)
+def read_words(directory: Path) -> bytes | None:
+    return preprocessing.read_tokenizer(directory, "GPT2Tokenizer", special=["<pad>", "</s>"], adds_bos=True)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minivlm.errors import UserError
 from minivlm.files import read_bytes, read_json, read_text
 from minivlm.pretrained import tokenizer_config
 from minivlm.pretrained.fields import refuse_unknown
 from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
 
@@ -177,83 +174,38 @@ def read_open_clip_images(values: dict[str, Any], image_size: int) -> dict[str, 
 
 
 def read_tokenizer(
-    directory: Path, family: str | None = None, build: Callable[..., Tokenizer] | None = None
-) -> Tokenizer | bytes | None:
-    """tokenizer.json as tokenizer_config.json changes it, or what there was before: BERT's vocab.txt, or what build(vocab,
-    merges) makes of vocab.json and merges.txt. None if there is nothing.
+    directory: Path, family: str, *, special: Sequence[str] = (), adds_bos: bool = False
+) -> bytes | None:
+    """tokenizer.json as tokenizer_config.json changes it, or what there was before: BERT's vocab.txt, CLIP's and GPT-2's
+    vocab.json and merges.txt. None if there is nothing.
 
-    family: the class of the tokeniser, where the files do not say.
+    family: the class of the tokeniser, where the files do not say. special, adds_bos: of a GPT-2 without tokenizer.json,
+    its special tokens, and whether the last of them begins a text where tokenizer_config.json is silent.
     """
-    names = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
-    whole, vocab, merges, pieces = (directory / name for name in names)
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+    whole, vocab, merges, pieces, added = (directory / name for name in names)
     about = tokenizer_config.read_about(directory)
     if whole.exists():
         return tokenizer_config.follow(read_bytes(whole), about, family, whole)
     if family == "BertTokenizer" and pieces.exists():
         return tokenizer_config.word_pieces(lines_of(pieces), about)
-    if family in (None, "CLIPTokenizer"):
-        build = build or clip_tokenizer
-    if build is None or not vocab.exists() or not merges.exists():
-        return None
-    pairs = [tuple(line.split()) for line in lines_of(merges) if line and not line.startswith("#version")]
-    return with_added(build(read_json(vocab), pairs), directory)
+    if family not in ("CLIPTokenizer", "GPT2Tokenizer") or not vocab.exists() or not merges.exists():
+        return None  # of the other classes these two do not say all
+    pairs = [line.split() for line in lines_of(merges) if line and not line.startswith("#version")]
+    if family == "CLIPTokenizer":
+        special = tokenizer_config.CLIP_FRAME
+    start = tokenizer_config.spelt(about, "bos_token", special[-1]) if about.get("add_bos_token", adds_bos) else None
+    values = tokenizer_config.byte_pairs(family, read_json(vocab), pairs, special, start, about)
+    given = {
+        id: {"content": token, "special": True} for token, id in (read_json(added) if added.exists() else {}).items()
+    }
+    tokenizer_config.add_tokens(values, given, f"{added} gives {{!r}} the number {{}}, but it is {{}}.")
+    return json.dumps(values, ensure_ascii=False).encode()
 
 
 def lines_of(path: Path) -> list[str]:
     """The lines of a text; signs that Unicode counts as ends of lines are parts of tokens."""
     return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
-
-
-def with_added(tokenizer: Tokenizer, directory: Path) -> Tokenizer:
-    """And the tokens of added_tokens.json. UserError where one would get another number than it says."""
-    path = directory / "added_tokens.json"
-    given = read_json(path) if path.exists() else {}
-    for token, id in sorted(given.items(), key=lambda item: item[1]):
-        tokenizer.add_special_tokens([token])
-        if tokenizer.token_to_id(token) != id:
-            raise UserError(f"{path} gives {token!r} the number {id}, but it is {tokenizer.token_to_id(token)}.")
-    return tokenizer
-
-
-def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """CLIP's lower-cased byte-level BPE, whose words end in </w>."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    word = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=end))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(word), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([start, end])
-    ids = {token: tokenizer.token_to_id(token) for token in (start, end)}
-    tokenizer.post_processor = processors.RobertaProcessing((end, ids[end]), (start, ids[start]), False, False)
-    return tokenizer
-
-
-def byte_level_tokenizer(
-    vocab: dict[str, int],
-    merges: list[tuple[str, str]],
-    *,
-    special: Sequence[str],
-    start: str | None = None,
-    prefix_space: bool = False,
-) -> Tokenizer:
-    """GPT-2's byte-level BPE, to which no text is unknown (Radford et al. 2019, §2.2). start: put before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token in special if token in vocab])
-    if start is not None:
-        ids = [(start, tokenizer.token_to_id(start))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=ids)
-    return tokenizer
 
 
 def read_pad_token(directory: Path, default: str | int) -> str | int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minivlm.layers.t5 import T5, T5Config
 from minivlm.pretrained import language, preprocessing
 from minivlm.pretrained.fields import Known, fields, read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
 from minivlm.processor import Processor
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 model_class = T5
 
@@ -129,5 +126,5 @@ def read_processor(directory: Path, values: dict[str, Any], config: T5Config) ->
     return language.read_processor(directory, config, read_words(directory))
 
 
-def read_words(directory: Path) -> Tokenizer | bytes | None:
+def read_words(directory: Path) -> bytes | None:
     return preprocessing.read_tokenizer(directory, "T5Tokenizer")

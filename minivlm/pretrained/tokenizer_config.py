@@ -12,7 +12,7 @@ reads the two.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from minivlm.files import read_json
 
 Values = dict[str, Any]
 
+CLIP_FRAME = ("<|startoftext|>", "<|endoftext|>")
 # Words, as the code of OpenAI tells them apart.
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -41,7 +42,8 @@ def follow(source: bytes, about: Mapping[str, Any], family: str | None, path: Pa
         before = json.dumps(values)
         if kind in CLASSES:
             CLASSES[kind](values, about)
-        add_tokens(values, about, path)
+        said = f"tokenizer_config.json gives {{!r}} the number {{}}, but beside {path} it is {{}}."
+        add_tokens(values, about.get("added_tokens_decoder") or {}, said)
         return source if json.dumps(values) == before else json.dumps(values, ensure_ascii=False).encode()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a tokeniser ({type(error).__name__}: {error}).") from error
@@ -74,7 +76,7 @@ def clip(values: Values, about: Mapping[str, Any]) -> None:
     split = {"type": "Split", "pattern": {"Regex": CLIP_SPLIT}, "behavior": "Removed", "invert": True}
     fill(values, "pre_tokenizer", {"type": "Sequence", "pretokenizers": [split, byte_level()]})
     fill(values, "decoder", byte_level())
-    frame(values, spelt(about, "bos_token", "<|startoftext|>"), spelt(about, "eos_token", "<|endoftext|>"))
+    frame(values, spelt(about, "bos_token", CLIP_FRAME[0]), spelt(about, "eos_token", CLIP_FRAME[1]))
 
 
 def t5(values: Values, about: Mapping[str, Any]) -> None:
@@ -178,29 +180,53 @@ def spelt(about: Mapping[str, Any], name: str, default: str) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def add_tokens(values: Values, about: Mapping[str, Any], path: Path) -> None:
-    """Tokens that tokenizer_config.json alone has, such as the mark of a picture. UserError where one would get another
-    number than it says."""
+def add_tokens(values: Values, given: Mapping[Any, Any], problem: str) -> None:
+    """Add tokens (id → token) that the tokeniser lacks, such as the placeholder of an image. UserError, as `problem` says
+    it of token, wanted id and actual id, where one would get another id."""
     added, words = values["added_tokens"], words_of(values)
     known = {token["content"] for token in added}
-    for id, token in sorted((about.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+    for id, token in sorted(given.items(), key=lambda item: int(item[0])):
         if (content := token["content"]) in known:
             continue
         free = max([len(words), *(token["id"] + 1 for token in added)])
         if (its := words.get(content, free)) != int(id):
-            raise UserError(f"tokenizer_config.json gives {content!r} the number {id}, but beside {path} it is {its}.")
+            raise UserError(problem.format(content, id, its))
         flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         added.append({"id": its, "content": content, **flags})
 
 
 def word_pieces(lines: list[str], about: Mapping[str, Any]) -> bytes:
     """BERT's vocab.txt, a token a line → its tokenizer.json."""
-    vocab = {token: i for i, token in enumerate(lines)}
     special = [spelt(about, f"{name}_token", f"[{name.upper()}]") for name in ("unk", "sep", "pad", "cls", "mask")]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": vocab[token], "content": token, **flags} for token in special if token in vocab]
-    model = {"type": "WordPiece", "unk_token": special[0], "continuing_subword_prefix": "##", "vocab": vocab}
-    values = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    values |= {"model": {**model, "max_input_chars_per_word": 100}}
+    model = {"type": "WordPiece", "unk_token": special[0], "continuing_subword_prefix": "##"}
+    model |= {"max_input_chars_per_word": 100, "vocab": {token: i for i, token in enumerate(lines)}}
+    values = bare(model, special)
     bert(values, about)
     return json.dumps(values, ensure_ascii=False).encode()
+
+
+def byte_pairs(
+    family: str,
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    special: Sequence[str],
+    start: str | None,
+    about: Mapping[str, Any],
+) -> Values:
+    """CLIP's or GPT-2's vocab.json and merges.txt → the values of tokenizer.json. start: put before every text."""
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "dropout": None, "continuing_subword_prefix": None}
+    ending = {"unk_token": CLIP_FRAME[1], "end_of_word_suffix": "</w>"} if family == "CLIPTokenizer" else {}
+    values = bare({**model, "unk_token": None, "end_of_word_suffix": None, "fuse_unk": False, **ending}, special)
+    CLASSES[family](values, about)
+    if start is not None:
+        frame(values, start, None)
+    return values
+
+
+def bare(model: Values, special: Sequence[str]) -> Values:
+    """A tokenizer.json of a vocabulary and special tokens alone."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ids = model["vocab"]
+    added = [{"id": ids[token], "content": token, **flags} for token in special if token in ids]
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", **parts, "added_tokens": added, "model": model}

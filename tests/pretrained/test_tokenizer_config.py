@@ -158,16 +158,17 @@ def test_added_tokens_json_beside_vocabulary_and_merges(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "added_tokens.json").write_text('{"<image>": 3}')
-    assert read_tokenizer(tmp_path).token_to_id("<image>") == 3
+    tokenizer = Processor(read_tokenizer(tmp_path, "CLIPTokenizer"), ProcessorConfig()).tokenizer
+    assert tokenizer.token_to_id("<image>") == 3
     (tmp_path / "added_tokens.json").write_text('{"<image>": 9}')
     with pytest.raises(UserError, match=r"gives '<image>' the number 9, but it is 3"):
-        read_tokenizer(tmp_path)
+        read_tokenizer(tmp_path, "CLIPTokenizer")
 
 
 def test_what_changes_nothing_is_read_as_it_is(tmp_path):
     tokenizer = bytes_of("<s>")
     write(tmp_path, tokenizer, tokenizer_class="LlamaTokenizer", model_max_length=77)
-    assert read_tokenizer(tmp_path) == tokenizer.to_str().encode()
+    assert read_tokenizer(tmp_path, "LlamaTokenizer") == tokenizer.to_str().encode()
     for broken in ('{"model": {}}', "[]"):
         write(tmp_path, broken, tokenizer_class="BertTokenizer")
         with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokeniser"):
