@@ -49,7 +49,10 @@ MODELS = {
     "multitask, search": (lambda: MultitaskVLM(replace(MULTITASK, tasks=("search",))), {"encode"}),
     "clip": (lambda: CLIP(CLIPS["vit"]), {"encode", "attend"}),
     "blip": (blip, {"encode", "match", "caption", "answer", "chat", "rank", "attend"}),
-    "blip not trained on questions": (lambda: blip(asked=False), {"encode", "match", "caption", "attend"}),
+    "blip not trained on questions": (
+        lambda: blip(trained_on_questions=False),
+        {"encode", "match", "caption", "attend"},
+    ),
     "blip that matches": (lambda: blip(roles="match"), {"encode", "match", "attend"}),
     "blip that describes": (lambda: blip(roles="caption"), {"caption", "attend"}),
     "blip that answers": (lambda: blip(roles="answer"), {"caption", "answer", "chat", "rank", "attend"}),

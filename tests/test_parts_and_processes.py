@@ -43,7 +43,7 @@ REFUSED = ("clip-resnet", "align")  # batch norm is trained
 WAYS = ("parts", "processes", "processes and parts")
 
 
-def likeliest(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor, same: Tensor, *, draw: bool) -> tuple[Tensor, Tensor]:
     """`hard_negatives` without chance."""
     found = ~same.all(dim=1)
     return logits.float().masked_fill(same & found[:, None], -torch.inf).argmax(dim=1), found

@@ -1,8 +1,8 @@
-"""Stage 1 of BLIP-2: a Q-Former learns what in a picture can be told in words. The vision tower is frozen.
+"""Stage 1 of BLIP-2: a Q-Former learns which visual features a text describes. The vision tower is frozen.
 
-    images ─→ vision tower ─→ queries ─┬─ one by one with the text's vector ─→ contrast     unimodal mask
-                                       ├─ together with the text's words    ─→ matching     bidirectional mask
-                                       └─ in front of the text              ─→ generation   causal mask
+    images ─→ vision tower ─→ queries ─┬─ each compared with the text's vector ─→ contrast     unimodal mask
+                                       ├─ attending to the text and it to them ─→ matching     bidirectional mask
+                                       └─ in front of the text                 ─→ generation   causal mask
 
 Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models",
 §3.1 and figure 2.
@@ -24,9 +24,10 @@ from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
-from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
-from minivlm.model import Model
-from minivlm.models.image_text_matching import Matching
+from minivlm.losses import backward, check_smoothing, in_parts, mean, next_token_loss
+from minivlm.model import Batch, Model
+from minivlm.models import image_text_matching
+from minivlm.models.image_text_matching import contrast, inverse_temperature, matching
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
@@ -35,16 +36,16 @@ class BLIP2Stage1Config(VisionFeaturesConfig):
     qformer: QFormerConfig
     embed_width: int = 256
     temperature: float | None = 0.07  # of the contrast, where it starts; None: cosines as they are, nothing to learn
-    text_head: bool = True  # it can say what it sees; published weights of stage 1 cannot
+    text_head: bool = True  # it generates captions; published weights of stage 1 cannot
     start_token: int  # before every text …
-    decode_token: int  # … and in its place where the text is to be said
+    decode_token: int  # … and in its place where the text is to be generated
     end_token: int
     pad_token: int = 0
-    # Of the contrast and of every token that is said (released code).
+    # Of the contrast and of every generated token (released code).
     label_smoothing: float = field(default=0.1, metadata={"before": 0.0})
 
     answers: ClassVar[bool] = False
-    image_tokens: ClassVar[int] = 0  # places that a picture takes in a text
+    image_tokens: ClassVar[int] = 0  # positions that an image takes in a text
 
     @property
     def speaks(self) -> bool:
@@ -52,7 +53,7 @@ class BLIP2Stage1Config(VisionFeaturesConfig):
 
     @property
     def caption_token(self) -> int | None:
-        """What a caption begins with; None: it says none."""
+        """The first token of a caption; None: it generates none."""
         return self.decode_token if self.text_head else None
 
     def __post_init__(self):
@@ -61,7 +62,7 @@ class BLIP2Stage1Config(VisionFeaturesConfig):
         super().__post_init__()
         check_smoothing(self.label_smoothing)
         if self.qformer.vocab_size is None:
-            raise ValueError("stage 1 compares pictures with texts: the Q-Former needs a vocab_size")
+            raise ValueError("stage 1 compares images with texts: the Q-Former needs a vocab_size")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class BLIP2Stage1Output:
     text_features: Tensor  # (B', E), unit length
 
 
-class BLIP2Stage1(Matching, Model):
+class BLIP2Stage1(Model):
     """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
     Wherever it takes images it takes `ImageFeatures` as well.
@@ -106,12 +107,43 @@ class BLIP2Stage1(Matching, Model):
     def caption_token(self) -> int | None:
         return self.config.caption_token
 
-    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> BLIP2Stage1Output:
-        features = ImageFeatures(self.image_features(images))
-        image_vectors, text_vectors = self.encode_image(features), self.encode_text(tokens, mask)
+    def forward(
+        self,
+        images: Images,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        false: Tensor | None = None,
+        false_mask: Tensor | None = None,
+        micro_batch: int | None = None,
+    ) -> BLIP2Stage1Output:
+        """Text i belongs to image i. Under torchrun the negatives are those of all processes.
+
+        false, false_mask (B, F): texts that are nearly right, as negatives of matching; all masked: there is none.
+        micro_batch: samples whose activations are held at a time, see `in_parts`.
+        """
+        split, smoothing = partial(in_parts, size=micro_batch), self.config.label_smoothing
+        features = split(self.image_features, images)  # (B, N, C)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        if len(features) != len(tokens):
+            image_vectors, text_vectors = self.encode_image(ImageFeatures(features)), self.encode_text(tokens, mask)
+            logits = self.scale() * self.similarity(image_vectors, text_vectors)
+            return BLIP2Stage1Output(logits, {}, image_vectors, text_vectors)
+        image_vectors, total = split(self.vectors_and_generation, features, tokens, mask)
+        text_vectors = split(self.encode_text, tokens, mask)
+        loss, *similar = contrast(image_vectors, text_vectors, self.scale, smoothing=smoothing)
+        wrong, how = None if false is None else (false, false_mask), dict(draw=self.training, micro_batch=micro_batch)
+        losses = {"contrast": loss, "matching": matching(self.match, features, tokens, mask, *similar, wrong, **how)}
+        if self.text_head is not None:
+            losses["generation"] = mean(total, mask[:, 1:].sum())
         logits = self.scale() * self.similarity(image_vectors, text_vectors)
-        losses = self.losses(tokens, mask, features) if len(tokens) == len(features) else {}
         return BLIP2Stage1Output(logits, losses, image_vectors, text_vectors)
+
+    def losses(
+        self, tokens: Tensor, mask: Tensor | None = None, images: Images | None = None, **batch
+    ) -> dict[str, Tensor]:
+        """The terms of the training loss, by name, as `forward` gives them."""
+        return self(images, tokens, mask, **batch).losses
 
     def image_features(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, N, C): what the vision tower computes."""
@@ -122,75 +154,62 @@ class BLIP2Stage1(Matching, Model):
         return F.normalize(self.vision_projection(self.qformer.look(self.image_features(images)).queries), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T) → (B, E), unit length: read at the start token."""
+        """(B, T) → (B, E), unit length: the state of the start token, projected."""
         text = self.qformer(None, tokens, mask, see="unimodal").text
         return F.normalize(self.text_projection(text[:, 0]), dim=-1)
 
     def match(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Does text i tell what picture i shows?  → logits (B, 2) of no and yes, the mean of what all queries say."""
+        """Does text i describe image i?  → logits (B, 2) of no and yes, the mean of those of all queries."""
         features = self.image_features(images)
         return self.match_head(self.qformer(features, tokens, mask, see="bidirectional").queries).mean(dim=1)
 
     # ---- its three losses ----------------------------------------------------------------------------------------------
 
-    def losses(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        images: Images | None = None,
-        features: Tensor | None = None,
-        false: Tensor | None = None,
-        false_mask: Tensor | None = None,
-        *,
-        micro_batch: int | None = None,
-    ) -> dict[str, Tensor]:
-        """What training adds up. Text i belongs to picture i. Under torchrun the others are those of all processes.
+    similarity = staticmethod(image_text_matching.similarity)
 
-        false, false_mask (B, F): texts that are nearly right, to be told from the right ones; all masked: there is none.
-        micro_batch: samples whose activations are held at a time, see `in_parts`.
-        """
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        split, nearly = partial(in_parts, size=micro_batch), None if false is None else (false, false_mask)
-        features = split(self.image_features, images if features is None else ImageFeatures(features))
-        vectors, total = split(self.queried, features, tokens, mask)
-        texts = split(self.encode_text, tokens, mask)
-        contrast, *alike = self.contrast(vectors, texts, smoothing=self.config.label_smoothing)
-        matching = self.matching(features, tokens, mask, *alike, nearly, micro_batch=micro_batch)
-        losses = {"contrast": contrast, "matching": matching}
-        if self.text_head is not None:
-            losses["generation"] = mean(total, mask[:, 1:].sum())
-        return losses
+    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+        """(N, Q, E), (M, E) → (N, M): how probable each text is for each image, among the M texts."""
+        return (self.scale() * self.similarity(image_vectors, text_vectors)).softmax(dim=1)
 
-    def queried(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes of the queries: the vectors of pictures (B, Q, E), and the sum of the losses of their texts' tokens."""
-        seen = self.qformer.look(features)
-        vectors = F.normalize(self.vision_projection(seen.queries), dim=-1)
+    def scale(self) -> Tensor | float:
+        """1 / temperature."""
+        return inverse_temperature(self.logit_scale, training=self.training)
+
+    def vectors_and_generation(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What one pass of the queries is for: vectors (B, Q, E), and the loss of generated texts, summed over their tokens."""
+        queried = self.qformer.look(features)
+        vectors = F.normalize(self.vision_projection(queried.queries), dim=-1)
         if self.text_head is None:
             return vectors, vectors.new_zeros(())
-        hidden = self.text_head(self.qformer.tell(self.to_be_said(tokens), mask, after=seen).text)
+        hidden = self.text_head(self.qformer.tell(self.with_decode_token(tokens), mask, after=queried).text)
         labels, weight = tokens.masked_fill(~mask, -100), self.qformer.token_embedding.weight
         return vectors, next_token_loss(hidden, labels, weight, smoothing=self.config.label_smoothing, total=True)
 
-    def to_be_said(self, tokens: Tensor) -> Tensor:
-        """The start token becomes the one that asks for the text."""
+    def with_decode_token(self, tokens: Tensor) -> Tensor:
+        """tokens with the decode token in place of the start token."""
         return tokens.masked_fill(tokens == self.config.start_token, self.config.decode_token)
 
+    def backward_in_parts(self, batch: Batch, size: int) -> dict[str, Tensor]:
+        """See `Model.backward_in_parts`. Images and texts are compared in the whole batch, so `forward` cuts it itself."""
+        self.check_parts(len(batch["tokens"]), size)
+        return backward(self.losses(**batch, micro_batch=size))
+
     def chance_losses(self, batch_size: int) -> dict[str, float]:
-        """The losses of a model that knows nothing but that one pair in three is right, and how many words there are."""
-        losses = super().chance_losses(batch_size)
+        """The losses of a model that knows nothing but that one pair in three is right, and the size of the vocabulary."""
+        losses = image_text_matching.chance_losses(batch_size)
         return losses | ({"generation": math.log(self.config.qformer.vocab_size)} if self.text_head else {})
 
     # ---- generation ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> Stage1Decoding:
-        """Look at pictures, read the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
+        """Process images and the beginnings (B, T) of their captions, with room for so many more tokens a row."""
         if self.text_head is None:
             raise ValueError("this stage 1 has no text_head, so it can compare and match, but not speak")
         tokens, mask = padding_first(tokens, mask)
         check_context(tokens.shape[1], room, self.config.qformer.context)
         return Stage1Decoding(
-            self, self.to_be_said(tokens), mask, self.qformer.look(self.image_features(images)), room=room
+            self, self.with_decode_token(tokens), mask, self.qformer.look(self.image_features(images)), room=room
         )
 
     @property

@@ -1,8 +1,8 @@
-"""What the models that match texts with pictures have in common: how BLIP and stage 1 of BLIP-2 learn to.
+"""Contrast and matching of images and texts, as BLIP and stage 1 of BLIP-2 learn them.
 
-    vectors ─ every picture finds its text among all, and the reverse ─→ contrast
-                                       │ the wrong ones that look right
-    pictures and words ────────────────┴─ yes or no? ─────────────────→ matching
+    vectors ─ every image finds its text among all, and the reverse ──→ contrast
+                                   │ wrong pairs that are similar: hard negatives
+    images and texts ──────────────┴─ does the text describe the image? ──→ matching
 
 Li et al. 2021, "Align before Fuse" (ALBEF), §3.2; Li et al. 2022, "BLIP", §3.2; Li et al. 2023, "BLIP-2", §3.1.
 """
@@ -10,6 +10,7 @@ Li et al. 2021, "Align before Fuse" (ALBEF), §3.2; Li et al. 2022, "BLIP", §3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,105 +18,99 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.layers.tower import ImageFeatures
-from minivlm.losses import backward, first_row, full_precision, gather, in_parts, is_distributed, mean
+from minivlm.losses import first_row, full_precision, gather, in_parts, is_distributed, mean
 
 
-class Matching:
-    """Its model has `match(images, tokens, mask)` → (B, 2), `match_head`, and `logit_scale`, or None for it."""
-
-    @staticmethod
-    def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(B, D), (B', D), unit length → their cosines (B, B'). Pictures told in several vectors (B, Q, D): the best counts."""
-        with full_precision(image_vectors.device):
-            cosines = image_vectors.float() @ text_vectors.float().T
-        return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
-
-    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(N, D) or (N, Q, D), (M, D) → (N, M): how probable each text is for each image, among the M."""
-        return (self.scale() * self.similarity(image_vectors, text_vectors)).softmax(dim=1)
-
-    def scale(self) -> Tensor | float:
-        """1 / temperature. In training its parameter is clamped, as CLIP's was, so that it is 100 at most."""
-        if self.logit_scale is None:
-            return 1.0
-        if self.training:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=math.log(100.0))
-        return self.logit_scale.exp()
-
-    def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-        """See `Model.backward_in_parts`. Pictures and texts are compared in the whole batch, so `losses` cuts it itself."""
-        self.check_parts(len(batch["tokens"]), size)
-        return backward(self.losses(**batch, micro_batch=size))
-
-    def contrast(
-        self, image_vectors: Tensor, text_vectors: Tensor, *, smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every picture finds its text among all, and the reverse (ITC) → loss, and both sets of logits (B, W·B).
-
-        smoothing: of the labels; this share of each is spread over all W·B.
-        """
-        to_texts = self.scale() * self.similarity(image_vectors, gather(text_vectors))
-        to_images = self.scale() * self.similarity(gather(image_vectors), text_vectors).T
-        own = first_row(len(to_texts)) + torch.arange(len(to_texts), device=to_texts.device)
-        loss = sum(F.cross_entropy(logits, own, label_smoothing=smoothing) for logits in (to_texts, to_images)) / 2
-        return loss, to_texts.detach(), to_images.detach()
-
-    def matching(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        to_texts: Tensor,
-        to_images: Tensor,
-        false: tuple[Tensor, Tensor] | None = None,
-        *,
-        micro_batch: int | None = None,
-    ) -> Tensor:
-        """Yes to every pair; no to every picture with a wrong text, and every text with a wrong picture, that look alike.
-
-        ITM, with the hard negatives of Li et al. 2021 (ALBEF), §3.2. A row without any other text counts less.
-        false: tokens and mask (B, F) of wrong texts that take the place of those found in the batch, where there are some
-        (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word). micro_batch: pairs at a time.
-        """
-        B, all_features = len(tokens), gather(features)
-        all_tokens, all_mask = gather_texts(tokens, mask)
-        same = same_texts(tokens, mask, all_tokens, all_mask)  # (B, W·B); true negatives are elsewhere
-        other_text, found = hard_negatives(to_texts, same)
-        other_image, found_image = hard_negatives(to_images, same)
-        wrong = all_tokens[other_text], all_mask[other_text]
-        if false is not None:
-            given = false[1].any(dim=1)
-            found = found | given
-            wrong = [torch.where(given[:, None], a, b) for a, b in zip(*widen(false, wrong), strict=True)]
-        texts, masks = zip(*widen((tokens, mask), wrong), strict=True)
-
-        pictures = torch.cat([features, features, all_features[other_image]])
-        texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
-        logits = in_parts(self.match, ImageFeatures(pictures), texts, masks, size=micro_batch)  # (3B, 2)
-        truth = (torch.arange(3 * B, device=logits.device) < B).long()
-        counts = torch.cat([torch.ones_like(found), found, found_image]).float()
-        return mean((F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum(), counts.sum())
-
-    @staticmethod
-    def chance_losses(batch_size: int) -> dict[str, float]:
-        """The losses of a model that knows nothing but that one pair in three is right."""
-        guess = math.log(3) - 2 / 3 * math.log(2) if batch_size > 1 else 0.0
-        return {"contrast": math.log(batch_size), "matching": guess}
+def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+    """(B, D), (B', D), unit length → their cosines (B, B'). Of images with several vectors, (B, Q, D), the best counts."""
+    with full_precision(image_vectors.device):
+        cosines = image_vectors.float() @ text_vectors.float().T
+    return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
 
 
-def hard_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, C), same (B, C) with True = right as well → for every row one wrong column, likelier the better it fits.
+def inverse_temperature(logit_scale: Tensor | None, *, training: bool) -> Tensor | float:
+    """exp(logit_scale); 1 without it. In training the parameter is clamped, as CLIP's was, so that it is 100 at most."""
+    if logit_scale is None:
+        return 1.0
+    if training:
+        with torch.no_grad():
+            logit_scale.clamp_(max=math.log(100.0))
+    return logit_scale.exp()
 
-    The second tensor (B,) says where there is one; elsewhere the column is any.
+
+def contrast(
+    image_vectors: Tensor, text_vectors: Tensor, scale: Callable[[], Tensor | float], *, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contrastive loss (ITC), and the logits of texts for each image and of images for each text, (B, W·B) each.
+
+    scale(): 1 / temperature. smoothing: this share of every label is spread over all W·B.
+    """
+    to_texts = scale() * similarity(image_vectors, gather(text_vectors))
+    to_images = scale() * similarity(gather(image_vectors), text_vectors).T
+    own = first_row(len(to_texts)) + torch.arange(len(to_texts), device=to_texts.device)
+    loss = sum(F.cross_entropy(logits, own, label_smoothing=smoothing) for logits in (to_texts, to_images)) / 2
+    return loss, to_texts.detach(), to_images.detach()
+
+
+def matching(
+    match: Callable[[ImageFeatures, Tensor, Tensor], Tensor],
+    features: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    to_texts: Tensor,
+    to_images: Tensor,
+    false: tuple[Tensor, Tensor] | None = None,
+    *,
+    draw: bool,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """The matching loss (ITM): yes to every pair, no to every image with a hard negative text and every text with a hard
+    negative image.
+
+    match: the model's, → logits (·, 2). to_texts, to_images: the logits of `contrast`. A row without any other text counts
+    less. false: tokens and mask (B, F) of wrong texts that replace those found in the batch, where there are some
+    (Yuksekgonul et al. 2023, §4, NegCLIP: negatives that differ in one word). draw: see `hard_negatives`. micro_batch:
+    pairs at a time.
+    """
+    B, all_features = len(tokens), gather(features)
+    all_tokens, all_mask = gather_texts(tokens, mask)
+    same = same_texts(tokens, mask, all_tokens, all_mask)  # (B, W·B); true negatives are elsewhere
+    other_text, found = hard_negatives(to_texts, same, draw=draw)
+    other_image, found_image = hard_negatives(to_images, same, draw=draw)
+    wrong = all_tokens[other_text], all_mask[other_text]
+    if false is not None:
+        given = false[1].any(dim=1)
+        found = found | given
+        wrong = [torch.where(given[:, None], a, b) for a, b in zip(*widen(false, wrong), strict=True)]
+    texts, masks = zip(*widen((tokens, mask), wrong), strict=True)
+
+    images = torch.cat([features, features, all_features[other_image]])
+    texts, masks = torch.cat([*texts, texts[0]]), torch.cat([*masks, masks[0]])
+    logits = in_parts(match, ImageFeatures(images), texts, masks, size=micro_batch)  # (3B, 2)
+    truth = (torch.arange(3 * B, device=logits.device) < B).long()
+    counts = torch.cat([torch.ones_like(found), found, found_image]).float()
+    return mean((F.cross_entropy(logits.float(), truth, reduction="none") * counts).sum(), counts.sum())
+
+
+def chance_losses(batch_size: int) -> dict[str, float]:
+    """The losses of a model that knows nothing but that one pair in three is right."""
+    guess = math.log(3) - 2 / 3 * math.log(2) if batch_size > 1 else 0.0
+    return {"contrast": math.log(batch_size), "matching": guess}
+
+
+def hard_negatives(logits: Tensor, same: Tensor, *, draw: bool = True) -> tuple[Tensor, Tensor]:
+    """logits (B, C), same (B, C) with True = right as well → one wrong column for every row, and whether there is one (B,).
+
+    draw: by chance, likelier the better it fits (ALBEF, §3.2), for training; otherwise the one that fits best, so that
+    losses in eval mode are the same every time. Where there is none the column is any.
     """
     found = ~same.all(dim=1)
-    weights = logits.float().masked_fill(same & found[:, None], -torch.inf).softmax(dim=1)
-    return weights.multinomial(1)[:, 0], found
+    wrong = logits.float().masked_fill(same & found[:, None], -torch.inf)
+    return wrong.softmax(dim=1).multinomial(1)[:, 0] if draw else wrong.argmax(dim=1), found
 
 
 def same_texts(tokens: Tensor, mask: Tensor, all_tokens: Tensor, all_mask: Tensor) -> Tensor:
-    """(B, T), (C, T') with T' ≥ T → (B, C): True where two texts are the same words. A text is always the same as itself."""
+    """(B, T), (C, T') with T' ≥ T → (B, C): True where two texts have the same tokens. A text is the same as itself."""
     tokens = F.pad(tokens.masked_fill(~mask, -1), (0, all_tokens.shape[1] - tokens.shape[1]), value=-1)
     return (tokens[:, None] == all_tokens.masked_fill(~all_mask, -1)).all(dim=-1)
 

@@ -11,8 +11,10 @@ and §3.3; the queue: He et al. 2020, "Momentum Contrast", §3.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,7 @@ class MomentumConfig:
 
 
 class Momentum(nn.Module):
-    """Of a model with the parts COPIED, a `contrast`, a `scale()`, `standardise` and `whole`.
+    """Of a model with the parts COPIED, a `scale()`, `standardise` and `pool`.
 
     embed_width: E, of the vectors that are compared."""
 
@@ -76,23 +78,37 @@ class Momentum(nn.Module):
 
     def vectors(self, model: nn.Module, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The copy's vectors of images and of texts: (B, E) each, unit length. `ImageFeatures` are the model's own tower's."""
-        seen = model.whole(vision_features(images, self.copies["vision"], model.standardise, model.config))
+        seen = model.pool(vision_features(images, self.copies["vision"], model.standardise, model.config))
         images = self.copies["vision_projection"](seen)
         texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
     def contrast(
-        self, images: Tensor, texts: Tensor, slow_images: Tensor, slow_texts: Tensor, scale: Tensor
+        self,
+        model: nn.Module,
+        image_vectors: Tensor,
+        text_vectors: Tensor,
+        images: Images,
+        tokens: Tensor,
+        mask: Tensor,
+        split: Callable,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (B, E) of the model and of its copy → loss, and the logits among the batches of all processes (B, W·B).
+        """The contrastive loss of vectors (B, E) of the model, and the logits both ways among the batches of all processes
+        (B, W·B).
 
-        A label is soft · what the copy thinks + (1 − soft) · the truth (ALBEF, equation 6; soft grows, see `softness`).
+        A label is soft · the softmax of the copy + (1 − soft) · the truth (ALBEF, equation 6; soft grows, see `softness`).
+        In training the copy follows the model first, and the queue takes its vectors afterwards. split: see `in_parts`.
         """
+        with torch.no_grad():
+            if self.training:
+                self.follow(model)
+            slow_images, slow_texts = split(partial(self.vectors, model), images, tokens, mask)
+        scale = model.scale()
         all_images, all_texts = gather(slow_images), gather(slow_texts)
-        to_texts, loss_texts = self.one_way(images, slow_images, torch.cat([all_texts, self.texts]), scale)
-        to_images, loss_images = self.one_way(texts, slow_texts, torch.cat([all_images, self.images]), scale)
+        to_texts, loss_texts = self.one_way(image_vectors, slow_images, torch.cat([all_texts, self.texts]), scale)
+        to_images, loss_images = self.one_way(text_vectors, slow_texts, torch.cat([all_images, self.images]), scale)
         if self.training:
-            self.remember(all_images, all_texts)
+            self.enqueue(all_images, all_texts)
         n = len(all_images)
         return (loss_texts + loss_images) / 2, to_texts[:, :n].detach(), to_images[:, :n].detach()
 
@@ -113,7 +129,7 @@ class Momentum(nn.Module):
         return c.soft * (self.seen / c.ramp if c.ramp else torch.ones_like(self.seen)).clamp(max=1.0)
 
     @torch.no_grad()
-    def remember(self, images: Tensor, texts: Tensor) -> None:
+    def enqueue(self, images: Tensor, texts: Tensor) -> None:
         """Vectors (W·B, E) take the places of those that were seen longest ago."""
         n, size = len(images), self.config.queue
         self.config.check_batch(n)

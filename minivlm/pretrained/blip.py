@@ -110,7 +110,7 @@ def read_config(values: dict[str, Any]) -> BLIPConfig:
         decode_token=text["bos_token_id"],
         end_token=text["sep_token_id"],
         pad_token=text["pad_token_id"],
-        reads_padding=ROLES[architecture] == "answer",
+        attend_padding=ROLES[architecture] == "answer",
     )
 
 

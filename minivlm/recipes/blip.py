@@ -149,7 +149,7 @@ def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, 
     ask = ask and not wrong and model.config.answers and is_world(directory)
     if not ask:
         chance.pop("answering")
-        model.config = replace(model.config, asked=False)
+        model.config = replace(model.config, trained_on_questions=False)
 
     def commands(out: Path) -> list[str]:
         test = open_pairs(directory, "test", image_size=processor.image_size)
@@ -178,7 +178,7 @@ def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, 
         progress=each_against(chance),
         origins={"vision": vision, "decoder": "new; shares all but self-attention with the encoder"},
         prepare=cache.prepare,
-        finish=lambda out: model.forget(),  # the slow copy and its queue, which were for training
+        finish=lambda out: model.remove_momentum(),  # the slow copy and its queue, which were for training
     )
 
 

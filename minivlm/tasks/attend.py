@@ -26,7 +26,7 @@ from minivlm.layers.resnet import ResNet
 from minivlm.layers.tower import ImageFeatures
 from minivlm.models.blip import BLIP
 from minivlm.models.blip2 import BLIP2, BLIP2Stage1
-from minivlm.models.blip_text import begin_with
+from minivlm.models.blip_text import with_first
 from minivlm.models.captioner import ImageCaptioningModel
 from minivlm.models.clip import CLIP
 from minivlm.models.llava import LLaVA
@@ -199,11 +199,11 @@ def read(model, tokens: Tensor, features: Tensor) -> str:
         _, yes = model.match(ImageFeatures(features), tokens)[0].float().softmax(dim=0).tolist()
         return f"{yes:.0%}"
     if model.config.roles == "caption":
-        model.tell(
-            begin_with(model.config.decode_token, tokens), None, add_positions(features, model.image_position_embedding)
+        model.decode(
+            with_first(model.config.decode_token, tokens), None, add_positions(features, model.image_position_embedding)
         )
     else:
-        model.fuse(features, tokens)
+        model.encode_with_image(features, tokens)
     return ""
 
 

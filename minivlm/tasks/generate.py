@@ -249,7 +249,7 @@ def check_answerer(model, processor, images: int = 0) -> None:
         raise UserError(
             f"this {name} says captions and chooses answers, but goes on with no text: use caption or answer."
         )
-    if not getattr(model.config, "asked", True):
+    if not getattr(model.config, "trained_on_questions", True):
         raise UserError(
             f"this {name} describes pictures, but was not trained to answer questions about them: use caption."
         )

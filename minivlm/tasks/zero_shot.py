@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.models.image_text_matching import Matching
 from minivlm.processor import Picture, as_list
 from minivlm.tasks.features import encode_images, encode_texts
 
@@ -57,7 +56,7 @@ def zero_shot_classify(
         return []
     classes = class_features(labels, model, processor, templates)
     features = encode_images(several, model, processor)
-    if isinstance(model, Matching):  # of a Q-Former, each query has a vector
+    if hasattr(model, "similarity"):  # of a Q-Former, each query has a vector
         probabilities = (model.scale() * model.similarity(features, classes)).detach().softmax(dim=1)  # (N, C)
     else:
         logits = model.loss.logits(features, classes).detach()

@@ -216,9 +216,9 @@ class TestSpeaking:
             row = tokens[i][mask[i]]
             read = model.image_features(images[i : i + 1])
             if questions:
-                read, row = model.fuse(read, row[None]), torch.tensor([3])
+                read, row = model.encode_with_image(read, row[None]), torch.tensor([3])
             for token in said[i]:
-                logits = model.head(model.tell(row[None], None, read))
+                logits = model.head(model.decode(row[None], None, read))
                 assert token == logits[0, -1].argmax()
                 row = torch.cat([row, token[None]])
 
@@ -226,10 +226,10 @@ class TestSpeaking:
         model, images = blip(), pictures()
         tokens = torch.full((3, 1), 3)
         wide = model.generate(images, tokens, max_new_tokens=2, num_beams=40, length_penalty=0.0, end_tokens=())
-        first = model.head(model.tell(tokens, None, model.image_features(images)))[:, 0].log_softmax(dim=-1)
+        first = model.head(model.decode(tokens, None, model.image_features(images)))[:, 0].log_softmax(dim=-1)
         pairs = torch.cartesian_prod(torch.tensor([3]), torch.arange(40))
         second = [
-            model.head(model.tell(pairs, None, model.image_features(images[i : i + 1]).expand(40, -1, -1)))
+            model.head(model.decode(pairs, None, model.image_features(images[i : i + 1]).expand(40, -1, -1)))
             for i in range(3)
         ]
         for i in range(3):
@@ -249,21 +249,21 @@ class TestSpeaking:
     def test_published_answers_read_the_padding_of_questions(self):
         model, images = blip(roles="answer", temperature=None), pictures()
         mask = ASKED != 0
-        reads = [model.prefill(images, ASKED, mask, room=1).read_mask]
-        model.config = replace(model.config, reads_padding=True)
-        reads.append(model.prefill(images, ASKED, mask, room=1).read_mask)
+        reads = [model.prefill(images, ASKED, mask, room=1).context_mask]
+        model.config = replace(model.config, attend_padding=True)
+        reads.append(model.prefill(images, ASKED, mask, room=1).context_mask)
         assert torch.equal(reads[0], mask) and reads[1] is None
 
     def test_answers_are_ranked_by_their_likelihood(self):
         model, images = blip(), pictures()
         mask, answers = ASKED != 0, torch.tensor([[1, 20, 2, 0], [1, 21, 22, 2], [1, 23, 2, 0], [1, 24, 2, 0]])
         ranked = model.rank(images, ASKED, mask, answers, answers != 0)
-        read = model.fuse(model.image_features(images), ASKED, mask)
+        read = model.encode_with_image(model.image_features(images), ASKED, mask)
         firsts = []
         for j, answer in enumerate(answers):
             n = int((answer != 0).sum())
             said = begun(answer[None, :n].expand(3, -1))
-            log_p = model.head(model.tell(said, None, read, mask)).log_softmax(dim=-1)
+            log_p = model.head(model.decode(said, None, read, mask)).log_softmax(dim=-1)
             expected = sum(log_p[:, t - 1, answer[t]] for t in range(1, n))
             assert_same(ranked[:, j], expected)
             firsts.append(log_p[:, 0, answer[1]])

@@ -16,7 +16,7 @@ from minivlm import BLIP2Stage1, BLIP2Stage1Config, ImageFeatures, checkpoint
 from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig, VisionConfig
 from minivlm.layers.resnet import ResNetConfig
-from minivlm.models.image_text_matching import gather_texts, hard_negatives, same_texts
+from minivlm.models.image_text_matching import contrast, gather_texts, hard_negatives, matching, same_texts
 from minivlm.models.vision_features import measure
 from minivlm.testing import assert_gradient_reaches, assert_same
 
@@ -270,12 +270,13 @@ def losses_of(rank, world):
     with torch.no_grad():
         model.logit_scale.fill_(math.log(100.0))
     vectors = model.encode_image(ImageFeatures(features)), model.encode_text(tokens, tokens != 0)
-    loss, to_texts, to_images = model.contrast(*vectors)
+    loss, to_texts, to_images = contrast(*vectors, model.scale)
     # ten thousand times as steep, a draw is certain
-    matching = model.matching(features, tokens, tokens != 0, to_texts * 1e4, to_images * 1e4)
-    (loss + matching).backward()
+    alike = to_texts * 1e4, to_images * 1e4
+    matched = matching(model.match, features, tokens, tokens != 0, *alike, draw=True)
+    (loss + matched).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"contrast": loss.detach(), "matching": matching.detach(), **grads}
+    return {"contrast": loss.detach(), "matching": matched.detach(), **grads}
 
 
 def test_two_processes_are_one_whole_batch(tmp_path):

@@ -98,7 +98,7 @@ def test_comes_back_from_a_directory_and_is_left_behind(tmp_path):
     blip.save_pretrained(tmp_path / "with")
     back, _ = checkpoint.load(tmp_path / "with")
     assert torch.equal(back.momentum.texts, blip.momentum.texts) and back.momentum.seen == 3
-    blip.forget()
+    blip.remove_momentum()
     blip.save_pretrained(tmp_path / "without")
     back, _ = checkpoint.load(tmp_path / "without")
     assert back.momentum is None and back.config.momentum is None

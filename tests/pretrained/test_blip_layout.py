@@ -20,7 +20,7 @@ def test_one_model_type_three_uses(tmp_path):
         assert recognise(tmp_path) == "blip"
         config = blip.read_config(values)
         assert config.roles == roles and config.temperature is None and config.encode_token is None
-        assert config.reads_padding is (roles == "answer")
+        assert config.attend_padding is (roles == "answer")
         assert comparable(blip.read_config(blip.write_config(config))) == comparable(config)
 
 
@@ -46,7 +46,7 @@ def test_what_is_refused(values, message):
     [
         ({}, "transformers has no BLIP of all roles at once"),
         ({"roles": "match"}, r"cannot express .*temperature = 0\.07"),
-        ({"roles": "answer", "temperature": None, "encode_token": None}, "cannot express .*reads_padding = False"),
+        ({"roles": "answer", "temperature": None, "encode_token": None}, "cannot express .*attend_padding = False"),
     ],
     ids=lambda x: str(x)[:30],
 )

@@ -187,7 +187,7 @@ def test_the_words_of_a_text_that_blip_only_reads(roles, part):
     tokens, features = tokens[:, : mask.sum()], model.image_features(p.images(PICTURES[:1]))
     with record_attention(getattr(model, part), only=lambda name: name.endswith("cross_attention")) as kept:
         if roles == "answer":
-            model.fuse(features, tokens)
+            model.encode_with_image(features, tokens)
         else:
             tokens[:, 0] = model.config.decode_token  # as every caption begins
             model(ImageFeatures(features), tokens)
