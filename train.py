@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from minivlm import training
+from minivlm import processes, training, training_log
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
 from minivlm.recipes import plan, resuming
@@ -23,17 +23,17 @@ from minivlm.run import Run, read_record, restore, restore_random
 
 
 def main(argv: list[str]) -> None:
-    with training.told_by_first():
+    with processes.told_by_first():
         name, recipe, options = plan.command_line(argv)
     if options.help or options.list:
         print(plan.help_text(name, recipe) if options.help else plan.list_text())
     else:
-        _, world = training.start_processes(training.choose_device(options.device))
-        with training.ending_together():
+        _, world = processes.start_processes(training.choose_device(options.device))
+        with processes.ending_together():
             todo = plan.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
             for part, of, _ in todo:
-                training.check_batch(part, of.batch_size, world)
-            first = training.is_first_process()
+                processes.check_batch(part, of.batch_size, world)
+            first = processes.is_first_process()
             if first:
                 plan.check_places(todo)
             if (sentence := plan.announcement(todo)) and first:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
                         if first:
                             print(f"Go on with: {plan.go_on(todo, options, argv)}")
                         break
-        training.stop_processes()
+        processes.stop_processes()
 
 
 def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
@@ -53,7 +53,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     training.keep_freed_memory()
     device = training.choose_device(options.device)
     precision, reason = training.choose_precision(device, options.precision)
-    rank, world = training.start_processes(device)
+    rank, world = processes.start_processes(device)
     say = print if rank == 0 else lambda line: None
     say(f"{name}: {recipe.summary}\n{recipe.steps} steps of {recipe.batch_size} samples on {device}")
     say(f"{str(precision).removeprefix('torch.')}: {reason}")
@@ -61,9 +61,9 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if resumed and resuming.is_finished(run, recipe):
         say(f"the run in {run.directory} is finished: all {recipe.steps} steps are done. For more, give --steps.")
         return True
-    with training.rank_zero_first():
+    with processes.rank_zero_first():
         job = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
-    model = training.whole_batch_norm(job.model.to(device).train(), device, world)
+    model = processes.whole_batch_norm(job.model.to(device).train(), device, world)
     model.check_parts(recipe.batch_size // world, recipe.micro_batch or recipe.batch_size)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
@@ -82,17 +82,17 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *told]))
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
-    log = training.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
+    log = training_log.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
     job.prepare(device, precision)
     if options.compile:
         training.compile_parts(model)
-    training.meet()  # not all took the same time
-    forward = training.losses_of(model)
+    processes.meet()  # not all took the same time
+    forward = processes.losses_of(model)
 
     def save() -> None:
         """The first process validates and writes, the others wait for it."""
         nonlocal started, saved
-        paused, random = time.perf_counter(), training.random_states(device)
+        paused, random = time.perf_counter(), processes.random_states(device)
         if rank == 0:
             try:
                 with as_stored(model):
@@ -100,18 +100,18 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
             except UserError as error:
                 raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
             run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 2)
-            random[0] = training.random_state(device)  # validation may have drawn from it
+            random[0] = processes.random_state(device)  # validation may have drawn from it
             run.save(step, model, job.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
-        training.meet()
+        processes.meet()
         saved = step
         started += time.perf_counter() - paused  # samples/s speaks of training alone
 
     # the loop
     stop = min(options.stop_at or recipe.steps, recipe.steps)
     first, saved, started = step, step, time.perf_counter()
-    bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training.BAR_FORMAT)
-    with training.polite_interrupt() as interrupted:
+    bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training_log.BAR_FORMAT)
+    with processes.polite_interrupt() as interrupted:
         for batch in training.batches(lambda s: job.batch(s, rank, world), step, stop, device):
             with training.autocast(device, precision):
                 if recipe.micro_batch is None:
@@ -119,13 +119,13 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
                     sum(losses.values()).backward()
                 else:
                     losses = model.backward_in_parts(batch, recipe.micro_batch)
-                    training.average_gradients(model)
+                    processes.average_gradients(model)
             rate = training.learning_rate(recipe.optimiser, step, recipe.steps)
             norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm)
             log.add(step, losses, norm, rate)
             step += 1
             bar.update()
-            if step % training.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
+            if step % training_log.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
                 line = log.flush(job.ids)  # the one place where the device is waited for
                 speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{job.progress(line)}, {speed:.0f} samples/s")
@@ -143,7 +143,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     # evaluate, and leave a model behind
     if rank == 0:
         finish(run, job)
-    training.meet()
+    processes.meet()
     return True
 
 

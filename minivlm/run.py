@@ -33,8 +33,8 @@ from minivlm.errors import UserError
 from minivlm.files import open_regular, read_json
 from minivlm.older_names import current_name, current_names
 from minivlm.pretrained.names import refuse_misfits, tied
+from minivlm.processes import set_random_state
 from minivlm.run_directory import LOCK, OWN, is_at, set_aside, take_lock
-from minivlm.training import set_random_state
 
 WEIGHTS = ("model.safetensors", "training.safetensors")
 
@@ -91,7 +91,7 @@ class Run:
         self, step: int, model: nn.Module, processor, optimiser, recipe, score: float, random: list[dict[str, Tensor]]
     ) -> None:
         """A checkpoint after `step` steps; older ones beyond the last `keep` and the best are removed. random: the random state
-        of every process, see `training.random_states`."""
+        of every process, see `processes.random_states`."""
         final = self.checkpoints / f"step-{step:06d}"
         temporary = self.checkpoints / f".step-{step:06d}.{os.getpid()}"
         record = {"step": step, "score": score, "recipe": config.to_dict(recipe), **self.about}

@@ -88,7 +88,7 @@ def test_gather_keeps_rank_order_and_sums_what_every_process_says(processes):
 
 
 def main(directory: str, rank: int) -> None:
-    import torch._dynamo  # before there is a group, which it would hold: see `training.start_processes`
+    import torch._dynamo  # before there is a group, which it would hold: see `processes.start_processes`
 
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=WORLD)
     found: dict = {case: value_and_gradients(*case, rank=rank, world=WORLD) for case in CASES}

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minivlm import checkpoint, training
+from minivlm import checkpoint, processes
 from minivlm.errors import UserError
 from minivlm.models import image_text_matching
 from minivlm.recipes import RECIPES
@@ -52,15 +52,15 @@ def likeliest(logits: Tensor, same: Tensor, *, draw: bool) -> tuple[Tensor, Tens
 def step(work, number: int, parts: int | None, rank: int = 0, world: int = 1, device: str = "cpu") -> dict[str, Tensor]:
     """Losses, gradients and buffers after a step without the optimiser's part, by name."""
     model, batch = copy.deepcopy(work.model).to(device), work.batch(number, rank, world)
-    model = training.whole_batch_norm(model, torch.device(device), world)
+    model = processes.whole_batch_norm(model, torch.device(device), world)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if parts is None:
-        forward = training.losses_of(model)
+        forward = processes.losses_of(model)
         found = forward(batch)
         sum(found.values()).backward()
     else:
         found = model.backward_in_parts(batch, parts)
-        training.average_gradients(model)
+        processes.average_gradients(model)
     found = {name: loss.detach().clone() for name, loss in found.items()}
     if world > 1:
         for loss in found.values():
@@ -116,7 +116,7 @@ def unordered(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", REFUSED)
 def test_batch_norm_that_would_see_less_than_the_whole_batch_is_refused(tmp_path, name):
     work = small_job(name, small_world(tmp_path, train=8), batch_size=8)
-    model, on = work.model, lambda device, world: training.whole_batch_norm(model, torch.device(device), world)
+    model, on = work.model, lambda device, world: processes.whole_batch_norm(model, torch.device(device), world)
     with pytest.raises(
         UserError, match=r"batch norm \(vision\..* and \d+ more\) .*sees a part of it with --micro_batch 3"
     ):

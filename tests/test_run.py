@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minivlm import training
+from minivlm import processes, training
 from minivlm.errors import UserError
 from minivlm.run import Run, read_record, restore, restore_random, restore_weights
 from minivlm.run_directory import check_out, foreign
@@ -38,7 +38,7 @@ def small():
 
 
 def save(run, step, small, score=0.5):
-    run.save(step, small[0], None, small[1], Nothing(), score, [training.random_state(torch.device("cpu"))])
+    run.save(step, small[0], None, small[1], Nothing(), score, [processes.random_state(torch.device("cpu"))])
 
 
 def names(run):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import atomic_writing, saving, training
+from minivlm import atomic_writing, saving, training_log
 from minivlm import run as run_module
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
@@ -63,7 +63,7 @@ def finished(world, tmp_path_factory):
 
 
 def losses(out):
-    return [line["loss"] for line in training.read_log(out / "log.jsonl")]
+    return [line["loss"] for line in training_log.read_log(out / "log.jsonl")]
 
 
 def test_a_run_leaves_a_model_its_scores_a_log_and_a_picture(finished, world):
@@ -73,7 +73,7 @@ def test_a_run_leaves_a_model_its_scores_a_log_and_a_picture(finished, world):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert {"zero-shot, seen pairs", "zero-shot, never-seen pairs", "text→image R@1", "image→text mAP"} <= set(metrics)
     assert metrics["text→image R@1"]["chance"] == pytest.approx(1 / 500)
-    assert [line["step"] for line in training.read_log(finished / "log.jsonl")] == list(range(10))
+    assert [line["step"] for line in training_log.read_log(finished / "log.jsonl")] == list(range(10))
     from PIL import Image
 
     assert Image.open(finished / "picture.png").size[0] > 300

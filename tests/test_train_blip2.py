@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import evaluate, tasks, training
+from minivlm import evaluate, tasks, training_log
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.datasets.span_corruption import HOLES
@@ -110,7 +110,7 @@ def last(directory, step=4):
 
 
 def losses(directory):
-    return [line["loss"] for line in training.read_log(directory / "log.jsonl")]
+    return [line["loss"] for line in training_log.read_log(directory / "log.jsonl")]
 
 
 def parts(said):
@@ -197,7 +197,7 @@ def test_stage_one_tells_its_parts_and_its_three_losses_beside_their_chances(bui
     third = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3  # one pair in three belongs together
     for found in {row[1::2] for row in told}:
         assert [float(x) for x in found] == pytest.approx([math.log(8), third, math.log(vocabulary)], abs=0.005)
-    line = training.read_log(tmp_path / "log.jsonl")[-1]
+    line = training_log.read_log(tmp_path / "log.jsonl")[-1]
     assert [float(x) for x in told[-1][::2]] == pytest.approx(
         [line["contrast"], line["matching"], line["generation"]], abs=0.005
     )

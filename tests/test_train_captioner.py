@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import training
+from minivlm import training_log
 from minivlm.conversation import IGNORED
 from minivlm.datasets.continuation import split
 from minivlm.datasets.shapes import make_shapes
@@ -136,7 +136,7 @@ def test_a_stage_resumes_to_the_bit(built, world, tmp_path):
     train.main(arguments("llava", **options | {"lora.rank": 2, "lora.alpha": 4}, stop_at=2))
     train.main(["llava", "--resume", "--out", str(tmp_path / "llava"), "--device", "cpu", "--precision", "fp32"])
     losses = [
-        [line["loss"] for line in training.read_log(d / "log.jsonl")] for d in (tmp_path / "llava", built / "llava")
+        [line["loss"] for line in training_log.read_log(d / "log.jsonl")] for d in (tmp_path / "llava", built / "llava")
     ]
     assert losses[0] == losses[1]
     once, twice = weights(built / "llava"), weights(tmp_path / "llava")
@@ -249,7 +249,7 @@ def test_the_captioner_learns_to_caption(world, tmp_path):
     train.main(arguments("captioner", **options))
     metrics = json.loads((tmp_path / "captioner/metrics.json").read_text())
     assert {"captions, exact scene match", "never-seen pairs, captions, exact scene match"} <= set(metrics)
-    losses = [line["loss"] for line in training.read_log(tmp_path / "captioner/log.jsonl")]
+    losses = [line["loss"] for line in training_log.read_log(tmp_path / "captioner/log.jsonl")]
     assert losses[-1] < losses[0]
     model, processor = minivlm.load(tmp_path / "captioner")
     images = torch.zeros(2, 3, 32, 32)
@@ -261,5 +261,5 @@ def test_stage_two_in_parts_takes_the_steps_of_the_whole_batch(built, world, tmp
     options = SHORT | {"data": world, "starts_from": built / "stage1"}
     for name, extra in (("whole", {}), ("parts", {"micro_batch": 3})):
         train.main(arguments("llava", **options | extra, out=tmp_path / name))
-    losses = [[line["loss"] for line in training.read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "parts")]
+    losses = [[line["loss"] for line in training_log.read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "parts")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

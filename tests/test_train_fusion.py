@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import tasks, training
+from minivlm import tasks, training_log
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError
@@ -97,7 +97,9 @@ def test_a_run_resumes_to_the_bit(built, tmp_path):
             arguments("uniter", **options(built, "uniter", out=tmp_path / out, **more, **{"data.captions_every": 2}))
         )
     train.main(["uniter", "--resume", "--out", str(tmp_path / "parts"), "--device", "cpu", "--precision", "fp32"])
-    logs = [[line["loss"] for line in training.read_log(tmp_path / out / "log.jsonl")] for out in ("whole", "parts")]
+    logs = [
+        [line["loss"] for line in training_log.read_log(tmp_path / out / "log.jsonl")] for out in ("whole", "parts")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from minivlm import processes
 from minivlm import run as run_module
-from minivlm import training
 from minivlm.datasets.shapes import make_shapes
 from minivlm.errors import UserError, run_command_line
 from tests.test_train import arguments, losses
@@ -115,8 +115,8 @@ def test_a_batch_that_they_cannot_share_is_refused_before_the_start():
     with pytest.raises(
         UserError, match=r"the batch of lm, 100 samples, .* by 8 processes; train lm with --batch_size 96"
     ):
-        training.check_batch("lm", 100, 8)
-    training.check_batch("lm", 96, 8)
+        processes.check_batch("lm", 100, 8)
+    processes.check_batch("lm", 96, 8)
 
 
 # ---- the two processes -----------------------------------------------------------------------------------------------

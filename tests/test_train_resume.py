@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import minivlm
 import train
-from minivlm import training
+from minivlm import training_log
 from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.errors import UserError
 from minivlm.recipes import plan
@@ -67,7 +67,7 @@ def resume(*words):
 
 
 def steps_and_rates(out="a run/clip"):
-    return {line["step"]: line["learning_rate"] for line in training.read_log(Path(out) / "log.jsonl")}
+    return {line["step"]: line["learning_rate"] for line in training_log.read_log(Path(out) / "log.jsonl")}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 import minivlm
 import train
-from minivlm import evaluate, tasks, training
+from minivlm import evaluate, tasks, training_log
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
@@ -38,7 +38,7 @@ def trained(world, tmp_path_factory):
 
 
 def losses(out):
-    return [line["loss"] for line in training.read_log(out / "log.jsonl")]
+    return [line["loss"] for line in training_log.read_log(out / "log.jsonl")]
 
 
 def test_it_learns_and_leaves_its_metrics_and_a_picture(trained):

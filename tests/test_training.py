@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm import training
+from minivlm import training, training_log
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig
 from minivlm.layers.attention import Attention
@@ -101,14 +101,14 @@ def test_unknown_and_missing_devices_are_one_sentence():
 def test_the_log_keeps_what_came_before_a_resume_and_drops_what_came_after(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(5)) + '{"step": 5, "lo')
-    log = training.Log(path, first_step=3)
+    log = training_log.Log(path, first_step=3)
     log.add(3, {"contrast": torch.tensor(0.5)}, torch.tensor(2.0), 1e-3)
     assert log.flush(lambda step: [])["loss"] == 0.5
-    assert [line["step"] for line in training.read_log(path)] == [0, 1, 2, 3]
+    assert [line["step"] for line in training_log.read_log(path)] == [0, 1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rate_norm_and_samples(tmp_path):
-    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log = training_log.Log(tmp_path / "log.jsonl", first_step=0)
     log.add(7, {"contrast": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
     log.add(8, {"contrast": torch.tensor(math.nan)}, torch.tensor(3.0), 2e-3)
     with pytest.raises(UserError, match=r"step 8.*2\.00e-03.*norm 3\.0.*cat\.jpg-8, dog\.jpg"):
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_norm_and_samples(tmp_pat
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_stops_beside_a_loss_that_is(norm, tmp_path):
-    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log = training_log.Log(tmp_path / "log.jsonl", first_step=0)
     log.add(3, {"contrast": torch.tensor(1.0)}, torch.tensor(norm), 1e-3)
     with pytest.raises(UserError, match=rf"not finite at step 3: loss 1\.0, .* gradient norm {norm}"):
         log.flush(lambda step: ["cat.jpg"])
@@ -146,11 +146,11 @@ def test_a_log_is_read_up_to_what_is_none(tmp_path):
     path = tmp_path / "log.jsonl"
     for text in ("[]\n", "7\n", '{"stop": 1}\n', '{"step": null}\n', '{"step', "\x00"):
         path.write_text('{"step": 0, "loss": 1.0}\n' + text + '{"step": 1, "loss": 1.0}\n')
-        assert [line["step"] for line in training.read_log(path)] == [0]
+        assert [line["step"] for line in training_log.read_log(path)] == [0]
 
 
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
-    log = training.Log(tmp_path / "log.jsonl", first_step=0)
+    log = training_log.Log(tmp_path / "log.jsonl", first_step=0)
     log.path = tmp_path / "gone/log.jsonl"
     log.add(0, {"contrast": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
     with pytest.raises(UserError, match=r"gone/log\.jsonl cannot be written: No such file or directory\. Go on from"):
@@ -167,14 +167,14 @@ def test_nothing_holds_the_process_group_when_it_has_been_left(tmp_path):
     script = tmp_path / "leave.py"
     script.write_text(
         "import weakref, torch, torch.distributed as dist\n"
-        "from minivlm import training\n"
-        "training.start_processes(torch.device('cpu'))\n"
+        "from minivlm import processes, training\n"
+        "processes.start_processes(torch.device('cpu'))\n"
         "group = weakref.ref(dist.group.WORLD)\n"
         "model = torch.nn.Linear(2, 2)\n"
         "optimiser = training.make_optimiser(model, training.OptimiserConfig())\n"
         "model(torch.ones(1, 2)).sum().backward()\n"
         "training.optimise(model, optimiser, 1e-3, 1.0)\n"
-        "training.stop_processes()\n"
+        "processes.stop_processes()\n"
         "print('released' if group() is None else 'still held')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]

@@ -15,8 +15,8 @@ from minivlm.datasets.folder_conversations import read_entries
 from minivlm.datasets.judge import Problem
 from minivlm.datasets.shapes import is_world, make_shapes
 from minivlm.errors import UserError
+from minivlm.processes import is_first_process
 from minivlm.recipes.recipe import Recipe
-from minivlm.training import is_first_process
 
 SHAPES = Path("data/shapes")
 ENDLESS = 10**6

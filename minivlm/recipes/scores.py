@@ -34,10 +34,10 @@ from minivlm.errors import UserError
 from minivlm.evaluate.language import entropy, held_out_texts, learnt, perplexity, unigram_entropy
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.pictures import Row, sheet
+from minivlm.processes import is_first_process
 from minivlm.processor import Processor
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import beginning
-from minivlm.training import is_first_process
 
 VALIDATED = 200  # texts, captions, episodes, or answers in whole sentences, that a checkpoint is judged by
 PICTURED, SAID, SHOWN = 12, 24, 240  # beginnings in a figure, tokens that each goes on for, characters that are shown

@@ -1,0 +1,88 @@
+"""`log.jsonl` and the progress bar of a training run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minivlm.atomic_writing import write_atomically
+from minivlm.errors import UserError
+from minivlm.processes import several
+
+BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}"
+
+
+def log_every(device: torch.device) -> int:
+    """Steps between looks at the loss: each on a CPU, where looking is free; every tenth where it makes the host wait."""
+    return 1 if device.type == "cpu" else 10
+
+
+class Log:
+    """`log.jsonl`, one line a step. Numbers stay on the device until `flush`, so that the loop never waits for them.
+
+    `flush` stops the run at the first non-finite loss: the weights before it are in the last checkpoint.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, write: bool = True):
+        self.path, self.write, self.waiting = path, write, []
+        if write:
+            kept = [line for line in read_log(path) if line["step"] < first_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def add(self, step: int, losses: dict[str, Tensor], norm: Tensor, rate: float) -> None:
+        self.waiting.append((step, losses, norm, rate))
+
+    def flush(self, ids: Callable[[int], list[str]]) -> dict | None:
+        """Write what waits; returns the last line. ids(step) names the samples of a step, for the error message."""
+        if not self.waiting:
+            return None
+        # One transfer for all; steps may have different losses, where a recipe alternates between tasks.
+        found = torch.stack([x.detach() for _, losses, norm, _ in self.waiting for x in (*losses.values(), norm)])
+        if several():  # the mean over processes is the loss of the whole batch; the norm is the same in all
+            dist.all_reduce(found)
+            found /= dist.get_world_size()
+        values = iter(found.tolist())
+        lines = []
+        for step, losses, _, rate in self.waiting:
+            *numbers, norm = (next(values) for _ in range(len(losses) + 1))
+            named = dict(zip(losses, numbers, strict=True))
+            line = {"step": step, "loss": sum(numbers), **named, "gradient_norm": norm, "learning_rate": rate}
+            if not math.isfinite(line["loss"]) or not math.isfinite(norm):
+                samples = ids(step)
+                shown = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+                raise UserError(
+                    f"the loss is not finite at step {step}: loss {line['loss']}, learning rate {rate:.2e}, gradient norm "
+                    f"{norm}, samples {shown}. Lower --optimiser.learning_rate or look at these samples; "
+                    "the last checkpoint is from before."
+                )
+            lines.append(line)
+        self.waiting.clear()
+        if self.write:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            except OSError as error:
+                why = f"{self.path} cannot be written: {error.strerror}"
+                raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
+        return lines[-1]
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log up to the first that is none: the last one, where a killed run left it half-written."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
