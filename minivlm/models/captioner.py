@@ -28,11 +28,13 @@ from minivlm.models.own_modules import OwnTower, describe, either
 @dataclass(frozen=True, kw_only=True)
 class ImageCaptioningConfig:
     vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
-    language: LanguageModelConfig  # its context holds the image as well
+    language: LanguageModelConfig | None  # its context holds the image as well; None: it is given ready
     vision_layer: int = -1  # whose features are used; −1: the last, for a tower that learns with the rest
     start_token: int | None = None  # of every caption; None: unknown, so that `generate` has to be given tokens
 
     def __post_init__(self):
+        if self.language is None:
+            return
         check_decoder(self.language, "the captioner")
         if self.vision is not None and self.language.context <= self.image_tokens:
             raise ValueError(
@@ -51,20 +53,36 @@ class ImageCaptioningModel(Model):
 
     mask (B, T): True = a real token. labels (B, T): the tokens, −100 = not counted; where: see `next_token_loss`.
     Without tokens it generates: images → the ids of their captions (B, ≤ 64).
+    vision, language: ready modules, see own_modules.py. ImageCaptioningModel(tower, language_model, vocab_size) is short for
+    a config of these two.
     """
 
     config_class = ImageCaptioningConfig
     abilities = frozenset({"caption", "attend"})
     image_attention = "answer"
 
-    def __init__(self, config: ImageCaptioningConfig, *, vision: nn.Module | None = None, seed: int = 0):
-        super().__init__(describe(config, vision=vision))
+    def __init__(
+        self,
+        config: ImageCaptioningConfig | nn.Module,
+        language: LanguageModel | None = None,
+        vocab_size: int | None = None,
+        *,
+        vision: nn.Module | None = None,
+        seed: int = 0,
+    ):
+        if isinstance(config, nn.Module):
+            config, vision = ImageCaptioningConfig(vision=None, language=None), config
+        super().__init__(describe(config, vision=vision, language=language))
+        if vocab_size not in (None, self.config.language.vocab_size):
+            raise UserError(
+                f"vocab_size is {vocab_size}, but the language model knows {self.config.language.vocab_size} tokens."
+            )
         c = self.config
         generator = torch.Generator().manual_seed(seed)
         self.vision = either(vision, make_tower, c.vision, generator)
         self.projector = LinearProjector(c.vision.features_at(c.vision_layer)[1], c.language.width)
         initialise_linears(self.projector, generator)
-        self.language_model = LanguageModel(c.language, seed=seed)
+        self.language_model = either(language, LanguageModel, c.language, seed=seed)
 
     @property
     def language_config(self) -> LanguageModelConfig:

@@ -88,19 +88,27 @@ class LLaVA(Model):
     With tiles, each image is its views, one after the other, as the processor makes them: (B, I · views, 3, H, W).
     labels (B, T): the tokens, −100 = not counted; where: see `next_token_loss`. `ImageFeatures` may be given in place of
     images.
+    vision, language: ready modules, see own_modules.py.
     """
 
     config_class = LLaVAConfig
     abilities = frozenset({"caption", "answer", "chat", "complete", "attend", "few-shot"})
     image_attention = "answer"
 
-    def __init__(self, config: LLaVAConfig, *, vision: nn.Module | None = None, seed: int = 0):
-        super().__init__(describe(config, vision=vision))
+    def __init__(
+        self,
+        config: LLaVAConfig,
+        *,
+        vision: nn.Module | None = None,
+        language: LanguageModel | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(describe(config, vision=vision, language=language))
         c = self.config
         generator = torch.Generator().manual_seed(seed)
         self.vision = either(vision, make_tower, c.vision, generator)
         self.projector = make_projector(c, generator, seed=seed)
-        self.language_model = LanguageModel(c.language, seed=seed)
+        self.language_model = either(language, LanguageModel, c.language, seed=seed)
         if c.lora is not None:
             add_lora(self.language_model, c.lora, generator=generator)
 

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from minivlm.errors import UserError, nearest
 from minivlm.generation.decoding import Decoding, check_context, padding_first
-from minivlm.layers.bert import TextHead
+from minivlm.layers.bert import BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.qformer import attention_mask
 from minivlm.layers.tower import ImageFeatures, Images
+from minivlm.layers.vit import VisionConfig
 from minivlm.losses import (
     CLIPLoss,
     answer_loss,
@@ -91,10 +92,25 @@ class MultitaskConfig:
         return self.encoder.text.vocab_size
 
 
+def small_config() -> MultitaskConfig:
+    """Images of 64 pixels a side, 4,096 tokens with the special ones of `Processor.train`, and the answers yes and no."""
+    sizes = dict(width=128, depth=4, heads=4)
+    encoder = VisualBERTConfig(
+        text=BERTConfig(vocab_size=4096, context=64, **sizes),
+        vision=VisionConfig(image_size=64, patch_size=8, **sizes),
+        region_width=128,
+        region_positions=True,
+        answers=("yes", "no"),
+        answer_at="first",
+    )
+    return MultitaskConfig(encoder=encoder, end_token=3)
+
+
 class MultitaskVLM(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
 
-    `ImageFeatures` may be given in place of images. vision: a module of your own, see own_modules.py.
+    `ImageFeatures` may be given in place of images. vision: a module of your own, see own_modules.py. Without a config it is
+    a small one, see `small_config`.
     """
 
     config_class = MultitaskConfig
@@ -105,8 +121,8 @@ class MultitaskVLM(Model):
         of = {"caption": ("caption",), "answer": ("choose", "attend"), "search": ("encode",)}
         return frozenset(word for task in self.config.tasks for word in of[task])
 
-    def __init__(self, config: MultitaskConfig, *, vision: nn.Module | None = None, seed: int = 0):
-        super().__init__(describe(config, vision=vision))
+    def __init__(self, config: MultitaskConfig | None = None, *, vision: nn.Module | None = None, seed: int = 0):
+        super().__init__(describe(config or small_config(), vision=vision))
         c = self.config
         encoder = UNITER if isinstance(c.encoder, UNITERConfig) else VisualBERT
         self.encoder = encoder(c.encoder, vision=vision, seed=seed)

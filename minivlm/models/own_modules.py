@@ -1,6 +1,6 @@
 """Your own module in a model of ours: a vision tower or a text encoder, ready, in place of the one that a config describes.
 
-    model = LLaVA(config, vision=MyTower())               # config.vision: None, or a stand-in of the same image_size
+    model = LLaVA(config, vision=MyTower())               # config.vision: None, or any of the same image_size
     model.save_pretrained("out/mine")                     # its weights; config.json has its import name and its sizes
     LLaVA.from_pretrained("out/mine", vision=MyTower())   # the weights are put into the module that is given
 
@@ -10,6 +10,7 @@ What it must have, since that is all that is called:
              image_size: S, pixels a side; leading: how many of the N stand before the grid, such as a class token (default 0)
              in CLIP a call, tower(images) → (M, E), in place of features
     text     encoder(tokens (B, T), mask (B, T)) → (B, T, D), as a tensor or as .last_hidden_state; in CLIP → (B, D)
+    language a `LanguageModel`, which generates with a cache; no other does
 
 Sizes are measured on an image of zeros, or a text of one token, when the model is built; the module is used as it is, neither
 copied nor initialised. Nothing that is loaded imports it: a name in a file runs no code.
@@ -114,6 +115,11 @@ def measure(name: str, module: nn.Module, config: Any) -> Any:
     """What stands for the module in a config: of a module of ours its own config."""
     if is_ours(module):
         return module.config
+    if name == "language":
+        raise UserError(
+            f"this {type(module).__name__} is no LanguageModel of minivlm, which generates from embeddings and with a cache: "
+            "describe one in the config, as language=LanguageModelConfig(…), or give one that was loaded."
+        )
     layers = (config.vision_layer,) if hasattr(config, "vision_layer") else getattr(config, "vision_layers", ())
     if name == "text":
         return OwnText(module=import_name(module), width=text_width(module, vector=not layers))

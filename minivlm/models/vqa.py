@@ -30,7 +30,7 @@ from minivlm.models.own_modules import OwnText, OwnTower, describe, either, text
 class VQAConfig:
     vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
     vision_layer: int = -1  # of the tower, whose features are used
-    text: BERTConfig | OwnText  # the question encoder
+    text: BERTConfig | OwnText | None  # the question encoder
     fusion: TransformerConfig  # its blocks attend to the image
     answers: tuple[str, ...]
 
@@ -39,6 +39,8 @@ class VQAConfig:
     def __post_init__(self):
         if not self.answers:
             raise ValueError("there are no answers to choose from")
+        if self.text is None:  # it is given ready, as text=my_encoder, and checked then
+            return
         if self.fusion.width != self.text.width or self.fusion.cross_attention_every != 1:
             raise ValueError(
                 f"fusion reads words of width {self.text.width}, and the picture in every block: set "
@@ -46,10 +48,18 @@ class VQAConfig:
             )
 
 
+def plain_config(width: int, answers: int) -> VQAConfig:
+    """Of a model whose two encoders are given ready."""
+    heads = width // 64 if width % 64 == 0 else 1
+    fusion = TransformerConfig(width=width, depth=3, heads=heads, cross_attention_every=1)
+    return VQAConfig(vision=None, text=None, fusion=fusion, answers=tuple(map(str, range(answers))))
+
+
 class VQAModel(Model):
     """images (B, 3, H, W), tokens (B, T), mask (B, T) → the logits of all answers, (B, A).
 
     `ImageFeatures` may be given in place of images. vision, text: modules of your own, see own_modules.py.
+    VQAModel(tower, encoder, fusion_dim, num_answers) is short for a config of three fusing blocks and answers "0", "1", ….
     """
 
     config_class = VQAConfig
@@ -57,8 +67,17 @@ class VQAModel(Model):
     image_attention = "fusion.*.cross_attention"
 
     def __init__(
-        self, config: VQAConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None, seed: int = 0
+        self,
+        config: VQAConfig | nn.Module,
+        text: nn.Module | None = None,
+        fusion_dim: int = 512,
+        num_answers: int = 3000,
+        *,
+        vision: nn.Module | None = None,
+        seed: int = 0,
     ):
+        if isinstance(config, nn.Module):
+            config, vision = plain_config(fusion_dim, num_answers), config
         super().__init__(describe(config, vision=vision, text=text))
         c, generator = self.config, torch.Generator().manual_seed(seed)
         self.vision = either(vision, make_tower, c.vision, generator)

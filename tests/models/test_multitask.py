@@ -11,6 +11,7 @@ from minivlm.layers import BERTConfig, ImageFeatures, VisionConfig
 from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.uniter import UNITERConfig
 from minivlm.models.visualbert import VisualBERTConfig
+from minivlm.processor import Processor
 from minivlm.testing import assert_can_overfit, assert_same
 
 COMMON = dict(
@@ -155,6 +156,15 @@ def test_an_unknown_task_is_refused_by_name(model, images):
         alone(images, TOKENS, MASK, task="search")
     assert alone.losses(images, tokens=TOKENS, mask=MASK).keys() == {"caption"}
     assert alone.config.answers == () and alone.config.speaks and not alone.config.compares
+
+
+def test_without_a_config_it_is_a_small_one_that_knows_the_ids_of_a_tokeniser_of_ours():
+    processor = Processor.train(["a red circle", "is it red?"], vocab_size=300, image_size=64, context=16)
+    model, images = MultitaskVLM().eval(), torch.randn(2, 3, 64, 64)
+    assert (model.config.end_token, model.config.pad_token) == (processor.end_token, processor.pad_token)
+    tokens, mask = processor.text(["a red circle", "is it red?"])
+    shapes = {task: tuple(model(images, tokens, mask, task).shape) for task in ("caption", "vqa", "retrieval")}
+    assert shapes == {"caption": (2, tokens.shape[1], 4096), "vqa": (2, 2), "retrieval": (2, 2)}
 
 
 def test_an_encoder_that_cannot_do_the_tasks_is_refused():

@@ -12,6 +12,7 @@ from minivlm.errors import UserError
 from minivlm.info import info
 from minivlm.layers import (
     BERTConfig,
+    LanguageModel,
     LanguageModelConfig,
     TextConfig,
     TransformerConfig,
@@ -200,6 +201,27 @@ def test_what_a_tower_or_a_text_encoder_gives_must_have_the_right_axes():
         VQAModel(VQA)
     with pytest.raises(ValueError, match="fusion reads words of width 16"):
         VQAModel(VQA, vision=Tower(), text=Text(16))
+
+
+def test_ready_modules_alone_are_short_for_a_config_of_them(tmp_path):
+    images, language = torch.randn(2, 3, S, S), LanguageModel(SMALL)
+    model = VQAModel(Tower(), Text(), fusion_dim=24, num_answers=5).eval()
+    assert model(images, TOKENS, MASK).shape == (2, 5) and model.config.answers == tuple("01234")
+    captioner = ImageCaptioningModel(Tower(), language, 40).eval()
+    assert captioner.language_model is language and captioner.config.language == SMALL
+    assert captioner(images, TOKENS, MASK).logits.shape == (2, 6, 40)
+    captioner.save_pretrained(tmp_path)
+    back = ImageCaptioningModel.from_pretrained(tmp_path, vision=Tower())
+    assert_same(back(images, TOKENS).logits, captioner(images, TOKENS).logits, tolerance=0)
+    assert LLaVA(replace(LLAVA, vision=STAND_IN), language=language).language_model is language
+    with pytest.raises(UserError, match="this Identity is no vision tower, as it has no features: a vision tower has"):
+        VQAModel(nn.Identity(), nn.Identity(), fusion_dim=64, num_answers=10)
+    with pytest.raises(UserError, match=r"this Identity is no LanguageModel of minivlm.*language=LanguageModelConfig"):
+        ImageCaptioningModel(Tower(), nn.Identity(), 300)
+    with pytest.raises(UserError, match="vocab_size is 300, but the language model knows 40 tokens"):
+        ImageCaptioningModel(Tower(), language, 300)
+    with pytest.raises(ValueError, match="fusion reads words of width 24"):
+        VQAModel(Tower(), Text(), fusion_dim=64)
 
 
 def test_measuring_leaves_the_module_as_it_was():
