@@ -8,74 +8,22 @@ The steps and their rounding are those of the published preprocessing, to the bi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm.chat_templates import TEMPLATES, ChatTemplate
+from minivlm.chat_templates import TEMPLATES
 from minivlm.errors import UserError
+from minivlm.image_preprocessing import Picture, as_list, normalise, open_picture, views
+from minivlm.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
 from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Text, split_marks
 
 if TYPE_CHECKING:
-    from PIL import Image
     from tokenizers import Tokenizer
-
-Picture = Union["Image.Image", str, os.PathLike, np.ndarray]  # a path or an (H, W, 3) uint8 array stand for an image
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessorConfig:
-    image_size: int = 224  # pixels a side of what comes out
-    pad_color: tuple[int, int, int] | None = None  # a picture is set into the middle of a square of it; None: it is not
-    resize: Literal["shortest", "squash", "none"] = "shortest"  # the shorter side alone, or both sides
-    resize_to: int | None = None  # pixels; None: image_size
-    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
-    crop: Literal["floor", "round", "none"] = "floor"  # how half a pixel is rounded: transformers' way, torchvision's
-    rescale: float = 1 / 255
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    context: int = 77  # tokens the model can read
-    pad_token: int | str = 0  # an id, or the token that has it
-    pad_to_context: bool = False  # SigLIP reads its padding, so it always needs all of it
-    image_token: str = "<image>"  # marks in a text where a picture stands
-    image_tokens: int = 0  # placeholders that such a mark becomes, one for each feature of a picture; 0: it stays one
-    image_fence: str | None = None  # a token that stands around a picture's place, once between two (IDEFICS)
-    chat: Literal[  # see `minivlm.chat_templates`; "unknown": the model's own is none that can be followed
-        "plain",
-        "vicuna",
-        "chatml",
-        "llama-2",
-        "llama-3",
-        "zephyr",
-        "mistral",
-        "gemma",
-        "encoder",
-        "blip2",
-        "idefics",
-        "idefics-instruct",
-        "openflamingo",
-        "own",
-        "unknown",
-    ] = "plain"
-    chat_format: ChatTemplate | None = None  # chat="own": what the model was published with
-    system: str | None = None  # what is said before a conversation without a system's turn; None: as the template says
-    answer_end: int | None = None  # the model's end token, where the tokeniser puts none behind a text
-    tidy: bool = False  # a text that is said has no space before . , ? ! and around ' (tokenisers that split them off)
-    tiles: int = 1  # n: a picture is seen whole, and again n times as large in n × n tiles (LLaVA-NeXT's AnyRes)
-
-    def __post_init__(self):
-        squashed = self.resize == "squash" and self.resize_to in (None, self.image_size)
-        if self.tiles > 1 and not squashed and "none" in (self.resize, self.crop):
-            raise ValueError("tiles need pictures of one size: resize to the shortest side and crop, or squash")
 
 
 class Processor:
@@ -127,95 +75,13 @@ class Processor:
         cropped differ in size.
         """
         n, S = self.config.tiles, self.image_size
-        views = [view for image in as_list(images) for view in self.views(open_picture(image))]
-        shapes = {view.shape[:2] for view in views}
+        arrays = [array for image in as_list(images) for array in views(open_picture(image), self.config)]
+        shapes = {array.shape[:2] for array in arrays}
         if len(shapes) > 1:
             sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
             raise UserError(f"without a crop these images have different sizes ({sizes}): give them one at a time.")
-        pixels = torch.from_numpy(self.normalise(np.stack(views))) if views else torch.empty(0, 3, S, S)
+        pixels = torch.from_numpy(normalise(np.stack(arrays), self.config)) if arrays else torch.empty(0, 3, S, S)
         return pixels if n == 1 else pixels.view(-1, 1 + n * n, *pixels.shape[1:])
-
-    def views(self, image: Image.Image) -> list[np.ndarray]:
-        """The picture as a whole, and its tiles row by row; each (S, S, 3).  Liu et al. 2024 (LLaVA-NeXT), "AnyRes"."""
-        n, S, image = self.config.tiles, self.image_size, self.pad(image)
-        whole = self.crop(np.asarray(self.resize(image)))
-        if n == 1:
-            return [whole]
-        large = self.crop(np.asarray(self.resize(image, n)), n)  # (n·S, n·S, 3)
-        return [whole, *large.reshape(n, S, n, S, 3).swapaxes(1, 2).reshape(-1, S, S, 3)]
-
-    def pad(self, image: Image.Image) -> Image.Image:
-        """The picture in the middle of a square, as LLaVA-1.5 was trained (Liu et al. 2024, §3.2)."""
-        from PIL.Image import new
-
-        from minivlm.datasets.images import MAX_PIXELS
-
-        (W, H), side = image.size, max(image.size)
-        if self.config.pad_color is None or W == H:
-            return image
-        if side * side > MAX_PIXELS:  # it will be made smaller anyway, but the square would fill the memory before
-            scale = MAX_PIXELS**0.5 / side
-            W, H = max(1, int(W * scale)), max(1, int(H * scale))
-            image, side = image.resize((W, H)), max(W, H)
-        square = new("RGB", (side, side), self.config.pad_color)
-        square.paste(image, ((side - W) // 2, (side - H) // 2))
-        return square
-
-    def resize(self, image: Image.Image, times: int = 1) -> Image.Image:
-        """times: as many times larger than the config says."""
-        from PIL.Image import Resampling
-
-        from minivlm.datasets.images import MAX_PIXELS
-
-        c = self.config
-        if c.resize == "none":
-            return image
-        size, (W, H) = (c.resize_to or c.image_size) * times, image.size
-        if c.resize == "squash":
-            W, H = size, size
-        else:
-            short, long = min(W, H), max(W, H)
-            long = int(size * long / short)
-            W, H = (size, long) if W <= H else (long, size)
-        if W * H <= MAX_PIXELS:
-            return image.resize((W, H), Resampling[c.resample.upper()])
-        if c.crop == "none":
-            raise UserError(f"a picture of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
-        return self.resize_middle(image, (W, H), times, Resampling[c.resample.upper()])
-
-    def resize_middle(self, image: Image.Image, size: tuple[int, int], times: int, resample: int) -> Image.Image:
-        """What `crop` will keep of the image at this size, without the rest: a picture of 1×20,000 would fill the memory."""
-        S = self.image_size * times
-        starts = [max(0, self.first_row(side - S)) for side in size]
-        ends = [min(side, start + S) for side, start in zip(size, starts, strict=True)]
-        scale = [own / side for own, side in zip(image.size, size, strict=True)]
-        box = [place * by for place, by in zip(starts + ends, scale * 2, strict=True)]
-        return image.resize([end - start for end, start in zip(ends, starts, strict=True)], resample, box=tuple(box))
-
-    def crop(self, pixels: np.ndarray, times: int = 1) -> np.ndarray:
-        """(H, W, 3) → the middle (S, S, 3); black around a picture that is smaller."""
-        if self.config.crop == "none":
-            return pixels
-        S = self.image_size * times
-        canvas = np.zeros((S, S, 3), dtype=np.uint8)
-        top, left = (self.first_row(n - S) for n in pixels.shape[:2])
-        inside = pixels[max(top, 0) : top + S, max(left, 0) : left + S]
-        h, w = inside.shape[:2]
-        canvas[max(-top, 0) :][:h, max(-left, 0) :][:, :w] = inside
-        return canvas
-
-    def first_row(self, spare: int) -> int:
-        """Where a crop begins on a side with so many pixels too many; negative: so much black before it."""
-        if self.config.crop == "floor":
-            return spare // 2
-        return round(spare / 2) if spare > 0 else -(-spare // 2)
-
-    def normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, H, W, 3) uint8 → (B, 3, H, W) float32, through a table of the 256 values that a channel can have."""
-        c = self.config
-        levels = (np.arange(256) * c.rescale).astype(np.float32)[:, None]
-        values = (levels - np.float32(c.mean)) / np.float32(c.std)  # (256, 3)
-        return np.stack([values[:, channel][pixels[..., channel]] for channel in range(3)], axis=1)
 
     # ---- strings -----------------------------------------------------------------------------------------------------
 
@@ -430,31 +296,3 @@ def tidy(text: str) -> str:
     for apart, together in TIDY.items():
         text = text.replace(apart, together)
     return text
-
-
-def as_list(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    """Several images as they are; one image in a list."""
-    from PIL.Image import Image
-
-    one = isinstance(images, (str, os.PathLike, Image)) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    return [images] if one else images
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """A path, an array or a PIL image of any mode → upright RGB, transparency over white."""
-    from PIL import Image
-
-    from minivlm.datasets import images
-
-    if isinstance(picture, (str, os.PathLike)):
-        return images.read_image(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise TypeError(f"an array must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
-        return Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        try:
-            return images.to_rgb(picture)
-        except Exception as error:  # one that was opened, but never loaded, fails in as many ways as a file
-            raise UserError(f"a picture cannot be read: {images.reason(error)}.") from error
-    raise TypeError(f"a picture is a PIL image, a path or an array, not {type(picture).__name__}")

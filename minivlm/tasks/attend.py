@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
+from minivlm.image_preprocessing import open_picture, views
 from minivlm.layers.position import add_positions
 from minivlm.layers.resnet import ResNet
 from minivlm.layers.tower import ImageFeatures
@@ -35,7 +36,6 @@ from minivlm.models.uniter import UNITER
 from minivlm.models.vilbert import ViLBERT
 from minivlm.models.visualbert import VisualBERT
 from minivlm.models.vqa import VQAModel
-from minivlm.processor import open_picture
 from minivlm.recording import record_attention
 from minivlm.tasks.choose import check_chooser, chooses
 from minivlm.tasks.features import inference, to_tokens
@@ -64,7 +64,7 @@ def attention_sheet(images: Sequence[Any], model, processor, *, prompt: str | No
     from minivlm.pictures import Row, heat, sheet
 
     rows = attention_maps(images, model, processor, prompt=prompt)
-    seen = [processor.views(open_picture(image))[0] for image in images]
+    seen = [views(open_picture(image), processor.config)[0] for image in images]
     drawn = [
         Row(row.who, [heat(seen[i], m, TILE) for i, m in zip(row.pictures, row.maps, strict=True)], notes=row.notes)
         for row in rows

@@ -33,7 +33,7 @@ from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError
 from minivlm.files import is_own_file, locked, parse_json, read_bytes
-from minivlm.processor import Picture
+from minivlm.image_preprocessing import Picture
 from minivlm.tasks.features import encode_images, encode_pixels, inference
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: where both are the same, so is the file

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.image_preprocessing import Picture
 from minivlm.layers.tower import ImageFeatures
-from minivlm.processor import Picture
 from minivlm.tasks.features import finite, inference, to_tokens
 
 RERANK = 16  # how many of the best that comparing found are matched

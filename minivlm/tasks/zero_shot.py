@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.processor import Picture, as_list
+from minivlm.image_preprocessing import Picture, as_list
 from minivlm.tasks.features import encode_images, encode_texts
 
 # In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
