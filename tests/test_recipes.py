@@ -9,7 +9,8 @@ from minivlm import config
 from minivlm.errors import UserError
 from minivlm.recipes import RECIPES, plan
 from minivlm.recipes.finish import no_options
-from minivlm.recipes.options import Options, split_arguments
+from minivlm.recipes.older_options import current_option, read_recipe
+from minivlm.recipes.options import Options, dotted_names, split_arguments
 
 
 def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
@@ -149,3 +150,49 @@ def test_arguments_split_into_words_and_options():
         ["clip"],
         {"a": "1", "b": True, "c": "x=y", "d_e": "-3"},
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["blip", "--wrong", "0.4"], "--wrong is called --data.wrong_captions now."),
+        (["llava-stage1", "--projector=linear"], "--projector is called --model.projector now."),
+        (["blip2-stage1", "--qformer.depth", "2"], "--qformer.depth is called --model.qformer.depth now."),
+        (["blip", "--directory", "photos"], "--directory is called --data.directory now."),
+        (["flamingo", "--lessons", "0"], "--lessons is called --data.lessons now."),
+    ],
+)
+def test_an_option_that_has_moved_is_answered_by_its_new_address(argv, message):
+    with pytest.raises(UserError) as refused:
+        plan.command_line(argv)
+    assert str(refused.value) == message
+
+
+def test_an_option_that_a_recipe_never_had_has_no_other_address():
+    with pytest.raises(UserError, match=r"unknown option --projector\."):
+        plan.command_line(["lm", "--projector", "linear"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_its_data_and_what_it_starts_from_under_the_same_names(name):
+    recipe = RECIPES[name]
+    assert recipe.data.directory == "data/shapes" and set(recipe.builds_on()) <= set(plan.STARTS)
+    left = [option for option in dotted_names(recipe) if current_option(option)]
+    assert left == []  # no recipe has an option where earlier versions had it
+
+
+def test_a_recipe_that_an_earlier_version_recorded_is_read():
+    recorded = {"type": "BLIPRecipe", "summary": "s", "steps": 3, "batch_size": 4, "vision_from": "eyes", "wrong": 0.4}
+    recorded |= {"directory": "photos", "vocab_size": 300, "questions": False, "vision_layers": [-2], "embed_width": 8}
+    recorded["optimiser"] = config.to_dict(RECIPES["blip"].optimiser)
+    recipe = read_recipe(RECIPES["blip"], recorded, "recipe")
+    assert (recipe.vision_from, recipe.steps, recipe.model.vision_layers, recipe.model.embed_width) == (
+        "eyes",
+        3,
+        (-2,),
+        8,
+    )
+    data = recipe.data
+    assert (data.directory, data.vocab_size, data.wrong_captions, data.questions) == ("photos", 300, 0.4, False)
+    with pytest.raises(UserError, match="recipe has an unknown field 'wings'"):
+        read_recipe(RECIPES["blip"], recorded | {"wings": 2}, "recipe")
