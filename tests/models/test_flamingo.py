@@ -191,7 +191,10 @@ class TestImages:
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_images_in_reading_order_are_as_many_as_marks(self, count):
-        with pytest.raises(ValueError, match=f"the texts have 3 image marks, but there are {count} images"):
+        with pytest.raises(
+            ValueError,
+            match=rf"(the texts have 3 image marks,|the texts have 3 image placeholders,) but there are {count} images",
+        ):
             flamingo()(pictures(count), TOKENS)
 
     def test_images_for_other_rows(self):
@@ -207,7 +210,10 @@ class TestImages:
 
     @pytest.mark.parametrize(("images", "count"), [(None, 0), (pictures(2, 1), 1)])
     def test_more_marks_than_images(self, images, count):
-        with pytest.raises(ValueError, match=f"a text has 2 image marks, but there are only {count} images a row"):
+        with pytest.raises(
+            ValueError,
+            match=rf"(a text has 2 image marks,|a text has 2 image placeholders,) but there are only {count} images a row",
+        ):
             flamingo()(images, TOKENS)
 
     def test_images_to_spare(self):
