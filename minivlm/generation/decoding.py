@@ -19,7 +19,7 @@ class Decoding:
     def step(self, tokens: Tensor) -> None:
         """Append tokens (B,) int64; afterwards, logits are those of what follows. ValueError without room."""
         if self.room < 1:
-            raise ValueError("there is no room for another token; begin with more")
+            raise ValueError("there is no room for another token: give prefill a larger room")
         self.logits, self.room = self.predict(tokens), self.room - 1
 
     def predict(self, tokens: Tensor) -> Tensor:
@@ -41,4 +41,4 @@ def padding_first(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def check_context(tokens: int, room: int, context: int) -> None:
     """ValueError if a prompt of so many tokens and `room` new ones do not fit the context."""
     if tokens + room > context:
-        raise ValueError(f"a beginning of {tokens} tokens and {room} new ones do not fit the context of {context}")
+        raise ValueError(f"a prompt of {tokens} tokens and {room} new ones do not fit the context of {context}")

@@ -239,8 +239,8 @@ def check_decoder(language: Any, who: str) -> None:
     """ValueError for a language model that is more than a decoder."""
     if not isinstance(language, LanguageModelConfig):
         raise ValueError(
-            f"{who} shows pictures to a decoder that goes on from what stands before; a {type(language).__name__} has an "
-            "encoder to read them with, as BLIP-2 lets it"
+            f"{who} needs a decoder as its language model, which continues what precedes; a {type(language).__name__} has an "
+            "encoder as well, which BLIP-2 can use"
         )
 
 

@@ -38,8 +38,8 @@ class ImageCaptioningConfig:
         check_decoder(self.language, "the captioner")
         if self.vision is not None and self.language.context <= self.image_tokens:
             raise ValueError(
-                f"a picture takes {self.image_tokens} positions, but the context of the language model is "
-                f"{self.language.context}: no room is left for words"
+                f"an image takes {self.image_tokens} positions, but the context of the language model is "
+                f"{self.language.context}: no room is left for text"
             )
 
     @property
@@ -115,9 +115,7 @@ class ImageCaptioningModel(Model):
     def embed(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, N + T, D) and their mask: the image, then the text."""
         if leading_axes(images) != tokens.shape[:1]:
-            raise ValueError(
-                f"images are {tuple(images.shape)}, but tokens {tuple(tokens.shape)} need one picture a row"
-            )
+            raise ValueError(f"images are {tuple(images.shape)}, but tokens {tuple(tokens.shape)} need one image a row")
         image_tokens = self.projector(self.image_features(images))  # (B, N, D)
         x = torch.cat([image_tokens, self.language_model.embed(tokens)], dim=1)
         return x, None if mask is None else torch.cat([mask.new_ones(image_tokens.shape[:2]), mask], dim=1)

@@ -157,7 +157,9 @@ class Flamingo(Model):
         """Images in reading order (M, L, C) → those of each row (B, I, L, C), zeros where a row has fewer than others."""
         counts = (tokens == self.config.image_token).sum(dim=1).tolist()
         if sum(counts) != len(image_tokens):
-            raise ValueError(f"the texts have {sum(counts)} image marks, but there are {len(image_tokens)} images")
+            raise ValueError(
+                f"the texts have {sum(counts)} image placeholders, but there are {len(image_tokens)} images"
+            )
         return nn.utils.rnn.pad_sequence(image_tokens.split(counts), batch_first=True)
 
     def resample(self, features: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class Flamingo(Model):
             return
         count = int((tokens == self.config.image_token).sum(dim=1).max()) if tokens.numel() else 0
         if count > images:
-            raise ValueError(f"a text has {count} image marks, but there are only {images} images a row")
+            raise ValueError(f"a text has {count} image placeholders, but there are only {images} images a row")
 
     def gates(self) -> Tensor:
         """How open each gated layer is: mean |tanh(gate)| of its attention and of its MLP, (layers, 2). 0: not at all."""

@@ -20,7 +20,7 @@ def fill(x: Tensor, placeholders: Tensor, features: Tensor) -> Tensor:
     Raises ValueError unless there are M of them (checked on the CPU alone; a GPU would be waited for).
     """
     if x.device.type == "cpu" and (count := int(placeholders.sum())) != len(features):
-        raise ValueError(f"the text has places for {count} image features, but the images have {len(features)}")
+        raise ValueError(f"the text has placeholders for {count} image features, but the images have {len(features)}")
     return x.masked_scatter(placeholders[..., None], features.to(x.dtype))
 
 
