@@ -159,7 +159,7 @@ def test_learns_is_stored_and_speaks_as_before(tower, connector, words, tmp_path
 def test_what_cannot_be_combined_says_why(tower, connector, who):
     with pytest.raises(
         ValueError,
-        match=rf"({who} shows pictures to a decoder .* a T5Config has an encoder to read them|{who} needs a decoder as its language model, .* a T5Config has an encoder as well)",
+        match=rf"{who} needs a decoder as its language model, .* a T5Config has an encoder as well",
     ):
         CONNECTORS[connector](TOWERS[tower], LANGUAGES["t5"])
 

@@ -75,9 +75,7 @@ def test_padding_on_the_right_changes_nothing():
 
 @pytest.mark.parametrize("images", [pictures(1), pictures(4).view(2, 2, 3, 16, 16)], ids=["one", "two a row"])
 def test_there_is_one_picture_a_row(images):
-    with pytest.raises(
-        ValueError, match=r"images are \(.*16, 16\), but tokens \(2, 6\) (need one picture a row|need one image a row)"
-    ):
+    with pytest.raises(ValueError, match=r"images are \(.*16, 16\), but tokens \(2, 6\) need one image a row"):
         captioner()(images, TOKENS)
 
 
@@ -135,7 +133,7 @@ class TestSpeaking:
 def test_a_picture_must_leave_room_for_words():
     with pytest.raises(
         ValueError,
-        match=r"(a picture takes 4 positions|an image takes 4 positions), but the context of the language model is 4",
+        match=r"an image takes 4 positions, but the context of the language model is 4",
     ):
         ImageCaptioningConfig(vision=VISION, language=language(context=4))
 

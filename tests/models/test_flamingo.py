@@ -193,7 +193,7 @@ class TestImages:
     def test_images_in_reading_order_are_as_many_as_marks(self, count):
         with pytest.raises(
             ValueError,
-            match=rf"(the texts have 3 image marks,|the texts have 3 image placeholders,) but there are {count} images",
+            match=rf"the texts have 3 image placeholders, but there are {count} images",
         ):
             flamingo()(pictures(count), TOKENS)
 
@@ -212,7 +212,7 @@ class TestImages:
     def test_more_marks_than_images(self, images, count):
         with pytest.raises(
             ValueError,
-            match=rf"(a text has 2 image marks,|a text has 2 image placeholders,) but there are only {count} images a row",
+            match=rf"a text has 2 image placeholders, but there are only {count} images a row",
         ):
             flamingo()(images, TOKENS)
 

@@ -63,16 +63,14 @@ class TestFillingIn:
         assert torch.equal(model(None, tokens).logits, model.language_model(tokens).logits)
 
     def test_a_place_without_any_picture_is_an_error(self):
-        with pytest.raises(
-            ValueError, match=r"(has places for 8|has placeholders for 8) image features, but the images have 0$"
-        ):
+        with pytest.raises(ValueError, match=r"has placeholders for 8 image features, but the images have 0$"):
             llava()(None, ROW)
 
     @pytest.mark.parametrize("images", [1, 3])
     def test_a_wrong_number_is_an_error_with_both(self, images):
         with pytest.raises(
             ValueError,
-            match=rf"(has places for 8|has placeholders for 8) image features, but the images have {4 * images}$",
+            match=rf"has placeholders for 8 image features, but the images have {4 * images}$",
         ):
             llava()(pictures(1, images), ROW)
 

@@ -92,9 +92,7 @@ def test_every_row_is_told_as_if_it_were_alone(model, images):
 
 
 def test_beyond_its_context_it_does_not_speak(model, images):
-    with pytest.raises(
-        ValueError, match=r"(a beginning of 6 tokens|a prompt of 6 tokens) and 7 new ones do not fit the context of 12"
-    ):
+    with pytest.raises(ValueError, match=r"a prompt of 6 tokens and 7 new ones do not fit the context of 12"):
         model.prefill(images, TOKENS, MASK, room=7)
     decoding = model.prefill(images, TOKENS, MASK, room=0)
     with pytest.raises(ValueError, match="no room"):
