@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.bert import BERT
 from minivlm.layers.regions import VisualBERTRegions
-from minivlm.layers.tower import Images
+from minivlm.layers.tower import ImageFeatures, Images
 from minivlm.layers.transformer import take
 from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
@@ -62,7 +62,7 @@ class VisualBERT(Model):
 
     def forward(
         self,
-        images: Images,
+        images: Images | None,
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
@@ -70,7 +70,9 @@ class VisualBERT(Model):
         region_mask: Tensor | None = None,
         hidden: Tensor | None = None,
         heads: tuple[str, ...] | None = None,
+        features: Tensor | None = None,
     ) -> JointOutput:
+        images = images if features is None else ImageFeatures(features)  # the older form of a detector's features
         heads, found = joint.heads_of(self, heads), joint.find_regions(self, images, boxes, region_mask)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         text, regions = self.bert.embed(tokens), self.embed_regions(found, hidden)  # (B, T, D), (B, R, D)

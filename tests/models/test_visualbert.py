@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from minivlm.layers import BERTConfig
+from minivlm.layers import BERTConfig, ImageFeatures
 from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.testing import assert_same
 
@@ -24,3 +24,9 @@ def test_visualbert_answers_at_the_last_word_or_at_the_first():
     out = first(images, TOKENS, MASK)
     assert_same(out.logits["answers"], first.answer_head(out.pooled))
     assert_same(out.pooled, first.pooler(out.text[:, 0]).tanh())
+
+
+def test_features_of_a_detector_may_have_their_older_name():
+    model, features = VisualBERT(CONFIG).eval(), torch.randn(2, 4, 12)
+    older = model(None, TOKENS, MASK, features=features).logits["answers"]
+    assert older.equal(model(ImageFeatures(features), TOKENS, MASK).logits["answers"])
