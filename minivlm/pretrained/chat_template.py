@@ -8,26 +8,21 @@ A template is a program, so it runs where it can do no harm: in Jinja's sandbox,
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.chat_templates import CHOICES, TEMPLATES, ChatTemplate, Turn
 from minivlm.errors import Note, UserError
 from minivlm.files import read_json, read_text
+from minivlm.pretrained.template_sandbox import Render, renderer
 from minivlm.special_tokens import PLACEHOLDER, TAG, Markup
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
-
-SECONDS, LONGEST = 10, 1 << 17  # of rendering all probes; characters of a template
 
 # ---- finding it ------------------------------------------------------------------------------------------------------
 
@@ -92,102 +87,6 @@ def special_tokens(directory: Path) -> dict[str, str]:
             if isinstance(token, str):
                 tokens[key] = token
     return tokens
-
-
-# ---- rendering it ----------------------------------------------------------------------------------------------------
-
-CHILD = r"""
-import json, sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-    resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
-except (ImportError, OSError, ValueError):
-    pass
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-class Generation(Extension):  # transformers marks with it what the assistant says
-    tags = {"generation"}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-def refuse(message=""):
-    raise ValueError(message)
-
-given = json.load(sys.stdin)
-sys.path[:0] = given["path"]
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False)
-environment.globals["raise_exception"] = refuse
-template = environment.from_string(given["source"])
-answers = []
-for probe in given["probes"]:
-    try:
-        text = template.render(**given["tokens"], **probe)
-        answers.append(text if len(text) < 1 << 20 else None)
-    except Exception:
-        answers.append(None)
-json.dump(answers, sys.stdout)
-"""
-
-Render = Callable[[Sequence[Sequence[Turn]]], list[str | None]]  # conversations → what is written, None: it is refused
-
-
-def renderer(source: str, tokens: dict[str, str], image_token: str = PLACEHOLDER) -> Render:
-    """Conversations, each up to the assistant's next word if the user has the last one → what the template writes."""
-
-    def render(conversations: Sequence[Sequence[Turn]]) -> list[str | None]:
-        strings = [probe(turns, lambda turn: turn.text) for turns in conversations]
-        parts = [probe(turns, typed) for turns in conversations]
-        answers = [
-            text and text.replace(image_token, PLACEHOLDER)
-            for text in run(source, json.dumps(tokens), json.dumps(strings + parts))
-        ]
-        pairs = zip(answers[: len(strings)], answers[len(strings) :], conversations, strict=True)
-        return [one if one is not None and turns[-1].text.strip() in one else other for one, other, turns in pairs]
-
-    return render
-
-
-def probe(turns: Sequence[Turn], content: Callable[[Turn], Any]) -> dict[str, Any]:
-    messages = [{"role": turn.role, "content": content(turn)} for turn in turns]
-    return {"messages": messages, "add_generation_prompt": turns[-1].role == "user"}
-
-
-def typed(turn: Turn) -> list[dict[str, str]]:
-    """A turn as templates of models that see want it: pictures first, then the text."""
-    pictures = [{"type": "image"}] * turn.text.count(PLACEHOLDER)
-    return [*pictures, {"type": "text", "text": turn.text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "")}]
-
-
-@lru_cache(maxsize=16)
-def run(source: str, tokens: str, probes: str) -> list[str | None]:
-    """ValueError where the template is none, or does not come to an end."""
-    if len(source) > LONGEST:
-        raise ValueError("it is too long")
-    import jinja2  # comes with PyTorch
-
-    path = [str(Path(jinja2.__file__).parent.parent)]
-    given = {"source": source, "tokens": json.loads(tokens), "probes": json.loads(probes), "path": path}
-    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "HOME", "LANG")}
-    command = [sys.executable, "-I", "-X", "utf8", "-c", f"import sys\nsys.path[:0] = {path!r}\n{CHILD}"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(given),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=SECONDS,
-            env=environment,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"it could not be rendered ({type(error).__name__})") from None
-    if done.returncode:
-        raise ValueError("it could not be rendered")
-    return json.loads(done.stdout)
 
 
 # ---- understanding it ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from minivlm.checkpoint import load, save
 from minivlm.conversation import Turn, encode_conversation, endings, template_of, with_chat
 from minivlm.errors import Note, UserError
 from minivlm.layers import LanguageModelConfig
-from minivlm.pretrained import chat_template
+from minivlm.pretrained import template_sandbox
 from minivlm.pretrained.chat_template import find_source, with_chat_template, write_chat_template
 from minivlm.processor import Processor, ProcessorConfig
 from minivlm.tasks import Chat, complete
@@ -76,7 +76,7 @@ def test_one_that_is_not_recognised_is_not_written_and_that_is_said(tmp_path):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_does_not_end_is_given_up(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(chat_template, "SECONDS", 2)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 2)
     assert published(tmp_path, HOSTILE[name]).config.chat == "unknown"
 
 
