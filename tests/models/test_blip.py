@@ -1,6 +1,7 @@
 """BLIP: one text transformer in three roles; its losses against their definitions, its words token by token."""
 
 import math
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 
@@ -106,6 +107,31 @@ class TestRoles:
         model.config = replace(config, encode_token=3)
         assert_same(model.match(images, TOKENS[:2], MASK[:2]), model.match_head(hidden[:, 0]))
         assert_same(model.encode_image(images), F.normalize(model.vision_projection(features.mean(dim=1)), dim=-1))
+
+
+class TestForward:
+    def test_each_part_runs_once(self):
+        model, calls = blip().train(), Counter()
+        for name in ("vision.transformer", "encoder", "decoder"):
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+        out = model(pictures(), TOKENS, MASK)
+        assert calls == {"vision.transformer": 1, "encoder": 2, "decoder": 1}  # the text alone, and with the image
+        assert out.logits.shape == (3, 5, 40) and out.logits_per_image.shape == (3, 3) and calls["decoder"] == 1
+
+    def test_losses_are_those_of_forward_and_in_eval_mode_the_same_every_time(self):
+        model, images = blip(), pictures()
+        asked = dict(question=ASKED, question_mask=ASKED != 0, answer=SAID, answer_mask=SAID != 0)
+        first = model(images, TOKENS, MASK, **asked).losses
+        assert set(first) == {"contrast", "matching", "generation", "answering"}
+        for _ in range(5):
+            again = model.losses(TOKENS, MASK, images, **asked)
+            assert all(torch.equal(again[name], loss) for name, loss in first.items())
+
+    def test_the_loss_of_labels_is_that_of_the_logits(self):
+        model, images, labels = blip(), pictures(), TOKENS.masked_fill(~MASK, -100)
+        out = model(images, TOKENS, MASK, labels)
+        assert_same(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+        assert_same(out.logits, model(images, begun(TOKENS), MASK).logits)  # all captions begin with the decode token
 
 
 class TestLosses:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_matching_is_what_the_queries_say_on_average():
     queries = model.qformer(model.image_features(images), TOKENS, MASK).queries
     expected = torch.stack([model.match_head(queries[:, i]) for i in range(3)]).mean(dim=0)
     assert_same(model.match(images, TOKENS, MASK), expected)
+
+
+def test_forward_runs_each_part_once_and_gives_the_losses_of_training():
+    model, images, calls = stage1(), pictures(), Counter()
+    model.vision.transformer.register_forward_hook(lambda *_: calls.update(["tower"]))
+    model.vision_projection.register_forward_hook(lambda *_: calls.update(["images"]))
+    model.text_projection.register_forward_hook(lambda *_: calls.update(["texts"]))
+    out = model(images, TOKENS, MASK)
+    assert calls == {"tower": 1, "images": 1, "texts": 1}
+    for _ in range(5):  # in eval mode nothing is drawn
+        again = model.losses(TOKENS, MASK, images)
+        assert all(torch.equal(again[name], loss) for name, loss in out.losses.items())
 
 
 class TestLosses:
