@@ -44,10 +44,6 @@ class TestPool:
         ids[1, 3:] = END  # published CLIP vocabularies pad with the end token
         assert build().pooled_position(ids).tolist() == [7, 2, 4]
 
-    def test_end_needs_to_know_the_token(self):
-        with pytest.raises(ValueError, match="end_token must say which id that is"):
-            build(end_token=None)
-
 
 class TestFeatures:
     def test_is_embedding_positions_blocks_norm(self):
