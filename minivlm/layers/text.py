@@ -25,7 +25,7 @@ class TextConfig(TransformerConfig):
     context: int = 77  # tokens a text may have
     causal: bool = True
     pool: Literal["end", "argmax", "first", "last"] = "end"
-    end_token: int | None = None  # pool "end": the text is pooled at the first of these
+    end_token: int | None = None  # pool "end": the text is pooled at the first of these; None: at its last real token
     use_mask: bool = True  # False: padding is attended to like text, as SigLIP was trained
 
 
@@ -35,8 +35,6 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         c = self.config = config
-        if c.pool == "end" and c.end_token is None:
-            raise ValueError("pool 'end' takes the state at the end token, so end_token must say which id that is")
         self.output_width = c.width
         self.token_embedding = TokenEmbedding(c.vocab_size, c.width)
         self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.context, c.width), std=0.02))
@@ -44,8 +42,9 @@ class TextTransformer(nn.Module):
         self.norm = make_norm(c)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        position = self.pooled_position(tokens, mask)
         x, mask = self.embed(tokens, mask)
-        return self.norm(self.transformer.state_at(x, self.pooled_position(tokens), mask=mask))
+        return self.norm(self.transformer.state_at(x, position, mask=mask))
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, T, D): the state of every token, after the last norm."""
@@ -62,7 +61,7 @@ class TextTransformer(nn.Module):
             mask = None  # padding stands on the right, where causal attention does not reach
         return x, mask
 
-    def pooled_position(self, tokens: Tensor) -> Tensor:
+    def pooled_position(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B,): the position at which each text is pooled. argmax: its largest id, which CLIP's end token is."""
         match self.config.pool:
             case "first":
@@ -71,5 +70,9 @@ class TextTransformer(nn.Module):
                 return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
             case "argmax":
                 return tokens.argmax(dim=1)
-            case "end":
+            case "end" if self.config.end_token is not None:
                 return (tokens == self.config.end_token).int().argmax(dim=1)
+            case "end" if mask is not None:
+                return mask.long().sum(dim=1) - 1  # padding stands on the right
+            case "end":
+                return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)

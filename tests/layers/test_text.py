@@ -39,6 +39,16 @@ class TestPool:
         assert text.pooled_position(ids).tolist() == positions
         assert_same(text(ids, MASK), text.features(ids, MASK)[torch.arange(3), torch.tensor(positions)])
 
+    def test_without_an_end_token_the_last_real_token_is_pooled(self):
+        text, ids = build(end_token=None), torch.randint(3, 30, (3, 8))
+        mask = torch.arange(8) < torch.tensor([[8], [3], [5]])
+        assert text.pooled_position(ids, mask).tolist() == [7, 2, 4]
+        assert text.pooled_position(ids).tolist() == [7, 7, 7]
+        ids[torch.arange(3), torch.tensor([7, 2, 4])] = END
+        other = build()
+        other.load_state_dict(text.state_dict())
+        assert_same(text(ids, mask), other(ids, mask), tolerance=0)
+
     def test_the_first_of_several_end_tokens(self):
         ids = tokens()
         ids[1, 3:] = END  # published CLIP vocabularies pad with the end token
