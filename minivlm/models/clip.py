@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,9 @@ def align_size(name: str = "B7") -> CLIPConfig:
     )
 
 
+TRANSFORMERS_NAMES = {"get_image_features": "encode_image(images)", "get_text_features": "encode_text(tokens, mask)"}
+
+
 @dataclass(frozen=True)
 class CLIPOutput:
     logits_per_image: Tensor  # (B, B): row i scores every text for image i
@@ -135,6 +138,11 @@ class CLIP(Model):
         initialise(self, torch.Generator().manual_seed(seed), own=(vision, text))
         if isinstance(c.vision, OwnTower):
             self.image_attention = None  # nobody knows where it pools
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TRANSFORMERS_NAMES:
+            raise AttributeError(f"CLIP has no {name}: call {TRANSFORMERS_NAMES[name]}, which gives unit vectors")
+        return super().__getattr__(name)
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
         image_features = self.encode_image(images)

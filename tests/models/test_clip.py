@@ -320,3 +320,9 @@ def test_projected_features_are_unit_length_whatever_their_size():
     assert_same(
         F.cosine_similarity(model.encode_image(images), model.image_projection(model.vision(images))), torch.ones(B)
     )
+
+
+def test_a_name_of_transformers_is_answered_by_what_to_call():
+    with pytest.raises(AttributeError, match=r"CLIP has no get_image_features: call encode_image\(images\)"):
+        _ = CLIP(VIT_CLIP).get_image_features
+    assert not hasattr(CLIP(VIT_CLIP), "get_text_features")
