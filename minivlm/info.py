@@ -20,15 +20,12 @@ from minivlm.errors import UserError, run_command_line
 from minivlm.files import read_json
 from minivlm.loading import read_ours
 from minivlm.metrics import Score
+from minivlm.models.own_modules import brought
 from minivlm.older_names import current_name
 from minivlm.peft_config import read_config
 from minivlm.pretrained.files import open_weights
 from minivlm.pretrained.hub import locate
 from minivlm.run import Run, open_tensors, read_record
-from minivlm.tasks.choose import chooses
-from minivlm.tasks.features import can_compare
-from minivlm.tasks.generate import can_see
-from minivlm.tasks.match import can_match
 
 MOMENT = "optimiser."  # how the name of a tensor begins that belongs to a parameter that was trained
 
@@ -63,8 +60,9 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
     how = f"saved by minivlm {values['minivlm']}" if ours else f"published, {kind}"
     about = {
         "weights": missing if file is None else precisions(weights, file),
+        **{f"your {name}": f"{own.module}, to be given as {name}=…" for name, own in brought(config).items()},
         **reading(model, described.processor),
-        "can": ", ".join(sorted(abilities(model))) or "nothing by itself",
+        "can": ", ".join(sorted(model.abilities)) or "nothing by itself",
         **history(directory, run),
     }
     table = parts(model, values.get("base", {}), learnt(directory, run, dict(model.named_parameters())))
@@ -108,32 +106,19 @@ def reading(model: nn.Module, processor) -> dict[str, str]:
     if processor is None:
         return {"processor": "none: it cannot be shown images or texts"}
     config, about = processor.config, {}
-    if hasattr(model, "vision") or hasattr(model, "image_features"):
+    if model.takes_images and config.image_size:
         tokens = config.image_tokens or getattr(model.config, "image_tokens", 0)
         about["images"] = f"{config.image_size} × {config.image_size} pixels"
         about |= {"image tokens": f"{tokens} in the text for each"} if tokens else {}
     about["context"] = f"{config.context} tokens"
     if processor.source is not None:
         about["vocabulary"] = f"{processor.vocab_size:,} tokens"
-    if abilities(model) & {"answer", "chat"}:
+    if model.abilities & {"answer", "chat"}:
         about["chat template"] = config.chat
         if config.chat != "unknown":
             template = template_of(processor)
             about["chat template"] += f": {json.dumps(template.user + template.answer, ensure_ascii=False)}"
     return about
-
-
-def abilities(model: nn.Module) -> set[str]:
-    """What the tasks can ask of it."""
-    can = {"encode"} if can_compare(model) else set()
-    can |= {"match"} if can_match(model) else set()
-    if chooses(model):
-        return can | {"choose", "attend"} | ({"caption"} if hasattr(model, "prefill") else set())
-    if can_see(model):
-        told = {"caption"} if hasattr(model, "prefill") else set()
-        answers = hasattr(model, "prefill") and getattr(model.config, "answers", True)
-        return can | told | ({"answer"} if answers else set()) | {"attend"}
-    return can | ({"answer", "chat", "complete"} if hasattr(model, "prefill") else set())
 
 
 def learnt(directory: Path, run: Run, known: Container[str]) -> set[str] | None:

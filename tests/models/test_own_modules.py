@@ -144,6 +144,8 @@ def test_a_model_with_modules_of_ones_own_learns_and_comes_back_with_them(name, 
     again, _ = minivlm.load(tmp_path, **{part: kind() for part, kind in kinds.items()})
     assert_same(compute(again)(images), compute(model)(images), tolerance=0)
     assert f"{type(model).__name__}, saved by" in info(tmp_path)
+    if "vision" in kinds:
+        assert f"your vision     {__name__}:Tower, to be given as vision=…\n" in info(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
