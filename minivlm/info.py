@@ -106,7 +106,7 @@ def reading(model: nn.Module, processor) -> dict[str, str]:
     if processor is None:
         return {"processor": "none: it cannot be shown images or texts"}
     config, about = processor.config, {}
-    if model.takes_images and config.image_size:
+    if model.takes_images and model.abilities:
         tokens = config.image_tokens or getattr(model.config, "image_tokens", 0)
         about["images"] = f"{config.image_size} × {config.image_size} pixels"
         about |= {"image tokens": f"{tokens} in the text for each"} if tokens else {}
