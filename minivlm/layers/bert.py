@@ -1,8 +1,8 @@
-"""BERT: every token sees the whole text, before and behind.
+"""BERT: every token attends to the whole text, before and behind.
 
     tokens (B, T) ─ word + position + type ─→ norm ─→ blocks (post-norm) ─→ (B, T, D)
 
-With `causal` and `cross_attention_every` it is the decoder of BLIP, which reads a picture.
+With `causal` and `cross_attention_every` it is the decoder of BLIP, which attends to an image.
 Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers", §3 and figure 2.
 """
 
@@ -27,7 +27,7 @@ from minivlm.model import Model
 class BERTConfig(TransformerConfig):
     vocab_size: int
     context: int = 512  # tokens a text may have
-    token_types: int = 2  # kinds of text told apart, such as question and passage; 0: none
+    token_types: int = 2  # kinds of text, such as question and passage; 0: none
     norm_place: Literal["pre", "post"] = "post"
     norm_eps: float = 1e-12
 
@@ -40,7 +40,7 @@ class BERTOutput:
 class BERT(Model):
     """tokens (B, T), mask (B, T) with True = a real token, types (B, T) or None: all of type 0 → `BERTOutput`.
 
-    read (B, S, C), read_mask (B, S): what blocks with cross-attention read; None: nothing. cache: see `Transformer`.
+    context (B, S, C), context_mask (B, S): what blocks with cross-attention attend to; None: nothing. cache: see `Transformer`.
     """
 
     config_class = BERTConfig
@@ -62,15 +62,15 @@ class BERT(Model):
         mask: Tensor | None = None,
         types: Tensor | None = None,
         *,
-        read: Tensor | list[KeysValues | None] | None = None,
-        read_mask: Tensor | None = None,
+        context: Tensor | list[KeysValues | None] | None = None,
+        context_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> BERTOutput:
         x = self.embed(tokens, types, None if cache is None else cache.next_positions(tokens.shape[1]))
-        return BERTOutput(self.transformer(x, read, mask=mask, context_mask=read_mask, cache=cache))
+        return BERTOutput(self.transformer(x, context, mask=mask, context_mask=context_mask, cache=cache))
 
     def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T) → (B, D): the state of the first token, which speaks for the text."""
+        """(B, T) → (B, D): the last hidden state of the first token, which stands for the text."""
         return self(tokens, mask).hidden[:, 0]
 
     def embed(self, tokens: Tensor, types: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -78,8 +78,8 @@ class BERT(Model):
         T, context = tokens.shape[1], self.config.context
         if context < T:
             raise ValueError(f"texts have {T} tokens, but the context is {context}; cut them first")
-        places = self.position_embedding.weight[:T] if positions is None else self.position_embedding(positions)
-        x = self.token_embedding(tokens) + places
+        position = self.position_embedding.weight[:T] if positions is None else self.position_embedding(positions)
+        x = self.token_embedding(tokens) + position
         if self.type_embedding is not None:
             x = x + self.type_embedding(torch.zeros_like(tokens) if types is None else types)
         return self.dropout(self.norm(x))
@@ -100,7 +100,7 @@ class TextHead(nn.Module):
 
 @torch.no_grad()
 def initialise(model: BERT, generator: torch.Generator) -> None:
-    """0.02 for the embeddings, as in BERT's released code; the rest as `initialise_linears` says."""
+    """0.02 for the embeddings, as in BERT's released code; linear layers as in `initialise_linears`."""
     initialise_linears(model, generator)
     for module in model.modules():
         if isinstance(module, nn.Embedding):

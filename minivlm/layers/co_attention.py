@@ -1,4 +1,4 @@
-"""Co-attention: two streams, each of which asks the other.
+"""Co-attention: two streams, each of which attends to the other.
 
     words   (B, T, D) ─┬─ queries ─→ attention ─→ norm ─→ MLP ─→ norm ─→ (B, T, D)
                        └─ keys, values ──┐ ▲
@@ -18,8 +18,8 @@ from minivlm.layers.mlp import MLP
 from minivlm.layers.transformer import TransformerConfig, make_norm
 
 
-class Listener(nn.Module):
-    """A post-norm block that asks another stream in place of itself: x (B, T, D), other (B, S, C) → (B, T, D)."""
+class CrossAttentionBlock(nn.Module):
+    """A post-norm block that attends to another stream in place of its own: x (B, T, D), other (B, S, C) → (B, T, D)."""
 
     def __init__(self, config: TransformerConfig, other_width: int, *, heads: int, head_width: int):
         super().__init__()
@@ -38,15 +38,15 @@ class Listener(nn.Module):
 
 
 class CoAttention(nn.Module):
-    """words (B, T, D), regions (B, R, C) → the same, each with what it heard from the other as that was before.
+    """words (B, T, D), regions (B, R, C) → the same, each after it has attended to the other as that was before.
 
     heads, head_width: of the attention in both directions, whatever the two widths are.
     """
 
     def __init__(self, words: TransformerConfig, regions: TransformerConfig, *, heads: int, head_width: int):
         super().__init__()
-        self.words = Listener(words, regions.width, heads=heads, head_width=head_width)
-        self.regions = Listener(regions, words.width, heads=heads, head_width=head_width)
+        self.words = CrossAttentionBlock(words, regions.width, heads=heads, head_width=head_width)
+        self.regions = CrossAttentionBlock(regions, words.width, heads=heads, head_width=head_width)
 
     def forward(
         self, words: Tensor, regions: Tensor, mask: Tensor | None = None, region_mask: Tensor | None = None

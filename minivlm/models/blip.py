@@ -249,13 +249,13 @@ class BLIP(Model):
     def encode_with_image(self, features: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The image-grounded encoder: a text (B, T) that attends to image features (B, N, C) → (B, T, D)."""
         tokens = with_first(self.config.encode_token, tokens)
-        return self.encoder(tokens, mask, read=add_positions(features, self.image_position_embedding)).hidden
+        return self.encoder(tokens, mask, context=add_positions(features, self.image_position_embedding)).hidden
 
     def decode(
         self, tokens: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None = None
     ) -> Tensor:
         """The decoder: tokens (B, T) that attend to an image or a question (B, S, D) → the input of the head (B, T, D)."""
-        return self.text_head(self.decoder(tokens, mask, read=context, read_mask=context_mask).hidden)
+        return self.text_head(self.decoder(tokens, mask, context=context, context_mask=context_mask).hidden)
 
     # ---- its losses ------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class BLIPDecoding(Decoding):
     @torch.no_grad()
     def predict_all(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens (B, T) → logits (B, V) of what follows the last real one."""
-        context = dict(read=self.context, read_mask=self.context_mask)
+        context = dict(context=self.context, context_mask=self.context_mask)
         hidden = self.model.decoder(tokens, mask, **context, cache=self.cache).hidden
         rows = torch.arange(len(tokens), device=tokens.device)
         hidden = hidden[:, -1] if mask is None else hidden[rows, mask.sum(dim=1) - 1]

@@ -1,6 +1,6 @@
 """VisualBERT as Hugging Face transformers stores it (VisualBertForQuestionAnswering …): uclanlp/visualbert-vqa and kin.
 
-There is no vision tower in these files: the model reads features of regions that a detector has found. Where no
+There is no vision tower in these files: regions and their features are those of a detector. Where no
 tokeniser is beside the weights, bert-base-uncased's tokenizer.json or vocab.txt belongs there.
 """
 
@@ -44,7 +44,7 @@ rows = [
 EMBEDDING, DECODER = "visual_bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 
 FIELDS = bert.FIELDS.but(visual_embedding_dim=512)
-ANSWERING, TELLING, ALONE = "VisualBertForQuestionAnswering", "VisualBertForPreTraining", "VisualBertModel"
+ANSWERING, PRETRAINING, ALONE = "VisualBertForQuestionAnswering", "VisualBertForPreTraining", "VisualBertModel"
 
 
 known = {"": bert.KNOWN | Known.of(FIELDS, "bypass_transformer", "special_visual_initialize")}
@@ -55,20 +55,20 @@ def read_config(values: dict[str, Any]) -> VisualBERTConfig:
     v = FIELDS.complete(values)
     refuse_unless(v, bypass_transformer=False)
     [architecture] = v.get("architectures") or [ALONE]
-    if architecture not in (ANSWERING, TELLING, ALONE):
+    if architecture not in (ANSWERING, PRETRAINING, ALONE):
         raise UserError(
-            f"config.json asks for a {architecture}; of VisualBERT there are {ANSWERING}, {TELLING} and {ALONE}."
+            f"config.json asks for a {architecture}; of VisualBERT there are {ANSWERING}, {PRETRAINING} and {ALONE}."
         )
-    answers, telling = (), architecture == TELLING
+    answers, pretraining = (), architecture == PRETRAINING
     if architecture == ANSWERING:
         named = v.get("id2label") or {i: f"LABEL_{i}" for i in range(v.get("num_labels", 2))}
         answers = tuple(named[i] for i in sorted(named, key=int))
-    heads = {"heads": ("words", "matching"), "word_bias": True} if telling else {}
+    heads = {"heads": ("words", "matching"), "word_bias": True} if pretraining else {}
     return VisualBERTConfig(text=bert.read_config(v), region_width=v["visual_embedding_dim"], answers=answers, **heads)
 
 
 def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The file. UserError for words that are told by another table than that which they are read by."""
+    """The file. UserError for a decoder that is not the word embedding."""
     if EMBEDDING in weights and DECODER in weights and not torch.equal(weights[EMBEDDING], weights[DECODER]):
         raise UserError(f"{DECODER} is not {EMBEDDING}, but a table of its own, which is not supported.")
     return weights
@@ -79,7 +79,7 @@ def write_config(config: VisualBERTConfig) -> dict[str, Any]:
     answers = config.answers
     return {
         **bert.write_config(config.text),
-        "architectures": [ANSWERING if answers else TELLING if config.heads else ALONE],
+        "architectures": [ANSWERING if answers else PRETRAINING if config.heads else ALONE],
         "model_type": "visual_bert",
         "visual_embedding_dim": config.region_width,
         "id2label": {str(i): answer for i, answer in enumerate(answers)},

@@ -60,7 +60,7 @@ class TestRoles:
     def test_matching_reads_the_encode_token_in_front_of_the_picture(self):
         model, images = blip(), pictures()
         tokens = torch.cat([torch.full((3, 1), 4), TOKENS[:, 1:]], dim=1)
-        hidden = model.encoder(tokens, MASK, read=model.image_features(images)).hidden
+        hidden = model.encoder(tokens, MASK, context=model.image_features(images)).hidden
         assert_same(model.match(images, TOKENS, MASK), model.match_head(hidden[:, 0]))
         assert not torch.allclose(model.match(images.flip(0), TOKENS, MASK), model.match(images, TOKENS, MASK))
 
@@ -103,7 +103,7 @@ class TestRoles:
         model, images = blip(config), torch.randn(2, 3, 64, 64)
         features = model.image_features(images)
         assert features.shape == (2, places, width)
-        hidden = model.encoder(begun(TOKENS[:2]), MASK[:2], read=features + model.image_position_embedding).hidden
+        hidden = model.encoder(begun(TOKENS[:2]), MASK[:2], context=features + model.image_position_embedding).hidden
         model.config = replace(config, encode_token=3)
         assert_same(model.match(images, TOKENS[:2], MASK[:2]), model.match_head(hidden[:, 0]))
         assert_same(model.encode_image(images), F.normalize(model.vision_projection(features.mean(dim=1)), dim=-1))
@@ -211,8 +211,8 @@ class TestLosses:
             TOKENS, MASK, images, question=ASKED, question_mask=mask, answer=SAID, answer_mask=SAID != 0
         )
         tokens = torch.cat([torch.full((3, 1), 4), ASKED[:, 1:]], dim=1)
-        question = model.encoder(tokens, mask, read=model.image_features(images)).hidden
-        hidden = model.decoder(begun(SAID), read=question, read_mask=mask).hidden
+        question = model.encoder(tokens, mask, context=model.image_features(images)).hidden
+        hidden = model.decoder(begun(SAID), context=question, context_mask=mask).hidden
         logits = model.head(model.text_head(hidden))
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), SAID[:, 1:].flatten(), label_smoothing=0.1)
         assert_same(losses["answering"], expected)
