@@ -1,10 +1,10 @@
-"""The Q-Former: a few learnt queries read a picture, and can talk about it with a text.
+"""The Q-Former: a few learned queries attend to image features, and to a text that may stand beside them.
 
-    queries (Q, D) ─┐                       ┌ cross-attention to the picture ─ query MLP ─┐
-                    ├─ norm ─ self-attention┤ (every second block)                        ├─→ next block
-    text (B, T, D) ─┘  shared by both       └───────────────── MLP ───────────────────────┘
+    queries (Q, D) ─┐                       ┌ cross-attention to the image ─ query MLP ─┐
+                    ├─ norm ─ self-attention┤ (every second block)                      ├─→ next block
+    text (B, T, D) ─┘  shared by both       └──────────────── MLP ──────────────────────┘
 
-It is BERT with a second MLP and a look at the picture; queries and text meet in self-attention, under one of three masks.
+It is BERT with a second MLP and cross-attention; queries and text meet in self-attention, under one of three masks.
 Li et al. 2023, "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and LLMs", figure 2.
 """
 
@@ -25,15 +25,15 @@ from minivlm.layers.position import add_positions
 from minivlm.layers.transformer import TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
 
-See = Literal["bidirectional", "unimodal", "causal"]
+SelfAttention = Literal["bidirectional", "unimodal", "causal"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QFormerConfig(TransformerConfig):
-    """Post-norm like BERT, from which it starts. context_width: of the picture's features."""
+    """Post-norm like BERT, from which it starts. context_width: of the image features."""
 
     queries: int = 32
-    vocab_size: int | None = None  # None: it reads no text
+    vocab_size: int | None = None  # None: it takes no text
     context: int = 512  # tokens a text may have
     # Image features with a learned position each: those of a ResNet have none. 0: as they come
     positions: int = field(default=0, metadata={"was": "places"})
@@ -50,11 +50,11 @@ class QFormerConfig(TransformerConfig):
 class QFormerOutput:
     queries: Tensor | None  # (B, Q, D)
     text: Tensor | None  # (B, T, D)
-    kept: list[KeysValues] = field(default_factory=list)  # of each block's self-attention, (B, H, Q + T, K) each
+    keys_values: list[KeysValues] = field(default_factory=list)  # of each block's self-attention, (B, H, Q + T, K)
 
 
-def attention_mask(see: See, queries: int, text_mask: Tensor) -> Tensor:
-    """Who sees whom: (B, Q + T, Q + T), True = may be attended to. text_mask (B, T): True = a real token.
+def attention_mask(kind: SelfAttention, queries: int, text_mask: Tensor) -> Tensor:
+    """The mask of queries and text: (B, Q + T, Q + T), True = may be attended to. text_mask (B, T): True = a real token.
 
         "bidirectional"   q q t t t       "unimodal"   q q t t t       "causal"   q q t t t
                         q ■ ■ ■ ■ ■                  q ■ ■ · · ·                q ■ ■ · · ·
@@ -64,12 +64,12 @@ def attention_mask(see: See, queries: int, text_mask: Tensor) -> Tensor:
                         t ■ ■ ■ ■ ■                  t · · ■ ■ ■                t ■ ■ ■ ■ ■
         for             matching                     contrast                   generation
 
-    Li et al. 2023, figure 2, right. Padding is seen by no one.
+    Li et al. 2023, figure 2, right. Nothing attends to padding.
     """
     B, T = text_mask.shape
     is_query = torch.arange(queries + T, device=text_mask.device) < queries
     query, key = is_query[:, None], is_query[None, :]
-    match see:
+    match kind:
         case "bidirectional":
             allowed = query | ~query | key
         case "unimodal":
@@ -77,7 +77,7 @@ def attention_mask(see: See, queries: int, text_mask: Tensor) -> Tensor:
         case "causal":
             allowed = key | (~query & torch.ones_like(query & key).tril())
         case _:
-            raise ValueError(f"see is {see!r}; there are bidirectional, unimodal and causal")
+            raise ValueError(f"attention is {kind!r}; there are bidirectional, unimodal and causal")
     real = torch.cat([text_mask.new_ones(B, queries), text_mask], dim=1)
     return allowed & real[:, None, :]
 
@@ -101,23 +101,23 @@ class QFormerBlock(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def attend(self, x: Tensor, mask: Tensor | None, before: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
-        """x (B, T, D) asks itself and what came before it → the same with what it heard, and all keys and values so far."""
-        a, asking = self.attention, cast_once(x)
-        k, v = a.keys_values(asking)
+        """Self-attention of x (B, T, D) with what came before it → its output, and all keys and values so far."""
+        a, source = self.attention, cast_once(x)
+        k, v = a.keys_values(source)
         if before is not None:
             k, v = (torch.cat(pair, dim=2) for pair in ((before[0], k), (before[1], v)))
         mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
-        heard = a.attend(a.queries(asking), k, v, mask=mask)
-        return self.attention_norm(x + self.dropout(heard)), (k, v)
+        attended = a.attend(a.queries(source), k, v, mask=mask)
+        return self.attention_norm(x + self.dropout(attended)), (k, v)
 
-    def look(self, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-        """What queries (B, Q, D) make of the picture's features (B, N, C)."""
+    def update_queries(self, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Cross-attention of queries (B, Q, D) to image features (B, N, C), where the block has it, and the queries' MLP."""
         if self.cross_attention is not None:
-            seen = self.cross_attention(queries, features, mask=mask)
-            queries = self.cross_attention_norm(queries + self.dropout(seen))
+            attended = self.cross_attention(queries, features, mask=mask)
+            queries = self.cross_attention_norm(queries + self.dropout(attended))
         return self.query_mlp_norm(queries + self.dropout(self.query_mlp(queries)))
 
-    def tell(self, text: Tensor) -> Tensor:
+    def update_text(self, text: Tensor) -> Tensor:
         """The text's own MLP: (B, T, D) → (B, T, D)."""
         return self.mlp_norm(text + self.dropout(self.mlp(text)))
 
@@ -125,7 +125,7 @@ class QFormerBlock(nn.Module):
 class QFormer(nn.Module):
     """features (B, N, C), tokens (B, T), mask (B, T) with True = a real token → `QFormerOutput`; one of the two may be None.
 
-    features_mask (B, N): True = may be looked at. see: which of the masks, `attention_mask`.
+    features_mask (B, N): True = may be attended to. attention: which of the masks, `attention_mask`.
     """
 
     def __init__(self, config: QFormerConfig, *, seed: int = 0):
@@ -134,9 +134,9 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(c.queries, c.width))
         table = nn.Parameter(torch.empty(c.positions, c.context_width or c.width)) if c.positions else None
         self.image_position_embedding = table
-        reads = c.vocab_size is not None
-        self.token_embedding = TokenEmbedding(c.vocab_size, c.width) if reads else None
-        self.position_embedding = nn.Embedding(c.context, c.width) if reads else None
+        takes_text = c.vocab_size is not None
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width) if takes_text else None
+        self.position_embedding = nn.Embedding(c.context, c.width) if takes_text else None
         self.norm = make_norm(c)
         self.dropout = nn.Dropout(c.dropout)
         every = c.cross_attention_every
@@ -149,57 +149,57 @@ class QFormer(nn.Module):
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        see: See = "bidirectional",
+        attention: SelfAttention = "bidirectional",
         features_mask: Tensor | None = None,
     ) -> QFormerOutput:
         if tokens is None:
-            return self.look(features, features_mask)
+            return self.query(features, features_mask)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        x = self.embed(tokens, mask)
+        x = self.embed_text(tokens, mask)
         Q = 0
         if features is not None:
             features = add_positions(features, self.image_position_embedding)
-            x, Q = torch.cat([self.start(len(tokens)), x], dim=1), self.config.queries
-        pairs = attention_mask(see, Q, mask)
+            x, Q = torch.cat([self.embed_queries(len(tokens)), x], dim=1), self.config.queries
+        pairs = attention_mask(attention, Q, mask)
         for block in self.blocks:
             x, _ = block.attend(x, pairs)
-            text = block.tell(x[:, Q:])
-            x = text if Q == 0 else torch.cat([block.look(x[:, :Q], features, features_mask), text], dim=1)
+            text = block.update_text(x[:, Q:])
+            x = text if Q == 0 else torch.cat([block.update_queries(x[:, :Q], features, features_mask), text], dim=1)
         return QFormerOutput(x[:, :Q] if Q else None, x[:, Q:])
 
-    def look(self, features: Tensor, features_mask: Tensor | None = None) -> QFormerOutput:
-        """The queries alone with the picture. What they keep is all that a text needs to go on from: see `tell`."""
+    def query(self, features: Tensor, features_mask: Tensor | None = None) -> QFormerOutput:
+        """The queries without a text. Their keys and values are all that a text needs to continue from: `continue_text`."""
         features = add_positions(features, self.image_position_embedding)
-        x, kept = self.start(len(features)), []
+        x, keys_values = self.embed_queries(len(features)), []
         for block in self.blocks:
-            x, keys_values = block.attend(x, None)
-            x = block.look(x, features, features_mask)
-            kept.append(keys_values)
-        return QFormerOutput(x, None, kept)
+            x, pair = block.attend(x, None)
+            x = block.update_queries(x, features, features_mask)
+            keys_values.append(pair)
+        return QFormerOutput(x, None, keys_values)
 
-    def tell(self, tokens: Tensor, mask: Tensor | None = None, *, after: QFormerOutput) -> QFormerOutput:
-        """Causal text (B, T) after queries that have looked, or after them and the text that was told so far.
+    def continue_text(self, tokens: Tensor, mask: Tensor | None = None, *, after: QFormerOutput) -> QFormerOutput:
+        """Causal text (B, T) after the output of `query`, or of this method for the tokens before.
 
-        Queries never see text under the causal mask, so this equals `forward(…, see="causal")`, without the queries' work.
-        mask (B, T), or with the P tokens told before (B, P + T). Gradients reach what was kept.
+        Queries never attend to text under the causal mask, so this equals `forward(…, attention="causal")` without computing
+        the queries again. mask (B, T), or with the P tokens before (B, P + T). Gradients reach the keys and values.
         """
         (B, T), Q = tokens.shape, self.config.queries
-        S = after.kept[0][0].shape[2] - Q + T  # the text with what was told before
+        S = after.keys_values[0][0].shape[2] - Q + T  # of the whole text so far
         if mask is None:
             mask = tokens.new_ones(B, S, dtype=torch.bool)
-        x, kept = self.embed(tokens, mask), []
+        x, keys_values = self.embed_text(tokens, mask), []
         pairs = attention_mask("causal", Q, mask)[:, -T:]
-        for block, before in zip(self.blocks, after.kept, strict=True):
-            x, keys_values = block.attend(x, pairs, before)
-            x = block.tell(x)
-            kept.append(keys_values)
-        return QFormerOutput(None, x, kept)
+        for block, before in zip(self.blocks, after.keys_values, strict=True):
+            x, pair = block.attend(x, pairs, before)
+            x = block.update_text(x)
+            keys_values.append(pair)
+        return QFormerOutput(None, x, keys_values)
 
-    def start(self, batch: int) -> Tensor:
+    def embed_queries(self, batch: int) -> Tensor:
         """The queries as they enter the first block: (B, Q, D). They have no positions."""
         return self.dropout(self.norm(self.queries).expand(batch, -1, -1))
 
-    def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def embed_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The last T tokens of texts whose mask is (B, S) → (B, T, D). Positions start at 0, padding does not count."""
         T, S, c = tokens.shape[1], mask.shape[1], self.config
         if self.token_embedding is None:

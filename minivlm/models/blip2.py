@@ -138,7 +138,7 @@ class BLIP2(Model):
         x = self.language_model.embed(tokens)
         image_tokens = x.new_empty(0, x.shape[-1])
         if images is not None:
-            queries = self.qformer.look(self.image_features(images)).queries  # (B·I, Q, C)
+            queries = self.qformer.query(self.image_features(images)).queries  # (B·I, Q, C)
             image_tokens = self.projection(queries).flatten(0, 1)  # (B·I·Q, D)
         if self.config.image_token is not None:
             return fill(x, tokens == self.config.image_token, image_tokens), mask

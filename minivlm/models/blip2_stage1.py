@@ -151,17 +151,17 @@ class BLIP2Stage1(Model):
 
     def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, Q, E): a vector for each query, unit length."""
-        return F.normalize(self.vision_projection(self.qformer.look(self.image_features(images)).queries), dim=-1)
+        return F.normalize(self.vision_projection(self.qformer.query(self.image_features(images)).queries), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length: the state of the start token, projected."""
-        text = self.qformer(None, tokens, mask, see="unimodal").text
+        text = self.qformer(None, tokens, mask, attention="unimodal").text
         return F.normalize(self.text_projection(text[:, 0]), dim=-1)
 
     def match(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Does text i describe image i?  → logits (B, 2) of no and yes, the mean of those of all queries."""
         features = self.image_features(images)
-        return self.match_head(self.qformer(features, tokens, mask, see="bidirectional").queries).mean(dim=1)
+        return self.match_head(self.qformer(features, tokens, mask, attention="bidirectional").queries).mean(dim=1)
 
     # ---- its three losses ----------------------------------------------------------------------------------------------
 
@@ -177,11 +177,11 @@ class BLIP2Stage1(Model):
 
     def vectors_and_generation(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What one pass of the queries is for: vectors (B, Q, E), and the loss of generated texts, summed over their tokens."""
-        queried = self.qformer.look(features)
+        queried = self.qformer.query(features)
         vectors = F.normalize(self.vision_projection(queried.queries), dim=-1)
         if self.text_head is None:
             return vectors, vectors.new_zeros(())
-        hidden = self.text_head(self.qformer.tell(self.with_decode_token(tokens), mask, after=queried).text)
+        hidden = self.text_head(self.qformer.continue_text(self.with_decode_token(tokens), mask, after=queried).text)
         labels, weight = tokens.masked_fill(~mask, -100), self.qformer.token_embedding.weight
         return vectors, next_token_loss(hidden, labels, weight, smoothing=self.config.label_smoothing, total=True)
 
@@ -209,7 +209,7 @@ class BLIP2Stage1(Model):
         tokens, mask = padding_first(tokens, mask)
         check_context(tokens.shape[1], room, self.config.qformer.context)
         return Stage1Decoding(
-            self, self.with_decode_token(tokens), mask, self.qformer.look(self.image_features(images)), room=room
+            self, self.with_decode_token(tokens), mask, self.qformer.query(self.image_features(images)), room=room
         )
 
     @property
@@ -224,15 +224,15 @@ class BLIP2Stage1(Model):
 class Stage1Decoding(Decoding):
     """Stage 1 that generates a caption: it keeps keys and values of queries and text."""
 
-    def __init__(self, model: BLIP2Stage1, tokens: Tensor, mask: Tensor, seen: QFormerOutput, *, room: int):
-        self.model, self.mask, self.room, self.seen = model, mask, room, seen
+    def __init__(self, model: BLIP2Stage1, tokens: Tensor, mask: Tensor, so_far: QFormerOutput, *, room: int):
+        self.model, self.mask, self.room, self.so_far = model, mask, room, so_far
         self.logits = self.predict_all(tokens)
 
     @torch.no_grad()
     def predict_all(self, tokens: Tensor) -> Tensor:
         """tokens (B, T), the last that `mask` counts → logits (B, V) of what follows."""
-        self.seen = self.model.qformer.tell(tokens, self.mask, after=self.seen)
-        hidden = self.model.text_head(self.seen.text[:, -1])
+        self.so_far = self.model.qformer.continue_text(tokens, self.mask, after=self.so_far)
+        hidden = self.model.text_head(self.so_far.text[:, -1])
         return (hidden @ self.model.qformer.token_embedding.weight.T).float()
 
     def predict(self, tokens: Tensor) -> Tensor:
@@ -242,4 +242,4 @@ class Stage1Decoding(Decoding):
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
         self.mask = self.mask[rows]
-        self.seen = replace(self.seen, kept=[(k[rows], v[rows]) for k, v in self.seen.kept])
+        self.so_far = replace(self.so_far, keys_values=[(k[rows], v[rows]) for k, v in self.so_far.keys_values])

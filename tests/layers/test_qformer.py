@@ -51,25 +51,25 @@ class TestWhoSeesWhom:
     def test_queries_hear_the_text_for_matching_alone(self, model, see, heard):
         seen, other = features(), TOKENS.clone()
         other[:, 1] = 20
-        a, b = (model(seen, tokens, MASK, see=see) for tokens in (TOKENS, other))
+        a, b = (model(seen, tokens, MASK, attention=see) for tokens in (TOKENS, other))
         assert torch.allclose(a.queries, b.queries) is not heard
         if not heard:
             assert_same(a.queries, model(seen).queries)
 
     @pytest.mark.parametrize(("see", "told"), [("bidirectional", True), ("unimodal", False), ("causal", True)])
     def test_the_text_knows_of_the_picture_but_for_contrast(self, model, see, told):
-        a, b = (model(features(), TOKENS, MASK, see=see) for _ in range(2))
+        a, b = (model(features(), TOKENS, MASK, attention=see) for _ in range(2))
         assert torch.allclose(a.text, b.text) is not told
         if not told:
-            assert_same(a.text[MASK], model(None, TOKENS, MASK, see=see).text[MASK])
+            assert_same(a.text[MASK], model(None, TOKENS, MASK, attention=see).text[MASK])
 
     def test_words_do_not_see_the_future_when_they_are_told(self, model):
         seen = features()
-        assert_causal(lambda tokens: model(seen, tokens, see="causal").text, TOKENS)
+        assert_causal(lambda tokens: model(seen, tokens, attention="causal").text, TOKENS)
 
     def test_another_word_is_refused(self, model):
-        with pytest.raises(ValueError, match="see is 'both'; there are bidirectional, unimodal and causal"):
-            model(features(), TOKENS, see="both")
+        with pytest.raises(ValueError, match="attention is 'both'; there are bidirectional, unimodal and causal"):
+            model(features(), TOKENS, attention="both")
 
 
 @pytest.mark.parametrize("see", ["bidirectional", "unimodal", "causal"])
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(model, see):
     seen = features(1)
 
     def f(tokens, mask):
-        return model(seen.expand(len(tokens), -1, -1), tokens, mask, see=see).text
+        return model(seen.expand(len(tokens), -1, -1), tokens, mask, attention=see).text
 
     assert_padding_invariant(f, TOKENS, MASK)
 
@@ -91,16 +91,16 @@ def test_features_that_are_masked_are_not_seen(model):
 class TestAfterQueries:
     def test_telling_is_the_whole_under_the_causal_mask(self, model):
         seen = features()
-        whole, looked = model(seen, TOKENS, MASK, see="causal"), model.look(seen)
+        whole, looked = model(seen, TOKENS, MASK, attention="causal"), model.query(seen)
         assert_same(looked.queries, whole.queries)
-        assert_same(model.tell(TOKENS, MASK, after=looked).text, whole.text)
+        assert_same(model.continue_text(TOKENS, MASK, after=looked).text, whole.text)
 
     def test_so_are_the_gradients(self, model):
         seen = features()
         w = torch.randn(2, 5, 24)
         losses = (
-            model(seen, TOKENS, MASK, see="causal").text,
-            model.tell(TOKENS, MASK, after=model.look(seen)).text,
+            model(seen, TOKENS, MASK, attention="causal").text,
+            model.continue_text(TOKENS, MASK, after=model.query(seen)).text,
         )
         grads = [torch.autograd.grad((y * w).sum(), [*model.parameters()], materialize_grads=True) for y in losses]
         for name, a, b in zip(dict(model.named_parameters()), *grads, strict=True):
@@ -108,9 +108,9 @@ class TestAfterQueries:
                 assert_same(a, b, name, tolerance=1e-4)
 
     def test_word_by_word_is_all_at_once(self, model):
-        at_once = model.tell(TOKENS, after=(told := model.look(features()))).text
+        at_once = model.continue_text(TOKENS, after=(told := model.query(features()))).text
         for t in range(5):
-            told = model.tell(TOKENS[:, t : t + 1], after=told)
+            told = model.continue_text(TOKENS[:, t : t + 1], after=told)
             assert_same(told.text[:, 0], at_once[:, t])
 
 
@@ -194,6 +194,6 @@ def test_places_are_added_to_the_features(model):
     placed.load_state_dict({**model.state_dict(), "image_position_embedding": torch.randn(6, 20)})
     x = features()
     assert_same(placed(x, TOKENS, MASK).text, model(x + placed.image_position_embedding, TOKENS, MASK).text)
-    assert_same(placed.look(x).queries, model.look(x + placed.image_position_embedding).queries)
+    assert_same(placed.query(x).queries, model.query(x + placed.image_position_embedding).queries)
     with pytest.raises(ValueError, match="an image has 5 features, but there are positions for 6"):
-        placed.look(x[:, :5])
+        placed.query(x[:, :5])

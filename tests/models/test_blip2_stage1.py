@@ -101,7 +101,7 @@ class TestLosses:
     def test_generation_begins_with_its_token_and_sees_the_picture(self):
         model, images = stage1(), pictures()
         asked = TOKENS.masked_fill(TOKENS == 1, 3)
-        text = model.qformer(model.image_features(images), asked, MASK, see="causal").text
+        text = model.qformer(model.image_features(images), asked, MASK, attention="causal").text
         logits = model.text_head(text) @ model.qformer.token_embedding.weight.T
         labels = TOKENS.masked_fill(~MASK, -100)[:, 1:]
         expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing=0.1)
@@ -184,7 +184,7 @@ class TestSpeaking:
         tokens, features = TOKENS[:, :2], model.image_features(images)
         said = model.generate(images, tokens, max_new_tokens=6, end_tokens=())
         for t in range(6):
-            text = model.qformer(features, tokens.masked_fill(tokens == 1, 3), see="causal").text
+            text = model.qformer(features, tokens.masked_fill(tokens == 1, 3), attention="causal").text
             best = (model.text_head(text[:, -1]) @ model.qformer.token_embedding.weight.T).argmax(dim=-1)
             assert torch.equal(said[:, t], best)
             tokens = torch.cat([tokens, best[:, None]], dim=1)
