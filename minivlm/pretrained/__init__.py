@@ -147,7 +147,7 @@ def read(directory: Path, kind: str) -> Published:
     if (depth := depth_of(config)) > MOST_LAYERS:
         raise UserError(f"{path} asks for {depth} layers: no file has so many.")
     try:
-        processor, rows = tidied(module.read_processor(directory, values, config), directory), rows_of(kind, config)
+        processor, rows = module.read_processor(directory, values, config), rows_of(kind, config)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -173,16 +173,6 @@ def depth_of(config: Any) -> int:
     layers = getattr(config, "depths", values.get("blocks", ()))  # of stages
     layers = sum(layers) + sum(values.get(name) or 0 for name in ("depth", "decoder_depth"))
     return layers + sum(map(depth_of, values.values()))
-
-
-def tidied(processor: Any, directory: Path) -> Any:
-    """The same, with what tokenizer_config.json says about spaces in what is said."""
-    from minivlm.pretrained.tokenizer_config import read_about
-    from minivlm.processor import Processor
-
-    if not read_about(directory).get("clean_up_tokenization_spaces") or processor.source is None:
-        return processor
-    return Processor(processor.source, replace(processor.config, tidy=True))
 
 
 def settle(described: Published, weights: Mapping[str, Tensor]) -> Any:

@@ -11,7 +11,7 @@ from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import bert, hf_clip, preprocessing
 from minivlm.pretrained.fields import Known, fields
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = CLIP
 
@@ -146,14 +146,10 @@ def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) 
     if given.get("include_top", True):  # they are divided by the deviations once more; ALIGN's are not
         top = preprocessing.three(given.get("image_std", IMAGES["image_std"]))
         images["std"] = tuple(std * more for std, more in zip(images["std"], top, strict=True))
-    return Processor(
-        preprocessing.read_tokenizer(directory, "BertTokenizer"),
-        ProcessorConfig(
-            **images,
-            context=min(CONTEXT, config.text.context),
-            pad_token=preprocessing.read_pad_token(directory, (values.get("text_config") or {}).get("pad_token_id", 0)),
-        ),
-    )
+    source = preprocessing.read_tokenizer(directory, "BertTokenizer")
+    pad = (values.get("text_config") or {}).get("pad_token_id", 0)
+    context = min(CONTEXT, config.text.context)
+    return preprocessing.make_processor(directory, source, pad=pad, context=context, **images)
 
 
 def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from minivlm.layers.bert import BERT, BERTConfig
 from minivlm.pretrained import preprocessing
 from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = BERT
 
@@ -90,5 +90,4 @@ def write_config(config: BERTConfig) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: BERTConfig) -> Processor:
     source = preprocessing.read_tokenizer(directory, "BertTokenizer")
-    pad = preprocessing.read_pad_token(directory, values.get("pad_token_id", 0))
-    return Processor(source, ProcessorConfig(context=config.context, pad_token=pad))
+    return preprocessing.make_processor(directory, source, pad=values.get("pad_token_id", 0), context=config.context)

@@ -16,7 +16,7 @@ from minivlm.models.blip import BLIP, BLIPConfig
 from minivlm.pretrained import bert, blip2, hf_clip, language, preprocessing
 from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = BLIP
 
@@ -146,8 +146,8 @@ def read_processor(directory: Path, values: dict[str, Any], config: BLIPConfig) 
     source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     language.check_vocabulary(language.vocabulary(source, directory), config.text)
     images = blip2.read_images(directory, config.vision)
-    pad = preprocessing.read_pad_token(directory, config.pad_token)
-    return Processor(source, ProcessorConfig(**images, context=config.text.context, pad_token=pad, chat="encoder"))
+    text = {"context": config.text.context, "chat": "encoder"}
+    return preprocessing.make_processor(directory, source, pad=config.pad_token, **text, **images)
 
 
 def write_processor(processor: Processor, config: BLIPConfig) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.pretrained import hf_clip, language, opt, preprocessing, t5
 from minivlm.pretrained.fields import Known, fields, refuse_unless
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = BLIP2
 
@@ -156,12 +156,12 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
     """Ours → transformers' config.json."""
     decoder = isinstance(config.language, LanguageModelConfig)
     text = opt.write_config(config.language) if decoder else t5.write_config(config.language)
-    mark = {} if config.image_token is None else {"image_token_index": config.image_token}
+    placeholder = {} if config.image_token is None else {"image_token_index": config.image_token}
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
         "model_type": "blip-2",
         **write_seeing(config),
-        **mark,
+        **placeholder,
         "use_decoder_only_language_model": decoder,
         "tie_word_embeddings": config.language.tie_head,
         "text_config": text,
@@ -194,16 +194,15 @@ def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config)
     vocab = language.vocabulary(source, directory)
     spelt = {id: token for token, id in vocab.items()}
     language.check_vocabulary(vocab, config.language, spelt.get(config.image_token))
-    return Processor(
+    return preprocessing.make_processor(
+        directory,
         source,
-        ProcessorConfig(
-            **read_images(directory, config.vision),
-            context=config.language.context,
-            pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
-            image_token=spelt.get(config.image_token, "<image>"),
-            image_tokens=0 if config.image_token is None else config.image_tokens,
-            chat="blip2",
-        ),
+        pad=config.language.pad_token,
+        context=config.language.context,
+        image_token=spelt.get(config.image_token, "<image>"),
+        image_tokens=0 if config.image_token is None else config.image_tokens,
+        chat="blip2",
+        **read_images(directory, config.vision),
     )
 
 

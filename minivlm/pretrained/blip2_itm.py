@@ -12,7 +12,7 @@ from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.pretrained import blip2, language, preprocessing
 from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import table
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = BLIP2Stage1
 
@@ -60,11 +60,9 @@ def write_config(config: BLIP2Stage1Config) -> dict[str, Any]:
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Stage1Config) -> Processor:
     source = preprocessing.read_tokenizer(directory, "BertTokenizer")
-    vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.qformer)
-    images = blip2.read_images(directory, config.vision)
-    pad = preprocessing.read_pad_token(directory, config.pad_token)
-    return Processor(source, ProcessorConfig(**images, context=config.qformer.context, pad_token=pad))
+    language.check_vocabulary(language.vocabulary(source, directory), config.qformer)
+    images, context = blip2.read_images(directory, config.vision), config.qformer.context
+    return preprocessing.make_processor(directory, source, pad=config.pad_token, context=context, **images)
 
 
 write_processor = blip2.write_processor

@@ -13,7 +13,7 @@ from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import preprocessing
 from minivlm.pretrained.fields import Fields, Known, fields
 from minivlm.pretrained.names import table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = CLIP
 
@@ -157,11 +157,6 @@ def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
-    return Processor(
-        preprocessing.read_tokenizer(directory, "CLIPTokenizer"),
-        ProcessorConfig(
-            **preprocessing.read_images(directory, config.vision.image_size, preprocessing.CLIP_IMAGES),
-            context=config.text.context,
-            pad_token=preprocessing.read_pad_token(directory, "<|endoftext|>"),
-        ),
-    )
+    source = preprocessing.read_tokenizer(directory, "CLIPTokenizer")
+    images = preprocessing.read_images(directory, config.vision.image_size, preprocessing.CLIP_IMAGES)
+    return preprocessing.make_processor(directory, source, pad="<|endoftext|>", context=config.text.context, **images)

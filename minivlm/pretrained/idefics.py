@@ -21,7 +21,7 @@ from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.pretrained import hf_clip, language, llama, preprocessing
 from minivlm.pretrained.fields import Known, fields
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = Flamingo
 PLACEHOLDER, FENCE = "<image>", "<fake_token_around_image>"
@@ -147,7 +147,7 @@ def read_config(values: dict[str, Any]) -> FlamingoConfig:
         class_token=True,
         vision_norm=False,
         language=speaker,
-        image_token=v.get("image_token_id", v["vocab_size"] + 1),  # the first added token frames the mark
+        image_token=v.get("image_token_id", v["vocab_size"] + 1),  # the first added token frames it
         resampler=read_resampler(values, vision) if v["use_resampler"] else None,
         every=v["cross_layer_interval"],
         gated=GatedConfig(
@@ -206,30 +206,23 @@ def write_config(config: FlamingoConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: FlamingoConfig) -> Processor:
-    """IdeficsImageProcessor's pictures: squashed into a square, CLIP's colours. A picture is one mark in the text."""
+    """IdeficsImageProcessor's images: squashed into a square, CLIP's colours. An image is one placeholder in the text."""
     source = preprocessing.read_tokenizer(directory, "LlamaTokenizer")
     vocab = language.vocabulary(source, directory)
     language.check_vocabulary(vocab, config.language, PLACEHOLDER)
-    if vocab and vocab.get(PLACEHOLDER) != config.image_token:
-        its = (
-            f"gives {PLACEHOLDER!r} the id {vocab[PLACEHOLDER]}"
-            if PLACEHOLDER in vocab
-            else f"has no token {PLACEHOLDER!r}"
-        )
-        raise UserError(f"the tokeniser in {directory} {its}, but by its config.json it is {config.image_token}.")
+    language.check_placeholder(vocab, PLACEHOLDER, config.image_token, directory, "by its config.json it is")
     _, about = preprocessing.find_images(directory)
     size = about.get("image_size") or config.vision.image_size
-    return Processor(
+    return preprocessing.make_processor(
+        directory,
         source,
-        ProcessorConfig(
-            **preprocessing.read_images(directory, size, preprocessing.BLIP_IMAGES, more=("image_size",)),
-            context=config.language.context,
-            pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
-            image_token=PLACEHOLDER,
-            image_tokens=1,
-            image_fence=FENCE if FENCE in vocab else None,
-            chat="idefics-instruct" if TURN_END in vocab else "idefics",
-        ),
+        pad=config.language.pad_token,
+        context=config.language.context,
+        image_token=PLACEHOLDER,
+        image_tokens=1,
+        image_fence=FENCE if FENCE in vocab else None,
+        chat="idefics-instruct" if TURN_END in vocab else "idefics",
+        **preprocessing.read_images(directory, size, preprocessing.BLIP_IMAGES, more=("image_size",)),
     )
 
 

@@ -15,7 +15,7 @@ from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.pretrained import preprocessing
 from minivlm.pretrained.chat_template import with_chat_template
 from minivlm.pretrained.names import Row, find
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,14 +56,13 @@ def read_processor(directory: Path, config: LanguageModelConfig, source: Tokeniz
     """For texts alone. source: the tokeniser, as `Processor` takes it."""
     vocab = vocabulary(source, directory)
     check_vocabulary(vocab, config)
-    pad = preprocessing.read_pad_token(directory, config.pad_token)
-    end = answer_end(vocab, config)
-    processor = Processor(source, ProcessorConfig(context=config.context, pad_token=pad, answer_end=end))
+    text = {"context": config.context, "answer_end": answer_end(vocab, config)}
+    processor = preprocessing.make_processor(directory, source, pad=config.pad_token, **text)
     return with_chat_template(processor, directory)
 
 
 class Vocabulary(dict[str, int]):
-    """Token → id. added: those that stand beside the words, such as marks and padding."""
+    """Token → id. added: those that stand beside the words, such as placeholders and padding."""
 
     added: frozenset[str] = frozenset()
 
@@ -97,15 +96,24 @@ def answer_end(vocab: Vocabulary, config: LanguageModelConfig) -> int | None:
     return next((end for end in config.end_tokens if end in vocab.values()), None)
 
 
-def check_vocabulary(vocab: Vocabulary, config: LanguageModelConfig, mark: str | None = None) -> None:
+def check_vocabulary(vocab: Vocabulary, config: LanguageModelConfig, placeholder: str | None = None) -> None:
     """UserError for a tokeniser with words that the model has no embedding for. An added token, of which no text need make
-    use, is refused by `TokenEmbedding` where one does (BLIP-2's retrieval: `<image>`); but the mark needs its row."""
-    largest = max((token for token in vocab if token == mark or token not in vocab.added), key=vocab.get, default=None)
+    use, is refused by `TokenEmbedding` where one does (BLIP-2's retrieval: `<image>`); but the placeholder needs its row."""
+    largest = max(
+        (token for token in vocab if token == placeholder or token not in vocab.added), key=vocab.get, default=None
+    )
     if largest is not None and vocab[largest] >= config.vocab_size:
         raise UserError(
             f"the tokeniser is not the model's: {largest!r} is token {vocab[largest]}, but vocab_size in config.json "
             f"is {config.vocab_size}, so the last is token {config.vocab_size - 1}."
         )
+
+
+def check_placeholder(vocab: Vocabulary, placeholder: str, token: int, directory: Path, said: str) -> None:
+    """UserError if the token that stands for an image is not the one that the model takes for it, which `said` names."""
+    if vocab and (given := vocab.get(placeholder)) != token:
+        its = f"has no token {placeholder!r}" if given is None else f"gives {placeholder!r} the id {given}"
+        raise UserError(f"the tokeniser in {directory} {its}, but {said} {token}.")
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from minivlm.pretrained import hf_clip, language, llama, preprocessing, siglip
 from minivlm.pretrained.chat_template import with_chat_template
 from minivlm.pretrained.fields import Known, read_activation, write_activation
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = LLaVA
 
@@ -175,13 +175,10 @@ def strategy(config: LLaVAConfig) -> str:
 
 def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig) -> Processor:
     source = preprocessing.read_tokenizer(directory, "LlamaTokenizer")
-    mark = read_mark(directory)
+    placeholder = read_placeholder(directory)
     vocab = language.vocabulary(source, directory)
-    language.check_vocabulary(vocab, config.language, mark)
-    if vocab and vocab.get(mark) != config.image_token:
-        its = f"gives {mark!r} the id {vocab[mark]}" if mark in vocab else f"has no token {mark!r}"
-        asked = f"image_token_index in config.json is {config.image_token}"
-        raise UserError(f"the tokeniser in {directory} {its}, but {asked}.")
+    language.check_vocabulary(vocab, config.language, placeholder)
+    language.check_placeholder(vocab, placeholder, config.image_token, directory, "image_token_index in config.json is")
     defaults = preprocessing.SIGLIP_IMAGES if is_siglip(config.vision) else preprocessing.CLIP_IMAGES
     images = preprocessing.read_images(directory, config.vision.image_size, defaults)
     if images["image_size"] != config.vision.image_size:
@@ -189,24 +186,22 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
             f"{directory} prepares pictures of {images['image_size']} pixels, but the vision tower in config.json "
             f"reads {config.vision.image_size}."
         )
-    chat = "chatml" if "<|im_start|>" in vocab else "vicuna"  # where nothing is said about it
-    processor = Processor(
+    processor = preprocessing.make_processor(
+        directory,
         source,
-        ProcessorConfig(
-            **images,
-            context=config.language.context,
-            pad_token=preprocessing.read_pad_token(directory, config.language.pad_token),
-            image_token=mark,
-            image_tokens=config.image_tokens,
-            chat=chat,
-            answer_end=language.answer_end(vocab, config.language),
-        ),
+        pad=config.language.pad_token,
+        context=config.language.context,
+        image_token=placeholder,
+        image_tokens=config.image_tokens,
+        chat="chatml" if "<|im_start|>" in vocab else "vicuna",  # where no chat template is published
+        answer_end=language.answer_end(vocab, config.language),
+        **images,
     )
     return with_chat_template(processor, directory, framed=True)
 
 
-def read_mark(directory: Path) -> str:
-    """The token that stands for a picture."""
+def read_placeholder(directory: Path) -> str:
+    """The token that stands for an image."""
     path = directory / "processor_config.json"
     return (read_json(path).get("image_token") if path.exists() else None) or "<image>"
 

@@ -13,7 +13,7 @@ from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import preprocessing
 from minivlm.pretrained.hf_clip import square
 from minivlm.pretrained.names import Row, table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = CLIP
 
@@ -215,14 +215,13 @@ def checked(given: dict, where: str, read: dict, only: dict[str, tuple], unused:
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
     text = values["model_cfg"].get("text_cfg", {})
-    own_tokenizer = text.get("hf_tokenizer_name")
     unusual = text.get("tokenizer_kwargs") or text.get("tokenizer_mode")  # texts are cleaned in some other way first
-    return Processor(
+    return preprocessing.make_processor(
+        directory,
         None if unusual else preprocessing.read_tokenizer(directory, "CLIPTokenizer"),
-        ProcessorConfig(
-            **preprocessing.read_open_clip_images(values.get("preprocess_cfg", {}), config.vision.image_size),
-            context=config.text.context,
-            pad_token=preprocessing.read_pad_token(directory, "<pad>") if own_tokenizer else 0,
-            pad_to_context=not config.text.causal or config.text.pool == "last",
-        ),
+        pad="<pad>",
+        **({} if text.get("hf_tokenizer_name") else {"pad_token": 0}),
+        context=config.text.context,
+        pad_to_context=not config.text.causal or config.text.pool == "last",
+        **preprocessing.read_open_clip_images(values.get("preprocess_cfg", {}), config.vision.image_size),
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivlm.errors import UserError
 from minivlm.files import read_bytes, read_json, read_text
 from minivlm.pretrained import tokenizer_config
 from minivlm.pretrained.fields import refuse_unknown
 from minivlm.processor import CLIP_MEAN, CLIP_STD, Processor, ProcessorConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
 
@@ -206,6 +209,15 @@ def read_tokenizer(
 def lines_of(path: Path) -> list[str]:
     """The lines of a text; signs that Unicode counts as ends of lines are parts of tokens."""
     return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
+
+
+def make_processor(directory: Path, source: Tokenizer | bytes | None, *, pad: str | int, **fields: Any) -> Processor:
+    """A processor with these fields of `ProcessorConfig`, and those that the tokeniser's files decide.
+
+    pad: the padding where they name none.
+    """
+    tidy = source is not None and bool(tokenizer_config.read_about(directory).get("clean_up_tokenization_spaces"))
+    return Processor(source, ProcessorConfig(**{"pad_token": read_pad_token(directory, pad), **fields}, tidy=tidy))
 
 
 def read_pad_token(directory: Path, default: str | int) -> str | int:

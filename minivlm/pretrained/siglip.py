@@ -12,7 +12,7 @@ from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.pretrained import hf_clip, preprocessing
 from minivlm.pretrained.fields import Known
 from minivlm.pretrained.names import table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = CLIP
 
@@ -96,12 +96,7 @@ def write_processor(processor: Processor, config: CLIPConfig) -> dict[str, dict[
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: CLIPConfig) -> Processor:
-    return Processor(
-        preprocessing.read_tokenizer(directory, "SiglipTokenizer"),
-        ProcessorConfig(
-            **preprocessing.read_images(directory, config.vision.image_size, preprocessing.SIGLIP_IMAGES),
-            context=config.text.context,
-            pad_token=preprocessing.read_pad_token(directory, "</s>"),
-            pad_to_context=True,
-        ),
-    )
+    source = preprocessing.read_tokenizer(directory, "SiglipTokenizer")
+    images = preprocessing.read_images(directory, config.vision.image_size, preprocessing.SIGLIP_IMAGES)
+    text = {"context": config.text.context, "pad_to_context": True}
+    return preprocessing.make_processor(directory, source, pad="</s>", **text, **images)

@@ -18,7 +18,7 @@ from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.pretrained import bert, language, preprocessing
 from minivlm.pretrained.fields import Known, refuse_unless
 from minivlm.pretrained.names import table, under
-from minivlm.processor import Processor, ProcessorConfig
+from minivlm.processor import Processor
 
 model_class = VisualBERT
 
@@ -91,5 +91,4 @@ def read_processor(directory: Path, values: dict[str, Any], config: VisualBERTCo
     """For texts alone. The pad_token_id of published configs is wrong, and read by no one."""
     source = preprocessing.read_tokenizer(directory, "BertTokenizer")
     language.check_vocabulary(language.vocabulary(source, directory), config.text)
-    pad = preprocessing.read_pad_token(directory, 0)
-    return Processor(source, ProcessorConfig(context=config.text.context, pad_token=pad))
+    return preprocessing.make_processor(directory, source, pad=0, context=config.text.context)
