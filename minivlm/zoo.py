@@ -114,8 +114,10 @@ def measured(out: Path, known: dict[str, Entry]) -> dict[str, Entry]:
 
 def unlike_its_recipe(record: dict[str, Any], known: dict[str, Entry]) -> str:
     """Why a run says nothing about its recipe as it stands; an empty string: it does."""
-    if (name := record.get("name")) not in known or record.get("seconds") is None:
-        return f"its checkpoint records no time, or a recipe ({name}) that is not in the table"
+    if (name := record.get("name")) not in known:
+        return f"there is no row for {name} in the figures"
+    if record.get("seconds") is None:
+        return "an earlier version recorded no time"
     recipe = RECIPES[name]
     was = read_recipe(recipe, record["recipe"], "recipe")
     changed = {field: now for field, (_, now) in differences(recipe, was).items()}

@@ -199,6 +199,17 @@ def test_every_piece_of_code_runs(page, desk, monkeypatch, capsys):
     assert page != FRONT or "torch.Size([2, 64])" in capsys.readouterr().out
 
 
+def test_what_a_contributor_is_told_of_is_there():
+    text = TEXTS["CONTRIBUTING.md"].replace("NAME", "clip")
+    assert all(
+        (ROOT / path).exists()
+        for path in re.findall(r"`((?:minivlm|tests|docs)/[^`]*)`", text)
+        if "pretrained/clip" not in path
+    )
+    registries = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
+    assert len(registries) == 2 and all(f"\n{name} = " in (ROOT / path).read_text() for name, path in registries)
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_what_a_page_points_to_exists(page):
     for target in links(page):
