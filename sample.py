@@ -113,6 +113,7 @@ def search_arguments(parser: Parser) -> None:
 def search(options: argparse.Namespace) -> None:
     from minivlm import tasks
     from minivlm.datasets.class_folders import passed_over
+    from minivlm.tasks.abilities import require
     from minivlm.tasks.image_index import list_files
 
     if options.save:
@@ -124,7 +125,7 @@ def search(options: argparse.Namespace) -> None:
         raise UserError("--rerank matches words with pictures, but the query is a picture: leave it out.")
     model, processor = load_comparer(options)
     if options.rerank:
-        tasks.check_matcher(model, processor)
+        require(model, processor, "match")
     # The index belongs to the model's folder; a hub id, or a folder that is read-only, has it in the user's cache.
     writable = Path(options.model).is_dir() and os.access(options.model, os.W_OK)
     place = tasks.index_path(options.directory, options.model) if writable else None
@@ -351,15 +352,10 @@ def load_model(options: argparse.Namespace, **settings) -> tuple:
 
 def load_comparer(options: argparse.Namespace) -> tuple:
     """The same; UserError unless it turns images and texts into vectors."""
-    from minivlm.tasks.features import can_compare
+    from minivlm.tasks.abilities import require
 
     model, processor = load_model(options)
-    if not can_compare(model):
-        raise UserError(
-            f"{options.model} holds a {type(model).__name__}, which has no image and text features to compare."
-        )
-    if processor is None:
-        raise UserError(f"{options.model} says nothing about how its pictures are prepared, so it cannot be asked.")
+    require(model, processor, "encode")
     return model, processor
 
 
@@ -372,14 +368,14 @@ def load_speaker(options: argparse.Namespace) -> tuple:
     import torch
 
     from minivlm.conversation import with_chat
-    from minivlm.tasks.generate import check_answerer
+    from minivlm.tasks.abilities import require_answers
 
     model, processor = load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
     if options.dtype is None and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= SMALL:
         model.float()
     chat, system = getattr(options, "chat", None), getattr(options, "system", None)
     if chat is not None or system is not None:
-        check_answerer(model, processor)  # another has no turns
+        require_answers(model, processor)  # a model that answers nothing has no turns
         processor = with_chat(processor, chat, system)
     return model, processor
 

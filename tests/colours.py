@@ -19,6 +19,7 @@ class ColourModel(nn.Module):
     """encode_image: mean colour → (B, 4); encode_text: sum of its words' colours → (B, 4). `calls` counts images."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    abilities, takes_images = frozenset({"encode"}), True
 
     def __init__(self, loss: str = "softmax"):
         super().__init__()
@@ -31,6 +32,10 @@ class ColourModel(nn.Module):
     def encode_image(self, images):
         self.calls += len(images)
         return F.normalize(images.mean(dim=(2, 3)) @ self.turn + 0.01, dim=-1)
+
+    def probabilities(self, images, texts):
+        logits = self.loss.logits(images, texts)
+        return logits.sigmoid() if self.config.loss == "sigmoid" else logits.softmax(dim=1)
 
     def encode_text(self, tokens, mask):
         return F.normalize((self.words(tokens) * mask[..., None]).sum(dim=1) @ self.turn + 0.01, dim=-1)

@@ -17,6 +17,7 @@ class Oracle(nn.Module):
     """features (B, 1, 1): which scene a picture shows. It reads tokens as their processor numbers them."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    abilities, takes_images = frozenset({"encode", "match"}), True
 
     def __init__(self, worlds, processor):
         super().__init__()

@@ -124,10 +124,10 @@ class TestTrained:
         from minivlm.layers import LanguageModel
 
         LanguageModel(language()).save_pretrained(tmp_path / "lm", processor=processor())
-        with pytest.raises(UserError, match="holds a LanguageModel, which has no connector"):
+        with pytest.raises(UserError, match="this LanguageModel takes text alone, and no image"):
             connectors.examine(str(tmp_path / "lm"), data)
         captioner().save_pretrained(tmp_path / "captioner", processor=processor(image_tokens=0))
-        with pytest.raises(UserError, match="answers no questions"):
+        with pytest.raises(UserError, match="cannot answer questions"):
             connectors.examine(str(tmp_path / "captioner"), data)
 
     def test_data_without_questions(self, tmp_path):

@@ -127,7 +127,7 @@ def test_the_command_tells_and_draws_the_curve(desk, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("captioner", "--shots", 2), "describes pictures, but reads no words"),
+        (("captioner", "--shots", 2), "this ImageCaptioningModel cannot learn from examples"),
         (("flamingo", "--shots", 2, "--ways", 1), "--ways is 1, but to choose from one word is no choice"),
         (("flamingo", "--shots", 40), "40 examples .* cannot be drawn"),
         (

@@ -66,6 +66,7 @@ def oracle(processor, answers, wrong=()):
         return torch.tensor([row + [processor.pad_token] * (width - len(row)) for row in said])
 
     still = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None)
+    still.continues_prompt, still.takes_images = True, False
     return SimpleNamespace(**vars(still), generate=generate, device=torch.device("cpu"))
 
 

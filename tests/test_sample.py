@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -127,7 +128,7 @@ def test_without_a_task_it_lists_them(capsys):
         (["search", "out", "nowhere", "red"], "nowhere is not a folder"),
         (["search", "out", "empty", "red"], "empty holds no pictures"),
         (["search", "out", "pictures", " "], "query is empty"),
-        (["search", "out", "pictures", "red " * 40], "has 40 tokens, but the model reads 12; make it shorter"),
+        (["search", "out", "pictures", "red " * 40], "has 40 tokens, but the model takes 12; make it shorter"),
         (["search", "out", "pictures", "red", "blue"], "unrecognized arguments: blue"),
         (["search", "out", "pictures", "red", "--save", "sheet.doc"], "has to end in .png"),
         (["search", "out", "pictures", "red", "--save", "no/sheet.png"], "the folder no does not exist"),
@@ -146,11 +147,11 @@ def test_a_mistake_is_one_sentence(argv, message, pictures, tmp_path):
 
 
 def test_a_model_that_cannot_compare_is_refused(pictures, monkeypatch):
-    monkeypatch.setitem(minivlm.__dict__, "load", lambda name, *, device: (object(), None))
-    with pytest.raises(UserError, match="holds a object, which has no image and text features"):
+    monkeypatch.setitem(minivlm.__dict__, "load", lambda name, *, device: (SimpleNamespace(abilities=set()), None))
+    with pytest.raises(UserError, match="cannot compare texts and images as vectors; no task can use it"):
         run("search", "out", pictures, "red")
     monkeypatch.setitem(minivlm.__dict__, "load", lambda name, *, device: (ColourModel(), None))
-    with pytest.raises(UserError, match="out says nothing about how its pictures are prepared"):
+    with pytest.raises(UserError, match="no processor beside this ColourModel"):
         run("search", "out", pictures, "red")
 
 
@@ -171,7 +172,7 @@ def test_a_real_model_from_its_directory(pictures, tmp_path, monkeypatch, capsys
     assert percents == sorted(percents, reverse=True) and sum(percents) == pytest.approx(100, abs=0.11)
     run("search", "tiny", pictures, pictures / "red.png", "--top", 1, "--device", "cpu")
     assert capsys.readouterr().out.split() == ["1", "1.000", str(pictures / "red.png")]
-    with pytest.raises(UserError, match=r"the text 'red red [red ]+…' has \d+ tokens, but the model reads 40"):
+    with pytest.raises(UserError, match=r"the text 'red red [red ]+…' has \d+ tokens, but the model takes 40"):
         run("search", "tiny", pictures, "red " * 40)
 
 

@@ -44,8 +44,8 @@ def test_goes_on_with_the_query(capsys):
     [
         (("flamingo", "--examples", "red.png", "--query", "red.png", OF), r"'red\.png' stands alone"),
         (("flamingo", "--examples", "gone.png", "a", "--query", "red.png", OF), r"gone\.png is missing"),
-        (("flamingo", "--query", "red.png", "<image> a"), "has an <image> mark, but its one picture"),
-        (("captioner", "--query", "red.png", OF), "describes pictures, but reads no words"),
+        (("flamingo", "--query", "red.png", "<image> a"), "has an <image>, but its one image"),
+        (("captioner", "--query", "red.png", OF), "this ImageCaptioningModel cannot learn from examples"),
         (("flamingo",), "--query"),
         (("flamingo", "--query", "red.png", OF, "--num_beams", 0), "num_beams is 0"),
     ],

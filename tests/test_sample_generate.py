@@ -100,7 +100,7 @@ def test_how_it_is_asked_can_be_chosen(monkeypatch):
     assert [(p.config.chat, p.config.system) for p in seen] == [("vicuna", "be brief."), ("plain", None)]
     with pytest.raises(UserError, match=r"no chat template 'vicunha'\. Did you mean vicuna"):
         run("answer", "not there", "red.png", WHICH, "--chat", "vicunha")
-    with pytest.raises(UserError, match="reads no words and so answers no questions"):
+    with pytest.raises(UserError, match="cannot answer questions; it can describe images"):
         run("caption", "captioner", "red.png", "--system", "be brief.")
 
 
@@ -236,15 +236,15 @@ class TestChat:
         (["answer", "llava", "red.png", " "], "the question is empty"),
         (["answer", "llava", "red.png", "<image> <image> ?"], "is 2, but that of its images is 1"),
         (["answer", "llava", "red.png", "red " * 99], "does not fit the context of 96"),
-        (["answer", "captioner", "red.png", "?"], "ImageCaptioningModel describes pictures, but reads no words"),
-        (["chat", "captioner"], "ImageCaptioningModel describes pictures, but reads no words"),
-        (["answer", "lm", "red.png", "?"], "LanguageModel reads text alone"),
-        (["caption", "lm", "red.png"], "LanguageModel reads text alone"),
-        (["chat", "lm", "red.png"], "LanguageModel reads text alone"),
-        (["complete", "captioner", "a"], "ImageCaptioningModel describes pictures"),
+        (["answer", "captioner", "red.png", "?"], "this ImageCaptioningModel cannot answer questions"),
+        (["chat", "captioner"], "this ImageCaptioningModel cannot chat"),
+        (["answer", "lm", "red.png", "?"], "this LanguageModel takes text alone, and no image"),
+        (["caption", "lm", "red.png"], "this LanguageModel cannot describe images"),
+        (["chat", "lm", "red.png"], "this LanguageModel takes text alone, and no image"),
+        (["complete", "captioner", "a"], "this ImageCaptioningModel cannot continue a text"),
         (
             ["zero-shot", "llava", "red.png", "--labels", "a", "b"],
-            "holds a LLaVA, which has no image and text features",
+            "this LLaVA cannot compare texts and images as vectors",
         ),
     ],
 )

@@ -90,12 +90,12 @@ def test_zero_shot_takes_the_best_query_of_each_label(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["match", "clip", "pictures/red.png", "a red circle"], "CLIP does not match texts with pictures"),
+        (["match", "clip", "pictures/red.png", "a red circle"], "this CLIP cannot match texts with images"),
         (["match", "stage1", "pictures/red.png", " "], "a text to match is empty"),
         (["match", "stage1", "gone.png", "a red circle"], "gone.png is missing"),
-        (["match", "stage1", "pictures/red.png", "red " * 60], "tokens, but the model reads 24; make it shorter"),
+        (["match", "stage1", "pictures/red.png", "red " * 60], "tokens, but the model takes 24; make it shorter"),
         (["match", "stage1", "pictures/red.png"], "the following arguments are required"),
-        (["search", "clip", "pictures", "red", "--rerank", "4"], "CLIP does not match texts with pictures"),
+        (["search", "clip", "pictures", "red", "--rerank", "4"], "this CLIP cannot match texts with images"),
         (["search", "stage1", "pictures", "pictures/red.png", "--rerank", "4"], "the query is a picture: leave it out"),
         (["search", "stage1", "pictures", "red", "--rerank", "0"], "--rerank: '0' is not a number from 1"),
         (["attend", "stage1", "pictures/red.png", "--save", "maps.doc"], "has to end in .png"),

@@ -116,7 +116,7 @@ def test_what_it_left_does_all_four(built, world):
     assert 0 < tasks.match_all([picture], ["a red circle"], model, processor).item() < 1
     index = tasks.build_image_index(world / "test", model, processor, path=None)
     assert len(tasks.search_images("a red circle", index, model, processor, top_k=3)) == 3
-    with pytest.raises(UserError, match="BLIP looks at one picture at a time, but was given 2 at once"):
+    with pytest.raises(UserError, match="BLIP takes one image at a time, but was given 2 at once"):
         tasks.answer([picture, picture], "how many?", model, processor)
 
 
@@ -130,7 +130,7 @@ def test_answers_are_ranked(built, world, capsys):
     assert alone.item() == pytest.approx(ranked[0][1], rel=1e-4)
     with pytest.raises(UserError, match="there is nothing to rank"):
         tasks.rank_answers(picture, "is there a star?", [], model, processor)
-    with pytest.raises(UserError, match="ranks answers about one picture, but was given 2"):
+    with pytest.raises(UserError, match="ranks answers about one image, but was given 2"):
         tasks.rank_answers([picture, picture], "is there a star?", words, model, processor)
     with pytest.raises(UserError, match="not said: leave out --temperature"):
         sample.main(["answer", "x", str(picture), "is it?", "--temperature", "1", "--candidates", *words])
@@ -168,7 +168,7 @@ def test_eyes_of_another_kind(world, built):
 def test_a_blip_that_was_asked_nothing_answers_nothing(world):
     asked, silent = (recipe_of(name, world).start(quiet=True) for name in ("blip", "blip-noisy"))
     assert asked.model.config.answers and not silent.model.config.answers
-    with pytest.raises(UserError, match="describes pictures, but was not trained to answer questions"):
+    with pytest.raises(UserError, match=r"this BLIP cannot answer questions; it can .*describe images"):
         tasks.answer(np.zeros((32, 32, 3), np.uint8), "what is it?", silent.model, silent.processor)
 
 

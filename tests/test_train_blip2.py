@@ -458,7 +458,7 @@ def test_a_text_longer_than_the_context_of_the_qformer(built, world):
     model, processor = minivlm.load(built / "stage1")
     [picture] = ShapesWorld(world, "test").images([0])
     with pytest.raises(
-        UserError, match=r"the text 'red circle .*…' has \d+ tokens, but the model reads 40; make it shorter"
+        UserError, match=r"the text 'red circle .*…' has \d+ tokens, but the model takes 40; make it shorter"
     ):
         tasks.match_all([picture], ["a red circle", "red circle " * 60], model, processor)
     with pytest.raises(UserError, match=r"the prompt of \d+ tokens does not fit the context of 224"):

@@ -127,12 +127,10 @@ def examine(directory: str, data: str) -> Sizes:
     from minivlm.datasets.conversations import open_conversations
     from minivlm.evaluate import ask
     from minivlm.metrics import vqa_accuracy
-    from minivlm.tasks.generate import check_answerer
+    from minivlm.tasks.abilities import require_answers
 
     model, processor = checkpoint.load(directory)
-    if "caption" not in model.abilities:
-        raise UserError(f"{directory} holds a {type(model).__name__}, which has no connector; take a LLaVA or BLIP-2.")
-    check_answerer(model, processor, images=1)
+    require_answers(model, processor, images=1)
     talk = open_conversations(data, "test", image_size=processor.image_size)
     if not (questions := talk.questions()):
         raise UserError(f"{data} holds no questions to judge by; give --data with a folder that has some.")

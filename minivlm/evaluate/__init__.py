@@ -27,9 +27,6 @@ from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
-from minivlm.tasks.choose import chooses
-from minivlm.tasks.features import can_compare
-from minivlm.tasks.match import can_match
 
 __all__ = [
     "FREE_ANSWERS",
@@ -68,21 +65,20 @@ def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
 
 
 def scores_of(model, processor, directory: str | Path) -> dict[str, Score]:
-    if chooses(model):
+    can = model.abilities
+    if "choose" in can:
         scores = speech(model, processor, directory)
-        if can_match(model) and is_world(directory):
+        if "match" in can and is_world(directory):
             scores |= matching(model, processor, directory)
-        return scores | (contrast(model, processor, directory) if can_compare(model) else {})
-    if can_match(model):
+        return scores | (contrast(model, processor, directory) if "encode" in can else {})
+    if "match" in can:
         scores = matching(model, processor, directory)
-        return scores | (speech(model, processor, directory) if getattr(model.config, "answers", False) else {})
-    if can_compare(model):
+        return scores | (speech(model, processor, directory) if "answer" in can else {})
+    if "encode" in can:
         return contrast(model, processor, directory)
-    if hasattr(model, "vision"):
-        return speech(model, processor, directory)
-    if hasattr(model, "prefill"):
-        return language(model, processor, directory)
-    raise UserError(f"a {type(model).__name__} neither compares nor speaks, so there is nothing to evaluate.")
+    if can & {"caption", "answer"}:
+        return (speech if model.takes_images else language)(model, processor, directory)
+    raise UserError(f"a {type(model).__name__} has no ability that can be evaluated.")
 
 
 def main(argv: list[str]) -> None:

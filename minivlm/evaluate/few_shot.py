@@ -25,7 +25,8 @@ from minivlm.errors import UserError
 from minivlm.evaluate.language import new_words as new_words_in_text
 from minivlm.metrics import Score
 from minivlm.pictures import chart
-from minivlm.tasks.few_shot import LEAD, Example, check_reader, check_room, few_shot_prompt, likeliest
+from minivlm.tasks.abilities import require_answers
+from minivlm.tasks.few_shot import LEAD, Example, check_room, few_shot_prompt, likeliest
 
 SHOTS = (0, 1, 2, 4, 8)  # examples in all
 EPISODES = 300
@@ -38,7 +39,7 @@ def few_shot(
 
     UserError: a model that cannot read examples, fewer than two ways, examples that do not fit its context.
     """
-    check_reader(model, processor)
+    require_answers(model, processor, images=1, ability="few-shot")
     if ways < 2:
         raise UserError(f"--ways is {ways}, but to choose from one word is no choice: at least two are needed.")
     scores, size = {}, processor.image_size

@@ -16,8 +16,8 @@ from minivlm.errors import UserError
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
-from minivlm.tasks.choose import chooses
-from minivlm.tasks.generate import answer_all, can_answer, caption_all, language_config, question_tokens
+from minivlm.tasks.abilities import can_answer
+from minivlm.tasks.generate import answer_all, caption_all, question_tokens
 
 TILE = 176  # pixels of a picture on the sheet
 CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
@@ -30,7 +30,7 @@ SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
     ask_questions = ask_questions and answers_questions(model, processor)
-    describes = hasattr(model, "prefill") and getattr(model.config, "speaks", True)
+    describes = "caption" in model.abilities
     scores = {}
     for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
         talk = open_conversations(directory, split, image_size=processor.image_size)
@@ -48,7 +48,7 @@ def captioned(talk: Conversations) -> list[int]:
 
 def answers_questions(model, processor) -> bool:
     """In words of its own, or in those of a list."""
-    return chooses(model) or can_answer(model, processor)
+    return "choose" in model.abilities or can_answer(model, processor)
 
 
 def answers(model, processor, talk: Conversations, questions: Sequence[Question]) -> dict[str, Score]:
@@ -72,9 +72,9 @@ def ask(model, processor, talk: Conversations, questions: Sequence[Question], *,
     """The model's answers. shift: each question is asked about the picture of the one so many places further."""
     n, said = len(questions), []
     longest = SHORT
-    if talk.free_answers and not chooses(model):
+    if talk.free_answers and "choose" not in model.abilities:
         read = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
-        longest = max(SHORT, min(LONG, language_config(model).context - read))
+        longest = max(SHORT, min(LONG, model.language_config.context - read))
     for start in range(0, n, AT_A_TIME):
         part = range(start, min(start + AT_A_TIME, n))
         pictures = talk.images([questions[(i + shift) % n].index for i in part])
@@ -86,7 +86,7 @@ def ask(model, processor, talk: Conversations, questions: Sequence[Question], *,
 def check_questions(model, processor, talk: Conversations) -> None:
     """UserError for a question that the model cannot be asked, before any is."""
     for index, text, *_ in talk.questions():
-        context = None if chooses(model) else language_config(model).context
+        context = None if "choose" in model.abilities else model.language_config.context
         if why := question_problem(text, talk.pictures(index), processor, context=context):
             raise UserError(f"a {talk.split} question, about {talk.key(index)}: {why} Shorten it, or leave it out.")
 

@@ -26,7 +26,7 @@ from minivlm.datasets.shapes.text import canonical
 from minivlm.datasets.text_batches import Document, text_sample
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
-from minivlm.tasks.generate import beginning, has_encoder, model_inputs
+from minivlm.tasks.generate import beginning, model_inputs
 
 HELD_OUT = 500  # documents of the shapes world
 EPISODES = 300
@@ -51,7 +51,7 @@ def held_out_texts(directory: str | Path) -> list[Document]:
 
 def perplexity(model, processor, documents: Sequence[Document], *, batch_size: int = 32) -> Score:
     """exp of the mean cross-entropy per token that is learnt. chance: unigrams fitted to these very tokens."""
-    batches = batches_with_encoder if has_encoder(model) else batches_of_texts
+    batches = batches_of_texts if model.continues_prompt else batches_with_encoder
     total, counted = 0.0, []
     with inference(model):
         for batch in batches(processor, documents, batch_size):

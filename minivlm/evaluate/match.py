@@ -23,7 +23,7 @@ from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
-from minivlm.tasks.features import can_compare, inference, to_tokens
+from minivlm.tasks.features import inference, to_tokens
 from minivlm.tasks.match import RERANK, features_of_all, match_all, match_pairs
 
 SPLITS = {"test": "", "unseen": "never-seen pairs, "}
@@ -38,7 +38,7 @@ def matching(model, processor, directory: str | Path) -> dict[str, Score]:
         pairs = open_pairs(directory, split, image_size=processor.image_size)
         features = look_at_split(model, processor, pairs)
         found = hard_negatives(model, processor, pairs, features) if isinstance(pairs, ShapesWorld) else {}
-        if can_compare(model):
+        if "encode" in model.abilities:
             found |= reranking(model, processor, pairs, features)
         scores |= {f"{name}{key}": score for key, score in found.items()}
     return scores

@@ -6,7 +6,7 @@ from minivlm.tasks.choose import rank_answers
 from minivlm.tasks.few_shot import few_shot, pair_up, shot_prompt
 from minivlm.tasks.generate import answer, answer_all, caption, caption_all, complete
 from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
-from minivlm.tasks.match import check_matcher, match_all, rerank
+from minivlm.tasks.match import match_all, rerank
 from minivlm.tasks.search import search_images
 from minivlm.tasks.zero_shot import TEMPLATE_SETS, class_features, zero_shot_classify
 
@@ -21,7 +21,6 @@ __all__ = [
     "build_image_index",
     "caption",
     "caption_all",
-    "check_matcher",
     "class_features",
     "complete",
     "few_shot",

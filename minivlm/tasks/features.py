@@ -1,4 +1,4 @@
-"""Images and strings to unit vectors, a batch at a time: what every task of the compare pattern begins with."""
+"""Images and texts as unit vectors, computed a batch at a time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from minivlm.errors import UserError
 
 
-def can_compare(model) -> bool:
-    """Does it tell pictures and texts in vectors? Of BLIP, some published weights do not."""
-    return hasattr(model, "encode_image") and getattr(getattr(model, "config", None), "compares", True)
-
-
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients and no training behaviour (batch norm, dropout) inside; the model is left as it was found."""
+    """Without gradients, and in eval mode (batch norm, dropout); afterwards the model is as it was."""
     was_training = model.training
     model.eval()
     try:
@@ -57,7 +52,7 @@ def to_tokens(texts: Sequence[str], processor, *, cut: bool = False) -> tuple[Te
         text, length = texts[longest], int(mask[longest].sum())
         shown = text if len(text) <= 40 else text[:40] + "…"
         raise UserError(
-            f"the text {shown!r} has {length} tokens, but the model reads {processor.context}; make it shorter."
+            f"the text {shown!r} has {length} tokens, but the model takes {processor.context}; make it shorter."
         )
     return tokens, mask
 
@@ -68,7 +63,7 @@ def encode_pixels(pixels: Tensor, model) -> Tensor:
 
 
 def finite(numbers: Tensor, model) -> Tensor:
-    """The same numbers. UserError if some are none: a picture or text would be found, or not, by chance."""
+    """The same numbers. UserError if some are NaN or infinite, which would make a choice by chance."""
     if not numbers.isfinite().all():
         raise UserError(
             f"the output of this {type(model).__name__} is NaN or infinite: its weights are damaged, or its activations "

@@ -34,6 +34,7 @@ from minivlm.datasets.images import VERSION, extensions
 from minivlm.errors import UserError
 from minivlm.files import is_own_file, locked, parse_json, read_bytes
 from minivlm.image_preprocessing import Picture
+from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_pixels, inference
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: where both are the same, so is the file
@@ -74,6 +75,7 @@ def build_image_index(
     loses the last `save_every` seconds; interrupted with Ctrl-C, nothing. Images that cannot be read are in `.skipped`,
     with the reason. UserError: no folder, no images, none readable; of a list, any that cannot be read.
     """
+    require(model, processor, "encode")
     if not isinstance(images, (str, os.PathLike)):
         return index_of_list(images, model, processor, path, batch_size)
     directory = Path(images)

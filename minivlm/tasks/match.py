@@ -1,11 +1,11 @@
-"""Does this text belong to this picture? A probability, from a model that reads both at once.
+"""The probability that a text describes an image, from a model in which one attends to the other.
 
-    picture ──look──> features ┐
-    text ──tokens──────────────┴─ match ─→ (2,) logits ─ softmax ─→ probability
+    image ─ image_features ─→ features ┐
+    text  ─ tokens ────────────────────┴─ match ─→ (2,) logits ─ softmax ─→ probability
 
-Comparing (`encode_image`, `encode_text`) is cheap and coarse: each side is told in a few vectors that never met the
-other. Matching lets the two meet, and has to run for every pair: so a search compares with all pictures and matches
-with the best few (Li et al. 2021 (ALBEF), §3.4; Li et al. 2023 (BLIP-2), §4.4).
+Comparing vectors (`encode_image`, `encode_text`) is cheap and coarse: each is computed without the other. Matching runs
+for every pair: so a search compares with all images and matches with the best few (Li et al. 2021 (ALBEF), §3.4; Li et
+al. 2023 (BLIP-2), §4.4).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture
 from minivlm.layers.tower import ImageFeatures
+from minivlm.tasks.abilities import require
 from minivlm.tasks.features import finite, inference, to_tokens
 
-RERANK = 16  # how many of the best that comparing found are matched
+RERANK = 16  # how many of the closest images are matched
 
 
 def match(image: Picture, text: str, model, processor) -> float:
@@ -33,14 +34,14 @@ def match(image: Picture, text: str, model, processor) -> float:
 def match_all(
     images: Sequence[Any], texts: Sequence[str], model, processor, *, batch_size: int = 64, cut: bool = False
 ) -> Tensor:
-    """(N, M): how probably each of the M texts describes each of the N pictures. cut: texts beyond the context are cut.
+    """(N, M): the probability that each of the M texts describes each of the N images. cut: texts beyond the context are.
 
-    UserError: a model that does not match, an empty text or one beyond its context, a picture that cannot be read.
+    UserError: a model that does not match, an empty text or one beyond its context, an image that cannot be read.
     """
-    check_matcher(model, processor)
+    require(model, processor, "match")
     for text in texts:
         if not text.strip():
-            raise UserError("a text to match is empty; say what may be in the picture.")
+            raise UserError("a text to match is empty; say what may be in the image.")
     N, M = len(images), len(texts)
     tokens, mask = to_tokens(texts, processor, cut=cut)
     features = features_of_all(images, model, processor, batch_size=batch_size)
@@ -51,16 +52,16 @@ def match_all(
 def rerank(
     query: str, found: Sequence[tuple[Path, float]], model, processor, *, batch_size: int = 64
 ) -> list[tuple[Path, float, float]]:
-    """What `search_images` found for a text, best matching first: (path, cosine, probability)."""
+    """What `search_images` found for a text, in the order of its match: (path, cosine, probability)."""
     if not isinstance(query, str):
-        raise UserError("matching reads a text and a picture: search with words, or without re-ranking.")
+        raise UserError("matching needs a text: search with a text, or without re-ranking.")
     probabilities = match_all([path for path, _ in found], [query], model, processor, batch_size=batch_size)[:, 0]
     best = probabilities.sort(descending=True, stable=True)
     return [(*found[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def features_of_all(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
-    """N pictures → (N, L, C), what the frozen tower sees of each: computed once, however often it is matched."""
+    """N images → (N, L, C), the features of each, computed once, however often it is matched."""
     parts = []
     with inference(model):
         for i in range(0, len(images), batch_size):
@@ -74,7 +75,7 @@ def match_pairs(
 ) -> Tensor:
     """The log-odds of (image, text) pairs (P, 2), indices into features (N, L, C) and into tokens, mask (M, T) → (P,).
 
-    Texts of a length are matched together, so that hardly any padding is read.
+    Texts of a length are matched together, so that there is hardly any padding.
     """
     lengths = mask.sum(dim=1)
     order = lengths[pairs[:, 1]].sort(stable=True).indices
@@ -90,14 +91,4 @@ def match_pairs(
 
 
 def can_match(model) -> bool:
-    """Does it tell whether a text belongs to a picture? Of BLIP and the fusion encoders, some do not."""
-    return hasattr(model, "match") and getattr(model, "match_head", True) is not None
-
-
-def check_matcher(model, processor) -> None:
-    if not can_match(model):
-        raise UserError(
-            f"this {type(model).__name__} does not match texts with pictures; that needs a model that was trained to."
-        )
-    if processor is None:
-        raise UserError(f"there is no processor beside this {type(model).__name__}, so it can be shown nothing.")
+    return "match" in model.abilities

@@ -1,4 +1,4 @@
-"""Search a folder of pictures with words, or with a picture.
+"""Search images with a text, or with another image.
 
     folder ──encode_image──> features-….npy  (n, D) float32, unit length, memory-mapped ┐
                              index.json      whose row is whose                        ┴── · query (D,) → the k best
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.image_index import ImageIndex, fingerprint, open_image_index
 
@@ -35,6 +36,7 @@ def search_images(
         raise UserError(f"top_k is {top_k}, but at least one image has to be found.")
     if isinstance(query, str) and not query.strip():
         raise UserError("the query is empty; say what to look for.")
+    require(model, processor, "encode")
     in_memory = isinstance(index, Tensor)
     if not isinstance(index, (ImageIndex, Tensor)):
         index = open_image_index(index)
@@ -61,8 +63,8 @@ def search_images(
 def best_rows(query: Tensor, features: np.ndarray, k: int, *, chunk: int) -> tuple[Tensor, Tensor]:
     """query (D,), features (n, D) → the k highest products and their rows, (k,) each, best first, ties by row.
 
-    Where a picture has Q vectors, features (n, Q · D), a text is as close as the closest of them, and another picture,
-    query (Q, D), as close as they are on average.
+    Where an image has Q vectors, features (n, Q · D), a text is as close as the closest of them, and another image, query
+    (Q, D), as close as they are on average.
     """
     scores, rows = query.new_empty(0), torch.empty(0, dtype=torch.long, device=query.device)
     for start in range(0, len(features), chunk):

@@ -1,4 +1,4 @@
-"""Classification without training: the classes are sentences, and the picture picks the one it is closest to.
+"""Classification without training: the classes are sentences, and an image is of the class whose sentence is closest.
 
     labels ──template──> "a photo of a dog." ──encode_text──> class features (C, D) ┐
                                         images ──encode_image──> (N, D)             ┴──> softmax(scale · cos) → (N, C)
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture, as_list
+from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
 
 # In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
@@ -54,15 +55,10 @@ def zero_shot_classify(
         raise UserError(f"top_k is {top_k}, but at least one label has to be shown.")
     if not len(several := as_list(images)):
         return []
+    require(model, processor, "encode")
     classes = class_features(labels, model, processor, templates)
     features = encode_images(several, model, processor)
-    if hasattr(model, "similarity"):  # of a Q-Former, each query has a vector
-        probabilities = (model.scale() * model.similarity(features, classes)).detach().softmax(dim=1)  # (N, C)
-    else:
-        logits = model.loss.logits(features, classes).detach()
-        probabilities = (
-            logits.sigmoid() if getattr(model.config, "loss", "softmax") == "sigmoid" else logits.softmax(dim=1)
-        )
+    probabilities = model.probabilities(features, classes).detach()  # (N, C)
     best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
     answers = [
         [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]

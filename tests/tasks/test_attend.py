@@ -45,11 +45,11 @@ def stage_1(**changes):
 def test_queries_a_row_each_over_all_pictures(class_token):
     model = stage_1(class_token=class_token)
     rows = tasks.attention_maps(PICTURES, model, processor())
-    assert len(rows) == 8 and all(row.pictures == [0, 1, 2] for row in rows)
+    assert len(rows) == 8 and all(row.images == [0, 1, 2] for row in rows)
     with record_attention(model) as maps:
         model.encode_image(processor().images(PICTURES))
     [weights] = maps["qformer.blocks.2.cross_attention"]  # of the last block that reads the picture
-    q = int(rows[0].who.removeprefix("query ")) - 1
+    q = int(rows[0].title.removeprefix("query ")) - 1
     want = weights.mean(dim=1)[2, q, int(class_token) :]
     assert torch.allclose(rows[0].maps[2], (want / want.sum()).view(4, 4), atol=1e-6)
 
@@ -70,25 +70,25 @@ def test_the_class_token_of_a_clip():
         model.vision.features(processor().images(PICTURES))  # all tokens, not the class token alone
     [weights] = maps["transformer.blocks.1.attention"]
     want = weights.mean(dim=1)[:, 0, 1:]
-    assert row.who == "the class token"
+    assert row.title == "the class token"
     assert torch.allclose(torch.stack(row.maps).flatten(1), want / want.sum(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_a_pooling_query_and_a_resnet():
     [row] = tasks.attention_maps(PICTURES, clip(pool="attention"), processor())
-    assert row.who == "the pooling query" and row.maps[0].shape == (4, 4)
+    assert row.title == "the pooling query" and row.maps[0].shape == (4, 4)
     config = ResNetConfig(width=8, blocks=(1, 1, 1, 1), image_size=64, output_width=8, heads=2)
     text = TextConfig(width=16, depth=1, heads=2, vocab_size=20, end_token=3)
     model = CLIP(CLIPConfig(vision=config, text=text, embed_width=8, image_projection=False)).eval()
     [row] = tasks.attention_maps(PICTURES, model, processor(image_size=64))
-    assert row.who == "the mean of the picture" and row.maps[0].shape == (2, 2)
+    assert row.title == "the mean of the image" and row.maps[0].shape == (2, 2)
     assert row.maps[0].sum() == pytest.approx(1)
 
 
 def test_the_words_of_an_answer():
     model, p = colour_llava(), processor()
     rows = tasks.attention_maps(PICTURES[:2], model, p, prompt="which colours?")
-    assert [(row.who, row.pictures) for row in rows] == [
+    assert [(row.title, row.images) for row in rows] == [
         ("red", [0] * len(rows[0].maps)),
         ("blue", [1] * len(rows[1].maps)),
     ]
@@ -147,7 +147,7 @@ def seen_by_words(name, model, kept, T):
 def test_the_words_of_a_question_that_is_answered_from_a_list(name):
     model, p = READERS[name]().eval(), processor(image_tokens=0)
     rows = tasks.attention_maps(PICTURES, model, p, prompt="which colour?")
-    assert [row.who.removeprefix("which colour? ") in ("red", "blue") for row in rows] == [True] * 3
+    assert [row.title.removeprefix("which colour? ") in ("red", "blue") for row in rows] == [True] * 3
     tokens, mask = p.text(["which colour?"])
     tokens = tokens[:, : mask.sum()]
     assert rows[0].notes[0] == "[start]" and "".join(rows[0].notes[1:]) == "whichcolour?"
@@ -170,7 +170,7 @@ def blip(**changes):
 def test_the_words_of_a_text_that_blip_matches(class_token):
     model, p = blip(class_token=class_token), processor(image_tokens=0)
     [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
-    assert row.who.startswith("red ") and row.who.endswith("%") and row.maps[0].shape == (2, 2)
+    assert row.title.startswith("red ") and row.title.endswith("%") and row.maps[0].shape == (2, 2)
     tokens, mask = p.text(["red"])
     with record_attention(model.encoder, only=lambda name: name.endswith("cross_attention")) as kept:
         model.match(p.images(PICTURES[:1]), tokens[:, : mask.sum()])
@@ -182,7 +182,7 @@ def test_the_words_of_a_text_that_blip_matches(class_token):
 def test_the_words_of_a_text_that_blip_only_reads(roles, part):
     model, p = blip(roles=roles), processor(image_tokens=0)
     [row] = tasks.attention_maps(PICTURES[:1], model, p, prompt="red")
-    assert row.who == "red"
+    assert row.title == "red"
     tokens, mask = p.text(["red"])
     tokens, features = tokens[:, : mask.sum()], model.image_features(p.images(PICTURES[:1]))
     with record_attention(getattr(model, part), only=lambda name: name.endswith("cross_attention")) as kept:
@@ -194,9 +194,9 @@ def test_the_words_of_a_text_that_blip_only_reads(roles, part):
     want = torch.stack([weights[0][0] for weights in kept.values()]).mean(dim=(0, 1))[1, 1:]
     assert torch.allclose(row.maps[1].flatten(), want / want.sum(), atol=1e-5)
     if roles == "caption":
-        assert tasks.attention_maps(PICTURES[:1], model, p)[0].who == tasks.caption(PICTURES[0], model, p)
+        assert tasks.attention_maps(PICTURES[:1], model, p)[0].title == tasks.caption(PICTURES[0], model, p)
     else:
-        with pytest.raises(UserError, match="reads what it is asked, and not captions"):
+        with pytest.raises(UserError, match="answers a question, and generates no captions"):
             tasks.attention_maps(PICTURES[:1], model, p)
 
 
@@ -228,18 +228,21 @@ def test_heat_is_yellow_where_the_weight_is_and_grey_where_none_is():
 
 
 def test_a_model_that_looks_at_nothing_is_one_sentence():
-    with pytest.raises(UserError, match="a LanguageModel looks at no pictures, so there is no attention to draw"):
+    with pytest.raises(
+        UserError,
+        match="this LanguageModel cannot show its attention to an image; it can answer questions, chat and continue",
+    ):
         tasks.attention_maps(PICTURES, language_model(), processor())
     with pytest.raises(UserError, match="takes the mean of its features"):
         tasks.attention_maps(PICTURES, clip(pool="mean"), processor())
-    with pytest.raises(UserError, match="this VisualBERT reads what it is asked, and not captions"):
+    with pytest.raises(
+        UserError, match="this VisualBERT answers a question, and generates no captions: give it a prompt"
+    ):
         tasks.attention_maps(PICTURES, READERS["visualbert"](), processor())
     unasked = VisualBERT(VisualBERTConfig(**{**FUSING, "answers": ()}))
-    with pytest.raises(
-        UserError, match="this VisualBERT has no answers to choose from; what it looks at is drawn while"
-    ):
+    with pytest.raises(UserError, match="this VisualBERT cannot show its attention to an image; no task can use it"):
         tasks.attention_maps(PICTURES, unasked, processor(), prompt="which colour?")
-    with pytest.raises(UserError, match=r"what a SimpleNamespace looks at is not drawn; what BLIP, .* look at is"):
-        tasks.attention_maps(PICTURES, SimpleNamespace(vision=None), processor())
+    with pytest.raises(UserError, match=r"this SimpleNamespace cannot show its attention to an image; it can chat\."):
+        tasks.attention_maps(PICTURES, SimpleNamespace(abilities={"chat"}), processor())
     with pytest.raises(UserError, match="no processor beside this CLIP"):
         tasks.attention_maps(PICTURES, clip(), None)

@@ -74,7 +74,7 @@ class TestTalking:
     def test_a_language_model_talks_without_pictures(self):
         conversation = Chat(language_model(), processor(image_tokens=0), max_new_tokens=5)
         assert say(conversation, WHICH) and len(conversation.turns) == 2
-        with pytest.raises(UserError, match="LanguageModel reads text alone and cannot be shown a picture"):
+        with pytest.raises(UserError, match="this LanguageModel takes text alone, and no image"):
             conversation.see(plain("red"))
 
 
@@ -190,7 +190,7 @@ class TestTheContext:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("text", "message"), [("  ", "the question is empty"), ("<image> which?", "show the picture, then ask")]
+        ("text", "message"), [("  ", "the question is empty"), ("<image> which?", "add the image, then ask")]
     )
     def test_a_question_that_makes_no_sense_is_refused_at_once(self, text, message):
         with pytest.raises(UserError, match=message):
@@ -203,9 +203,9 @@ class TestRefusals:
         assert conversation.waiting == ()
 
     def test_models_that_cannot_talk(self):
-        with pytest.raises(UserError, match="ImageCaptioningModel describes pictures, but reads no words"):
+        with pytest.raises(UserError, match="this ImageCaptioningModel cannot chat; it can describe images"):
             Chat(captioner(), processor(image_tokens=0))
-        with pytest.raises(UserError, match="ColourModel does not speak"):
+        with pytest.raises(UserError, match="this ColourModel cannot chat"):
             Chat(ColourModel(), ColourProcessor())
 
     def test_options_that_make_no_sense_before_the_first_question(self):

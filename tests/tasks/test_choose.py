@@ -7,7 +7,6 @@ from torch import nn
 
 from minivlm.errors import UserError
 from minivlm.tasks import answer
-from minivlm.tasks.choose import chooses
 from tests.colours import WORDS, ColourProcessor, paint
 
 
@@ -16,10 +15,7 @@ class Chooser(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
     config = SimpleNamespace(answers=("red", "green", "blue", "none"))
-
-    def __init__(self):
-        super().__init__()
-        self.vision = nn.Identity()
+    abilities, takes_images = frozenset({"choose"}), True
 
     def answer(self, images, tokens, mask):
         asked = (tokens == WORDS.index("white")).any(dim=1, keepdim=True).float()
@@ -29,7 +25,6 @@ class Chooser(nn.Module):
 def test_the_likeliest_answer_is_given(tmp_path):
     model, processor = Chooser(), ColourProcessor()
     red, blue = paint(tmp_path / "r.png", "red"), paint(tmp_path / "b.png", "blue")
-    assert chooses(model)
     assert answer(red, "white", model, processor) == "red"
     assert answer([blue], "white", model, processor) == "blue"
     assert answer(blue, "what", model, processor) == "none"
@@ -38,10 +33,10 @@ def test_the_likeliest_answer_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("images", "question", "options", "message"),
     [
-        (2, "white", {}, "Chooser answers about one picture at a time, but was given 2 at once"),
+        (2, "white", {}, "Chooser answers about one image at a time, but was given 2 at once"),
         (0, "white", {}, "but was given 0 at once"),
         (1, " ", {}, "the question is empty"),
-        (1, "white " * 20, {}, "has 20 tokens, but the model reads 12"),
+        (1, "white " * 20, {}, "has 20 tokens, but the model takes 12"),
         (
             1,
             "white",
@@ -58,6 +53,6 @@ def test_what_makes_no_sense_is_one_sentence(images, question, options, message)
 
 def test_a_model_without_eyes_says_what_it_reads():
     model = Chooser()
-    model.vision = None
-    with pytest.raises(UserError, match="reads features of regions that a detector has found, not pictures"):
+    model.takes_images = False
+    with pytest.raises(UserError, match="takes features of regions that a detector has found, not images"):
         answer(np.zeros((8, 8, 3), dtype=np.uint8), "white", model, ColourProcessor())

@@ -94,28 +94,30 @@ def test_any_model_whose_pictures_stand_in_the_text_can_be_shown_examples():
 
 def test_who_cannot_read_examples_is_told(words):
     query = (plain("red"), OF)
-    with pytest.raises(UserError, match="ImageCaptioningModel describes pictures, but reads no words"):
+    with pytest.raises(
+        UserError, match="this ImageCaptioningModel cannot learn from examples in its prompt; it can describe images"
+    ):
         few_shot(captioner(), processor(image_tokens=0), [], query)
-    with pytest.raises(UserError, match="LanguageModel reads text alone and cannot be shown a picture"):
+    with pytest.raises(UserError, match="this LanguageModel cannot learn from examples in its prompt"):
         few_shot(language_model(), words, [], query)
     qformer = QFormerConfig(width=16, depth=1, heads=2, queries=2)
     in_front = BLIP2(BLIP2Config(vision=VISION, qformer=qformer, language=language(), image_token=None))
     with pytest.raises(
-        UserError, match="BLIP2 sees its pictures in front of all words, so it cannot be shown examples"
+        UserError, match="this BLIP2 cannot learn from examples in its prompt; it can describe images, answer questions"
     ):
         few_shot(in_front, processor(image_tokens=0, chat="blip2"), [], query)
 
 
 def test_what_is_wrong_with_an_example_is_told(words):
     model, query = colour_flamingo(), (plain("red"), OF)
-    with pytest.raises(UserError, match=r"'b\.png' stands alone: give a text for each picture"):
+    with pytest.raises(UserError, match=r"'b\.png' stands alone: give a text for each image"):
         pair_up(["a.png", "this is a dax", "b.png"])
     assert pair_up(["a.png", "x", "b.png", "y"]) == [("a.png", "x"), ("b.png", "y")]
     with pytest.raises(UserError, match="the text of example 2 is empty"):
         few_shot(model, words, [*shots("red"), (plain("blue"), " ")], query)
-    with pytest.raises(UserError, match="the text of example 1 has an <image> mark, but its one picture"):
+    with pytest.raises(UserError, match="the text of example 1 has an <image>, but its one image"):
         few_shot(model, words, [(plain("blue"), "<image> a")], query)
-    with pytest.raises(UserError, match="the text of the query has an <image> mark"):
+    with pytest.raises(UserError, match="the text of the query has an <image>, but"):
         few_shot(model, words, [], (plain("blue"), "a <image>"))
     with pytest.raises(UserError, match=r"nowhere\.png is missing"):
         few_shot(model, words, [("nowhere.png", "a")], query)

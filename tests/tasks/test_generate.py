@@ -8,7 +8,8 @@ import minivlm
 from minivlm.conversation import Turn, encode_conversation
 from minivlm.errors import UserError
 from minivlm.tasks import answer, answer_all, caption, caption_all, complete
-from minivlm.tasks.generate import can_answer, fitting
+from minivlm.tasks.abilities import can_answer
+from minivlm.tasks.generate import fitting
 from tests.colours import ColourModel, ColourProcessor, paint
 from tests.speakers import (
     COLOURS,
@@ -52,7 +53,9 @@ class TestAnswers:
         assert answer(images, f"<image>\n<image>\n{WHICH}", colour_llava(), P) == "green blue"
 
     def test_a_mark_in_the_midst_of_a_sentence_may_be_a_word_and_is_refused(self):
-        with pytest.raises(UserError, match="<image> in the midst of a sentence may be a word or the picture's place"):
+        with pytest.raises(
+            UserError, match="<image> in the middle of a sentence may be a word or the place of the image"
+        ):
             answer(plain("red"), "what does <image> mean?", colour_llava(), P)
         for question in (f"<image> {WHICH}", f"{WHICH}\n<image>", f"look:\n<image>\n{WHICH}", f"{WHICH} <image>"):
             assert isinstance(answer(plain("red"), question, colour_llava(), P), str)
@@ -113,13 +116,15 @@ class TestCaptioner:
 
     def test_answers_no_questions(self):
         assert not can_answer(captioner(), processor(image_tokens=0))
-        with pytest.raises(UserError, match="ImageCaptioningModel describes pictures, but reads no words"):
+        with pytest.raises(
+            UserError, match="this ImageCaptioningModel cannot answer questions; it can describe images and show"
+        ):
             answer(plain("red"), WHICH, captioner(), processor(image_tokens=0))
 
     def test_has_no_prompt_and_one_picture(self):
-        with pytest.raises(UserError, match="reads no prompt: leave it out"):
+        with pytest.raises(UserError, match="takes no prompt: leave it out"):
             caption(plain("red"), captioner(), processor(image_tokens=0), prompt="say it")
-        with pytest.raises(UserError, match="one picture at a time, but was given 2 at once"):
+        with pytest.raises(UserError, match="one image at a time, but was given 2 at once"):
             caption_all([[plain("red"), plain("blue")]], captioner(), processor(image_tokens=0))
 
 
@@ -160,7 +165,7 @@ class TestText:
 
     def test_needs_something_to_go_on_from(self, monkeypatch):
         monkeypatch.setattr(type(P), "start_token", None)
-        with pytest.raises(UserError, match="no text to go on from"):
+        with pytest.raises(UserError, match="no text to continue"):
             complete("", language_model(), P)
 
 
@@ -214,21 +219,26 @@ class TestRefusals:
             caption("gone.png", llava(), P)
 
     def test_models_that_cannot_do_it(self):
-        with pytest.raises(UserError, match="ColourModel does not speak"):
+        with pytest.raises(
+            UserError, match="this ColourModel cannot describe images; it can compare texts and images as vectors"
+        ):
             caption(plain("red"), ColourModel(), ColourProcessor())
         with pytest.raises(UserError, match="no processor beside this LLaVA"):
             answer(plain("red"), WHICH, llava(), None)
-        with pytest.raises(UserError, match="LanguageModel reads text alone and cannot be shown a picture"):
+        with pytest.raises(UserError, match="this LanguageModel takes text alone, and no image"):
             answer(plain("red"), WHICH, language_model(), processor(image_tokens=0))
-        with pytest.raises(UserError, match="LanguageModel reads text alone and cannot be shown a picture"):
+        with pytest.raises(
+            UserError,
+            match="this LanguageModel cannot describe images; it can answer questions, chat and continue a text",
+        ):
             caption(plain("red"), language_model(), processor(image_tokens=0))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"image_token": "<end>"}, r"image placeholder is 3 in the processor but 2 in the LLaVA"),
-            ({"image_tokens": 9}, "number of placeholders for a picture is 9 in the processor but 4 in the LLaVA"),
-            ({"image_tokens": 0}, "number of placeholders for a picture is 0 in the processor but 4 in the LLaVA"),
+            ({"image_tokens": 9}, "number of placeholders for an image is 9 in the processor but 4 in the LLaVA"),
+            ({"image_tokens": 0}, "number of placeholders for an image is 0 in the processor but 4 in the LLaVA"),
         ],
     )
     def test_a_processor_of_another_model(self, changes, message):
@@ -240,5 +250,5 @@ class TestRefusals:
         other = minivlm.Processor.train(
             [f"word{i} of many" for i in range(200)], vocab_size=400, image_size=16, context=96
         )
-        with pytest.raises(UserError, match=r"the tokeniser has \d+ tokens, but the LanguageModel knows \d+"):
+        with pytest.raises(UserError, match=r"the tokeniser has \d+ tokens, but the LanguageModel has \d+"):
             complete("word", language_model(), other)

@@ -100,13 +100,16 @@ def test_a_text_is_as_close_as_the_closest_query():
 
 
 def test_mistakes_are_one_sentence(world, oracle):
-    with pytest.raises(UserError, match=r"^this ColourModel does not match texts with pictures; .*trained to\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^this ColourModel cannot match texts with images; it can compare texts and images as vectors\.$",
+    ):
         tasks.match_all([world.pixels[0]], ["a red circle"], ColourModel(), ColourProcessor())
     with pytest.raises(UserError, match="no processor beside this Oracle"):
         tasks.match_all([world.pixels[0]], ["a red circle"], oracle, None)
     with pytest.raises(UserError, match="a text to match is empty"):
         tasks.match_all([world.pixels[0]], ["a red circle", " "], oracle, oracle.processor)
-    with pytest.raises(UserError, match="has 70 tokens, but the model reads 64"):
+    with pytest.raises(UserError, match="has 70 tokens, but the model takes 64"):
         tasks.match_all([world.pixels[0]], ["red " * 70], oracle, oracle.processor)
-    with pytest.raises(UserError, match="search with words, or without re-ranking"):
+    with pytest.raises(UserError, match="search with a text, or without re-ranking"):
         tasks.rerank(Path("red.png"), [], oracle, oracle.processor)

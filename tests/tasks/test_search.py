@@ -300,7 +300,7 @@ def test_queries_that_make_no_sense_are_refused(pictures, tmp_path):
     for query, options, message in (
         (" ", {}, "query is empty"),
         ("red", {"top_k": 0}, "top_k is 0"),
-        ("red " * 50, {}, "has 50 tokens, but the model reads 12"),
+        ("red " * 50, {}, "has 50 tokens, but the model takes 12"),
         (pictures / "gone.png", {}, "gone.png is missing"),
     ):
         with pytest.raises(UserError, match=message):

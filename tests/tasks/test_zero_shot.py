@@ -122,7 +122,7 @@ def test_the_model_is_left_as_it_was():
         ("red circle", "at least two labels"),
         (["red", " "], "label 2 of 2 is empty"),
         (["red", "blue", "red"], "'red' is given twice"),
-        (["red", "blue " * 20], "has 21 tokens, but the model reads 12"),
+        (["red", "blue " * 20], "has 21 tokens, but the model takes 12"),
         (["red", "blue " * 300], "'a blue blue"),
     ],
 )
