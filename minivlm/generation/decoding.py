@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -29,13 +28,6 @@ class Decoding:
     def reorder(self, rows: Tensor) -> None:
         """Row i continues as row rows[i] did; rows (B',) int64 may be more or fewer than B."""
         self.logits = self.logits[rows]
-
-
-def padding_first(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """tokens, mask (B, T) with padding anywhere → the same with all padding on the left, so that all rows end together."""
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    order = mask.long().argsort(dim=1, stable=True)
-    return tokens.gather(1, order), mask.gather(1, order)
 
 
 def check_context(tokens: int, room: int, context: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minivlm.generation import Decoding
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.packed_decoding import PackedDecoder, PackedWeights, in_blocks
+from minivlm.layers.padding import padding_last
 from minivlm.layers.position import Cache
 from minivlm.layers.transformer import Between, Transformer, TransformerConfig, make_norm
 from minivlm.layers.vocabulary import TokenEmbedding
@@ -158,7 +159,7 @@ class LanguageModel(Model):
         x = self.embed(tokens) if embeddings is None else embeddings
         mask = None if mask is None or mask.all() else mask
         if mask is not None:
-            x, mask = to_the_left(x, mask)
+            x, mask = padding_last(x, mask)
         if x.shape[1] + room > self.config.context:
             raise ValueError(
                 f"a prompt of {x.shape[1]} tokens and {room} new ones do not fit the context of {self.config.context}"
@@ -251,12 +252,6 @@ def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:
     if mask.dim() == 3:
         return mask.tril().sum(dim=2) - 1  # how many tokens of its own text precede a token
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def to_the_left(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (B, T, D) with padding anywhere → the same with padding on the right alone."""
-    order = (~mask).long().argsort(dim=1, stable=True)
-    return x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
 
 
 @torch.no_grad()

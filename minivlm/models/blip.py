@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.bert import BERT, BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears, normal
-from minivlm.layers.language_model import to_the_left
+from minivlm.layers.padding import padding_last
 from minivlm.layers.position import add_positions
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import backward, check_smoothing, in_parts, mean, next_token_loss
@@ -309,8 +309,7 @@ class BLIP(Model):
             raise ValueError("this BLIP has no decoder, so it can compare and match, but not speak")
         mask = None if mask is None or mask.all() else mask
         if mask is not None:
-            tokens, mask = to_the_left(tokens[..., None], mask)
-            tokens = tokens[..., 0]
+            tokens, mask = padding_last(tokens, mask)
         c, T = self.config, tokens.shape[1]
         if T + room > c.text.context:
             raise ValueError(f"a text of {T} tokens and {room} new ones do not fit the context of {c.text.context}")

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.generation.decoding import Decoding, check_context, padding_first
+from minivlm.generation.decoding import Decoding, check_context
 from minivlm.layers.bert import TextHead
 from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.padding import padding_first
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import backward, check_smoothing, in_parts, mean, next_token_loss

@@ -27,8 +27,8 @@ from minivlm.layers.language_model import (
     LMDecoding,
     LMOutput,
     check_decoder,
-    to_the_left,
 )
+from minivlm.layers.padding import padding_last
 from minivlm.layers.perceiver import PerceiverConfig, PerceiverResampler
 from minivlm.layers.tower import Images, check_reader, features_of, leading_axes, make_tower
 from minivlm.model import Batch, Model
@@ -187,8 +187,7 @@ class Flamingo(Model):
     def prefill(self, images: Images | None, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
         """Process images and a prompt; see `LanguageModel.prefill`. What follows attends to what its last token attends to."""
         if mask is not None and not mask.all():
-            moved, mask = to_the_left(tokens[..., None], mask)
-            tokens = moved[..., 0]
+            tokens, mask = padding_last(tokens, mask)
         between = self.gated_layers(images, tokens, mask)
         return self.language_model.prefill(tokens, mask, room=room, between=between)
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import UserError, nearest
-from minivlm.generation.decoding import Decoding, check_context, padding_first
+from minivlm.generation.decoding import Decoding, check_context
 from minivlm.layers.bert import BERTConfig, TextHead
 from minivlm.layers.initialise import initialise_linears
+from minivlm.layers.padding import padding_first
 from minivlm.layers.qformer import attention_mask
 from minivlm.layers.tower import ImageFeatures, Images
 from minivlm.layers.vit import VisionConfig
