@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,12 @@ def is_ours(module: nn.Module) -> bool:
 def measure(name: str, module: nn.Module, config: Any) -> Any:
     """What stands for the module in a config: of a module of ours its own config."""
     if is_ours(module):
-        return module.config
+        hint = get_type_hints(type(config))[name]
+        kinds = [kind for kind in get_args(hint) or (hint,) if is_dataclass(kind)]
+        if type(own := getattr(module, "config", None)) in kinds:
+            return own
+        takes = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"a {type(module).__name__} cannot be the {name} of a model that takes {takes} for it.")
     if name == "language":
         raise UserError(
             f"this {type(module).__name__} is no LanguageModel of minivlm, which generates from embeddings and with a cache: "

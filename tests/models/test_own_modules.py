@@ -15,6 +15,7 @@ from minivlm.layers import (
     LanguageModel,
     LanguageModelConfig,
     TextConfig,
+    TextTransformer,
     TransformerConfig,
     VisionConfig,
     VisionTransformer,
@@ -203,6 +204,10 @@ def test_what_a_tower_or_a_text_encoder_gives_must_have_the_right_axes():
         VQAModel(VQA)
     with pytest.raises(ValueError, match="fusion reads words of width 16"):
         VQAModel(VQA, vision=Tower(), text=Text(16))
+    with pytest.raises(
+        UserError, match="a TextTransformer cannot be the text of a model that takes BERTConfig or OwnText"
+    ):
+        VQAModel(VQA, vision=Tower(), text=TextTransformer(CLIP_CONFIG.text))
 
 
 def test_ready_modules_alone_are_short_for_a_config_of_them(tmp_path):
