@@ -184,10 +184,15 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """Attention whose keys and values always come from elsewhere: x (B, T, D), context (B, S, C) → (B, T, D).
 
-    A context that is attended to more than once is given as its `keys_values`.
+    A context that is attended to more than once is given as its `keys_values`. mask (B, S) or (B, T, S): True = may be
+    attended to. d_model and num_heads: other names of width and heads.
     """
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues, *, mask: Tensor | None = None) -> Tensor:
+    def __init__(self, *sizes: int, d_model: int | None = None, num_heads: int | None = None, **options):
+        named = {"width": d_model, "heads": num_heads}
+        super().__init__(*sizes, **{name: size for name, size in named.items() if size is not None}, **options)
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None = None) -> Tensor:
         q = self.queries(x)
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.attend(q, k, v, mask=last_queries(expand_mask(mask), q.shape[2]))

@@ -11,7 +11,9 @@ def expand_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean (True = may be attended to), not {mask.dtype}")
+        raise TypeError(
+            f"mask must be boolean (True = may be attended to), not {mask.dtype}: write mask == 1 if 1 means that."
+        )
     if mask.dim() == 4:
         return mask
     return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]

@@ -333,6 +333,14 @@ class TestAutocast:
 
 
 class TestCrossAttention:
+    def test_sizes_by_other_names_and_a_mask_by_position(self):
+        cross, mask = CrossAttention(d_model=16, num_heads=4), torch.tensor([[True] * 3 + [False] * (S - 3)] * B)
+        assert cross.heads == 4 and cross.out_proj.out_features == 16
+        x, context = torch.randn(B, T, 16), torch.randn(B, S, 16)
+        assert_same(cross(x, context, mask), cross(x, context[:, :3]))
+        with pytest.raises(TypeError, match=r"boolean .* not torch.float32: write mask == 1 if 1 means that"):
+            cross(x, context, mask.float())
+
     def test_is_attention_with_a_context_of_another_width(self):
         cross = CrossAttention(16, 4, context_width=6)
         x, context = torch.randn(B, T, 16), torch.randn(B, S, 6)
