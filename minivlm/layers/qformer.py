@@ -43,7 +43,7 @@ class QFormerConfig(TransformerConfig):
 
     def __post_init__(self):
         if self.cross_attention_every < 1:
-            raise ValueError("cross_attention_every must be at least 1: without it the queries see no picture")
+            raise ValueError("cross_attention_every must be at least 1: without it the queries attend to no image")
 
 
 @dataclass(frozen=True)

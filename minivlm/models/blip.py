@@ -189,7 +189,7 @@ class BLIP(Model):
         """
         c, losses, split = self.config, {}, partial(in_parts, size=micro_batch)
         if c.roles == "answer" and labels is None and question is None:
-            raise ValueError("an answer is wanted: give labels (B, T'), or call generate to let it speak")
+            raise ValueError("an answer is wanted: give labels (B, T'), or call generate")
         features = split(self.image_features, images)  # (B, N, C)
         paired, logits_per_image = len(features) == len(tokens), None
         given, mask = mask, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -306,7 +306,7 @@ class BLIP(Model):
         Where one model does both, a caption begins with the decode token.
         """
         if self.decoder is None:
-            raise ValueError("this BLIP has no decoder, so it can compare and match, but not speak")
+            raise ValueError("this BLIP has no decoder, so it can compare and match, but not generate text")
         mask = None if mask is None or mask.all() else mask
         if mask is not None:
             tokens, mask = padding_last(tokens, mask)

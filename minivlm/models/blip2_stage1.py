@@ -206,7 +206,7 @@ class BLIP2Stage1(Model):
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> Stage1Decoding:
         """Process images and the beginnings (B, T) of their captions, with room for so many more tokens a row."""
         if self.text_head is None:
-            raise ValueError("this stage 1 has no text_head, so it can compare and match, but not speak")
+            raise ValueError("this stage 1 has no text_head, so it can compare and match, but not generate text")
         tokens, mask = padding_first(tokens, mask)
         check_context(tokens.shape[1], room, self.config.qformer.context)
         return Stage1Decoding(

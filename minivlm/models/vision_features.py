@@ -26,7 +26,7 @@ class VisionFeaturesConfig:
 
     def __post_init__(self):
         if self.vision_norm and (not isinstance(self.vision, VisionConfig) or len(self.vision_layers) > 1):
-            raise ValueError("vision_norm needs a ViT of which a single layer is read: set it to False")
+            raise ValueError("vision_norm needs a ViT and a single layer of it: set it to False")
 
     @property
     def feature_width(self) -> int:
