@@ -303,12 +303,12 @@ class TestMistakes:
     def test_questions_and_captions_are_asked_apart(self):
         tokens = torch.tensor([[3, 5], [1, 5]])
         with pytest.raises(
-            ValueError, match="some texts begin with the decode token( and go on)?, the others are questions"
+            ValueError, match="some texts begin with the decode token, the others are questions"
         ):
             blip().generate(pictures(2), tokens, max_new_tokens=2)
 
     def test_no_decoder_no_words(self):
-        with pytest.raises(ValueError, match="has no decoder, so it can compare and match, but not (speak|generate)"):
+        with pytest.raises(ValueError, match="has no decoder, so it can compare and match, but not generate text"):
             blip(roles="match").generate(pictures(), TOKENS, max_new_tokens=2)
 
     def test_the_context_has_an_end(self):
