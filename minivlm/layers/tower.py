@@ -116,7 +116,7 @@ def learned_positions(config: TowerConfig, layers: Sequence[int]) -> int:
 
 
 def tower_features(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
-    """images (…, 3, H, W) → (M, N, C): of each picture the features after these layers, several side by side.
+    """images (…, 3, H, W) → (M, N, C): the features of each image after these layers, several side by side.
 
     class_token: keep it, in front of the patches. A frozen tower keeps no activations, since nothing asks for gradients.
     """

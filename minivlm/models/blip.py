@@ -26,18 +26,10 @@ from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.padding import padding_last
 from minivlm.layers.position import add_positions
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
-from minivlm.losses import backward, check_smoothing, in_parts, mean, next_token_loss
-from minivlm.model import Batch, Model
-from minivlm.models import image_text_matching
-from minivlm.models.blip_text import (
-    BLIPDecoding,
-    are_questions,
-    published_hidden,
-    rank_answers,
-    share_weights,
-    with_first,
-)
-from minivlm.models.image_text_matching import contrast, inverse_temperature, matching
+from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
+from minivlm.model import Model
+from minivlm.models import image_text_matching as itm
+from minivlm.models.blip_text import BLIPDecoding, are_questions, published_hidden, rank, share_weights, with_first
 from minivlm.models.momentum import Momentum, MomentumConfig
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
@@ -57,10 +49,8 @@ class BLIPConfig(VisionFeaturesConfig):
     encode_token: int | None = None  # the first of a text that is encoded with an image; None: the tokeniser's own
     end_token: int
     pad_token: int = 0
-    # The decoder attends to the padding of questions, as the published one does.
-    attend_padding: bool = field(default=False, metadata={"was": "reads_padding"})
-    # It was trained on questions as well, and can answer some.
-    trained_on_questions: bool = field(default=True, metadata={"was": "asked"})
+    attend_padding: bool = field(default=False, metadata={"was": "reads_padding"})  # of questions, as published ones do
+    trained_on_questions: bool = field(default=True, metadata={"was": "asked"})  # as well, and so it answers some
     momentum: MomentumConfig | None = None  # soft labels and a queue for the contrast
     label_smoothing: float = field(default=0.1, metadata={"before": 0.0})  # of every generated token (released code)
 
@@ -196,19 +186,19 @@ class BLIP(Model):
         if c.compares:
             vectors = split(self.encode_image, ImageFeatures(features)), split(self.encode_text, tokens, mask)
             logits_per_image = self.scale() * self.similarity(*vectors)
-        if c.compares and paired:
+        if c.compares and paired:  # figure 2: ITC, then ITM
             if self.momentum is None:
-                losses["contrast"], *similar = contrast(*vectors, self.scale)
+                losses["contrast"], *similar = itm.contrast(*vectors, self.scale)
             else:
                 losses["contrast"], *similar = self.momentum.contrast(self, *vectors, images, tokens, mask, split)
             wrong = None if false is None else (false, false_mask)
             how = dict(draw=self.training, micro_batch=micro_batch)
-            losses["matching"] = matching(self.match, features, tokens, mask, *similar, wrong, **how)
+            losses["matching"] = itm.matching(self.match, features, tokens, mask, *similar, wrong, **how)
         hidden = None
-        if c.caption_token is not None and paired:
+        if c.caption_token is not None and paired:  # LM
             total, hidden = split(self.generation_loss, features, tokens, mask)
             losses["generation"] = mean(total, mask[:, 1:].sum())
-        if question is not None:
+        if question is not None:  # §5.3
             total, _ = split(self.generation_loss, features, answer, answer_mask, question, question_mask)
             losses["answering"] = mean(total, answer_mask[:, 1:].sum())
         if c.roles in ("caption", "answer"):
@@ -259,15 +249,8 @@ class BLIP(Model):
 
     # ---- its losses ------------------------------------------------------------------------------------------------------
 
-    similarity = staticmethod(image_text_matching.similarity)
-
-    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(N, E), (M, E) → (N, M): how probable each text is for each image, among the M texts."""
-        return (self.scale() * self.similarity(image_vectors, text_vectors)).softmax(dim=1)
-
-    def scale(self) -> Tensor | float:
-        """1 / temperature."""
-        return inverse_temperature(self.logit_scale, training=self.training)
+    similarity = staticmethod(itm.similarity)
+    scale, probabilities, backward_in_parts = itm.scale, itm.probabilities, itm.backward_in_parts
 
     def generation_loss(
         self, features: Tensor, tokens: Tensor, mask: Tensor, question: Tensor | None = None, real: Tensor | None = None
@@ -281,15 +264,10 @@ class BLIP(Model):
         labels, how = tokens.masked_fill(~mask, -100), dict(smoothing=self.config.label_smoothing, total=True)
         return next_token_loss(hidden, labels, self.head.weight, self.head.bias, **how), hidden
 
-    def backward_in_parts(self, batch: Batch, size: int) -> dict[str, Tensor]:
-        """See `Model.backward_in_parts`. Images and texts are compared in the whole batch, so `forward` cuts it itself."""
-        self.check_parts(len(batch["tokens"]), size)
-        return backward(self.losses(**batch, micro_batch=size))
-
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and the size of the vocabulary."""
         queue = self.config.momentum.queue if self.momentum else 0
-        losses = image_text_matching.chance_losses(batch_size) | {"contrast": math.log(batch_size + queue)}
+        losses = itm.chance_losses(batch_size) | {"contrast": math.log(batch_size + queue)}
         return losses | dict.fromkeys(("generation", "answering"), math.log(self.config.text.vocab_size))
 
     def remove_momentum(self) -> None:
@@ -325,9 +303,9 @@ class BLIP(Model):
     def rank(
         self, images: Images, tokens: Tensor, mask: Tensor | None, answers: Tensor, answers_mask: Tensor, *, most=None
     ) -> Tensor:
-        """Questions (B, T), answers (A, S) → log p of every answer to each question (B, A). most: see `rank_answers`."""
+        """Questions (B, T), answers (A, S) → log p of every answer to each question (B, A). most: see `blip_text.rank`."""
         context = self.encode_with_image(self.image_features(images), tokens, mask)
-        return rank_answers(self, context, mask, answers, answers_mask, most=most)
+        return rank(self, context, mask, answers, answers_mask, most=most)
 
     @property
     def continues_prompt(self) -> bool:

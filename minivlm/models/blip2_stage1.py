@@ -25,10 +25,9 @@ from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.padding import padding_first
 from minivlm.layers.qformer import QFormer, QFormerConfig, QFormerOutput
 from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
-from minivlm.losses import backward, check_smoothing, in_parts, mean, next_token_loss
-from minivlm.model import Batch, Model
-from minivlm.models import image_text_matching
-from minivlm.models.image_text_matching import contrast, inverse_temperature, matching
+from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
+from minivlm.model import Model
+from minivlm.models import image_text_matching as itm
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
 
@@ -132,9 +131,12 @@ class BLIP2Stage1(Model):
             return BLIP2Stage1Output(logits, {}, image_vectors, text_vectors)
         image_vectors, total = split(self.vectors_and_generation, features, tokens, mask)
         text_vectors = split(self.encode_text, tokens, mask)
-        loss, *similar = contrast(image_vectors, text_vectors, self.scale, smoothing=smoothing)
+        loss, *similar = itm.contrast(image_vectors, text_vectors, self.scale, smoothing=smoothing)
         wrong, how = None if false is None else (false, false_mask), dict(draw=self.training, micro_batch=micro_batch)
-        losses = {"contrast": loss, "matching": matching(self.match, features, tokens, mask, *similar, wrong, **how)}
+        losses = {
+            "contrast": loss,
+            "matching": itm.matching(self.match, features, tokens, mask, *similar, wrong, **how),
+        }
         if self.text_head is not None:
             losses["generation"] = mean(total, mask[:, 1:].sum())
         logits = self.scale() * self.similarity(image_vectors, text_vectors)
@@ -166,15 +168,8 @@ class BLIP2Stage1(Model):
 
     # ---- its three losses ----------------------------------------------------------------------------------------------
 
-    similarity = staticmethod(image_text_matching.similarity)
-
-    def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(N, Q, E), (M, E) → (N, M): how probable each text is for each image, among the M texts."""
-        return (self.scale() * self.similarity(image_vectors, text_vectors)).softmax(dim=1)
-
-    def scale(self) -> Tensor | float:
-        """1 / temperature."""
-        return inverse_temperature(self.logit_scale, training=self.training)
+    similarity = staticmethod(itm.similarity)
+    scale, probabilities, backward_in_parts = itm.scale, itm.probabilities, itm.backward_in_parts
 
     def vectors_and_generation(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What one pass of the queries is for: vectors (B, Q, E), and the loss of generated texts, summed over their tokens."""
@@ -190,14 +185,9 @@ class BLIP2Stage1(Model):
         """tokens with the decode token in place of the start token."""
         return tokens.masked_fill(tokens == self.config.start_token, self.config.decode_token)
 
-    def backward_in_parts(self, batch: Batch, size: int) -> dict[str, Tensor]:
-        """See `Model.backward_in_parts`. Images and texts are compared in the whole batch, so `forward` cuts it itself."""
-        self.check_parts(len(batch["tokens"]), size)
-        return backward(self.losses(**batch, micro_batch=size))
-
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and the size of the vocabulary."""
-        losses = image_text_matching.chance_losses(batch_size)
+        losses = itm.chance_losses(batch_size)
         return losses | ({"generation": math.log(self.config.qformer.vocab_size)} if self.text_head else {})
 
     # ---- generation ------------------------------------------------------------------------------------------------------

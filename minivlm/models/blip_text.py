@@ -93,7 +93,7 @@ def are_questions(config: Any, tokens: Tensor) -> bool:
     return not captions.all()
 
 
-def rank_answers(
+def rank(
     model: nn.Module,
     context: Tensor,
     mask: Tensor | None,

@@ -4,6 +4,7 @@
                                    │ wrong pairs that are similar: hard negatives
     images and texts ──────────────┴─ does the text describe the image? ──→ matching
 
+Functions of a model (`scale`, `probabilities`, `backward_in_parts`) become methods of those that have a `logit_scale`.
 Li et al. 2021, "Align before Fuse" (ALBEF), §3.2; Li et al. 2022, "BLIP", §3.2; Li et al. 2023, "BLIP-2", §3.1.
 """
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.layers.tower import ImageFeatures
-from minivlm.losses import first_row, full_precision, gather, in_parts, is_distributed, mean
+from minivlm.losses import backward, first_row, full_precision, gather, in_parts, is_distributed, mean
+from minivlm.model import Batch, Model
 
 
 def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
@@ -28,14 +30,25 @@ def similarity(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
     return cosines if cosines.dim() == 2 else cosines.amax(dim=1)  # (B, Q, B') → (B, B')
 
 
-def inverse_temperature(logit_scale: Tensor | None, *, training: bool) -> Tensor | float:
-    """exp(logit_scale); 1 without it. In training the parameter is clamped, as CLIP's was, so that it is 100 at most."""
-    if logit_scale is None:
+def scale(model: Model) -> Tensor | float:
+    """1 / temperature; 1 without a `logit_scale`. In training the parameter is clamped, as CLIP's was, to 100 at most."""
+    if model.logit_scale is None:
         return 1.0
-    if training:
+    if model.training:
         with torch.no_grad():
-            logit_scale.clamp_(max=math.log(100.0))
-    return logit_scale.exp()
+            model.logit_scale.clamp_(max=math.log(100.0))
+    return model.logit_scale.exp()
+
+
+def probabilities(model: Model, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
+    """(N, E) or (N, Q, E), (M, E) → (N, M): how probable each text is for each image, among the M texts."""
+    return (scale(model) * similarity(image_vectors, text_vectors)).softmax(dim=1)
+
+
+def backward_in_parts(model: Model, batch: Batch, size: int) -> dict[str, Tensor]:
+    """See `Model.backward_in_parts`. Images and texts are compared in the whole batch, so `forward` cuts it itself."""
+    model.check_parts(len(batch["tokens"]), size)
+    return backward(model.losses(**batch, micro_batch=size))
 
 
 def contrast(

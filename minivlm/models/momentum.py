@@ -1,5 +1,5 @@
-"""Contrast with soft labels: a copy of the encoders that follows slowly says how well pictures and texts fit, and a queue of
-what it saw last gives every picture many more texts to choose from than its batch.
+"""Contrast with momentum encoders: a slowly moving copy of the encoders gives soft labels, and a queue of its last vectors
+gives every image many more texts to choose from than its batch.
 
     images, texts ─→ the model ─→ vectors ──────────────────┬─→ logits ─→ cross-entropy
                   └→ its copy  ─→ vectors ─┬→ and the queue ┘                  ▲
@@ -31,19 +31,19 @@ COPIED = ("vision", "encoder", "vision_projection", "text_projection")
 class MomentumConfig:
     """The defaults are those of BLIP, whose queue is one of 57,600."""
 
-    queue: int = 4096  # pictures and texts that are remembered, a multiple of the batch
-    rate: float = 0.995  # of the copy stays as it is in every step
-    soft: float = 0.4  # share of the copy's opinion in the labels …
-    # … to which it grows from 0 over so many pictures. None: two epochs, where a recipe knows how many that is.
+    queue: int = 4096  # images and texts in the queue, a multiple of the batch
+    rate: float = 0.995  # share of its weights that the copy keeps in every step
+    soft: float = 0.4  # share of the copy's softmax in the labels …
+    # … to which it grows from 0 over so many images. None: two epochs, where a recipe knows how many that is.
     ramp: int | None = field(default=None, metadata={"before": 0})
 
     def __post_init__(self):
         if not (0 <= self.soft <= 1 and 0 <= self.rate <= 1 and (self.ramp or 0) >= 0):
             raise ValueError(f"soft {self.soft} and rate {self.rate} must be from 0 to 1, ramp {self.ramp} at least 0")
 
-    def over(self, pictures: int) -> MomentumConfig:
-        """The same for so many training pictures: unless it is given, the ramp is two epochs, as BLIP's."""
-        return replace(self, ramp=2 * pictures) if self.ramp is None else self
+    def over(self, images: int) -> MomentumConfig:
+        """The same for so many training images: unless it is given, the ramp is two epochs, as BLIP's."""
+        return replace(self, ramp=2 * images) if self.ramp is None else self
 
     def check_batch(self, batch_size: int) -> None:
         """ValueError unless whole batches (of all processes together) fill the queue."""
@@ -52,11 +52,12 @@ class MomentumConfig:
 
 
 class Momentum(nn.Module):
-    """Of a model with the parts COPIED, a `scale()`, `standardise` and `pool`.
+    """The momentum encoders and queue of a model that has the parts COPIED, `scale()`, `standardise` and `pool`.
 
-    embed_width: E, of the vectors that are compared."""
+    embed_width: E, of the vectors that are compared.
+    """
 
-    follows = True  # it learns without gradients (see `minivlm.precision`)
+    follows = True  # its weights change without gradients (see `minivlm.precision`)
 
     def __init__(self, config: MomentumConfig, model: nn.Module, embed_width: int):
         super().__init__()
@@ -64,11 +65,11 @@ class Momentum(nn.Module):
         self.copies = nn.ModuleDict({name: deepcopy(getattr(model, name)) for name in COPIED}).requires_grad_(False)
         self.register_buffer("images", torch.zeros(config.queue, embed_width))
         self.register_buffer("texts", torch.zeros(config.queue, embed_width))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # pictures so far, in all
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # images so far, in all
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
-        """θ' ← rate · θ' + (1 − rate) · θ; what is counted rather than learnt (batch norm's) is taken over."""
+        """θ' ← rate · θ' + (1 − rate) · θ; buffers (batch norm's) are copied."""
         for name, copy in self.copies.items():
             part = getattr(model, name)
             for slow, fast in zip(copy.parameters(), part.parameters(), strict=True):
@@ -78,8 +79,8 @@ class Momentum(nn.Module):
 
     def vectors(self, model: nn.Module, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The copy's vectors of images and of texts: (B, E) each, unit length. `ImageFeatures` are the model's own tower's."""
-        seen = model.pool(vision_features(images, self.copies["vision"], model.standardise, model.config))
-        images = self.copies["vision_projection"](seen)
+        pooled = model.pool(vision_features(images, self.copies["vision"], model.standardise, model.config))
+        images = self.copies["vision_projection"](pooled)
         texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
@@ -113,26 +114,26 @@ class Momentum(nn.Module):
         return (loss_texts + loss_images) / 2, to_texts[:, :n].detach(), to_images[:, :n].detach()
 
     def one_way(self, fast: Tensor, slow: Tensor, others: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B, E) against all others (W·B + queue, E) → logits and loss. Places of the queue never filled are shut."""
+        """Rows (B, E) against all others (W·B + queue, E) → logits and loss. Rows of the queue that are empty do not count."""
         with full_precision(fast.device):
-            logits, opinion = (scale * x.float() @ others.float().T for x in (fast, slow))
-        shut = torch.arange(len(others), device=fast.device) >= len(others) - len(self.texts) + self.seen
-        logits, opinion = (x.masked_fill(shut, torch.finfo(x.dtype).min) for x in (logits, opinion))
+            logits, target = (scale * x.float() @ others.float().T for x in (fast, slow))
+        empty = torch.arange(len(others), device=fast.device) >= len(others) - len(self.texts) + self.seen
+        logits, target = (x.masked_fill(empty, torch.finfo(x.dtype).min) for x in (logits, target))
         own = first_row(len(fast)) + torch.arange(len(fast), device=fast.device)
         truth = F.one_hot(own, len(others))
-        labels = torch.lerp(truth.float(), opinion.softmax(dim=1), self.softness()).detach()
+        labels = torch.lerp(truth.float(), target.softmax(dim=1), self.softness()).detach()
         return logits, F.cross_entropy(logits, labels)
 
     def softness(self) -> Tensor:
-        """The share of the copy's opinion in the labels; at first it knows nothing (ALBEF, BLIP: released code)."""
+        """The share of the copy's softmax in the labels, which grows from 0 (ALBEF, BLIP: released code)."""
         c = self.config
         return c.soft * (self.seen / c.ramp if c.ramp else torch.ones_like(self.seen)).clamp(max=1.0)
 
     @torch.no_grad()
     def enqueue(self, images: Tensor, texts: Tensor) -> None:
-        """Vectors (W·B, E) take the places of those that were seen longest ago."""
+        """Vectors (W·B, E) replace the oldest of the queue."""
         n, size = len(images), self.config.queue
         self.config.check_batch(n)
-        places = (self.seen + torch.arange(n, device=images.device)) % size
-        self.images[places], self.texts[places] = images.float(), texts.float()
+        rows = (self.seen + torch.arange(n, device=images.device)) % size
+        self.images[rows], self.texts[rows] = images.float(), texts.float()
         self.seen += n
