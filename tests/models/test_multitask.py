@@ -155,7 +155,7 @@ def test_an_unknown_task_is_refused_by_name(model, images):
     with pytest.raises(UserError, match="'search' is no task of this MultitaskVLM"):
         alone(images, TOKENS, MASK, task="search")
     assert alone.losses(images, tokens=TOKENS, mask=MASK).keys() == {"caption"}
-    assert alone.config.answers == () and alone.config.speaks and not alone.config.compares
+    assert alone.config.answers == () and alone.abilities == {"caption"}
 
 
 def test_without_a_config_it_is_a_small_one_that_knows_the_ids_of_a_tokeniser_of_ours():
