@@ -71,14 +71,6 @@ class MultitaskConfig:
         return self.encoder.answers if "answer" in self.tasks else ()
 
     @property
-    def speaks(self) -> bool:
-        return "caption" in self.tasks
-
-    @property
-    def compares(self) -> bool:
-        return "search" in self.tasks
-
-    @property
     def image_tokens(self) -> int:
         """Positions that one image takes."""
         return self.encoder.vision.features_at(self.encoder.vision_layer)[0]
