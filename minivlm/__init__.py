@@ -48,7 +48,7 @@ _HOME = {
     "add_lora": "layers",
     "align_size": "models.clip",
     "answer": "tasks.generate",
-    "build_image_index": "tasks",
+    "build_image_index": "tasks.image_index",
     "caption": "tasks.generate",
     "chat": "tasks.chat",
     "clip_size": "models.clip",
@@ -57,8 +57,8 @@ _HOME = {
     "load": "checkpoint",
     "match": "tasks.match",
     "save": "checkpoint",
-    "search_images": "tasks",
-    "zero_shot_classify": "tasks",
+    "search_images": "tasks.search",
+    "zero_shot_classify": "tasks.zero_shot",
 }
 
 __all__ = sorted(_HOME)
