@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minivlm import pretrained
 from minivlm.atomic_writing import finish_writing, write_all, write_tensors
-from minivlm.empty_model import lora_is_told
+from minivlm.empty_model import config_describes_lora
 from minivlm.errors import UserError
 from minivlm.layers.lora import LoRAConfig, LoRALinear, lora_layers, lora_parameters, shared_weights
 from minivlm.peft_config import PeftConfig, read_config
@@ -198,7 +198,7 @@ def load_adapter(directory: str | Path, model: nn.Module, *, base: str | None = 
     lora = replace(next(iter(layers.values())), targets=targets)
     if hasattr(model.config, "lora"):  # so that the whole can be saved as it is now, if its config can tell
         model.config = replace(model.config, lora=lora)
-        if not lora_is_told(model):
+        if not config_describes_lora(model):
             model.config = replace(model.config, lora=None)
     return lora
 
@@ -221,24 +221,24 @@ class Slot(NamedTuple):
 def slots(
     model: nn.Module, rows: list[Row] | None, config: PeftConfig
 ) -> tuple[dict[str, list[Slot]], dict[str, LoRAConfig]]:
-    """For every name that a tensor of an adapter for `model` may have, where it belongs (a fused one: in several places);
-    and for every layer what the config says of it."""
-    places, layers = defaultdict(list), {}
+    """The slots of every name that a tensor of an adapter for `model` may have (several for a fused one), and the LoRA of
+    every layer by the config."""
+    slots_by_name, layers = defaultdict(list), {}
     for name, layer in linears(model).items():
         paths = module_paths(name, rows)
         layers[name] = config.layer(paths)
         for path in paths:
             row, rank = row_of(name, rows), layers[name].rank
-            places[f"{path}.lora_A.weight"].append(Slot(name, "A", row, (rank, layer.in_features)))
-            places[f"{path}.lora_B.weight"].append(Slot(name, "B", row, (layer.out_features * row.parts, rank)))
+            slots_by_name[f"{path}.lora_A.weight"].append(Slot(name, "A", row, (rank, layer.in_features)))
+            slots_by_name[f"{path}.lora_B.weight"].append(Slot(name, "B", row, (layer.out_features * row.parts, rank)))
     adapted = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_a.weight, layer.lora_b.weight)}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapted:
             continue
         name = name.replace(".base.", ".")  # of a layer with LoRA
         for path, row in parameter_paths(name, rows).items():
-            places[path].append(Slot(name, "", row, row.their_shape(parameter.shape)))
-    return places, layers
+            slots_by_name[path].append(Slot(name, "", row, row.their_shape(parameter.shape)))
+    return slots_by_name, layers
 
 
 def parameter_paths(name: str, rows: list[Row] | None) -> dict[str, Row]:
@@ -256,18 +256,18 @@ def fit(
     that names all that does not fit."""
     weights = {name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
     spelt = [slots(model, rows, config) for rows in tables_to_read(model)]
-    places, layers = max(spelt, key=lambda read: sum(name in read[0] for name in weights))
+    slots_by_name, layers = max(spelt, key=lambda read: sum(name in read[0] for name in weights))
     found, unknown, misshapen = {}, [], []
     for name, tensor in weights.items():
-        if name not in places:
+        if name not in slots_by_name:
             unknown.append(name)
-        for slot in places.get(name, ()):
+        for slot in slots_by_name.get(name, ()):
             if tensor.shape != slot.shape:
                 misshapen.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(slot.shape)}")
             found[slot.name, slot.kind] = slot.read(tensor) if tensor.shape == slot.shape else tensor
     adapted = dict.fromkeys(name for name, kind in found if kind)
     wanted = {(name, kind): f"{name}.lora_{kind}" for name in adapted for kind in "AB"}
-    wanted |= promised(places, config)
+    wanted |= promised(slots_by_name, config)
     if config.values.get("bias", "none") != "none":
         wanted |= {(f"{n}.bias", ""): f"{n}.bias" for n in adapted if linears(model)[n].bias is not None}
     problems = {
@@ -282,11 +282,13 @@ def fit(
     return found, {name: layers[name] for name in adapted}
 
 
-def promised(places: Mapping[str, list[Slot]], config: PeftConfig) -> dict[tuple[str, str], str]:
+def promised(slots_by_name: Mapping[str, list[Slot]], config: PeftConfig) -> dict[tuple[str, str], str]:
     """What adapter_config.json says must be in the file: (our name, A or B) → its name there."""
     of_lora = re.compile(r"(.*)\.lora_[AB]\.weight")
-    paths = {name: match[1] for name in places if (match := of_lora.fullmatch(name))}
-    return {(slot.name, slot.kind): n for n, path in paths.items() if config.promises(path) for slot in places[n]}
+    paths = {name: match[1] for name in slots_by_name if (match := of_lora.fullmatch(name))}
+    return {
+        (slot.name, slot.kind): n for n, path in paths.items() if config.promises(path) for slot in slots_by_name[n]
+    }
 
 
 def shared_parameters(model: nn.Module, found: Mapping[tuple[str, str], Tensor]) -> list[str]:

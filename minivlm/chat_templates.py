@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minivlm.errors import UserError, nearest
-from minivlm.special_tokens import PLACEHOLDER, Markup, split_marks
+from minivlm.special_tokens import PLACEHOLDER, Markup, split_placeholders
 
 DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
 
@@ -50,18 +50,18 @@ class ChatTemplate:
             text = asked
         before, behind = form.split("{}") if "{}" in form else (form, "")
         first, _, second = before.partition("{pictures}")
-        words = split_marks(self.trimmed(text)) if "{}" in form else []
+        words = split_placeholders(self.trimmed(text)) if "{}" in form else []
         return [Markup(first), *pictures, Markup(second), *system, *words, Markup(behind)]
 
     def tell(self, text: str) -> list[str]:
         """The system's turn in pieces."""
         before, behind = self.system.split("{}")
-        return [Markup(before), *split_marks(self.trimmed(text)), Markup(behind)]
+        return [Markup(before), *split_placeholders(self.trimmed(text)), Markup(behind)]
 
     def reply(self, text: str) -> list[str]:
         """An answer in pieces, up to its end token."""
         before, behind = self.answer.split("{}")
-        return [Markup(before), *split_marks(text.strip()), Markup(behind)]
+        return [Markup(before), *split_placeholders(text.strip()), Markup(behind)]
 
     def trimmed(self, text: str) -> str:
         return text.strip() if self.trim else text

@@ -24,7 +24,7 @@ from minivlm.chat_templates import (
     check_chat_name,
 )
 from minivlm.errors import UserError
-from minivlm.special_tokens import PLACEHOLDER, Markup, as_text, without_marks
+from minivlm.special_tokens import PLACEHOLDER, Markup, as_text, without_placeholders
 
 if TYPE_CHECKING:
     from minivlm.processor import Processor
@@ -80,11 +80,11 @@ def encode_conversation(
     context: int | None = None,
     prompt: bool = False,
 ) -> Sample:
-    """The tokens of a conversation, with labels on all that the assistant says and on the end of it.
+    """The tokens of a conversation, with labels on the assistant's answers and the tokens that end them.
 
-    images   how many pictures come with it; None: as many as there are marks
+    images   how many images come with it; None: as many as there are placeholders
     context  no more tokens than this: text is cut at the end, image placeholders never
-    prompt   the user has the last word, and the tokens end where the assistant begins to speak; nothing is cut
+    prompt   the user has the last word, and the tokens end where the assistant's answer begins; nothing is cut
     In a framed template (see `ChatTemplate`) only the last answer is learnt.
     Raises UserError for what `check_conversation` refuses, and where a prompt or the answers do not fit the context.
     """
@@ -125,18 +125,20 @@ def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Proces
             closed = processor.tokenizer.id_to_token(ids[-1]) if template.end_is_read else None
             behind = ":" if closed is None else closed
     if turns[0].role == "system" and not template.in_user:
-        told = [Markup(template.start or ""), *template.tell(turns[0].text)]
-        n = shared(processor.ids(told), sample.tokens[first:])
+        system = [Markup(template.start or ""), *template.tell(turns[0].text)]
+        n = shared(processor.ids(system), sample.tokens[first:])
         sample.roles[: first + n] = ["system"] * (first + n)
 
 
 def write_framed(turns: Sequence[Turn], template: ChatTemplate, processor: Processor, sample: Sample) -> None:
-    """Pictures, then all up to the user's last word as one text, then the answer to that."""
+    """Images, then all text up to the user's last turn as one, then the answer."""
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
-    pictures = sum(turn.text.count(PLACEHOLDER) for turn in turns)
-    text = " ".join(without_marks(turn.text) for turn in turns[: last + 1])
-    places = [processor.image_token_id] * processor.config.image_tokens * pictures  # none: the model puts them in front
-    append(sample, places + processor.ids([text], frame=True), "user")
+    images = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    text = " ".join(without_placeholders(turn.text) for turn in turns[: last + 1])
+    placeholders = (
+        [processor.image_token_id] * processor.config.image_tokens * images
+    )  # none: the model puts them in front
+    append(sample, placeholders + processor.ids([text], frame=True), "user")
     for turn in turns[last + 1 :]:
         answer = [*answer_ids(turn.text, template, processor), end_token(template, processor)]
         append(sample, answer, "assistant", learnt=True)
@@ -150,7 +152,7 @@ def append(sample: Sample, tokens: list[int], role: str, *, learnt: bool = False
 
 def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prompt: bool = False) -> None:
     """UserError, one sentence, unless user and assistant take turns, the user first; every answer says something; and
-    the marks `<image>` are in the user's texts and as many as the `images`. (Where it is a word, see `as_text`.)"""
+    `<image>` stands in the user's texts, as often as there are `images`. (Where it is plain text, see `as_text`.)"""
     roles = [turn.role for turn in turns]
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
@@ -165,17 +167,17 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
             )
         if turn.role == "assistant" and not turn.text.strip():
             raise UserError(f"turn {number}, the assistant's, is empty: an answer has at least one word.")
-    spoken = [role for role in roles if role != "system"]
-    if spoken[:1] == ["assistant"]:
+    of_turns = [role for role in roles if role != "system"]
+    if of_turns[:1] == ["assistant"]:
         raise UserError("the conversation starts with the assistant: the user has the first word.")
-    if prompt and spoken[-1:] != ["user"]:
+    if prompt and of_turns[-1:] != ["user"]:
         raise UserError("there is nothing to be answered: the user has the last word of a prompt.")
-    if not prompt and "assistant" not in spoken:
+    if not prompt and "assistant" not in of_turns:
         raise UserError("there is nothing to learn in this conversation: the assistant says nothing.")
-    marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
-    if images is not None and marks != images:
+    placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    if images is not None and placeholders != images:
         raise UserError(
-            f"the number of {PLACEHOLDER} marks in the conversation is {marks}, but that of its images is {images}."
+            f"the number of {PLACEHOLDER} marks in the conversation is {placeholders}, but that of its images is {images}."
         )
 
 

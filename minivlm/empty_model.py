@@ -15,7 +15,7 @@ from minivlm.layers.lora import lora_layers
 from minivlm.precision import kept_in_fp32
 from minivlm.pretrained.names import tied
 
-DEEP = 100  # layers that are built without a look whether the file has so many
+DEEP = 100  # layers that are built without checking that the file has so many
 
 
 def empty_model(cls: type[nn.Module], config: Any, **modules: nn.Module) -> nn.Module:
@@ -68,7 +68,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch
     model.load_state_dict(state, assign=True)
 
 
-def lora_is_told(model: nn.Module) -> bool:
+def config_describes_lora(model: nn.Module) -> bool:
     """Would the config alone bring back all layers of LoRA, and no others?"""
     shape = lambda model: {n: (layer.lora_a.out_features, layer.scale) for n, layer in lora_layers(model).items()}
     return not (has := shape(model)) or shape(empty_model(type(model), model.config)) == has

@@ -18,7 +18,7 @@ from minivlm.errors import UserError
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
 
-MOST_MARKS = 1024  # that a language model may have learnt to know beyond its own words
+MOST_PLACEHOLDERS = 1024  # tokens such as <image> that may have been added to a language model
 CONFIGS = {"vision": "vision", "language_model": "language"}  # part → the field that describes it
 
 
@@ -81,8 +81,8 @@ def bring_back(
         if wanted is None:
             raise UserError(f"{where} names the base {part!r}, but its model has no such part.")
         found = find_part(open_base(about["source"], about["asked"]), part, where, about["source"])
-        if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_MARKS:
-            found = with_vocabulary(found, wanted.vocab_size)  # such as the mark of an image
+        if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_PLACEHOLDERS:
+            found = with_vocabulary(found, wanted.vocab_size)  # such as the placeholder of an image
         refuse_another(found, wanted, about, part, where)
         parts.append({f"{part}.{name}": tensor for name, tensor in found.state_dict().items()})
     return ChainMap(dict(weights), *parts)

@@ -1,4 +1,4 @@
-"""Files that others made: only regular ones are opened, what is no text is told, and one process at a time writes."""
+"""Files that others made: only regular ones are opened, invalid text is refused, and one process at a time writes."""
 
 from __future__ import annotations
 

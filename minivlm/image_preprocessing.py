@@ -47,7 +47,7 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def views(image: Image.Image, config: ProcessorConfig) -> list[np.ndarray]:
-    """The picture as a whole, and its tiles row by row; each (S, S, 3).  Liu et al. 2024 (LLaVA-NeXT), "AnyRes"."""
+    """The image as a whole, and its tiles row by row; each (S, S, 3).  Liu et al. 2024 (LLaVA-NeXT), "AnyRes"."""
     n, S, image = config.tiles, config.image_size, pad(image, config)
     whole = crop(np.asarray(resize(image, config)), config)
     if n == 1:
@@ -57,7 +57,7 @@ def views(image: Image.Image, config: ProcessorConfig) -> list[np.ndarray]:
 
 
 def pad(image: Image.Image, config: ProcessorConfig) -> Image.Image:
-    """The picture in the middle of a square, as LLaVA-1.5 was trained (Liu et al. 2024, §3.2)."""
+    """The image in the middle of a square, as LLaVA-1.5 was trained (Liu et al. 2024, §3.2)."""
     from PIL.Image import new
 
     from minivlm.datasets.images import MAX_PIXELS
@@ -100,7 +100,7 @@ def resize(image: Image.Image, config: ProcessorConfig, times: int = 1) -> Image
 def resize_middle(
     image: Image.Image, size: tuple[int, int], config: ProcessorConfig, times: int, resample: int
 ) -> Image.Image:
-    """What `crop` will keep of the image at this size, without the rest: a picture of 1×20,000 would fill the memory."""
+    """What `crop` will keep of the image at this size, without the rest: an image of 1×20,000 would fill the memory."""
     S = config.image_size * times
     starts = [max(0, first_row(side - S, config)) for side in size]
     ends = [min(side, start + S) for side, start in zip(size, starts, strict=True)]
@@ -110,7 +110,7 @@ def resize_middle(
 
 
 def crop(pixels: np.ndarray, config: ProcessorConfig, times: int = 1) -> np.ndarray:
-    """(H, W, 3) → the middle (S, S, 3); black around a picture that is smaller."""
+    """(H, W, 3) → the middle (S, S, 3); black around an image that is smaller."""
     if config.crop == "none":
         return pixels
     S = config.image_size * times

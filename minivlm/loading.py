@@ -177,8 +177,8 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     refuse_unknown_tokens(config, str(path))
     if not isinstance(how := values.get("generation", {}), dict):
         raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")
-    told = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
-    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **told)
+    given = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
+    described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **given)
     if "base" not in values:
         return described
     from minivlm.external_weights import bring_back, sources
@@ -231,5 +231,5 @@ def stored_dtype(tensors: Iterable[Tensor], declared: torch.dtype | None, where:
         raise UserError(
             f"{where} holds weights in {', '.join(odd)}, which is not supported: save them as floating-point."
         )
-    told = declared if binding or (len(found) > 1 and declared in [*found, torch.float32]) else None
-    return told or main_dtype(tensors)
+    chosen = declared if binding or (len(found) > 1 and declared in [*found, torch.float32]) else None
+    return chosen or main_dtype(tensors)

@@ -1,6 +1,6 @@
-"""What stands between the world and a model: pictures and strings → tensors, token ids → strings.
+"""What stands between the world and a model: images and strings → tensors, token ids → strings.
 
-    pictures ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S), or (B, 1 + n², 3, S, S) with n × n tiles
+    images   ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S), or (B, 1 + n², 3, S, S) with n × n tiles
     strings  ─ tokeniser ─ padding on the right         ─→ tokens (B, T), mask (B, T)
 
 The steps and their rounding are those of the published preprocessing, to the bit where that works on PIL images.
@@ -20,7 +20,7 @@ from minivlm.chat_templates import TEMPLATES
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture, as_list, normalise, open_picture, views
 from minivlm.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
-from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Text, split_marks
+from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Text, split_placeholders
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,7 +90,7 @@ class Processor:
 
         One string makes a batch of one.
         cut: a text longer than the context loses its last words, but not its end token. Otherwise nothing is ever cut:
-        it comes back longer, and the model refuses it. expand: each `<image>` becomes as many placeholders as a picture
+        it comes back longer, and the model refuses it. expand: each `<image>` becomes as many placeholders as an image
         has features; without, it is one token, as the published tokenisers have it (`generate` takes both).
         """
         rows = self.encode([strings] if isinstance(strings, str) else strings)
@@ -107,26 +107,28 @@ class Processor:
         return tokens, mask
 
     def encode(self, texts: Sequence[Text], *, frame: bool = True) -> list[list[int]]:
-        """The ids of each text, start and end tokens included (frame), neither cut nor padded. An `<image>` mark is one
-        token, as the published tokenisers have it; `ids` makes room for the picture."""
+        """The ids of each text, start and end tokens included (frame), neither cut nor padded. An `<image>` is one
+        token, as the published tokenisers have it; `ids` expands it to the placeholders of an image."""
         if isinstance(texts, str):
             raise TypeError(f"a list of strings is wanted, not one string: [{texts!r}]")
         return self.special_tokens.encode([self.pieces(text) for text in texts], frame=frame)
 
     def ids(self, text: Text, *, frame: bool = False) -> list[int]:
-        """The ids of a piece of text, `<image>` marks expanded; frame: with the start and end tokens of a whole one."""
+        """The ids of a piece of text, each `<image>` expanded; frame: with the start and end tokens of a whole one."""
         return self.expand(self.encode([text], frame=frame)[0])
 
     def pieces(self, text: Text) -> list[str]:
-        """Markup and text (see `minivlm.special_tokens`). In a string `<image>` is Markup, if a picture takes a place among
-        the words of this model."""
-        mark = self.config.image_token
+        """Markup and text (see `minivlm.special_tokens`). In a string `<image>` is Markup, if images stand among
+        the tokens of this model's texts."""
+        placeholder = self.config.image_token
         if not isinstance(text, str):
-            return [Markup(mark) if isinstance(piece, Markup) and piece == PLACEHOLDER else piece for piece in text]
+            return [
+                Markup(placeholder) if isinstance(piece, Markup) and piece == PLACEHOLDER else piece for piece in text
+            ]
         if isinstance(text, Markup):
             return [text]
         if self.config.image_tokens:
-            return split_marks(text, *filter(None, (mark, self.config.image_fence)))
+            return split_placeholders(text, *filter(None, (placeholder, self.config.image_fence)))
         return [text.replace(WORD, "")]
 
     @property
@@ -142,12 +144,12 @@ class Processor:
         return known
 
     def expand(self, ids: list[int]) -> list[int]:
-        """Every `<image>` becomes as many placeholders as a picture has features, fenced in if the model knows it so."""
-        mark, n = self.image_token_id, self.config.image_tokens
-        if not n or mark not in ids:
+        """Every `<image>` becomes as many placeholders as an image has features, between fences where the model has them."""
+        placeholder, n = self.image_token_id, self.config.image_tokens
+        if not n or placeholder not in ids:
             return ids
         fence = [] if self.config.image_fence is None else [self.tokenizer.token_to_id(self.config.image_fence)]
-        whole = [token for id in ids for token in (fence + [id] * n + fence if id == mark else [id])]
+        whole = [token for id in ids for token in (fence + [id] * n + fence if id == placeholder else [id])]
         return [id for id, before in zip(whole, [None, *whole[:-1]], strict=True) if not (id == before and id in fence)]
 
     @cached_property
@@ -155,8 +157,8 @@ class Processor:
         return self.tokenizer.token_to_id(self.config.image_token)
 
     @cached_property
-    def image_marks(self) -> tuple[int, ...]:
-        """The tokens that tell where pictures stand, `<image>` and its fence: there to be read, not to be said."""
+    def placeholder_tokens(self) -> tuple[int, ...]:
+        """The tokens that say where images stand, `<image>` and its fence, which are never generated."""
         fence = None if self.config.image_fence is None else self.tokenizer.token_to_id(self.config.image_fence)
         return tuple(id for id in (self.image_token_id, fence) if id is not None)
 

@@ -13,7 +13,7 @@ import minivlm
 from minivlm import config as configs
 from minivlm import pretrained
 from minivlm.atomic_writing import write_all, write_tensors
-from minivlm.empty_model import lora_is_told
+from minivlm.empty_model import config_describes_lora
 from minivlm.errors import UserError
 from minivlm.models import own_modules
 from minivlm.precision import HALF
@@ -37,7 +37,7 @@ def save(
     base: frozen parts that are not stored, and where they come from (see `minivlm.external_weights`).
     Raises UserError on a full disk, and for a model that the layout cannot express.
     """
-    if not lora_is_told(model):
+    if not config_describes_lora(model):
         raise UserError(
             "the model has LoRA layers that its config does not describe: call save_adapter, or merge_lora before."
         )

@@ -23,10 +23,10 @@ from minivlm.files import valid_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PLACEHOLDER = "<image>"  # where a picture stands in a prompt
+PLACEHOLDER = "<image>"  # where an image stands in a prompt
 TAG = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # what a special token that is not called so looks like
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # stands for a byte of a sign that has no token
-WORD = "\ufdd0"  # in a mark that is a word, behind its first sign; a code point that stands for no character
+WORD = "\ufdd0"  # in an `<image>` that is text, behind its first character; a code point that stands for no character
 
 
 class Markup(str):
@@ -37,20 +37,20 @@ Text = str | Sequence[str]  # one string, or pieces of Markup and text
 
 
 def as_text(text: str) -> str:
-    """The text for a place where `<image>` marks a picture: here it is a word, like all others."""
+    """The text where `<image>` would stand for an image: here it is plain text."""
     return text.replace(PLACEHOLDER, PLACEHOLDER[0] + WORD + PLACEHOLDER[1:])
 
 
-def split_marks(text: str, *marks: str) -> list[str]:
-    """A prompt as pieces: its marks (without any: `<image>`) are Markup, all else is text."""
-    marks = marks or (PLACEHOLDER,)
-    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+def split_placeholders(text: str, *placeholders: str) -> list[str]:
+    """A prompt as pieces: its placeholders (by default `<image>`) are Markup, all else is text."""
+    placeholders = placeholders or (PLACEHOLDER,)
+    pieces = re.split(f"({'|'.join(map(re.escape, placeholders))})", text)
     return [Markup(piece) if i % 2 else piece.replace(WORD, "") for i, piece in enumerate(pieces)]
 
 
-def without_marks(text: str) -> str:
-    """What a prompt says, without the marks of its pictures."""
-    return "".join(piece for piece in split_marks(text) if not isinstance(piece, Markup)).strip()
+def without_placeholders(text: str) -> str:
+    """The text of a prompt, without the placeholders of its images."""
+    return "".join(piece for piece in split_placeholders(text) if not isinstance(piece, Markup)).strip()
 
 
 class SpecialTokens:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from minivlm.conversation import Turn, encode_conversation, with_images
 from minivlm.datasets.span_corruption import with_holes
 from minivlm.processor import Processor, ProcessorConfig
-from minivlm.special_tokens import Markup, as_text, split_marks
+from minivlm.special_tokens import Markup, as_text, split_placeholders
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -151,7 +151,7 @@ def test_a_mark_is_a_picture_where_pictures_stand_in_the_text_and_a_word_elsewhe
     assert reads.ids("<image>\na cat").count(image) == 3 and reads.encode(["<image> a"])[0].count(image) == 1
     assert image not in compares.ids("see <image> here") and image not in reads.ids(as_text("see <image> here"))
     assert reads.ids(as_text("see <image> here")) == compares.ids("see <image> here")
-    assert split_marks(f"<image>{as_text('<image>')}") == ["", "<image>", "<image>"]
+    assert split_placeholders(f"<image>{as_text('<image>')}") == ["", "<image>", "<image>"]
 
 
 def test_a_conversation_of_odd_words_has_no_more_special_tokens_than_any_other():

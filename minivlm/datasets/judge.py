@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, template_of, with_images
 from minivlm.datasets.images import check_header, in_parallel, read_image
 from minivlm.errors import UserError
-from minivlm.special_tokens import without_marks
+from minivlm.special_tokens import without_placeholders
 
 # Tokens, and what a chat template writes: a text that is so much shorter than its room need not be tokenised.
 FRAME = 64
@@ -46,7 +46,7 @@ def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
     marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
     spoken = [turn for turn in turns if turn.role != "system"]
     pairs = zip(spoken[::2], spoken[1::2], strict=False)
-    return [[Turn("user", with_images(without_marks(q.text), marks)), answer] for q, answer in pairs]
+    return [[Turn("user", with_images(without_placeholders(q.text), marks)), answer] for q, answer in pairs]
 
 
 def question_problem(text: str, images: int, processor, *, context: int | None) -> str | None:

@@ -22,7 +22,7 @@ from minivlm.datasets.span_corruption import HOLES, with_holes
 from minivlm.errors import UserError
 from minivlm.losses import labelled
 from minivlm.processor import Processor
-from minivlm.special_tokens import Markup, as_text, without_marks
+from minivlm.special_tokens import Markup, as_text, without_placeholders
 
 EXAMINED = 500  # samples, before the first step, to tell how many are cut
 EXAMPLE = 8  # about so many tokens has an example of a lesson
@@ -102,7 +102,7 @@ class QuestionsToEncoder:
 
     def all_answers(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
         shown = self.processor.ids([Markup(PLACEHOLDER)]) * sum(turn.text.count(PLACEHOLDER) for turn in turns)
-        pieces = [as_text(without_marks(turn.text)) for turn in turns]
+        pieces = [as_text(without_placeholders(turn.text)) for turn in turns]
         read, said = with_holes(pieces, self.processor, context=self.processor.context - len(shown))
         return shown + read, said
 

@@ -58,7 +58,7 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
 }
 
 MOST_LAYERS = 10_000
-# What comes of files that someone else wrote, or broke, where they are read without a look at each field.
+# What comes of files that someone else wrote, or broke, where they are read without checking each field.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -135,7 +135,7 @@ def read(directory: Path, kind: str) -> Published:
         return module.read(directory)
     path = directory / ("open_clip_config.json" if kind == "open_clip" else "config.json")
     values = read_json(path)
-    said, how = generation_config.read_values(directory, values)
+    path_of_defaults, how = generation_config.read_values(directory, values)
     values |= generation_config.tokens(how)
     if known := known_fields(kind, values):
         check_config(values, str(path), known)
@@ -157,9 +157,11 @@ def read(directory: Path, kind: str) -> Published:
     prepare = getattr(module, "prepare", Published.prepare)
     dtype, defaults = dtype_called(values.get("dtype") or values.get("torch_dtype")), {}
     if kind in generation_config.READERS:
-        defaults = generation_config.read(said, how)
-        if untold := generation_config.untold(how):
-            warnings.warn(f"{said} asks for {', '.join(untold)}, which is not followed.", Note, stacklevel=3)
+        defaults = generation_config.read(path_of_defaults, how)
+        if ignored := generation_config.not_followed(how):
+            warnings.warn(
+                f"{path_of_defaults} asks for {', '.join(ignored)}, which is not followed.", Note, stacklevel=3
+            )
     return Published(module.model_class, config, rows, weights, processor, prepare, dtype, defaults)
 
 

@@ -30,10 +30,10 @@ BLOCK = table("""
 
 
 def rows(config: CLIPConfig) -> list[Row]:
-    places = [(stage, i) for stage, depth in enumerate(config.vision.depths) for i in range(depth)]
+    blocks = [(stage, i) for stage, depth in enumerate(config.vision.depths) for i in range(depth)]
     blocks = [
         under(BLOCK, f"vision_model.encoder.blocks.{n}.", f"vision.stages.{stage}.{i}.")
-        for n, (stage, i) in enumerate(places)
+        for n, (stage, i) in enumerate(blocks)
     ]
     return [
         *table("""

@@ -60,7 +60,7 @@ QFORMER_BLOCK = table("""
     output.LayerNorm                mlp_norm
 """)
 
-SEEING = [
+VISION_FEATURES = [
     *under(VISION, ("vision_model.", "model.vision_model."), "vision."),
     *under(QFORMER_BLOCK, "qformer.encoder.layer.*.", "qformer.blocks.*."),
     *table("""
@@ -72,7 +72,11 @@ SEEING = [
 
 def rows(config: BLIP2Config) -> list[Row]:
     text = t5.rows(config.language) if isinstance(config.language, T5Config) else opt.rows
-    return [*SEEING, *table("language_projection projection"), *under(text, "language_model.", "language_model.")]
+    return [
+        *VISION_FEATURES,
+        *table("language_projection projection"),
+        *under(text, "language_model.", "language_model."),
+    ]
 
 
 # ---- config: a file holds only what differs from these ---------------------------------------------------------------
@@ -104,7 +108,7 @@ WHOLE_KNOWN = Known.of(
     *("num_query_tokens", "image_text_hidden_size", "image_token_index", "image_token_id"),
     "use_decoder_only_language_model",
 )
-SEEING_KNOWN = {
+VISION_FEATURES_KNOWN = {
     "vision_config": Known.of(VISION_FIELDS, "projection_dim"),
     "qformer_config": Known.of(
         QFORMER_FIELDS, "position_embedding_type", "use_qformer_text_input", "qformer_text_input"
@@ -114,19 +118,19 @@ SEEING_KNOWN = {
 
 def known(values: dict[str, Any]) -> dict[str, Known]:
     text = t5.KNOWN if (values.get("text_config") or {}).get("model_type") == "t5" else opt.KNOWN
-    return {"": WHOLE_KNOWN, **SEEING_KNOWN, "text_config": text}
+    return {"": WHOLE_KNOWN, **VISION_FEATURES_KNOWN, "text_config": text}
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Config:
     """transformers' config.json → ours."""
     return BLIP2Config(
-        **read_seeing(values, text=False),
+        **read_vision_features(values, text=False),
         language=read_language(values),
         image_token=values.get("image_token_index", values.get("image_token_id")),
     )
 
 
-def read_seeing(values: dict[str, Any], *, text: bool) -> dict[str, Any]:
+def read_vision_features(values: dict[str, Any], *, text: bool) -> dict[str, Any]:
     """The fields that both stages' configs have. text: does the Q-Former read it?"""
     vision, qformer = values.get("vision_config") or {}, values.get("qformer_config") or {}
     refuse_unless(vision, qkv_bias=True)
@@ -160,7 +164,7 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
         "model_type": "blip-2",
-        **write_seeing(config),
+        **write_vision_features(config),
         **placeholder,
         "use_decoder_only_language_model": decoder,
         "tie_word_embeddings": config.language.tie_head,
@@ -168,7 +172,7 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
     }
 
 
-def write_seeing(config: BLIP2Config) -> dict[str, Any]:
+def write_vision_features(config: BLIP2Config) -> dict[str, Any]:
     """Of either stage."""
     if not isinstance(config.vision, VisionConfig):
         kind = type(config.vision).__name__.removesuffix("Config")
@@ -189,8 +193,8 @@ def write_seeing(config: BLIP2Config) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config) -> Processor:
-    """With an image token, `<image>` in a text becomes a place for every query; without one it is a word like others."""
-    source = t5.read_words(directory) if isinstance(config.language, T5Config) else opt.read_words(directory)
+    """With an image token, `<image>` in a text becomes a placeholder for every query; without one it is plain text."""
+    source = t5.read_tokenizer(directory) if isinstance(config.language, T5Config) else opt.read_tokenizer(directory)
     vocab = language.vocabulary(source, directory)
     spelt = {id: token for token, id in vocab.items()}
     language.check_vocabulary(vocab, config.language, spelt.get(config.image_token))

@@ -16,7 +16,7 @@ from minivlm.processor import Processor
 
 model_class = BLIP2Stage1
 
-rows = blip2.SEEING + table("""
+rows = blip2.VISION_FEATURES + table("""
     embeddings.word_embeddings      qformer.token_embedding
     embeddings.position_embeddings  qformer.position_embedding
     vision_projection               vision_projection
@@ -28,26 +28,29 @@ rows = blip2.SEEING + table("""
 CLS, SEP = 101, 102
 
 
-known = {**blip2.SEEING_KNOWN, "": blip2.WHOLE_KNOWN | Known.of("text_config")}  # the language model is not read
+known = {
+    **blip2.VISION_FEATURES_KNOWN,
+    "": blip2.WHOLE_KNOWN | Known.of("text_config"),
+}  # the language model is not read
 
 
 def read_config(values: dict[str, Any]) -> BLIP2Stage1Config:
     """transformers' config.json → ours."""
-    seeing = blip2.read_seeing(values, text=True)
+    features = blip2.read_vision_features(values, text=True)
     return BLIP2Stage1Config(
-        **seeing,
+        **features,
         embed_width=values.get("image_text_hidden_size", 256),
         temperature=None,
         text_head=False,
         start_token=CLS,
-        decode_token=seeing["qformer"].vocab_size - 1,
+        decode_token=features["qformer"].vocab_size - 1,
         end_token=SEP,
     )
 
 
 def write_config(config: BLIP2Stage1Config) -> dict[str, Any]:
     """Ours → transformers' config.json."""
-    values = blip2.write_seeing(config)
+    values = blip2.write_vision_features(config)
     values["qformer_config"]["use_qformer_text_input"] = True
     return {
         "architectures": ["Blip2ForImageTextRetrieval"],

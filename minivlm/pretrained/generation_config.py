@@ -3,7 +3,7 @@
 repetition_penalty, min_length, num_beams …     as they are, see FOLLOWED
 do_sample, temperature, top_k, top_p, min_p     temperature 0 where nothing is sampled
 eos_token_id, pad_token_id, decoder_start_token_id      go into the model's config
-penalty_alpha, guidance_scale …                 another way of choosing: told at loading, see `untold`
+penalty_alpha, guidance_scale …                 another way of choosing: named at loading, see `not_followed`
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ def read(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in found and value != standard[name]}
 
 
-def untold(values: Mapping[str, Any]) -> list[str]:
+def not_followed(values: Mapping[str, Any]) -> list[str]:
     """What is switched on and not followed, by name."""
     names = [n for n, value in values.items() if n not in FOLLOWED and n not in SAMPLING and n not in WITHOUT_EFFECT]
-    told = [name for name in names if name not in TOKENS and values[name] and values[name] != OFF.get(name)]
+    switched_on = [name for name in names if name not in TOKENS and values[name] and values[name] != OFF.get(name)]
     beams = values.get("num_beams") or 1
-    return [*told, *(["do_sample beside num_beams"] if values.get("do_sample") and beams > 1 else [])]
+    return [*switched_on, *(["do_sample beside num_beams"] if values.get("do_sample") and beams > 1 else [])]
 
 
 def write(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

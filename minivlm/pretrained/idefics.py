@@ -134,26 +134,26 @@ def known(values: dict[str, Any]) -> dict[str, Known]:
 def read_config(values: dict[str, Any]) -> FlamingoConfig:
     """transformers' config.json → ours."""
     v = FIELDS.complete(values)
-    vision, speaker = read_vision(values), read_language(v)
+    vision, language_model = read_vision(values), read_language(v)
     if v["alpha_type"] not in GATES:
         raise UserError(f"config.json has alpha_type = {v['alpha_type']!r}; there are {', '.join(GATES)}.")
-    if speaker.depth % v["cross_layer_interval"]:
+    if language_model.depth % v["cross_layer_interval"]:
         raise UserError(
-            f"config.json has num_hidden_layers = {speaker.depth}, which is no multiple of cross_layer_interval = "
+            f"config.json has num_hidden_layers = {language_model.depth}, which is no multiple of cross_layer_interval = "
             f"{v['cross_layer_interval']}; the reference cannot run such a model either."
         )
     return FlamingoConfig(
         vision=vision,
         class_token=True,
         vision_norm=False,
-        language=speaker,
+        language=language_model,
         image_token=v.get("image_token_id", v["vocab_size"] + 1),  # the first added token frames it
         resampler=read_resampler(values, vision) if v["use_resampler"] else None,
         every=v["cross_layer_interval"],
         gated=GatedConfig(
             norm="rmsnorm",
             norm_eps=v["rms_norm_eps"],
-            activation=speaker.activation,
+            activation=language_model.activation,
             gated_mlp=True,
             qk_norm="rmsnorm" if v["qk_layer_norms"] else None,
             gate=GATES[v["alpha_type"]],

@@ -107,7 +107,7 @@ def read_config(values: dict[str, Any]) -> LanguageModelConfig:
 
 
 def context_of(values: dict[str, Any]) -> int:
-    """How long a text may be. Where a token sees only so many before it, what is within the window is read as without one."""
+    """The longest text. Where attention slides, texts within the window are computed as without one."""
     slides = values["model_type"] == "mistral"
     if values["model_type"] == "qwen2" and values["use_sliding_window"]:
         types = values.get("layer_types")
@@ -116,10 +116,10 @@ def context_of(values: dict[str, Any]) -> int:
     window, context = values.get("sliding_window"), values["max_position_embeddings"]
     if not slides or window is None or window >= context:
         return context
-    told = (
+    window_note = (
         f"config.json lets a token see the last {window} alone (sliding_window): texts may have up to {window} tokens"
     )
-    warnings.warn(f"{told}, not {context}.", Note, stacklevel=2)
+    warnings.warn(f"{window_note}, not {context}.", Note, stacklevel=2)
     return window
 
 

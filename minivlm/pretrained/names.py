@@ -162,11 +162,11 @@ def to_ours(
                 missing.append(candidates[0][0])
             continue
         theirs, row = present[0]
-        tensor, place = weights[theirs], wanted[names[0]]
-        shape = row.their_shape(place.shape)
+        tensor, target = weights[theirs], wanted[names[0]]
+        shape = row.their_shape(target.shape)
         if tensor.shape != shape and not (row.how == "one" and tensor.numel() == 1):
             misshapen.append(f"{theirs} is {tuple(tensor.shape)} instead of {shape}")
-        elif tensor.is_floating_point() != place.is_floating_point():
+        elif tensor.is_floating_point() != target.is_floating_point():
             misshapen.append(f"{theirs} is {str(tensor.dtype).removeprefix('torch.')}")
         else:
             found.update(dict.fromkeys(names, row.to_ours(tensor)))
@@ -178,12 +178,12 @@ def to_ours(
 def to_theirs(tensors: Mapping[str, Tensor], rows: list[Row]) -> dict[str, Tensor]:
     """Our tensors under their names, in their shapes."""
     parts: dict[str, dict[int, Tensor]] = {}
-    places = {}
+    rows_by_name = {}
     for name, tensor in tensors.items():
         spellings, row = find(rows, name)
         parts.setdefault(spellings[0], {})[row.part] = tensor
-        places[spellings[0]] = row
-    return {theirs: row.to_theirs([parts[theirs][i] for i in range(row.parts)]) for theirs, row in places.items()}
+        rows_by_name[spellings[0]] = row
+    return {theirs: row.to_theirs([parts[theirs][i] for i in range(row.parts)]) for theirs, row in rows_by_name.items()}
 
 
 def tied(state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -70,16 +70,16 @@ GATE = re.compile(
 COPIES = ("vision_encoder.", "lang_encoder.old_decoder_blocks.")  # of frozen weights, in training files
 
 
-def rows(config: FlamingoConfig, layers: str, speaker: list[Row], tower: list[Row]) -> list[Row]:
-    """layers: what the names of the language model's blocks begin with. speaker, tower: the tables of the other two."""
+def rows(config: FlamingoConfig, layers: str, lm: list[Row], tower: list[Row]) -> list[Row]:
+    """layers: what the names of the language model's blocks begin with. lm, tower: the tables of the other two."""
     gated = []
-    for i, place in enumerate(config.block_indices):
-        theirs = (f"{layers}{place}.gated_cross_attn_layer.", f"lang_encoder.gated_cross_attn_layers.{place}.")
+    for i, block in enumerate(config.block_indices):
+        theirs = (f"{layers}{block}.gated_cross_attn_layer.", f"lang_encoder.gated_cross_attn_layers.{block}.")
         gated += under(GATED, theirs, f"gated.{i}.")
     return [
         *under(RESAMPLER, "perceiver.", "resampler."),
         *gated,
-        *under(speaker, "lang_encoder.", "language_model."),
+        *under(lm, "lang_encoder.", "language_model."),
         *under([row for row in tower if row.ours.startswith("vision.")], "vision_encoder.", ""),
     ]
 
@@ -90,27 +90,27 @@ def rows(config: FlamingoConfig, layers: str, speaker: list[Row], tower: list[Ro
 def read(directory: Path) -> pretrained.Published:
     """Everything but the tensors, and how to find these."""
     trained = strip(open_weights(directory, (CHECKPOINT,))[1])
-    clip, speaker = (read_part(directory, part) for part in ("clip", "lang"))
-    layers, places = gated_places(trained, directory / CHECKPOINT)
-    tokens, processor = read_processor(directory / "lang", speaker, clip)
-    names, _ = find(under(speaker.rows, "lang_encoder.", ""), "token_embedding.weight")
-    words = next((len(trained[name]) for name in names if name in trained), speaker.config.vocab_size)
-    language = replace(speaker.config, vocab_size=words, pad_token=processor.pad_token, end_tokens=(tokens[CHUNK],))
+    clip, lm = (read_part(directory, part) for part in ("clip", "lang"))
+    layers, blocks = gated_blocks(trained, directory / CHECKPOINT)
+    tokens, processor = read_processor(directory / "lang", lm, clip)
+    names, _ = find(under(lm.rows, "lang_encoder.", ""), "token_embedding.weight")
+    words = next((len(trained[name]) for name in names if name in trained), lm.config.vocab_size)
+    language = replace(lm.config, vocab_size=words, pad_token=processor.pad_token, end_tokens=(tokens[CHUNK],))
     config = FlamingoConfig(
-        **read_seeing(trained, clip.config.vision, directory / CHECKPOINT),
-        **read_gated(language, places, directory / CHECKPOINT),
+        **read_vision_features(trained, clip.config.vision, directory / CHECKPOINT),
+        **read_gated(language, blocks, directory / CHECKPOINT),
         image_token=tokens[PLACEHOLDER],
     )
 
     def prepare(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        frozen = open_weights(directory / "lang", speaker.weights)[1], open_weights(directory / "clip", clip.weights)[1]
+        frozen = open_weights(directory / "lang", lm.weights)[1], open_weights(directory / "clip", clip.weights)[1]
         wanted = {name for row in clip.rows if row.ours.startswith("vision.") for name in row.theirs}
-        sees = re.compile("|".join(re.escape(name).replace(r"\*", r"\d+") + r"(\..+)?" for name in sorted(wanted)))
-        tower = Prefixed(frozen[1], "vision_encoder.", sees)
+        of_tower = re.compile("|".join(re.escape(name).replace(r"\*", r"\d+") + r"(\..+)?" for name in sorted(wanted)))
+        tower = Prefixed(frozen[1], "vision_encoder.", of_tower)
         return ChainMap(strip(weights), Prefixed(frozen[0], "lang_encoder."), tower)
 
-    table = rows(config, layers, speaker.rows, clip.rows)
-    return pretrained.Published(Flamingo, config, table, (CHECKPOINT,), processor, prepare, defaults=speaker.defaults)
+    table = rows(config, layers, lm.rows, clip.rows)
+    return pretrained.Published(Flamingo, config, table, (CHECKPOINT,), processor, prepare, defaults=lm.defaults)
 
 
 def read_part(directory: Path, part: str) -> pretrained.Published:
@@ -160,7 +160,7 @@ class Prefixed(Mapping[str, Tensor]):
 # ---- config: read off the tensors ------------------------------------------------------------------------------------
 
 
-def gated_places(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[int]]:
+def gated_blocks(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[int]]:
     """What the names of blocks begin with, and the numbers of those with a gated layer before them."""
     found = [match for name in weights if (match := GATE.fullmatch(name))]
     if not found:
@@ -168,19 +168,19 @@ def gated_places(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[i
     return found[0][1], sorted({int(match[2] or match[3]) for match in found})
 
 
-def read_gated(language: LanguageModelConfig, places: list[int], path: Path) -> dict[str, Any]:
+def read_gated(language: LanguageModelConfig, blocks: list[int], path: Path) -> dict[str, Any]:
     """Before block n − 1, 2n − 1 …; 8 heads of 64 channels whatever the width, and GELU, where the paper has squared ReLU."""
-    every = places[0] + 1
-    if places != list(range(every - 1, language.depth, every)):
+    every = blocks[0] + 1
+    if blocks != list(range(every - 1, language.depth, every)):
         raise UserError(
             f"{path} does not belong to the language model beside it, which has {language.depth} blocks: its gated layers "
-            f"stand before blocks {', '.join(map(str, places))}."
+            f"stand before blocks {', '.join(map(str, blocks))}."
         )
     gated = GatedConfig(heads=8, head_width=64, mlp_width=4 * language.width, activation="gelu")
     return {"language": language, "every": every, "offset": every - 1, "gated": gated}
 
 
-def read_seeing(weights: Mapping[str, Tensor], vision: VisionConfig, path: Path) -> dict[str, Any]:
+def read_vision_features(weights: Mapping[str, Tensor], vision: VisionConfig, path: Path) -> dict[str, Any]:
     """The patches of the tower's last layer, as open_clip gave them until October 2023, when the weights were trained:
     before its last norm. 8 heads of 64 channels in the resampler as well."""
     if "perceiver.latents" not in weights:
@@ -204,10 +204,10 @@ def read_seeing(weights: Mapping[str, Tensor], vision: VisionConfig, path: Path)
 
 
 def read_processor(
-    directory: Path, speaker: pretrained.Published, clip: pretrained.Published
+    directory: Path, lm: pretrained.Published, clip: pretrained.Published
 ) -> tuple[dict[str, int], Processor]:
     """The ids of the added tokens, and CLIP's pictures with the language model's words and these."""
-    source = speaker.processor.source
+    source = lm.processor.source
     vocab = vocabulary(source, directory)
     if not vocab:
         raise UserError(f"{directory} has no tokenizer.json, without which the image token is not known.")
@@ -219,7 +219,7 @@ def read_processor(
     }
     pictures |= {name: getattr(clip.processor.config, name) for name in ("crop", "rescale", "mean", "std", "pad_color")}
     config = replace(
-        speaker.processor.config,
+        lm.processor.config,
         **pictures,
         pad_token=pad,
         image_token=PLACEHOLDER,

@@ -95,8 +95,8 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: LanguageModelConfig) -> Processor:
-    return language.read_processor(directory, config, read_words(directory))
+    return language.read_processor(directory, config, read_tokenizer(directory))
 
 
-def read_words(directory: Path) -> bytes | None:
+def read_tokenizer(directory: Path) -> bytes | None:
     return preprocessing.read_tokenizer(directory, "GPT2Tokenizer", special=["<pad>", "</s>"], adds_bos=True)

@@ -123,8 +123,8 @@ def write_config(config: T5Config) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: T5Config) -> Processor:
-    return language.read_processor(directory, config, read_words(directory))
+    return language.read_processor(directory, config, read_tokenizer(directory))
 
 
-def read_words(directory: Path) -> bytes | None:
+def read_tokenizer(directory: Path) -> bytes | None:
     return preprocessing.read_tokenizer(directory, "T5Tokenizer")

@@ -41,9 +41,9 @@ def probe(turns: Sequence[Turn], content: Callable[[Turn], Any]) -> dict[str, An
 
 
 def typed(turn: Turn) -> list[dict[str, str]]:
-    """A turn as templates of models that see want it: pictures first, then the text."""
-    pictures = [{"type": "image"}] * turn.text.count(PLACEHOLDER)
-    return [*pictures, {"type": "text", "text": turn.text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "")}]
+    """A turn as templates of vision-language models want it: images first, then the text."""
+    images = [{"type": "image"}] * turn.text.count(PLACEHOLDER)
+    return [*images, {"type": "text", "text": turn.text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "")}]
 
 
 @lru_cache(maxsize=16)

@@ -161,13 +161,20 @@ def frame(values: Values, start: str | None, end: str | None) -> None:
     if values.get("post_processor") is not None:
         return
     ids = {**words_of(values), **{token["content"]: token["id"] for token in values["added_tokens"]}}
-    marks = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, end) if name is not None}
-    place = lambda kind, name, part: {kind: {"id": name, "type_id": part}}
-    before = [] if start is None else [place("SpecialToken", start, 0)]
-    after = lambda part: [] if end is None else [place("SpecialToken", end, part)]
-    single = [*before, place("Sequence", "A", 0), *after(0)]
-    pair = [*single, place("Sequence", "B", 1), *after(1)]
-    values["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": marks}
+    frame_tokens = {
+        name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, end) if name is not None
+    }
+    piece = lambda kind, name, part: {kind: {"id": name, "type_id": part}}
+    before = [] if start is None else [piece("SpecialToken", start, 0)]
+    after = lambda part: [] if end is None else [piece("SpecialToken", end, part)]
+    single = [*before, piece("Sequence", "A", 0), *after(0)]
+    pair = [*single, piece("Sequence", "B", 1), *after(1)]
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": pair,
+        "special_tokens": frame_tokens,
+    }
 
 
 def words_of(values: Values) -> dict[str, int]:

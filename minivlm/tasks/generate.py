@@ -163,7 +163,7 @@ def model_inputs(prompts: Sequence[list[int]], pixels: Tensor | None, model, pro
 def fitting(model, length: int, images: int, processor, given: dict[str, Any]) -> Options:
     """Options for a prompt of `length` tokens. If max_new_tokens is not given, it is what the context has room for. No
     placeholder of an image is generated."""
-    never = (*processor.image_marks, *model.options().suppress_tokens)
+    never = (*processor.placeholder_tokens, *model.options().suppress_tokens)
     given = {"suppress_tokens": never, **given}
     wanted = model.options(**given).max_new_tokens if "max_new_tokens" in given else None
     in_front = model.takes_images and model.image_placeholders is None  # where images stand, not in the prompt

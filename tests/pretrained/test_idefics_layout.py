@@ -92,7 +92,7 @@ def test_a_mark_is_fenced_in(tmp_path):
     assert "i" not in words("a") and "f" not in words("a")
     plain = Processor(llama_tokenizer("<image>"), replace(ours.config, image_fence=None))
     assert plain.ids("<image><image>") == [plain.image_token_id] * 2
-    assert ours.image_marks == (PLACEHOLDER, F) and plain.image_marks == (plain.image_token_id,)
+    assert ours.placeholder_tokens == (PLACEHOLDER, F) and plain.placeholder_tokens == (plain.image_token_id,)
 
 
 def test_added_words_are_stored_apart(tmp_path):

@@ -241,9 +241,9 @@ def test_openflamingo_3b_name_by_name():
     shapes = {**resampler(1024, 6), **gated("transformer.blocks", range(24), 2048, 1024)}
     meta = lambda shapes: {n: torch.empty(s, device="meta") for n, s in shapes.items()}
     where = "checkpoint.pt"
-    layers, places = openflamingo.gated_places(meta(shapes), where)
+    layers, places = openflamingo.gated_blocks(meta(shapes), where)
     config = openflamingo.FlamingoConfig(
-        **openflamingo.read_seeing(meta(shapes), tower, where),
+        **openflamingo.read_vision_features(meta(shapes), tower, where),
         **openflamingo.read_gated(lang, places, where),
         image_token=50278,
     )

@@ -37,7 +37,7 @@ class TestAnswers:
         try:
             model.defaults = {"suppress_tokens": (red,), "max_new_tokens": 3}
             how = fitting(model, 5, 1, P, {})
-            assert set(how.suppress_tokens) == {red, *P.image_marks} and how.max_new_tokens == 3
+            assert set(how.suppress_tokens) == {red, *P.placeholder_tokens} and how.max_new_tokens == 3
             assert "red" not in caption(plain("red"), model, P)
             assert fitting(model, 5, 1, P, {"max_new_tokens": 7}).max_new_tokens == 7
         finally:
