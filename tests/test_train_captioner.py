@@ -17,7 +17,7 @@ from minivlm.datasets.continuation import split
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
 from minivlm.errors import UserError
-from minivlm.recipes import plan, scores
+from minivlm.recipes import plan, text_scores
 from tests.test_train import TINY
 
 SHORT = {"steps": 4, "batch_size": 8, "save_every": 4, "seed": 3, "device": "cpu", "precision": "fp32"}
@@ -231,7 +231,7 @@ def test_its_picture_goes_on_where_a_conversation_is_answered_and_tells_what_is_
         assert isinstance(document, str) or begun.endswith(("?", "."))
     said = iter([right[0], "zebra", *right[2:]])
     monkeypatch.setattr(work.processor, "decode", lambda tokens: [" " + next(said)])
-    monkeypatch.setattr(scores, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(text_scores, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
     work.figure(tmp_path / "picture.png")
     assert len(drawn) == 12 and [row.detail.endswith(" (as the text)") for row in drawn] == [True, False] + [True] * 10
     assert drawn[1].detail == f"goes on: zebra (the text: {right[1]})"

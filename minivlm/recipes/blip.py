@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -32,7 +31,7 @@ from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_wo
 from minivlm.recipes.job import Job, each_against
 from minivlm.recipes.parts import build, load_vision_model, take
 from minivlm.recipes.recipe import Recipe
-from minivlm.recipes.scores import Commands, Matching
+from minivlm.recipes.scores import Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
@@ -151,45 +150,26 @@ def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, 
         chance.pop("answering")
         model.config = replace(model.config, trained_on_questions=False)
 
-    def commands(out: Path) -> list[str]:
-        test = open_pairs(directory, "test", image_size=processor.image_size)
-        picture = Path(directory) / test.key(0)
-        folder, picture, text = quote(str(picture.parent)), quote(str(picture)), quote(test.all_captions(0)[0])
-        asked = [f'python sample.py answer {out} {picture} "how many red shapes are there?"'] if ask else []
-        return [
-            f"python sample.py caption {out} {picture}",
-            f"python sample.py match {out} {picture} {text}",
-            f"python sample.py search {out} {folder} {text} --rerank 16 --save sheet.png",
-            *asked,
-        ]
-
     cache = VisionCache(model, processor, len(pairs), pairs.images)
     false = recipe.data.false_captions
     samples = CaptionsWithNegatives(pairs, processor, cache, directory, false_captions=false, guess=wrong)
     if ask:
         samples = WithQuestions(samples, open_conversations(directory, "train", image_size=None))
+    scores = MatchingAndCaptions(model, processor, directory, ask=ask)
     vision = "new" if recipe.vision_from is None else recipe.vision_from
-    return Job(
-        recipe=recipe,
-        model=model,
-        processor=processor,
-        samples=samples,
-        scores=MatchingAndCaptions(model, processor, directory, commands, ask=ask),
-        progress=each_against(chance),
-        origins={"vision": vision, "decoder": "new; shares all but self-attention with the encoder"},
-        prepare=cache.prepare,
-        finish=lambda out: model.remove_momentum(),  # the slow copy and its queue, which were for training
-    )
+    origins = {"vision": vision, "decoder": "new; shares all but self-attention with the encoder"}
+    remove = lambda out: model.remove_momentum()  # the slow copy and its queue, which were for training
+    return Job(recipe, model, processor, samples, scores, each_against(chance), origins, cache.prepare, remove)
 
 
 class MatchingAndCaptions:
     """Both count alike: are true and nearly true captions told apart, and are scenes described? Where there are no captions,
     the first alone."""
 
-    def __init__(self, model: BLIP, processor: Processor, directory: str, commands: Commands, *, ask: bool):
+    def __init__(self, model: BLIP, processor: Processor, directory: str, *, ask: bool):
         self.model, self.processor, self.directory, self.ask = model, processor, directory, ask
-        self.matching = Matching(model, processor, directory, commands)
-        self.figure, self.next_commands = self.matching.figure, commands
+        self.matching = Matching(model, processor, directory, self.more_commands)
+        self.figure = self.matching.figure
         self.val = open_conversations(directory, "val", image_size=processor.image_size)
         self.describes = any(map(self.val.captions, range(len(self.val))))
         self.name = "matching and captions" if self.describes else "text→image Recall@1 re-ranked"
@@ -204,6 +184,14 @@ class MatchingAndCaptions:
     def evaluate(self) -> dict[str, Score]:
         generated = evaluate.speech(self.model, self.processor, self.directory, ask_questions=self.ask)
         return self.matching.evaluate() | generated
+
+    def next_commands(self, out: Path) -> list[str]:
+        match, search, caption, *answer = self.matching.next_commands(out)
+        return [caption, match, search, *answer]
+
+    def more_commands(self, out: Path, picture: str) -> list[str]:
+        answer = [f'python sample.py answer {out} {picture} "how many red shapes are there?"'] if self.ask else []
+        return [f"python sample.py caption {out} {picture}", *answer]
 
 
 BLIP_SHAPES = BLIPRecipe(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from math import log
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
 from minivlm.checkpoint import load
@@ -88,28 +87,17 @@ class BLIP2Stage1Recipe(Recipe):
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)
         check_held_out(directory, size)
 
-        def commands(out: Path) -> list[str]:
-            test = open_pairs(directory, "test", image_size=size)
-            picture = Path(directory) / test.key(0)
-            folder, picture, text = quote(str(picture.parent)), quote(str(picture)), quote(test.all_captions(0)[0])
-            return [
-                f"python sample.py match {out} {picture} {text}",
-                f"python sample.py search {out} {folder} {text} --rerank 16 --save sheet.png",
-                f"python sample.py attend {out} {picture} --save maps.png",
-                *next_training("blip2", directory, starts_from=out),
-            ]
-
+        more = lambda out, picture: [
+            f"python sample.py attend {out} {picture} --save maps.png",
+            *next_training("blip2", directory, starts_from=out),
+        ]
         cache = VisionCache(model, processor, len(pairs), pairs.images)
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=CaptionsWithNegatives(pairs, processor, cache, directory, false_captions=self.data.false_captions),
-            scores=Matching(model, processor, directory, commands),
-            progress=each_against(model.chance_losses(self.batch_size)),
-            origins={"vision": self.vision_from, "qformer": self.bert_from or "new"},
-            prepare=cache.prepare,
-        )
+        false = self.data.false_captions
+        samples = CaptionsWithNegatives(pairs, processor, cache, directory, false_captions=false)
+        scores = Matching(model, processor, directory, more)
+        progress = each_against(model.chance_losses(self.batch_size))
+        origins = {"vision": self.vision_from, "qformer": self.bert_from or "new"}
+        return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def compose(self) -> tuple[BLIP2Stage1, Processor]:
         """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token."""
@@ -185,33 +173,17 @@ class BLIP2Recipe(Recipe):
         problem = conversation_problem(processor, alone=encodes)
         talk = open_talk(self, processor.image_size, quiet=quiet, problem=problem)
 
-        def commands(out: Path) -> list[str]:
-            picture, asked = scores.picture(), scores.question()
-            return [
-                f"python sample.py caption {out} {picture}",
-                *([f"python sample.py answer {out} {asked}"] if asked else []),
-                f"python sample.py attend {out} {picture} --save maps.png",
-            ]
-
-        scores = Generated(model, processor, directory, commands, ask=True)
+        more = lambda out, picture: [f"python sample.py attend {out} {picture} --save maps.png"]
+        scores = Generated(model, processor, directory, more, ask=True)
         cache = VisionCache.of_talk(model, processor, talk)
-        turns = ConversationTurns(talk, processor, cache, directory)
+        samples = ConversationTurns(talk, processor, cache, directory)
+        if encodes:
+            samples = QuestionsToEncoder(samples, all_at_once=self.data.holes)
         vision = self.vision_from if self.from_scratch else self.starts_from
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=QuestionsToEncoder(turns, all_at_once=self.data.holes) if encodes else turns,
-            scores=scores,
-            progress=against(f"uniform {log(processor.vocab_size):.2f}"),
-            origins={
-                "vision": vision,
-                "qformer": "new" if self.from_scratch else vision,
-                "projection": "new",
-                "language_model": self.needs()[self.lm],
-            },
-            prepare=cache.prepare,
-        )
+        origins = {"vision": vision, "qformer": "new" if self.from_scratch else vision}
+        origins |= {"projection": "new", "language_model": self.needs()[self.lm]}
+        progress = against(f"uniform {log(processor.vocab_size):.2f}")
+        return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def compose(self) -> tuple[BLIP2, Processor]:
         """Vision tower, Q-Former and language model put together, with a new projection between the last two."""

@@ -49,16 +49,9 @@ class CaptionerRecipe(Recipe):
         language = speaking(self.model.language, processor)
         config = replace(self.model, language=language, start_token=processor.start_token)
         model = build(ImageCaptioningModel, config, seed=self.seed)
-        commands = lambda out: [f"python sample.py caption {out} {scores.picture()} --num_beams 3"]
-        scores = Generated(model, processor, directory, commands, ask=False)
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=CaptionsToGenerate(talk, processor, directory),
-            scores=scores,
-            progress=against(f"uniform {log(processor.vocab_size):.2f}"),
-        )
+        scores = Generated(model, processor, directory, ask=False, options=" --num_beams 3")
+        samples = CaptionsToGenerate(talk, processor, directory)
+        return Job(self, model, processor, samples, scores, against(f"uniform {log(processor.vocab_size):.2f}"))
 
 
 CAPTIONER_RECIPES = {

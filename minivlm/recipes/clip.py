@@ -72,14 +72,9 @@ class CLIPRecipe(Recipe):
         model = build(CLIP, replace(self.model, text=text), seed=self.seed)
         check_held_out(directory, processor.image_size)
         chance = sum(model.chance_losses(self.batch_size).values())
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=Captions(pairs, processor, directory, augment=self.data.augment),
-            scores=Retrieval(model, processor, directory),
-            progress=against(f"chance {chance:.2f}" if chance else "chance unknown"),
-        )
+        samples = Captions(pairs, processor, directory, augment=self.data.augment)
+        progress = against(f"chance {chance:.2f}" if chance else "chance unknown")
+        return Job(self, model, processor, samples, Retrieval(model, processor, directory), progress)
 
 
 def check_classes(classes: Sequence[str], processor: Processor, directory: str) -> None:

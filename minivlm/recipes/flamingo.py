@@ -44,7 +44,8 @@ from minivlm.recipes.parts import (
     take,
 )
 from minivlm.recipes.recipe import Recipe
-from minivlm.recipes.scores import VALIDATED, DocumentPerplexity, Generated, NewClasses
+from minivlm.recipes.scores import VALIDATED, Generated, NewClasses
+from minivlm.recipes.text_scores import DocumentPerplexity
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
@@ -110,8 +111,7 @@ class FlamingoRecipe(Recipe):
             fed = conversations(self, model, processor, talk)
         loss = against(f"uniform {log(processor.vocab_size):.2f}")
         progress = lambda line: f"{loss(line)}, gates {gates_text(model)}"
-        origins = self.origins()
-        return Job(recipe=self, model=model, processor=processor, progress=progress, origins=origins, **fed)
+        return Job(self, model, processor, progress=progress, origins=self.origins(), **fed)
 
     def new_model(self) -> tuple[Flamingo, Processor]:
         if self.starts_from is None:
@@ -188,15 +188,9 @@ def conversations(recipe: FlamingoRecipe, model: Flamingo, processor: Processor,
     directory, share = recipe.data.directory, recipe.data.lessons
     world = is_world(directory)
 
-    def commands(out: Path) -> list[str]:
-        asked, data = generated.question(), "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
-        return [
-            f"python sample.py caption {out} {generated.picture()}",
-            *([f"python sample.py answer {out} {asked}"] if asked else []),
-            *([f"python -m minivlm.evaluate {out}{data} --shots 0 1 2 4 8"] if world else []),
-        ]
-
-    generated = Generated(model, processor, directory, commands, ask=True)
+    where = "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
+    shots = lambda out, _: [f"python -m minivlm.evaluate {out}{where} --shots 0 1 2 4 8"] if world else []
+    generated = Generated(model, processor, directory, shots, ask=True)
     cache = VisionCache.of_talk(model, processor, talk)
     samples = ConversationTurns(talk, processor, cache, directory)
     taught = isinstance(talk, ShapesConversations) and bool(share)

@@ -74,7 +74,7 @@ class FuseRecipe(Recipe):
         made = open_parts(self, self.model.text.context, complete, CLASSES[type(self.model)], checkpoint, quiet=quiet)
         model, processor, talk, asked = made
         model.freeze("vision")
-        scores = Chosen(Generated(model, processor, self.data.directory, lambda out: [], ask=True))
+        scores = Chosen(Generated(model, processor, self.data.directory, ask=True))
         cache = VisionCache.of_talk(model, processor, talk)
         questions = list_questions(self, model.config, processor, talk, asked, cache)
         captioned = [i for i in questions.samples if talk.captions(i)]
@@ -85,16 +85,8 @@ class FuseRecipe(Recipe):
             samples = Alternating(questions, masked, every)
         elif every:
             questions.told.append(f"{self.data.directory} has no captions: questions alone are learnt from")
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=samples,
-            scores=scores,
-            progress=by_name(model),
-            origins={"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"},
-            prepare=cache.prepare,
-        )
+        origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
+        return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 
 
 def open_parts(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,31 +19,12 @@ if TYPE_CHECKING:
     from minivlm.recipes.recipe import Recipe
 
 
-class Samples(Protocol):
-    """See datasets/batches.py."""
-
-    def __len__(self) -> int: ...
-    def batch(self, indices, rngs, step: int) -> dict[str, Tensor]: ...
-    def length(self, index: int, rng: np.random.Generator) -> int: ...
-    def key(self, index: int) -> str: ...
-    def notes(self) -> list[str]: ...
-
-
-class Scores(Protocol):
-    """See recipes/scores.py. name: of what `validate` returns, a number between 0 and 1 to choose the best checkpoint by."""
-
-    name: str
-
-    def validate(self) -> float: ...
-    def evaluate(self) -> dict[str, Score]: ...
-    def figure(self, path: Path) -> None: ...
-    def next_commands(self, out: Path) -> list[str]: ...
-
-
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class Job:
     """A recipe that was started.
 
+    samples        what a step is fed (datasets/batches.py says what these have)
+    scores         what judges it (see scores.py)
     progress       the losses of the last step by name → what the progress bar tells
     origins        part of the model (a dotted name) → where its weights come from, for the table of parts
     prepare        called once before the first step, with device and precision, when the model is on its device
@@ -56,8 +36,8 @@ class Job:
     recipe: Recipe
     model: nn.Module
     processor: Processor
-    samples: Samples
-    scores: Scores
+    samples: Any
+    scores: Any
     progress: Callable[[Mapping[str, float]], str]
     origins: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[torch.device, torch.dtype], Any] = lambda device, precision: None

@@ -24,7 +24,7 @@ from minivlm.recipes.folders import check_fills_a_batch, next_training, open_wor
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build, speaking
 from minivlm.recipes.recipe import Recipe
-from minivlm.recipes.scores import Perplexity
+from minivlm.recipes.text_scores import Perplexity
 from minivlm.training import OptimiserConfig
 
 FOR_TOKENISER = 4000  # texts of the shapes world
@@ -68,16 +68,10 @@ class SpanData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5Recipe(Recipe):
+class T5Recipe(LanguageRecipe):
     what = "a small T5"
-    learns_from = ("texts",)
-    taken_by = "--language_from"
     model: T5Config  # its vocab_size and end_tokens follow from the tokeniser
     data: SpanData = SpanData()
-    induction_heads: bool = False  # given at the start, see layers/induction.py
-
-    def on(self, directory: str) -> Recipe:
-        return replace(self, summary=f"{self.what} on the texts of {directory}")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         texts, processor = open_texts_of(self, checkpoint, quiet=quiet)
@@ -90,7 +84,7 @@ class T5Recipe(Recipe):
 
 
 def open_texts_of(
-    recipe: LanguageRecipe | T5Recipe, checkpoint: Path | None, *, quiet: bool
+    recipe: LanguageRecipe, checkpoint: Path | None, *, quiet: bool
 ) -> tuple[list[str] | None, Processor]:
     """The training texts, None for those of the shapes world; and a checkpoint's tokeniser, or a new one."""
     directory = recipe.data.directory
@@ -115,18 +109,9 @@ def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
 
 def job(recipe, model, processor: Processor, samples, *, endless: bool, next_recipe: str, option: str = "") -> Job:
     directory = recipe.data.directory
-    scores = Perplexity(
-        model, processor, directory, lambda out: [f"{one}{option}" for one in next_training(next_recipe, directory)]
-    )
-    return Job(
-        recipe=recipe,
-        model=model,
-        processor=processor,
-        samples=samples,
-        scores=scores,
-        progress=against(f"unigrams {scores.chance:.2f}"),
-        endless=endless,
-    )
+    more = lambda out: [f"{command}{option}" for command in next_training(next_recipe, directory)]
+    scores = Perplexity(model, processor, directory, more)
+    return Job(recipe, model, processor, samples, scores, against(f"unigrams {scores.chance:.2f}"), endless=endless)
 
 
 LANGUAGE_RECIPES = {

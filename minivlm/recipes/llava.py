@@ -128,12 +128,10 @@ def job(
     directory, problem = recipe.data.directory, conversation_problem(processor)
     talk = open_talk(recipe, processor.image_size, quiet=quiet, problem=problem, captioned=captions)
 
-    def commands(out: Path) -> list[str]:
-        caption, asked = f"python sample.py caption {out} {scores.picture()}", scores.question()
+    def more(out: Path, picture: str) -> list[str]:
         if captions:
-            return [caption, *next_training("llava", directory, starts_from=out)]
-        answer = [f"python sample.py answer {out} {asked}"] if asked else []
-        return [caption, *answer, f"python sample.py chat {out} {scores.picture()}"]
+            return next_training("llava", directory, starts_from=out)
+        return [f"python sample.py chat {out} {picture}"]
 
     def leave_adapter(out: Path) -> None:
         """Adapters are left twice: alone, for the base that they belong to, and as part of the weights."""
@@ -141,19 +139,11 @@ def job(
             save_adapter(out / "adapter", model, base=str(recipe.starts_from), config=lora)
             model.merge_lora()
 
-    scores = Generated(model, processor, directory, commands, ask=not captions)
     cache = VisionCache.of_talk(model, processor, talk)
-    return Job(
-        recipe=recipe,
-        model=model,
-        processor=processor,
-        samples=ConversationTurns(talk, processor, cache, directory, captions=captions),
-        scores=scores,
-        progress=against(f"uniform {log(processor.vocab_size):.2f}"),
-        origins=origins,
-        prepare=cache.prepare,
-        finish=leave_adapter,
-    )
+    samples = ConversationTurns(talk, processor, cache, directory, captions=captions)
+    scores = Generated(model, processor, directory, more, ask=not captions)
+    progress = against(f"uniform {log(processor.vocab_size):.2f}")
+    return Job(recipe, model, processor, samples, scores, progress, origins, cache.prepare, leave_adapter)
 
 
 LLAVA_RECIPES = {

@@ -43,7 +43,7 @@ class MultitaskRecipe(Recipe):
         model, processor, talk, asked = made
         model.freeze("encoder.vision")
         directory = self.data.directory
-        scores = Tasks(Generated(model, processor, directory, lambda out: [], ask=True))
+        scores = Tasks(Generated(model, processor, directory, ask=True))
         cache = VisionCache.of_talk(model, processor, talk)
         questions = list_questions(self, model.config.encoder, processor, talk, asked, cache)
         questions.samples = [i for i in questions.samples if talk.captions(i)]
@@ -55,16 +55,9 @@ class MultitaskRecipe(Recipe):
             shares = (f"{task} {line[task] / model.task_weight(task):.2f}" for task in model.config.tasks)
             return ", ".join(shares) + " (1: knows nothing)"
 
-        return Job(
-            recipe=self,
-            model=model,
-            processor=processor,
-            samples=QuestionsAndCaptions(questions),
-            scores=scores,
-            progress=progress,
-            origins={"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"},
-            prepare=cache.prepare,
-        )
+        samples = QuestionsAndCaptions(questions)
+        origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
+        return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def complete(self, vision, answers, processor, talk) -> MultitaskConfig:
         encoder = completed(self.model.encoder, vision, answers, processor)
