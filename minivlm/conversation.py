@@ -246,21 +246,3 @@ def collate(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
         tokens[i, : len(sample.tokens)] = torch.tensor(sample.tokens)
         labels[i, : len(sample.labels)] = torch.tensor(sample.labels)
     return {"tokens": tokens, "labels": labels}
-
-
-def show_sample(sample: Sample, processor: Processor) -> str:
-    """Role, token and label of each position side by side, runs of image placeholders as one line."""
-    name = processor.tokenizer.id_to_token
-    rows = []
-    for role, token, label in zip(sample.roles, sample.tokens, sample.labels, strict=True):
-        if token == processor.image_token_id and rows and rows[-1][1] == token:
-            rows[-1][3] += 1
-        else:
-            rows.append([role, token, label, 1])
-    lines = [f"{'role':11}{'token':22}label"]
-    for role, token, label, times in rows:
-        shown = name(token) + (f" × {times}" if times > 1 else "")
-        lines.append(f"{role:11}{shown:22}{'·' if label == IGNORED else name(label)}")
-    if sample.cut:
-        lines.append(f"{sample.cut} more tokens of text do not fit the context")
-    return "\n".join(lines)

@@ -26,23 +26,23 @@ def as_list(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     return [images] if one else images
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def open_image(picture: Picture) -> Image.Image:
     """A path, an array or a PIL image of any mode → upright RGB, transparency over white."""
     from PIL import Image
 
-    from minivlm.datasets import images
+    from minivlm.datasets.images import read_image, reason, to_rgb
 
     if isinstance(picture, (str, os.PathLike)):
-        return images.read_image(picture)
+        return read_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise TypeError(f"an array must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         try:
-            return images.to_rgb(picture)
+            return to_rgb(picture)
         except Exception as error:  # one that was opened, but never loaded, fails in as many ways as a file
-            raise UserError(f"a picture cannot be read: {images.reason(error)}.") from error
+            raise UserError(f"a picture cannot be read: {reason(error)}.") from error
     raise TypeError(f"a picture is a PIL image, a path or an array, not {type(picture).__name__}")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm.chat_templates import TEMPLATES
 from minivlm.errors import UserError
-from minivlm.image_preprocessing import Picture, as_list, normalise, open_picture, views
+from minivlm.image_preprocessing import Picture, as_list, normalise, open_image, views
 from minivlm.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
 from minivlm.special_tokens import PLACEHOLDER, WORD, Markup, SpecialTokens, Text, split_placeholders
 
@@ -75,7 +75,7 @@ class Processor:
         cropped differ in size.
         """
         n, S = self.config.tiles, self.image_size
-        arrays = [array for image in as_list(images) for array in views(open_picture(image), self.config)]
+        arrays = [array for image in as_list(images) for array in views(open_image(image), self.config)]
         shapes = {array.shape[:2] for array in arrays}
         if len(shapes) > 1:
             sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])

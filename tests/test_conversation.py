@@ -14,7 +14,6 @@ from minivlm.conversation import (
     collate,
     encode_conversation,
     endings,
-    show_sample,
     with_chat,
     with_images,
 )
@@ -281,17 +280,6 @@ def test_a_batch_is_padded_on_the_right():
     assert batch["tokens"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["tokens"].dtype == batch["labels"].dtype == torch.int64
-
-
-def test_a_sample_is_shown_token_by_token(plain):
-    text = encode_conversation(QA, plain)
-    lines = show_sample(text, plain).splitlines()
-    assert lines[0].split() == ["role", "token", "label"]
-    assert [line.split() for line in lines[1:3]] == [["user", "<start>", "·"], ["user", "<image>", "×", "5", "·"]]
-    assert [line.split() for line in lines[-2:]] == [["assistant", "Ġyes", "Ġyes"], ["assistant", "<end>", "<end>"]]
-    assert len(lines) == 1 + len(text.tokens) - (PLACES - 1)
-    cut = encode_conversation(FOUR, plain, context=len(text.tokens) + 2)
-    assert show_sample(cut, plain).endswith(f"{cut.cut} more tokens of text do not fit the context")
 
 
 def test_published_flamingos_are_asked_in_their_own_words():

@@ -226,35 +226,34 @@ def write(
     return files, names.to_theirs(tensors, rows_of(kind_of(config), config))
 
 
+WRITTEN = {  # config of ours → model_type, or architecture, in which layout="hf" writes it; see also `kind_of`
+    "T5Config": "t5",
+    "BERTConfig": "bert",
+    "BLIPConfig": "blip",
+    "BLIP2Config": "blip-2",
+    "BLIP2Stage1Config": "Blip2ForImageTextRetrieval",
+    "FlamingoConfig": "idefics",
+    "LLaVAConfig": "llava",
+    "VisualBERTConfig": "visual_bert",
+}
+
+
 def kind_of(config: Any) -> str:
     """The model_type that comes nearest to a config of ours."""
     from minivlm.pretrained import language
 
     name = type(config).__name__
     if name == "CLIPConfig":
-        if type(config.text).__name__ == "BERTConfig":
-            return "align"
-        return "siglip" if config.loss == "sigmoid" else "clip"
+        contrast = "siglip" if config.loss == "sigmoid" else "clip"
+        return "align" if type(config.text).__name__ == "BERTConfig" else contrast
     if name == "LanguageModelConfig":
         return language.kind_of(config)
-    if name == "LLaVAConfig":
-        return "llava"
-    kinds = {
-        "T5Config": "t5",
-        "BERTConfig": "bert",
-        "BLIPConfig": "blip",
-        "BLIP2Config": "blip-2",
-        "FlamingoConfig": "idefics",
-        "VisualBERTConfig": "visual_bert",
-    }
-    if name in kinds:
-        return kinds[name]
-    if name == "BLIP2Stage1Config":
-        return "Blip2ForImageTextRetrieval"
-    raise UserError(
-        f"layout='hf' writes CLIP, SigLIP, ALIGN, language models, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2 "
-        f"and IDEFICS; a {name} has no published form here."
-    )
+    if name not in WRITTEN:
+        raise UserError(
+            f"layout='hf' writes CLIP, SigLIP, ALIGN, language models, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2 "
+            f"and IDEFICS; a {name} has no published form here."
+        )
+    return WRITTEN[name]
 
 
 UNCOMPARED = ("dropout", "loss_chunk", "label_smoothing", "initial_temperature", "answer_loss")  # of training alone

@@ -7,7 +7,6 @@ file. Pickled weights are read with PyTorch's restricted reader, which builds te
 from __future__ import annotations
 
 import zipfile
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -48,27 +47,33 @@ def open_file(path: Path) -> Mapping[str, Tensor]:
     return Safetensors(path) if path.suffix == ".safetensors" else unpickle_tensors(path)
 
 
-class Shards(Mapping[str, Tensor]):
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for; to look for a name, or to list all, reads none."""
+
+    names: Mapping[str, object]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+
+class Shards(Lazy):
     """The tensors of several files; of one that is in two of them, the one that the index names."""
 
     def __init__(self, files: dict[str, Mapping[str, Tensor]], index: dict[str, str]):
-        self.all = ChainMap(*files.values())
-        self.named = {name: files[file] for name, file in index.items() if name in files[file]}
+        self.names = {name: file for file in reversed(files.values()) for name in file}
+        self.names |= {name: files[file] for name, file in index.items() if name in files[file]}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.named.get(name, self.all)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.all)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.all
+        return self.names[name][name]
 
 
-class Safetensors(Mapping[str, Tensor]):
+class Safetensors(Lazy):
     """A safetensors file, memory-mapped."""
 
     def __init__(self, path: Path):
@@ -90,15 +95,6 @@ class Safetensors(Mapping[str, Tensor]):
             return self.file.get_tensor(name)
         except Exception as error:  # a header may promise what the file has not, in a type that torch has not
             raise UserError(f"{self.path} holds {name} in a way that cannot be read ({error}).") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.names
 
 
 def begins_like_pickle(path: Path) -> bool:

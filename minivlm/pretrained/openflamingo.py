@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.pretrained import preprocessing
-from minivlm.pretrained.files import open_weights
+from minivlm.pretrained.files import Lazy, open_weights
 from minivlm.pretrained.language import vocabulary
 from minivlm.pretrained.names import Row, find, table, under
 from minivlm.processor import Processor
@@ -137,24 +137,15 @@ def strip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in plain.items() if not name.startswith(COPIES)}
 
 
-class Prefixed(Mapping[str, Tensor]):
+class Prefixed(Lazy):
     """A file's tensors under longer names; only: those whose own name matches."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, only: re.Pattern | None = None):
-        self.weights, self.prefix = weights, prefix
+        self.weights = weights
         self.names = {prefix + name: name for name in weights if only is None or only.fullmatch(name)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.names
 
 
 # ---- config: read off the tensors ------------------------------------------------------------------------------------

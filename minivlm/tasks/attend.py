@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minivlm.conversation import DESCRIBE
 from minivlm.errors import UserError
-from minivlm.image_preprocessing import Picture, open_picture
+from minivlm.image_preprocessing import Picture, open_image
 from minivlm.image_preprocessing import views as views_of
 from minivlm.layers.position import add_positions
 from minivlm.layers.resnet import ResNet
@@ -55,7 +55,7 @@ def attention_sheet(images: Sequence[Picture], model, processor, *, prompt: str 
     from minivlm.pictures import Row, heat, sheet
 
     rows = attention_maps(images, model, processor, prompt=prompt)
-    views = [views_of(open_picture(image), processor.config)[0] for image in images]
+    views = [views_of(open_image(image), processor.config)[0] for image in images]
     drawn = [
         Row(row.title, [heat(views[i], m, TILE) for i, m in zip(row.images, row.maps, strict=True)], notes=row.notes)
         for row in rows
