@@ -1,13 +1,14 @@
-"""What command lines share: a parser whose complaints are one sentence, types and groups of options, bars, what is
-skipped, and a conversation line by line."""
+"""What command lines share: a parser whose complaints are one sentence, types and groups of arguments, the model that they
+name, bars, sheets, what is skipped, and a conversation line by line."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minivlm.chat_templates import CHOICES, check_chat_name
 from minivlm.errors import UserError, as_started, nearest
@@ -30,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `Parser.add_argument` is called with
+
+
+def argument(*names: str, **settings) -> Argument:
+    return names, settings
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 upwards")
@@ -42,43 +50,43 @@ def whole(text: str) -> int:
     return int(text)
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- images and sheets ------------------------------------------------------------------------------------------------
 
 
-def check_picture_name(path: str, option: str = "--save") -> None:
-    """Known before the work rather than after it: can a picture be written there?"""
+def check_sheet_name(path: str, option: str = "--save") -> None:
+    """UserError, before the work rather than after it, unless an image can be written there."""
     from PIL import Image
 
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
-        raise UserError(f"{option} {path}: the name has to end in .png, .jpg or another kind of picture.")
+        raise UserError(f"{option} {path}: the name has to end in .png, .jpg or the like.")
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first.")
 
 
 def save_sheet(path: str, query: str, found: list[tuple[Path, str]]) -> None:
-    """Pictures with their scores, drawn into one picture."""
+    """Draw images with their scores on one sheet."""
     from minivlm.datasets.images import read_image
     from minivlm.pictures import Row, sheet
 
     images = [read_image(file, shorter_side=256) for file, _ in found]
     notes = [f"{scores.strip()}\n{file.name}" for file, scores in found]
-    write_picture(sheet([Row("", images, notes=notes)], title=query, columns=4, tile=160), path)
+    write_sheet(sheet([Row("", images, notes=notes)], title=query, columns=4, tile=160), path)
 
 
-def check_pictures(paths: list[str]) -> None:
-    """Known before the model is loaded: is each of them a picture?"""
+def check_images(paths: list[str]) -> None:
+    """UserError, before the model is loaded, unless each of them is an image."""
     from minivlm.datasets.images import check_header
 
     for path in paths:
         check_header(path)
 
 
-def write_picture(page, path: str) -> None:
-    """A PIL image to a file, and the name of it to the user."""
+def write_sheet(page, path: str) -> None:
+    """Write a PIL image to a file, and print its name."""
     try:
         page.save(path)
     except OSError as error:
-        raise UserError(f"--save {path}: the picture could not be written ({error.strerror or error}).") from None
+        raise UserError(f"--save {path}: the image could not be written ({error.strerror or error}).") from None
     print(f"wrote {path}")
 
 
@@ -104,52 +112,93 @@ def bar(share: float, width: int = 24) -> str:
     return ("█" * whole + " ▏▎▍▌▋▊▉"[part]).ljust(width)[:width]
 
 
-# ---- speaking ---------------------------------------------------------------------------------------------------------
-
+# ---- generation -------------------------------------------------------------------------------------------------------
 
 GENERATION = {  # option → its type and what it does; the defaults are those of generation.Options
     "temperature": (float, "how freely to choose among likely words: 0 always takes the likeliest (0)"),
     "top_k": (int, "choose among the K likeliest tokens alone"),
     "top_p": (float, "choose among the fewest tokens that together have this probability"),
     "num_beams": (int, "follow so many beginnings at once and give the likeliest answer (1)"),
-    "repetition_penalty": (float, "above 1: make what was said before less likely (1)"),
+    "repetition_penalty": (float, "above 1: make tokens that occurred before less likely (1)"),
     "max_new_tokens": (int, "the longest answer (64, or what the context has room for)"),
     "seed": (int, "the same seed chooses the same words (0)"),
 }
-
-
-def speaking_arguments(parser: Parser) -> None:
-    for name, (kind, meaning) in GENERATION.items():
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, type=kind, help=meaning)
-    parser.add_argument(
+GENERATION_ARGUMENTS = [
+    argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), type=kind, help=meaning)
+    for name, (kind, meaning) in GENERATION.items()
+] + [
+    argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of the weights (as stored; of a small model on a CPU float32)",
     )
+]
+CHAT_ARGUMENTS = [
+    argument("--chat", metavar="NAME", help=f"how turns are written: {', '.join(CHOICES)} (as published)"),
+    argument("--system", metavar="TEXT", help='the text of the system, "" for none (as published)'),
+]
 
 
-def chat_arguments(parser: Parser) -> None:
-    parser.add_argument("--chat", metavar="NAME", help=f"how turns are written: {', '.join(CHOICES)} (as published)")
-    parser.add_argument("--system", metavar="TEXT", help='what the system says first, "" for nothing (as published)')
-
-
-def check_speaking(options: argparse.Namespace) -> dict:
+def check_generation(options: argparse.Namespace) -> dict:
     """The options for `generate`; what can be refused without the model is refused before it is loaded."""
     from minivlm.generation import Options
 
     how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
     Options(**how)
     check_chat_name(getattr(options, "chat", None))
-    check_pictures(getattr(options, "images", []))
+    check_images(getattr(options, "images", []))
     return how
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------
+
+SMALL = 10**9  # parameters: 4 GB in fp32
+
+
+def load_model(options: argparse.Namespace, **settings) -> tuple:
+    """The model and its processor, on the device asked for."""
+    import minivlm
+    from minivlm.training import choose_device
+
+    if options.base:
+        named = [re.fullmatch(r"(vision|language_model)=(.+)", base) for base in options.base]
+        if len(named) > 1 and not (all(named) and len({match[1] for match in named}) == len(named)):
+            raise UserError(
+                "--base is given twice: say which part each is, as --base vision=A --base language_model=B."
+            )
+        settings["base"] = {match[1]: match[2] for match in named} if named[0] else options.base[0]
+    return minivlm.load(options.model, device=choose_device(options.device), **settings)
+
+
+def load_generator(options: argparse.Namespace) -> tuple:
+    """The same, in the precision and with the chat template asked for.
+
+    On a CPU a small model generates in fp32 unless another precision is asked for: it costs little there, and in half
+    precision the two likeliest words may come out equal, so that rounding chooses the answer.
+    """
+    import torch
+
+    model, processor = load_model(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    if options.dtype is None and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= SMALL:
+        model.float()
+    chat, system = getattr(options, "chat", None), getattr(options, "system", None)
+    if chat is not None or system is not None:
+        from minivlm.conversation import with_chat
+        from minivlm.tasks.abilities import require_answers
+
+        require_answers(model, processor)  # a model that answers nothing has no turns
+        processor = with_chat(processor, chat, system)
+    return model, processor
+
+
+# ---- a conversation ----------------------------------------------------------------------------------------------------
 
 
 def converse(conversation) -> None:
     """A line is a question; its answer is printed as it comes. Ctrl-C stops an answer, at the prompt it leaves."""
     someone = sys.stdin.isatty()  # rather than a pipe
     if someone:
-        print("Ask something. /image FILE shows another picture, /quit leaves, Ctrl-C stops an answer.")
+        print("Ask something. /image FILE adds an image, /quit leaves, Ctrl-C stops an answer.")
     try:
         while (line := input("> " if someone else "").strip()) != "/quit":
             respond(conversation, line)
@@ -165,16 +214,16 @@ def respond(conversation, line: str) -> None:
         elif command.startswith("/"):
             raise UserError(f"unknown command {command}; there are /image FILE and /quit.")
         elif line:
-            speak(conversation, line)
-    except UserError as error:  # mended by the next line
+            print_answer(conversation, line)
+    except UserError as error:  # the next line may do better
         print(f"error: {error}", file=sys.stderr)
 
 
-def speak(conversation, line: str) -> None:
+def print_answer(conversation, line: str) -> None:
     try:
         with closing(conversation.say(line)) as pieces:
             if conversation.dropped:
-                print(f"(no room for more: the first {conversation.dropped} answers are forgotten)", file=sys.stderr)
+                print(f"(no room for more: the first {conversation.dropped} answers are dropped)", file=sys.stderr)
             for piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:

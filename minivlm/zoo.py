@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from minivlm.atomic_writing import write_atomically
-from minivlm.command_line import Parser, check_picture_name, write_picture
+from minivlm.command_line import Parser, check_sheet_name, write_sheet
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import read_json
 from minivlm.fonts import font
@@ -67,14 +67,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pages", nargs="+", default=[], metavar="FILE", help="whose figures are brought up to date")
     parser.add_argument("--record", action="store_true", help="write the figures of the runs into --figures")
     options = parser.parse_args(argv)
-    check_picture_name(options.save)
+    check_sheet_name(options.save)
     if not Path(options.figures).exists():
         raise UserError(f"{options.figures} is missing: it stands in a checkout of minivlm, so run this there.")
     zoo = read_zoo(Path(options.figures))
     runs = measured(Path(options.out), zoo)
     zoo |= runs
     print(table(zoo, runs))
-    write_picture(draw(zoo), options.save)
+    write_sheet(draw(zoo), options.save)
     for page in map(Path, options.pages):
         write(page, with_figures(page.read_text(encoding="utf-8"), zoo))
     if options.record:

@@ -10,7 +10,7 @@ from PIL import Image
 
 import minivlm
 import sample
-from minivlm.command_line import check_picture_name
+from minivlm.command_line import check_sheet_name
 from minivlm.errors import UserError
 from minivlm.layers import TextConfig, VisionConfig
 from tests.colours import ColourModel, ColourProcessor, paint
@@ -132,7 +132,7 @@ def test_without_a_task_it_lists_them(capsys):
         (["search", "out", "pictures", "red", "blue"], "unrecognized arguments: blue"),
         (["search", "out", "pictures", "red", "--save", "sheet.doc"], "has to end in .png"),
         (["search", "out", "pictures", "red", "--save", "no/sheet.png"], "the folder no does not exist"),
-        (["search", "out", "pictures", "red", "--save", "taken.png"], "taken.png: the picture could not be written"),
+        (["search", "out", "pictures", "red", "--save", "taken.png"], "taken.png: the image could not be written"),
     ],
 )
 def test_a_mistake_is_one_sentence(argv, message, pictures, tmp_path):
@@ -185,4 +185,4 @@ def test_the_command_line_exits_with_two_and_says_why():
 
 def test_a_kind_of_picture_that_is_read_alone_is_refused_before_the_work():
     with pytest.raises(UserError, match=r"--save film\.mpg: the name has to end in \.png"):
-        check_picture_name("film.mpg")
+        check_sheet_name("film.mpg")

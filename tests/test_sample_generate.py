@@ -118,7 +118,7 @@ def test_a_small_model_that_is_stored_in_half_speaks_in_fp32_on_a_cpu(monkeypatc
     seen = []
     monkeypatch.setattr("minivlm.tasks.answer", lambda images, question, model, *_, **how: seen.append(model.dtype))
     run("answer", "half", "red.png", WHICH)
-    monkeypatch.setattr(sample, "SMALL", 100)
+    monkeypatch.setattr(command_line, "SMALL", 100)
     run("answer", "half", "red.png", WHICH)
     assert seen == [torch.float32, torch.bfloat16]
 
@@ -153,7 +153,7 @@ class TestChat:
         lines = "and what else?\n" * 12 + "/quit\n"
         self.talk(monkeypatch, lines, "green.png", "--max_new_tokens", "40")
         err = capsys.readouterr().err
-        assert "no room for more" in err and "forgotten" in err
+        assert "no room for more" in err and "dropped" in err
 
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, monkeypatch, capsys):
         printed = []

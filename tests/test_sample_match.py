@@ -96,7 +96,7 @@ def test_zero_shot_takes_the_best_query_of_each_label(capsys):
         (["match", "stage1", "pictures/red.png", "red " * 60], "tokens, but the model takes 24; make it shorter"),
         (["match", "stage1", "pictures/red.png"], "the following arguments are required"),
         (["search", "clip", "pictures", "red", "--rerank", "4"], "this CLIP cannot match texts with images"),
-        (["search", "stage1", "pictures", "pictures/red.png", "--rerank", "4"], "the query is a picture: leave it out"),
+        (["search", "stage1", "pictures", "pictures/red.png", "--rerank", "4"], "the query is an image: leave it out"),
         (["search", "stage1", "pictures", "red", "--rerank", "0"], "--rerank: '0' is not a number from 1"),
         (["attend", "stage1", "pictures/red.png", "--save", "maps.doc"], "has to end in .png"),
         (["attend", "stage1", "gone.png"], "gone.png is missing"),

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from minivlm.command_line import Parser, check_picture_name, whole
+from minivlm.command_line import Parser, check_sheet_name, whole
 from minivlm.datasets.contents import contents, split_notes, told
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--picture", default="few-shot.png", help="--shots: where the curves are drawn (%(default)s)")
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
-    check_picture_name(options.picture, option="--picture")
+    check_sheet_name(options.picture, option="--picture")
     model, processor = load(options.model, device=choose_device(options.device))
     for note in split_notes(options.data, "test", few_shot=options.shots is not None):
         print(note, file=sys.stderr)

@@ -1,36 +1,36 @@
-"""What a trained model can be asked for; sample.py is a command line over these."""
+"""What a trained model can be asked for; sample.py is a command line over these.
 
-from minivlm.tasks.attend import attention_maps, attention_sheet
-from minivlm.tasks.chat import Chat
-from minivlm.tasks.choose import rank_answers
-from minivlm.tasks.few_shot import few_shot, pair_up, shot_prompt
-from minivlm.tasks.generate import answer, answer_all, caption, caption_all, complete
-from minivlm.tasks.image_index import ImageIndex, build_image_index, index_path, open_image_index
-from minivlm.tasks.match import match_all, rerank
-from minivlm.tasks.search import search_images
-from minivlm.tasks.zero_shot import TEMPLATE_SETS, class_features, zero_shot_classify
+The names below are imported when they are first used, so that a task loads no other task.
+"""
 
-__all__ = [
-    "TEMPLATE_SETS",
-    "Chat",
-    "ImageIndex",
-    "answer",
-    "answer_all",
-    "attention_maps",
-    "attention_sheet",
-    "build_image_index",
-    "caption",
-    "caption_all",
-    "class_features",
-    "complete",
-    "few_shot",
-    "index_path",
-    "match_all",
-    "open_image_index",
-    "pair_up",
-    "rank_answers",
-    "rerank",
-    "search_images",
-    "shot_prompt",
-    "zero_shot_classify",
-]
+import importlib
+
+_HOME = {
+    "TEMPLATE_SETS": "zero_shot",
+    "Chat": "chat",
+    "ImageIndex": "image_index",
+    "answer": "generate",
+    "answer_all": "generate",
+    "attention_maps": "attend",
+    "attention_sheet": "attend",
+    "build_image_index": "image_index",
+    "caption": "generate",
+    "caption_all": "generate",
+    "class_features": "zero_shot",
+    "complete": "generate",
+    "index_path": "image_index",
+    "match_all": "match",
+    "open_image_index": "image_index",
+    "rank_answers": "choose",
+    "rerank": "match",
+    "search_images": "search",
+    "zero_shot_classify": "zero_shot",
+}  # `few_shot` is a module here; its function is `minivlm.few_shot`
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'minivlm.tasks' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minivlm.tasks.{_HOME[name]}"), name)

@@ -4,8 +4,7 @@ import torch
 from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig
 from minivlm.models.blip2 import BLIP2, BLIP2Config
-from minivlm.tasks import few_shot, pair_up, shot_prompt
-from minivlm.tasks.few_shot import Example, Prompt, few_shot_prompt, likeliest, score
+from minivlm.tasks.few_shot import Example, Prompt, few_shot, few_shot_prompt, likeliest, pair_up, score, shot_prompt
 from minivlm.tasks.generate import beginning
 from tests.speakers import (
     COLOURS,
