@@ -151,7 +151,7 @@ def compile_parts(model: nn.Module, **options) -> None:
         if isinstance(module, (Transformer, PerceiverResampler)):
             module.compile(**options)
         elif isinstance(module, (QFormer, ViLBERT)):  # more than one way leads through these, or another than `forward`
-            for name in ("forward", "look", "tell") if isinstance(module, QFormer) else ("fuse",):
+            for name in ("forward", "query", "continue_text") if isinstance(module, QFormer) else ("fuse",):
                 setattr(module, name, torch.compile(getattr(module, name), **options))
         elif isinstance(module, (ResNet, EfficientNet)):
             for stage in module.stages:

@@ -13,6 +13,7 @@ Li et al. 2022, "BLIP: Bootstrapping Language-Image Pre-training for Unified Vis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -29,7 +30,7 @@ from minivlm.layers.tower import ImageFeatures, Images, check_reader, make_tower
 from minivlm.losses import check_smoothing, in_parts, mean, next_token_loss
 from minivlm.model import Model
 from minivlm.models import image_text_matching as itm
-from minivlm.models.blip_text import BLIPDecoding, are_questions, published_hidden, rank, share_weights, with_first
+from minivlm.models.blip_text import BLIPDecoding, are_questions, decode_as_given, rank, share_weights, with_first
 from minivlm.models.momentum import Momentum, MomentumConfig
 from minivlm.models.vision_features import VisionFeaturesConfig, make_standardise, vision_features
 
@@ -93,15 +94,26 @@ class BLIPConfig(VisionFeaturesConfig):
 @dataclass(frozen=True)
 class BLIPOutput:
     logits_per_image: Tensor | None  # (B, B'): row i scores every text for image i; None if it does not compare
-    losses: dict[str, Tensor]  # by name; none if images and texts are not pairs
-    hidden: Tensor | None  # (B, T, D), the input of the head; None for roles="match"
-    loss: Tensor | None  # of the labels, next token by next token
+    losses: dict[str, Tensor]  # by name, of training; none if images and texts are not pairs
+    decode: Callable[[], Tensor] | None  # → (B, T, D), the input of the head for the text as it is given
+    labels: Tensor | None
     head: nn.Linear | None
 
     @cached_property
     def logits(self) -> Tensor | None:
-        """(B, T, V) of the next tokens; computed when it is asked for, which training never does."""
+        """(B, T, V) of the next tokens of the text as it is given; computed when asked for, which training never does."""
         return None if self.hidden is None else self.head(self.hidden)
+
+    @cached_property
+    def loss(self) -> Tensor | None:
+        """The next-token loss of the labels, without smoothing."""
+        if self.hidden is None or self.labels is None:
+            return None
+        return next_token_loss(self.hidden, self.labels, self.head.weight, self.head.bias)
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        return None if self.decode is None else self.decode()
 
 
 class BLIP(Model):
@@ -194,18 +206,14 @@ class BLIP(Model):
             wrong = None if false is None else (false, false_mask)
             how = dict(draw=self.training, micro_batch=micro_batch)
             losses["matching"] = itm.matching(self.match, features, tokens, mask, *similar, wrong, **how)
-        hidden = None
         if c.caption_token is not None and paired:  # LM
-            total, hidden = split(self.generation_loss, features, tokens, mask)
-            losses["generation"] = mean(total, mask[:, 1:].sum())
+            losses["generation"] = mean(split(self.generation_loss, features, tokens, mask), mask[:, 1:].sum())
         if question is not None:  # §5.3
-            total, _ = split(self.generation_loss, features, answer, answer_mask, question, question_mask)
+            total = split(self.generation_loss, features, answer, answer_mask, question, question_mask)
             losses["answering"] = mean(total, answer_mask[:, 1:].sum())
-        if c.roles in ("caption", "answer"):
-            hidden = published_hidden(self, features, tokens, given, labels)
-        counted = hidden is not None and labels is not None
-        loss = next_token_loss(hidden, labels, self.head.weight, self.head.bias) if counted else None
-        return BLIPOutput(logits_per_image, losses, hidden, loss, self.head)
+        decode = partial(decode_as_given, self, features, tokens, given, labels)
+        can_decode = paired and self.decoder is not None and (c.roles != "answer" or labels is not None)
+        return BLIPOutput(logits_per_image, losses, decode if can_decode else None, labels, self.head)
 
     def losses(
         self, tokens: Tensor, mask: Tensor | None = None, images: Images | None = None, **batch
@@ -254,15 +262,15 @@ class BLIP(Model):
 
     def generation_loss(
         self, features: Tensor, tokens: Tensor, mask: Tensor, question: Tensor | None = None, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """The loss of a caption (B, T), or of an answer to a question with the mask `real`, summed over all tokens but the
-        first, and the input of the head (B, T, D). Labels are smoothed."""
+        first. Labels are smoothed."""
         context = add_positions(features, self.image_position_embedding)
         if question is not None:
             context = self.encode_with_image(features, question, real)
         hidden = self.decode(with_first(self.config.decode_token, tokens), mask, context, real)
         labels, how = tokens.masked_fill(~mask, -100), dict(smoothing=self.config.label_smoothing, total=True)
-        return next_token_loss(hidden, labels, self.head.weight, self.head.bias, **how), hidden
+        return next_token_loss(hidden, labels, self.head.weight, self.head.bias, **how)
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
         """The losses of a model that knows nothing but that one pair in three is right, and the size of the vocabulary."""

@@ -65,18 +65,14 @@ def with_first(token: int | None, tokens: Tensor) -> Tensor:
     return tokens if token is None else torch.cat([torch.full_like(tokens[:, :1], token), tokens[:, 1:]], dim=1)
 
 
-def published_hidden(
+def decode_as_given(
     model: nn.Module, features: Tensor, tokens: Tensor, mask: Tensor | None, labels: Tensor | None
-) -> Tensor | None:
-    """The input of the head (B, T, D) as the published models of one use have it: of a caption as it is given, whatever its
-    first token, or of the answers `labels` to questions. None without pairs, or without answers."""
-    c = model.config
-    if c.roles == "caption":
-        context = add_positions(features, model.image_position_embedding)
-        return model.decode(tokens, mask, context) if len(features) == len(tokens) else None
-    if labels is None:
-        return None
-    answers = labels.masked_fill(labels == -100, c.pad_token)
+) -> Tensor:
+    """The input of the head (B, T, D) for captions as they are given, whatever their first token; or, of a model that only
+    answers, for the answers `labels` to the questions `tokens`."""
+    if model.config.roles != "answer":
+        return model.decode(tokens, mask, add_positions(features, model.image_position_embedding))
+    answers = labels.masked_fill(labels == -100, model.config.pad_token)
     return model.decode(answers, None, model.encode_with_image(features, tokens, mask), mask)
 
 

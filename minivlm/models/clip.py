@@ -7,14 +7,14 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figures 1 and 3.
 SigLIP (Zhai et al. 2023) is the same with the sigmoid loss, attention pooling and a bidirectional text tower. ALIGN (Jia et
 al. 2021, "Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision") is the same with an
-EfficientNet and a BERT; of its pictures' captions many are wrong, which its softened labels allow for.
+EfficientNet and a BERT; many of the captions that it learns from are wrong, which its smoothed labels allow for.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -99,10 +99,15 @@ TRANSFORMERS_NAMES = {"get_image_features": "encode_image(images)", "get_text_fe
 
 @dataclass(frozen=True)
 class CLIPOutput:
-    logits_per_image: Tensor  # (B, B): row i scores every text for image i
-    loss: Tensor
+    loss: Tensor  # NaN where there are not as many texts as images
     image_features: Tensor  # (B, E), unit length
     text_features: Tensor
+    similarity: CLIPLoss
+
+    @cached_property
+    def logits_per_image(self) -> Tensor:
+        """(B, B'): row i scores every text for image i; computed when it is asked for, which training never does."""
+        return self.similarity.logits(self.image_features, self.text_features)
 
     @property
     def logits_per_text(self) -> Tensor:
@@ -147,11 +152,9 @@ class CLIP(Model):
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
         image_features = self.encode_image(images)
         text_features = self.encode_text(tokens, mask)
-        if len(image_features) == len(text_features):
-            loss = self.loss(image_features, text_features)
-        else:
-            loss = torch.tensor(math.nan)  # there is no pairing to judge
-        return CLIPOutput(self.loss.logits(image_features, text_features), loss, image_features, text_features)
+        paired = len(image_features) == len(text_features)
+        loss = self.loss(image_features, text_features) if paired else torch.tensor(math.nan)
+        return CLIPOutput(loss, image_features, text_features, self.loss)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length."""
@@ -168,8 +171,8 @@ class CLIP(Model):
         return logits.sigmoid() if self.config.loss == "sigmoid" else logits.softmax(dim=1)
 
     def losses(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """What training adds up, by name."""
-        return {"contrast": self.loss(self.encode_image(images), self.encode_text(tokens, mask))}
+        """The terms of the training loss, by name, as `forward` gives them."""
+        return {"contrast": self(images, tokens, mask).loss}
 
     def backward_in_parts(self, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
         """The gradients of the whole batch's loss from `size` samples at a time; see `backward_with_gradient_cache`."""

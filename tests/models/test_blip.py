@@ -116,7 +116,7 @@ class TestForward:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
         out = model(pictures(), TOKENS, MASK)
         assert calls == {"vision.transformer": 1, "encoder": 2, "decoder": 1}  # the text alone, and with the image
-        assert out.logits.shape == (3, 5, 40) and out.logits_per_image.shape == (3, 3) and calls["decoder"] == 1
+        assert out.logits.shape == (3, 5, 40) and out.logits_per_image.shape == (3, 3)
 
     def test_losses_are_those_of_forward_and_in_eval_mode_the_same_every_time(self):
         model, images = blip(), pictures()
@@ -131,7 +131,6 @@ class TestForward:
         model, images, labels = blip(), pictures(), TOKENS.masked_fill(~MASK, -100)
         out = model(images, TOKENS, MASK, labels)
         assert_same(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
-        assert_same(out.logits, model(images, begun(TOKENS), MASK).logits)  # all captions begin with the decode token
 
 
 class TestLosses:
