@@ -78,8 +78,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if rank == 0:
         run.about = resuming.facts(name, recipe, device, precision, model)
     if resumed:
-        told = resuming.told(run, recipe) if rank == 0 else []
-        say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *told]))
+        report = resuming.report(run, recipe) if rank == 0 else []
+        say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *report]))
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training_log.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)

@@ -63,8 +63,8 @@ class Captions:
 
 def pair_notes(pairs: Pairs, processor: Processor, directory: str) -> list[str]:
     cut = processor.too_long(list(pairs.texts()))
-    told = f"{cut} captions are longer than the context of {processor.context} tokens and are cut to it"
-    return [f"{len(pairs)} training images in {directory}", *pairs.notes, *([told] if cut else [])]
+    note = f"{cut} captions are longer than the context of {processor.context} tokens and are cut to it"
+    return [f"{len(pairs)} training images in {directory}", *pairs.notes, *([note] if cut else [])]
 
 
 class CaptionsWithNegatives:

@@ -25,7 +25,7 @@ class QuestionsOfList:
     """A question about each image with its right answers among those of a list: tokens, mask (B, T), answers (B, A).
 
     samples: those of `talk` that are asked about. right: question → (A,), how right each answer of the list is.
-    told: what the user should know.
+    known_notes: what the user should know.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class QuestionsOfList:
         right: Callable[[Question], np.ndarray],
         processor: Processor,
         images: ImagesOf,
-        told: list[str],
+        known_notes: list[str],
     ):
         self.talk, self.samples, self.answers, self.right = talk, samples, answers, right
-        self.processor, self.images, self.told = processor, images, told
+        self.processor, self.images, self.known_notes = processor, images, known_notes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -65,14 +65,14 @@ class QuestionsOfList:
         return self.talk.key(self.samples[index])
 
     def notes(self) -> list[str]:
-        return self.told
+        return self.known_notes
 
 
 class MaskedCaptions:
     """True captions and false ones, of which something is hidden: tokens, mask, labels (B, T), matches (B,), hidden (B, R).
 
     Half of them are shown whole. Of the others, true and false alike, something is hidden, so that a mask does not tell
-    whether they match; what it hides is to be told of the true ones alone.
+    whether they match; what it hides is predicted for the true ones alone.
 
     hide: words, both words and regions, or either of them. mask: the token that stands where a word is hidden. regions: R,
     how many an image has. heads: of the model, "words" and "regions" among them if it is to tell these.

@@ -70,8 +70,8 @@ class ConversationTurns:
         n = min(len(self), EXAMINED)
         cut = sum(self.sample(i, np.random.default_rng(i)).cut > 0 for i in range(n))
         context = self.processor.context
-        told = [f"{cut} of the first {n} samples are longer than the context of {context} tokens: their text is cut"]
-        return talk_notes(self.talk, self.directory) + (told if cut else [])
+        note = [f"{cut} of the first {n} samples are longer than the context of {context} tokens: their text is cut"]
+        return talk_notes(self.talk, self.directory) + (note if cut else [])
 
 
 class QuestionsToEncoder:

@@ -53,8 +53,8 @@ class Texts:
         if self.texts is None:
             return [f"texts of the shapes world, drawn as they are read ({self.directory})"]
         cut, context = self.processor.too_long(self.texts), self.processor.context
-        told = f"{cut} texts are longer than the context of {context} and are cut to it"
-        return [f"{len(self.texts)} texts in {self.directory}", *([told] if cut else [])]
+        note = f"{cut} texts are longer than the context of {context} and are cut to it"
+        return [f"{len(self.texts)} texts in {self.directory}", *([note] if cut else [])]
 
 
 def text_sample(text: Document, processor: Processor) -> Sample:

@@ -163,7 +163,7 @@ def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, 
 
 
 class MatchingAndCaptions:
-    """Both count alike: are true and nearly true captions told apart, and are scenes described? Where there are no captions,
+    """Both count alike: are nearly true captions detected, and are scenes described? Where there are no captions,
     the first alone."""
 
     def __init__(self, model: BLIP, processor: Processor, directory: str, *, ask: bool):

@@ -1,5 +1,5 @@
-"""BLIP-2 in its two stages (Li et al. 2023, §3): a Q-Former learns to see, then a frozen language model learns nothing and
-the Q-Former to be read by it.
+"""BLIP-2 in its two stages (Li et al. 2023, §3): a Q-Former learns to read a frozen vision tower, then to be read by a
+frozen language model.
 
     clip-resnet ─ vision tower, frozen ─┬→ blip2-stage1 (contrast, matching, generation) ─┐
     lm or t5 ─ language model, frozen ──┼─────────────────────────────────────────────────┴→ blip2 (conversations)
@@ -233,7 +233,7 @@ class BLIP2Recipe(Recipe):
 BLIP2_RECIPES = {
     # Not better: 2,000 steps (94.7 %), features of the layer before (after 400 steps 76 %, not 82) or of both (77).
     "blip2-stage1": BLIP2Stage1Recipe(
-        summary="BLIP-2, stage 1: a Q-Former learns to see through frozen eyes, by contrast, matching and generation",
+        summary="BLIP-2, stage 1: a Q-Former learns to read a frozen vision tower, by contrast, matching and generation",
         measured="20 min on one busy core: matching 95 %, Recall@1 100 % (3 seeds, before labels were smoothed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=1600,

@@ -64,7 +64,7 @@ class CapFiltRecipe(BLIPRecipe):
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         check_queue(self)
-        teacher, words = load(self.starts_from)
+        teacher, reads = load(self.starts_from)
         if not isinstance(teacher, BLIP) or teacher.config.roles != "all":
             raise UserError(
                 f"--starts_from {self.starts_from} holds a {type(teacher).__name__}, but a BLIP that captions and matches "
@@ -73,13 +73,13 @@ class CapFiltRecipe(BLIPRecipe):
         model, processor, web = open_parts(self, checkpoint, quiet=quiet)
         made = job(self, model, processor, web, ask=False)
         made.scores = scores = Filtered(made.scores, web)
-        teachers = [(teacher, words)]
+        teachers = [(teacher, reads)]
 
         def prepare(device: torch.device, precision: torch.dtype) -> None:
             """Propose and judge. What results is a function of the recipe, so a run that is resumed does it again."""
-            teacher, words = teachers.pop()  # whose memory is wanted
+            teacher, reads = teachers.pop()  # whose memory is wanted
             with autocast(device, precision):
-                scores.judged = bootstrap(self, teacher.to(device), words, web)
+                scores.judged = bootstrap(self, teacher.to(device), reads, web)
             made.samples.pairs = kept = Bootstrapped(web, scores.judged)
             check_kept(self, kept, scores.judged)
             made.samples.images = cache = VisionCache(model, processor, len(kept), kept.images)
@@ -172,8 +172,8 @@ class Filtered:
                 chosen = np.flatnonzero(some.kept == kept)
                 chosen = chosen[:: max(1, len(chosen) // PICTURED)][:PICTURED].tolist()
                 marks = [None if some.true is None else bool(some.true[i]) == kept for i in chosen]
-                told = [f"{some.probability[i]:.0%} {some.captions[i]}" for i in chosen]
-                notes = ["\n".join(wrap(text, 13, TILE)) for text in told]
+                texts = [f"{some.probability[i]:.0%} {some.captions[i]}" for i in chosen]
+                notes = ["\n".join(wrap(text, 13, TILE)) for text in texts]
                 rows.append(Row(f"{some.origin}: {name}", list(self.web.images(chosen)), marks, notes))
         title = "What the filter kept and dropped, with how probably it matches"
         sheet([row for row in rows if row.images], title=title, tile=TILE, columns=PICTURED).save(path)
@@ -194,8 +194,8 @@ def bootstrap(recipe: CapFiltRecipe, model: BLIP, processor: Processor, web: Pai
         )
         features = features_of_all(pictures, model, processor, batch_size=AT_A_TIME)
         pairs = torch.arange(len(pictures))[:, None].expand(-1, 2)
-        for origin, said in captions.items():
-            words = to_tokens(said[start : start + AT_A_TIME], processor, cut=True)
+        for origin, some in captions.items():
+            words = to_tokens(some[start : start + AT_A_TIME], processor, cut=True)
             odds[origin] += match_pairs(pairs, features, *words, model, batch_size=AT_A_TIME).sigmoid().tolist()
     return [judge(recipe, web, origin, captions[origin], np.array(odds[origin])) for origin in captions]
 

@@ -84,7 +84,7 @@ class FuseRecipe(Recipe):
             masked = MaskedCaptions(talk, captioned, processor, cache, hide=self.data.hide, mask=MASK, **heads)
             samples = Alternating(questions, masked, every)
         elif every:
-            questions.told.append(f"{self.data.directory} has no captions: questions alone are learnt from")
+            questions.known_notes.append(f"{self.data.directory} has no captions: questions alone are learnt from")
         origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 

@@ -1,4 +1,4 @@
-"""What recipes are put together from: the eyes of one model, and the words of another."""
+"""What models are put together from: the vision tower of one model, and the language model of another."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def load_language_model(
     source: str, *, chat: str | None = None, system: str | None = None
 ) -> tuple[LanguageModel, Processor]:
     """A language model that knows the mark `<image>`, and a way to write conversations (see `with_chat`)."""
-    speaker, words = load(source)
-    if not isinstance(speaker, LanguageModel):
-        raise UserError(f"--language_from {source} holds a {type(speaker).__name__}, no language model.")
-    words = with_chat(words, chat, system)
-    template_of(words)  # known before anything is trained
-    return with_image_token(speaker, words)
+    model, processor = load(source)
+    if not isinstance(model, LanguageModel):
+        raise UserError(f"--language_from {source} holds a {type(model).__name__}, no language model.")
+    processor = with_chat(processor, chat, system)
+    template_of(processor)  # known before anything is trained
+    return with_image_token(model, processor)
 
 
 def take(part: nn.Module, source: nn.Module) -> None:
@@ -56,13 +56,13 @@ def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[L
     return with_vocabulary(model, processor.image_token_id + 1), processor
 
 
-def join_processors(eyes: Processor, words: Processor, **fields) -> Processor:
-    """Pictures as `eyes` prepares them, texts and conversations as `words` does. fields: of its config that are neither's,
-    such as image_tokens and context."""
+def join_processors(of_images: Processor, of_texts: Processor, **fields) -> Processor:
+    """Images as `of_images` prepares them, texts and conversations as `of_texts` does. fields: of the config
+    that follow from neither, such as image_tokens and context."""
     names = ("pad_token", "answer_end", "chat", "chat_format", "system", "image_token")
-    spoken = {name: getattr(words.config, name) for name in names}
-    config = replace(eyes.config, pad_to_context=False, **spoken, **fields)
-    return Processor(words.tokenizer, config)
+    of_language = {name: getattr(of_texts.config, name) for name in names}
+    config = replace(of_images.config, pad_to_context=False, **of_language, **fields)
+    return Processor(of_texts.tokenizer, config)
 
 
 def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run may be resumed with: the trajectory it began stays, and what may change is told."""
+"""What a run may be resumed with: the trajectory it began stays, and what may change is reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minivlm.recipes.older_options import read_recipe
 from minivlm.recipes.recipe import Recipe
 from minivlm.run import Run, read_record
 
-MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.")  # and are told
+MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.")  # and are reported
 DATA = ("data.directory",)  # judged by what is in it
 WORDS = ("summary", "measured")
 
@@ -68,7 +68,7 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     return left and read_record(run.latest())["step"] >= recipe.steps
 
 
-def told(run: Run, recipe: Recipe) -> list[str]:
+def report(run: Run, recipe: Recipe) -> list[str]:
     """What the user should know about a run that goes on, a line each. UserError for other data."""
     latest = run.latest()
     passed_over = [f"{path} is passed over: {problem}" for path, problem in run.examined() if problem]
@@ -81,9 +81,9 @@ def compare(record: dict, recipe: Recipe, about: dict[str, Any]) -> list[str]:
     directory, lines = recipe.data.directory, []
     if not isinstance(record.get("data"), dict) or not isinstance(record.get("on"), dict):
         lines.append("the checkpoint is of an earlier version, which did not record its data: they cannot be compared")
-    elif told := changes(record["data"], about["data"]):
+    elif found := changes(record["data"], about["data"]):
         raise UserError(
-            f"the data in {directory} are not those that the run began with, in {old.data.directory} ({listed(told, 3)}): put "
+            f"the data in {directory} are not those that the run began with, in {old.data.directory} ({listed(found, 3)}): put "
             "them back, or start anew, without --resume (the earlier run is kept)."
         )
     else:

@@ -65,7 +65,7 @@ class Retrieval:
 
 
 class Matching:
-    """Are true captions told from nearly true ones? Is a search better once the best few are put in order by matching?"""
+    """Are nearly true captions detected? Is a search better once the best few are put in order by matching?"""
 
     name = "matching accuracy"
 
@@ -118,7 +118,7 @@ class Generated:
         return open_conversations(self.directory, split, image_size=self.processor.image_size)
 
     def check_held_out(self) -> None:
-        """UserError for what would end the first evaluation: it is told before the first step."""
+        """UserError, before the first step, for what would end the first evaluation."""
         if is_first_process() and not is_world(self.directory):
             for talk in (self.val, self.test):
                 talk.check_pictures()
@@ -137,8 +137,10 @@ class Generated:
         """Of the validation questions; of those in conversations, 200."""
         free = self.val.free_answers
         questions = self.questions[: VALIDATED if free else None]
-        said = evaluate.ask(self.model, self.processor, self.val, questions)
-        return (evaluate.words_right(questions, said) if free else vqa_accuracy(questions, said)["accuracy"]).value
+        answers = evaluate.ask(self.model, self.processor, self.val, questions)
+        return (
+            evaluate.words_right(questions, answers) if free else vqa_accuracy(questions, answers)["accuracy"]
+        ).value
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.speech(self.model, self.processor, self.directory, ask_questions=self.answers)
@@ -171,7 +173,7 @@ class Generated:
 
 
 class NewClasses:
-    """Are classes that were held out told apart by an example of each?"""
+    """Are held-out classes recognised by an example of each?"""
 
     def __init__(self, model, processor: Processor, directory: str, *, ways: int):
         self.model, self.processor, self.directory, self.ways = model, processor, directory, ways

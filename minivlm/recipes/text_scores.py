@@ -61,10 +61,10 @@ class Perplexity:
             if len(rows) == PICTURED:
                 break
             tokens = torch.tensor([tokens], device=self.model.device)
-            said = self.processor.decode(self.model.generate(tokens, max_new_tokens=SAID))[0].strip()
+            generated = self.processor.decode(self.model.generate(tokens, max_new_tokens=SAID))[0].strip()
             shown = begun if len(begun) <= SHOWN else "… " + begun[-SHOWN:].partition(" ")[2]
-            truth = "as the text" if said and rest.startswith(said) else f"the text: {rest}"
-            rows.append(Row(shown, [], detail=f"goes on: {said} ({truth})"))
+            truth = "as the text" if generated and rest.startswith(generated) else f"the text: {rest}"
+            rows.append(Row(shown, [], detail=f"goes on: {generated} ({truth})"))
         sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
 
     def next_commands(self, out: Path) -> list[str]:
@@ -118,9 +118,9 @@ class DocumentPerplexity:
             prompt = torch.tensor([sample.tokens[:last]], device=self.model.device)
             room = min(SAID, context - last)
             images = self.processor.images(pictures).to(self.model.device)[None]
-            said = self.processor.decode(self.model.generate(images, prompt, max_new_tokens=max(1, room)))[0]
+            generated = self.processor.decode(self.model.generate(images, prompt, max_new_tokens=max(1, room)))[0]
             true = self.processor.decode([[t for t in sample.labels[last:] if t != IGNORED]])[0]
-            rows.append(Row(true, pictures, detail="goes on: " + said))
+            rows.append(Row(true, pictures, detail="goes on: " + generated))
         title = "Held-out documents: what stands behind the last picture, and how the model goes on"
         sheet(rows, title=title).save(path)
 
