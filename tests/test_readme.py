@@ -27,7 +27,8 @@ FRONT, CHINESE = "README.md", "README_CN.md"
 OTHERS = {"overview.md"}  # which has a test of its own
 PAGES = [FRONT, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in OTHERS)]
 TEXTS = {
-    page: (ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, CHINESE, "data/README.md", "CONTRIBUTING.md"]
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in [*PAGES, CHINESE, "data/README.md", "CONTRIBUTING.md", "docs/overview.md"]
 }
 SOURCES = [*(ROOT / "minivlm").rglob("*.py"), *(ROOT / "data").rglob("*.py"), ROOT / "sample.py"]
 HUB = "openai/clip-vit-base-patch32"
