@@ -213,6 +213,8 @@ def test_what_a_contributor_is_told_of_is_there():
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_what_a_page_points_to_exists(page):
+    named = re.findall(r"`(minivlm/[a-z_/0-9]+\.py)`", TEXTS[page])
+    assert not [path for path in named if not (ROOT / path).exists()]
     for target in links(page):
         file, _, heading = target.partition("#")
         if "://" in target:
