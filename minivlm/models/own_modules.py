@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -40,7 +40,13 @@ class OwnTower:
     widths: tuple[int, ...] = ()
     output_width: int | None = None  # of the vector that CLIP uses
 
+    def __post_init__(self):
+        if not len(self.layers) == len(self.counts) == len(self.widths):
+            raise ValueError("layers, counts and widths of a vision tower are not equally many")
+
     def features_at(self, layer: int) -> tuple[int, int]:
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} of {self.module} was not measured, but {self.layers}")
         i = self.layers.index(layer)
         return self.counts[i], self.widths[i]
 
@@ -69,6 +75,11 @@ def describe(config: Any, **modules: nn.Module | None) -> Any:
     must have, and for a config that needs one that is not given."""
     if "encoder" in {field.name for field in fields(config)}:
         return replace(config, encoder=describe(config.encoder, **modules))
+    required = {field.name for field in fields(config) if field.default is MISSING}
+    if any(module is None is getattr(config, name) and name in required for name, module in modules.items()):
+        raise UserError(
+            "the config describes neither this part nor was a module given for it, such as vision=my_tower."
+        )
     if torch.empty(0).device.type == "meta":  # a skeleton: `fit` has measured them
         return config
     found = {}
@@ -87,10 +98,6 @@ def either(module: nn.Module | None, make: Callable[..., nn.Module], config: Any
         return module
     if isinstance(config, (OwnTower, OwnText)):
         return StandIn(config)
-    if config is None:
-        raise UserError(
-            "the config describes neither this part nor was a module given for it, such as vision=my_tower."
-        )
     return make(config, *args, **options)
 
 

@@ -249,7 +249,22 @@ def test_a_ready_tower_of_ours_needs_no_module_to_come_back(tmp_path):
         VQAModel.from_pretrained(tmp_path, vision=tower)
 
 
+def test_a_directory_whose_sizes_were_changed_is_refused(tmp_path):
+    ImageCaptioningModel(CAPTIONER, vision=Tower()).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    vision = stored["config"]["vision"]
+    assert vision["type"] == "OwnTower" and (vision["counts"], vision["widths"]) == ([4], [WIDTH])
+    for changes, message in (
+        ({"vision": vision | {"counts": []}}, "layers, counts and widths of a vision tower are not equally many"),
+        ({"vision": vision | {"layers": [-2]}}, "layer -1 of .*:Tower was not measured"),
+        ({"language": None}, "the config describes neither this part nor was a module given"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(stored | {"config": stored["config"] | changes}))
+        for read in (info, lambda path: minivlm.load(path, vision=Tower())):
+            with pytest.raises(UserError, match=message):
+                read(tmp_path)
+
+
 def test_a_module_of_ones_own_has_no_published_form(tmp_path):
-    VQAModel(VQA, vision=Tower()).save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["config"]["vision"]
-    assert stored["type"] == "OwnTower" and (stored["counts"], stored["widths"]) == ([4], [WIDTH])
+    with pytest.raises(UserError, match=r"layout='hf' has no place for .*:Tower, .*:Vector: leave it out"):
+        CLIP(CLIP_CONFIG, vision=Tower(), text=Vector()).save_pretrained(tmp_path, layout="hf")
