@@ -99,7 +99,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
                     score = job.validate()
             except UserError as error:
                 raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
-            run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 2)
+            run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 3)
             random[0] = processes.random_state(device)  # validation may have drawn from it
             run.save(step, model, job.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")

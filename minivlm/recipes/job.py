@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from minivlm.datasets.contents import stand_ins
 from minivlm.datasets.order import Order
 from minivlm.metrics import Score
 from minivlm.processor import Processor
-
-if TYPE_CHECKING:
-    from minivlm.recipes.recipe import Recipe
 
 
 @dataclass(eq=False)
@@ -33,7 +30,7 @@ class Job:
     of_classes     it is judged by lessons about classes
     """
 
-    recipe: Recipe
+    recipe: Any  # a `Recipe`
     model: nn.Module
     processor: Processor
     samples: Any
