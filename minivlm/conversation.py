@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minivlm.chat_templates import (
     CHOICES,
-    DESCRIBE,  # noqa: F401  said from here as well
+    DESCRIBE,  # noqa: F401  a name of this module as well
     TEMPLATES,
     ChatTemplate,
     Turn,
@@ -34,12 +34,12 @@ IGNORED = -100  # the label of a token that is not learnt
 
 
 def with_images(text: str, images: int = 1) -> str:
-    """The text, all of it words, with its pictures in front, each on a line of its own, as LLaVA was trained."""
+    """The text, plain, with its images in front, each on a line of its own, as LLaVA was trained."""
     return f"{PLACEHOLDER}\n" * images + as_text(text)
 
 
 def with_chat(processor: Processor, chat: str | None = None, system: str | None = None) -> Processor:
-    """The processor with another chat template, or another text for the system to say ("" for none).
+    """The processor with another chat template, or another system text ("" for none).
 
     UserError: no such template, and a system's text where the template has no place for it.
     """
@@ -68,7 +68,7 @@ def template_of(processor: Processor) -> ChatTemplate:
 class Sample(NamedTuple):
     tokens: list[int]
     labels: list[int]  # aligned with tokens; IGNORED: not learnt
-    roles: list[str]  # who says it, one for each token
+    roles: list[str]  # whose turn it is of, one for each token
     cut: int = 0  # tokens of text that the context had no room for
 
 
@@ -94,7 +94,7 @@ def encode_conversation(
         turns = [Turn("system", template.default_system), *turns]
     if turns[0].role == "system" and template.system is None:
         raise UserError(
-            f"the chat template {processor.config.chat} has no place for a system's text: leave it out, or say it to the "
+            f"the chat template {processor.config.chat} has no place for a system's text: leave it out, or put it into the "
             "user's first turn."
         )
     sample = Sample([], [], [])
@@ -151,7 +151,7 @@ def append(sample: Sample, tokens: list[int], role: str, *, learnt: bool = False
 
 
 def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prompt: bool = False) -> None:
-    """UserError, one sentence, unless user and assistant take turns, the user first; every answer says something; and
+    """UserError, one sentence, unless user and assistant take turns, the user first; no answer is empty; and
     `<image>` stands in the user's texts, as often as there are `images`. (Where it is plain text, see `as_text`.)"""
     roles = [turn.role for turn in turns]
     for number, turn in enumerate(turns, 1):
@@ -163,7 +163,7 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
             raise UserError(f"turns {number - 1} and {number} are both the {turn.role}'s: join them into one.")
         if turn.role != "user" and PLACEHOLDER in turn.text:
             raise UserError(
-                f"turn {number} has an {PLACEHOLDER} mark, but only what the user says comes with pictures."
+                f"turn {number} has an {PLACEHOLDER} placeholder, but only the user's turns come with images."
             )
         if turn.role == "assistant" and not turn.text.strip():
             raise UserError(f"turn {number}, the assistant's, is empty: an answer has at least one word.")
@@ -173,11 +173,11 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
     if prompt and of_turns[-1:] != ["user"]:
         raise UserError("there is nothing to be answered: the user has the last word of a prompt.")
     if not prompt and "assistant" not in of_turns:
-        raise UserError("there is nothing to learn in this conversation: the assistant says nothing.")
-    placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
-    if images is not None and placeholders != images:
+        raise UserError("there is nothing to learn in this conversation: it has no turn of the assistant.")
+    n = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    if images is not None and n != images:
         raise UserError(
-            f"the number of {PLACEHOLDER} marks in the conversation is {placeholders}, but that of its images is {images}."
+            f"the number of {PLACEHOLDER} placeholders in the conversation is {n}, but that of its images is {images}."
         )
 
 
@@ -231,7 +231,7 @@ def fit(sample: Sample, processor: Processor, context: int, *, prompt: bool) -> 
     tokens, labels, roles = ([values[i] for i in kept] for values in sample[:3])
     if len(tokens) > context or all(label == IGNORED for label in labels):
         raise UserError(
-            f"the conversation has {len(sample.tokens)} tokens, {len(sample.tokens) - len(text)} of them for pictures, "
+            f"the conversation has {len(sample.tokens)} tokens, {len(sample.tokens) - len(text)} of them for images, "
             f"and no answer lies within the context of {context}: shorten what is before it."
         )
     return Sample(tokens, labels, roles, surplus)

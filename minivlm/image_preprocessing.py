@@ -42,8 +42,8 @@ def open_image(picture: Picture) -> Image.Image:
         try:
             return to_rgb(picture)
         except Exception as error:  # one that was opened, but never loaded, fails in as many ways as a file
-            raise UserError(f"a picture cannot be read: {reason(error)}.") from error
-    raise TypeError(f"a picture is a PIL image, a path or an array, not {type(picture).__name__}")
+            raise UserError(f"an image cannot be read: {reason(error)}.") from error
+    raise TypeError(f"an image is a PIL image, a path or an array, not {type(picture).__name__}")
 
 
 def views(image: Image.Image, config: ProcessorConfig) -> list[np.ndarray]:
@@ -93,7 +93,7 @@ def resize(image: Image.Image, config: ProcessorConfig, times: int = 1) -> Image
     if W * H <= MAX_PIXELS:
         return image.resize((W, H), Resampling[c.resample.upper()])
     if c.crop == "none":
-        raise UserError(f"a picture of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
+        raise UserError(f"an image of {image.width}×{image.height} is too narrow to be resized to {W}×{H} pixels.")
     return resize_middle(image, (W, H), config, times, Resampling[c.resample.upper()])
 
 

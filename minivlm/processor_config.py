@@ -56,4 +56,4 @@ class ProcessorConfig:
     def __post_init__(self):
         squashed = self.resize == "squash" and self.resize_to in (None, self.image_size)
         if self.tiles > 1 and not squashed and "none" in (self.resize, self.crop):
-            raise ValueError("tiles need pictures of one size: resize to the shortest side and crop, or squash")
+            raise ValueError("tiles need images of one size: resize to the shortest side and crop, or squash")

@@ -183,7 +183,7 @@ def read_processor(directory: Path, values: dict[str, Any], config: LLaVAConfig)
     images = preprocessing.read_images(directory, config.vision.image_size, defaults)
     if images["image_size"] != config.vision.image_size:
         raise UserError(
-            f"{directory} prepares pictures of {images['image_size']} pixels, but the vision tower in config.json "
+            f"{directory} prepares images of {images['image_size']} pixels, but the vision tower in config.json "
             f"reads {config.vision.image_size}."
         )
     processor = preprocessing.make_processor(
