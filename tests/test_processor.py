@@ -164,9 +164,9 @@ def test_a_picture_in_memory_lies_as_its_exif_says_and_a_broken_one_is_one_sente
     by_path = processor.images([tmp_path / "a.jpg"])
     assert torch.equal(processor.images([Image.open(tmp_path / "a.jpg")]), by_path)
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"an? (picture|image) cannot be read: image file is truncated"):
+    with pytest.raises(UserError, match="an image cannot be read: image file is truncated"):
         processor.images([Image.open(tmp_path / "b.jpg")])
-    with pytest.raises(UserError, match=r"an? (picture|image) cannot be read: its pixels are floating-point numbers"):
+    with pytest.raises(UserError, match="an image cannot be read: its pixels are floating-point numbers"):
         processor.images([Image.new("F", (4, 4))])
 
 

@@ -177,11 +177,11 @@ GOOD = entry("<image> q", "a", image="0.png")
         (entry("<image> q", "a", image="9.png", id="x7"), r"entry 2 \(id x7\): there is no image '9\.png'"),
         (
             entry("q", "a", image="0.png"),
-            "entry 2: the number of <image> (marks|placeholders) in the conversation is 0, .* is 1",
+            "entry 2: the number of <image> placeholders in the conversation is 0, .* is 1",
         ),
         (
             entry("<image> q", "a"),
-            "entry 2: the number of <image> (marks|placeholders) in the conversation is 1, .* is 0",
+            "entry 2: the number of <image> placeholders in the conversation is 1, .* is 0",
         ),
         (entry("<image> q", "", image="0.png"), r"entry 2: turn 2, the assistant's, is empty: .* word\.$"),
         (entry("<image> q", image="0.png"), "entry 2: there is nothing to learn"),

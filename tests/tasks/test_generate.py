@@ -201,12 +201,12 @@ class TestRefusals:
             (
                 ["red"],
                 "<image> <image> which?",
-                "(marks|placeholders) in the conversation is 2, but that of its images is 1",
+                "placeholders in the conversation is 2, but that of its images is 1",
             ),
             (
                 ["red", "red", "red"],
                 "<image> which?",
-                "(marks|placeholders) in the conversation is 1, but that of its images is 3",
+                "placeholders in the conversation is 1, but that of its images is 3",
             ),
         ],
     )
