@@ -2,12 +2,11 @@
 
 import argparse
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
-from minivlm.bench import blip2, clip, contest, generation, llava, loss, main
+from minivlm.bench import clip, contest, generation, llava, loss, main
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModelConfig, VisionConfig
 from minivlm.losses import next_token_loss
@@ -90,9 +89,9 @@ class TestLLaVA:
         LLaVA(LLaVAConfig(vision=vision, language=language, image_token=llava.IMAGE_TOKEN)).save_pretrained(tmp_path)
         return str(tmp_path)
 
-    def test_speaks_64_tokens_and_tells_how_long_they_took(self, directory):
+    def test_generates_64_tokens_and_gives_the_seconds_they_took(self, directory):
         model = generation.load_minivlm(directory, torch.float32)
-        speak = generation.speak_minivlm(directory, torch.float32, 2, 256)
+        speak = generation.generate_minivlm(directory, torch.float32, 2, "llava")
         start = time.perf_counter()
         spoken = speak()
         passed = time.perf_counter() - start
@@ -118,20 +117,28 @@ class TestLLaVA:
             "minivlm": dict(values=(turn(0.2, 0.01, said), turn(0.2, 0.01, said))),
             "transformers": dict(values=(turn(0.3, 0.02, said), turn(0.3, 0.02, [[2] * 4 + [1] * 60]))),
         }
-        generation.print_speaking(rows, 1)
+        generation.print_generation(rows, 1)
         out = capsys.readouterr().out
         assert "a token: minivlm takes 1/2.00" in out and "the first token: minivlm takes 1/1.50" in out
         assert "60 of 64 tokens are those of transformers" in out and "100.0" in out
 
 
-@pytest.mark.parametrize("lm", blip2.LANGUAGE_MODELS)
-def test_a_blip2_speaks_the_same_in_transformers_and_here(lm, tmp_path):
+@pytest.mark.parametrize("kind", generation.PLACEHOLDERS)
+def test_a_model_generates_the_same_in_transformers_and_here(kind, tmp_path):
     pytest.importorskip("transformers")
-    language = replace(blip2.LANGUAGE_MODELS[lm](), width=64, depth=2, mlp_width=24)
-    blip2.save_model(str(tmp_path), language)
-    options = (str(tmp_path), torch.float32, 1, blip2.QUERIES)
-    ours, theirs = generation.speak_minivlm(*options)(), generation.speak_transformers(*options, "sdpa")()
-    assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == 64
+    thin = dict(width=64, depth=4, mlp_width=96)
+    language = generation.LANGUAGE_MODELS.get(kind, generation.llama)(**thin)
+    tower = (
+        None
+        if kind in generation.LANGUAGE_MODELS
+        else generation.vision(
+            width=24, depth=2, heads=2, patch_size=14 if kind == "llava" else 56, activation="quick_gelu"
+        )
+    )
+    generation.build(kind, tower=tower, language=language).save_pretrained(tmp_path, layout="hf")
+    options = (str(tmp_path), torch.float32, 2, kind)
+    ours, theirs = generation.generate_minivlm(*options)(), generation.generate_transformers(*options, "sdpa")()
+    assert ours["tokens"] == theirs["tokens"] and len(ours["tokens"][0]) == generation.NEW_TOKENS
     assert theirs["first"] > 0 and theirs["step"] > 0
 
 

@@ -38,12 +38,12 @@ def test_all_stand_between_the_same_tower_and_language_model(capsys):
     assert [row.image_tokens for row in rows.values()] == [256, 256, 16, 8, 16]
     linear, mlp, _, few, more = (row.parameters for row in rows.values())
     assert linear == 385 * 512 and mlp == linear + 513 * 512 and more - few == 8 * 384
-    connectors.tell_what_else_differs(rows)
+    connectors.note_other_differences(rows)
     assert capsys.readouterr().out == ""
     model = blip2()
     expected = sum(p.numel() for part in (model.qformer, model.projection) for p in part.parameters())
     assert connectors.Sizes.of(model).parameters == expected
-    connectors.tell_what_else_differs({"a": connectors.Sizes.of(model), "b": connectors.Sizes.of(MODELS["t5"]())})
+    connectors.note_other_differences({"a": connectors.Sizes.of(model), "b": connectors.Sizes.of(MODELS["t5"]())})
     assert "b and a differ in their language model as well" in capsys.readouterr().out
 
 
@@ -67,17 +67,17 @@ def test_a_step_teaches_all_but_the_tower(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_speak(name):
+def test_all_generate(name):
     model = MODELS[name]()
-    said = connectors.speak(MODELS[name], (), torch.float32, 5, 4)()
+    new = connectors.generate(MODELS[name], (), torch.float32, 5, 4)()
     images, tokens = connectors.prompt(model, 1, 5)
-    assert said["tokens"] == model.generate(images, tokens, max_new_tokens=4, end_tokens=()).tolist()
+    assert new["tokens"] == model.generate(images, tokens, max_new_tokens=4, end_tokens=()).tolist()
 
 
 def test_as_many_tokens_as_all_have_room_for():
     assert connectors.lengths([1000, 96]) == (32, 64)
     assert connectors.lengths([1000, 30]) == (10, 20)
-    with pytest.raises(UserError, match="has room for 2 tokens beside a picture"):
+    with pytest.raises(UserError, match="has room for 2 tokens beside an image"):
         connectors.lengths([2, 96])
 
 

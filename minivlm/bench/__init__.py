@@ -1,5 +1,5 @@
-"""How fast, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava | blip2 |
-flamingo`; and what different connectors cost and are worth: `python -m minivlm.bench connectors [--models …]`.
+"""Speed, beside others in the same run: `python -m minivlm.bench clip | loss | load | decode | llava | blip2 |
+flamingo`; and what connectors cost, and how well they answer: `python -m minivlm.bench connectors [--models …]`.
 
 Every contestant lives in a process of its own (so that its memory can be told apart) and they take turns, round after
 round, so that a machine that slows down slows all of them. What counts is the ratio within one run.
@@ -8,11 +8,12 @@ open_clip and transformers take part where they are installed; each is given its
 
 from __future__ import annotations
 
-from minivlm.bench.blip2 import LANGUAGE_MODELS, bench_blip2
+from functools import partial
+
 from minivlm.bench.clip import SIZES, bench_clip, bench_load
 from minivlm.bench.connectors import bench_connectors
-from minivlm.bench.flamingo import bench_flamingo
-from minivlm.bench.llava import bench_decode, bench_llava
+from minivlm.bench.generation import LANGUAGE_MODELS, bench_generation
+from minivlm.bench.llava import bench_llava
 from minivlm.bench.loss import bench_loss
 from minivlm.command_line import Parser
 from minivlm.errors import UserError
@@ -21,10 +22,10 @@ BENCHES = {
     "clip": bench_clip,
     "loss": bench_loss,
     "load": bench_load,
-    "decode": bench_decode,
+    "decode": partial(bench_generation, "llava", (1, 8)),
     "llava": bench_llava,
-    "blip2": bench_blip2,
-    "flamingo": bench_flamingo,
+    "blip2": lambda options: bench_generation(options.lm, (1,), options),
+    "flamingo": partial(bench_generation, "idefics", (1,)),
     "connectors": bench_connectors,
 }
 

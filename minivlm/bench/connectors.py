@@ -1,9 +1,9 @@
-"""What stands between the eyes and the language model: what each kind costs, and, once trained, what it is worth.
+"""Connectors of a vision tower and a language model: what each kind costs, and, once trained, how well it answers.
 
     vision tower, the same ─→ connector ─→ image tokens ─→ language model, the same
 
 A connector gives many tokens (linear, MLP: one for each patch) or few (resampler: its latents; Q-Former: its queries).
-Every token costs when a picture is read and when the language model is trained.
+Every token costs time when an answer is generated and when the language model is trained.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from minivlm import checkpoint
-from minivlm.bench import llava
 from minivlm.bench.contest import compare, precisions, training_step
-from minivlm.bench.generation import IMAGE_TOKEN, NEW_TOKENS, WORDS, speaker, turns
+from minivlm.bench.generation import IMAGE_TOKEN, NEW_TOKENS, WORDS, generator, llama, turns
+from minivlm.bench.generation import vision as small_tower
 from minivlm.errors import UserError
 from minivlm.layers import T5, ImageFeatures, PerceiverConfig, QFormerConfig
 from minivlm.metrics import Score
@@ -32,20 +32,20 @@ SAMPLES = 8  # of a training step
 
 
 def projected(kind: str, resampler: PerceiverConfig | None = None) -> LLaVA:
-    vision, language = llava.sizes()
+    vision, language = small_tower(activation="quick_gelu"), llama()
     connector = dict(projector=kind, resampler=resampler)
     return LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN, **connector))
 
 
 def queried(queries: int) -> BLIP2:
-    vision, language = llava.sizes()
+    vision, language = small_tower(activation="quick_gelu"), llama()
     qformer = QFormerConfig(queries=queries, width=384, depth=6, heads=6, context_width=vision.width)
-    seen = dict(vision_layers=(-2,), class_token=False, vision_norm=False)  # as a LLaVA
-    return BLIP2(BLIP2Config(vision=vision, qformer=qformer, language=language, image_token=IMAGE_TOKEN, **seen))
+    layer = dict(vision_layers=(-2,), class_token=False, vision_norm=False)  # as a LLaVA
+    return BLIP2(BLIP2Config(vision=vision, qformer=qformer, language=language, image_token=IMAGE_TOKEN, **layer))
 
 
 def resampled(latents: int) -> LLaVA:
-    vision, _ = llava.sizes()
+    vision = small_tower()
     sizes = dict(width=384, depth=3, heads=6, context_width=vision.width)
     return projected("resampler", PerceiverConfig(latents=latents, **sizes))
 
@@ -97,7 +97,7 @@ def prompt(model: Model, B: int, words: int) -> tuple[Tensor, Tensor]:
 
 
 def train(build: Callable, arguments: tuple, precision: str, B: int, words: int) -> Callable[[], float]:
-    """A step in which all but the vision tower is trained; what that saw of the pictures is given."""
+    """A step in which all but the vision tower is trained; whose features are given."""
     model = build(*arguments)
     model.freeze("vision")
     images, tokens = prompt(model, B, words)
@@ -110,10 +110,10 @@ def train(build: Callable, arguments: tuple, precision: str, B: int, words: int)
     return training_step(model, lambda: model.losses(tokens, labels, features)["next token"], precision)
 
 
-def speak(build: Callable, arguments: tuple, dtype: torch.dtype, words: int, new_tokens: int) -> Callable[[], dict]:
+def generate(build: Callable, arguments: tuple, dtype: torch.dtype, words: int, new_tokens: int) -> Callable[[], dict]:
     model = build(*arguments).to(dtype).eval()
     images, tokens = prompt(model, 1, words)
-    return speaker(model, images.to(dtype), tokens, new_tokens)
+    return generator(model, images.to(dtype), tokens, new_tokens)
 
 
 # ---- trained models --------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def speak(build: Callable, arguments: tuple, dtype: torch.dtype, words: int, new
 def examine(directory: str, data: str) -> Sizes:
     """A trained model's sizes, and how many of the held-out questions it answers rightly.
 
-    UserError: a model that does not converse about pictures, and data without questions.
+    UserError: a model that answers no questions about images, and data without questions.
     """
     from minivlm.datasets.conversations import open_conversations
     from minivlm.evaluate import ask
@@ -137,8 +137,8 @@ def examine(directory: str, data: str) -> Sizes:
     return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, talk, questions))["accuracy"])
 
 
-def tell_what_else_differs(rows: dict[str, Sizes]) -> None:
-    """Tell where it is not the connectors alone that differ."""
+def note_other_differences(rows: dict[str, Sizes]) -> None:
+    """Print a note where it is not the connectors alone that differ."""
     (first, known), *others = rows.items()
     for name, row in others:
         unlike = [
@@ -160,18 +160,18 @@ def bench_connectors(options: argparse.Namespace) -> None:
     else:
         builders = CONNECTORS
         rows = {name: Sizes.of(build(*arguments)) for name, (build, arguments) in builders.items()}
-    tell_what_else_differs(rows)
+    note_other_differences(rows)
     words, new_tokens = lengths([row.room for row in rows.values()])
     B = options.batch or SAMPLES
     for precision, dtype in precisions(options.precision):
         print(
             f"\nconnectors, {words} tokens of text, {precision}, {torch.get_num_threads()} threads. A training step has "
-            f"{B} samples; all but the vision tower learns, whose features are given.\n{new_tokens} tokens are said, greedily, "
-            "batch 1. Memory: at its peak, beyond that of the weights."
+            f"{B} samples; all but the vision tower learns, whose features are given.\n{new_tokens} tokens are generated, "
+            "greedily, batch 1. Memory: at its peak, beyond that of the weights."
         )
         steps = compare({name: (train, (*b, precision, B, words)) for name, b in builders.items()}, options.rounds)
-        speakers = {name: (speak, (*b, dtype, words, new_tokens)) for name, b in builders.items()}
-        print_connectors(rows, steps, compare(speakers, options.rounds, 0.0), B)
+        contestants = {name: (generate, (*b, dtype, words, new_tokens)) for name, b in builders.items()}
+        print_connectors(rows, steps, compare(contestants, options.rounds, 0.0), B)
 
 
 def lengths(rooms: Sequence[int]) -> tuple[int, int]:
@@ -181,16 +181,16 @@ def lengths(rooms: Sequence[int]) -> tuple[int, int]:
     new_tokens = min(NEW_TOKENS, room - words)
     if words < 1 or new_tokens < 3:
         raise UserError(
-            f"a language model has room for {room} tokens beside a picture, which is too few to measure with."
+            f"a language model has room for {room} tokens beside an image, which is too few to measure with."
         )
     return words, new_tokens
 
 
-HEADER = ("", "image tokens", "parameters", "training", "speaking", "first token", "MB training", "MB speaking")
+HEADER = ("", "image tokens", "parameters", "training", "generation", "first token", "MB training", "MB generation")
 
 
-def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], spoken: dict[str, dict], B: int) -> None:
-    """steps, spoken: what `compare` tells of `train` and of `speak`, by row."""
+def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], generated: dict[str, dict], B: int) -> None:
+    """steps, generated: what `compare` gives for `train` and `generate`, by row."""
     judged = any(row.accuracy for row in rows.values())
     lines = [[*HEADER, "accuracy", "chance"] if judged else [*HEADER]]
     for name, row in rows.items():
@@ -200,10 +200,10 @@ def print_connectors(rows: dict[str, Sizes], steps: dict[str, dict], spoken: dic
                 f"{row.image_tokens}",
                 f"{row.parameters:,}",
                 f"{B / steps[name]['median']:.1f} samples/s",
-                f"{1 / turns(spoken[name], 'step')[1]:.1f} tokens/s",
-                f"{1e3 * turns(spoken[name], 'first')[1]:.1f} ms",
+                f"{1 / turns(generated[name], 'step')[1]:.1f} tokens/s",
+                f"{1e3 * turns(generated[name], 'first')[1]:.1f} ms",
                 f"{steps[name]['memory'] / 2**20:.0f}",
-                f"{spoken[name]['memory'] / 2**20:.0f}",
+                f"{generated[name]['memory'] / 2**20:.0f}",
             ]
         )
         if row.accuracy is not None:

@@ -1,21 +1,101 @@
-"""How fast a model with eyes speaks, in minivlm and in transformers with the same weights, and whether it says the same."""
+"""How fast a model generates a text about an image, in minivlm and in transformers with the same weights, and whether the
+text is the same: a LLaVA, a BLIP-2 with an OPT or a T5, an IDEFICS, each untrained, in its published layout."""
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.bench.contest import import_peer, print_ratios, quartiles
+from minivlm.bench.contest import compare, import_peer, precisions, print_ratios, quartiles
+from minivlm.layers import GatedConfig, LanguageModelConfig, PerceiverConfig, QFormerConfig, T5Config, VisionConfig
+from minivlm.model import Model
+from minivlm.models.blip2 import BLIP2, BLIP2Config
+from minivlm.models.flamingo import Flamingo, FlamingoConfig
+from minivlm.models.llava import LLaVA, LLaVAConfig
 
 VOCABULARY, IMAGE_TOKEN = 8000, 7999
-WORDS, NEW_TOKENS = 32, 64  # of the prompt beside the picture, and of the answer
+WORDS, NEW_TOKENS = 32, 64  # of the prompt beside the image, and of the answer
+
+# ---- the models ------------------------------------------------------------------------------------------------------
+
+
+def vision(**changes) -> VisionConfig:
+    """A vision tower of 384 × 6, of 256 patches."""
+    return VisionConfig(**{**dict(image_size=224, patch_size=14, width=384, depth=6, heads=6), **changes})
+
+
+def llama(**changes) -> LanguageModelConfig:
+    """A LLaMA of 512 × 12."""
+    bare = dict(qkv_bias=False, out_bias=False, mlp_bias=False)
+    kind = dict(rope_theta=1e4, positions="none", norm="rmsnorm", activation="silu", gated_mlp=True, **bare)
+    sizes = dict(width=512, depth=12, heads=8, mlp_width=1376, vocab_size=VOCABULARY, context=2048)
+    return LanguageModelConfig(**{**sizes, **kind, **changes})
+
+
+def opt(**changes) -> LanguageModelConfig:
+    """An OPT of 512 × 12."""
+    sizes = dict(width=512, depth=12, heads=8, vocab_size=VOCABULARY, context=512)
+    return LanguageModelConfig(**{**sizes, "activation": "relu", "position_offset": 2, **changes})
+
+
+def t5(**changes) -> T5Config:
+    """A Flan-T5 of 512 × (6 + 6)."""
+    sizes = dict(width=512, depth=6, heads=8, mlp_width=1376, vocab_size=VOCABULARY)
+    return T5Config(**{**sizes, "activation": "gelu_tanh", "gated_mlp": True, "tie_head": False, **changes})
+
+
+LANGUAGE_MODELS = {"opt": opt, "t5": t5}
+PLACEHOLDERS = {"llava": 256, "opt": 32, "t5": 32, "idefics": 1}  # of an image in the prompt, by model
+
+
+def build(kind: str, *, tower: VisionConfig | None = None, language=None) -> Model:
+    """One of the `PLACEHOLDERS`. tower, language: in place of those above."""
+    if kind == "llava":
+        tower = tower or vision(activation="quick_gelu")
+        return LLaVA(LLaVAConfig(vision=tower, language=language or llama(), image_token=IMAGE_TOKEN))
+    if kind in LANGUAGE_MODELS:
+        tower = tower or vision(embedding_norm=False, patch_bias=True)
+        queries = dict(queries=PLACEHOLDERS[kind], width=384, depth=6, heads=6, context_width=tower.width)
+        language = language or LANGUAGE_MODELS[kind]()
+        parts = dict(vision=tower, qformer=QFormerConfig(**queries), language=language)
+        return BLIP2(BLIP2Config(**parts, image_token=IMAGE_TOKEN))
+    tower = tower or vision(activation="quick_gelu")
+    resampler = PerceiverConfig(width=tower.width, depth=2, heads=6, latents=64, activation="relu")
+    gated = GatedConfig(norm="rmsnorm", activation="silu", gated_mlp=True, gate="channel")
+    language = replace(language or llama(), tie_head=False)
+    parts = dict(vision=tower, vision_norm=False, language=language, resampler=resampler, gated=gated, every=4)
+    model = Flamingo(FlamingoConfig(**parts, image_token=IMAGE_TOKEN))
+    for block in model.gated:
+        for gate in (block.attention_gate, block.mlp_gate):
+            nn.init.constant_(gate, 0.5)  # half open
+    return model
+
+
+def bench_generation(kind: str, rows: tuple[int, ...], options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = build(kind)
+        model.save_pretrained(directory, layout="hf")
+        for precision, dtype in precisions(options.precision):
+            for B in (options.batch,) if options.batch else rows:
+                print(
+                    f"\n{type(model).__name__} ({kind}) generates: {PLACEHOLDERS[kind]} image and {WORDS} text tokens, "
+                    f"{NEW_TOKENS} new ones, greedy, batch {B}, {precision}, {torch.get_num_threads()} threads"
+                )
+                peers = contestants(generate_minivlm, generate_transformers, precision, directory, dtype, B, kind)
+                print_generation(compare(peers, options.rounds, 0.0), B)
+
+
+# ---- a turn ----------------------------------------------------------------------------------------------------------
 
 
 def inputs(B: int, words: int, image_tokens: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, 224, 224), and tokens (B, image_tokens + words): a word, the picture, more words."""
+    """Images (B, 3, 224, 224), and tokens (B, image_tokens + words): a word, the image, more words."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, IMAGE_TOKEN, (B, words), generator=generator)
     tokens = torch.cat([text[:, :1], torch.full((B, image_tokens), IMAGE_TOKEN), text[:, 1:]], dim=1)
@@ -47,58 +127,53 @@ def contestants(minivlm: Callable, transformers: Callable, precision: str, *argu
     return peers
 
 
-def speak_minivlm(directory: str, dtype: torch.dtype, B: int, image_tokens: int) -> Callable[[], dict]:
-    model = load_minivlm(directory, dtype)
-    images, tokens = inputs(B, WORDS, image_tokens)
-    return speaker(model, images.to(dtype), tokens, NEW_TOKENS)
+def generate_minivlm(directory: str, dtype: torch.dtype, B: int, kind: str) -> Callable[[], dict]:
+    images, tokens = inputs(B, WORDS, PLACEHOLDERS[kind])
+    images = images[:, None] if kind == "idefics" else images
+    return generator(load_minivlm(directory, dtype), images.to(dtype), tokens, NEW_TOKENS)
 
 
-def speaker(model: nn.Module, images: Tensor, tokens: Tensor, new_tokens: int) -> Callable[[], dict]:
+def generator(model: nn.Module, images: Tensor, tokens: Tensor, new_tokens: int) -> Callable[[], dict]:
     """One turn of a model of ours: `new_tokens` a row, none of which ends it."""
 
-    def speak() -> dict:
-        times, said = [time.perf_counter()], []
+    def turn() -> dict:
+        times, new = [time.perf_counter()], []
         for token in model.stream(images, tokens, max_new_tokens=new_tokens, end_tokens=()):
             times.append(time.perf_counter())
-            said.append(token)
-        return spoken(times, torch.stack(said, dim=1))
+            new.append(token)
+        return timed(times, torch.stack(new, dim=1))
 
-    return speak
-
-
-def speak_transformers(
-    directory: str, dtype: torch.dtype, B: int, image_tokens: int, attention: str
-) -> Callable[[], dict]:
-    images, tokens = inputs(B, WORDS, image_tokens)
-    return speaker_of_transformers(load_transformers(directory, dtype, attention), images.to(dtype), tokens)
+    return turn
 
 
-def speaker_of_transformers(model: nn.Module, images: Tensor, tokens: Tensor, **more) -> Callable[[], dict]:
-    """One turn of a model of theirs: NEW_TOKENS a row, none of which ends it. more: what its `generate` wants besides."""
-    model.eval()
+def generate_transformers(directory: str, dtype: torch.dtype, B: int, kind: str, attention: str) -> Callable[[], dict]:
+    """One turn of a model of theirs: NEW_TOKENS a row, none of which ends it."""
+    model = load_transformers(directory, dtype, attention).eval()
     times: list[float] = []
     model.get_output_embeddings().register_forward_hook(lambda *_: times.append(time.perf_counter()))
-    length = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    images, tokens = inputs(B, WORDS, PLACEHOLDERS[kind])
+    length, more = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS), {}
+    if kind == "idefics":
+        images, more = images[:, None], dict(image_attention_mask=(tokens == IMAGE_TOKEN).cumsum(dim=1)[..., None])
 
-    def speak() -> dict:
+    def turn() -> dict:
         times[:] = [time.perf_counter()]
-        mask = torch.ones_like(tokens)
         y = model.generate(
             input_ids=tokens,
-            pixel_values=images,
-            attention_mask=mask,
+            pixel_values=images.to(dtype),
+            attention_mask=torch.ones_like(tokens),
             do_sample=False,
             pad_token_id=0,
             **length,
             **more,
         )
-        return spoken(times, y[:, -NEW_TOKENS:])
+        return timed(times, y[:, -NEW_TOKENS:])
 
-    return speak
+    return turn
 
 
-def spoken(times: list[float], tokens: Tensor) -> dict:
-    """Seconds to the first token, then for each further one; and what was said."""
+def timed(times: list[float], tokens: Tensor) -> dict:
+    """Seconds to the first token, then for each further one; and the tokens."""
     return dict(first=times[1] - times[0], step=(times[-1] - times[1]) / (len(times) - 2), tokens=tokens.tolist())
 
 
@@ -107,7 +182,7 @@ def turns(row: dict, what: str) -> tuple[float, float, float]:
     return quartiles([value[what] for value in row["values"]])
 
 
-def print_speaking(rows: dict[str, dict], B: int) -> None:
+def print_generation(rows: dict[str, dict], B: int) -> None:
     print(f"{'':20} tokens/s  (quartiles)          ms/token   ms to the first token")
     first, step = {}, {}
     for name, row in rows.items():

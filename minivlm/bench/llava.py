@@ -1,4 +1,4 @@
-"""A LLaVA, with the same weights as transformers' beside it: how fast it speaks, and a step of its training."""
+"""A training step of a LLaVA, with the same weights as transformers' beside it."""
 
 from __future__ import annotations
 
@@ -12,69 +12,19 @@ from torch import Tensor
 from minivlm.bench.contest import compare, precisions, print_ratios, training_step
 from minivlm.bench.generation import (
     IMAGE_TOKEN,
-    NEW_TOKENS,
-    VOCABULARY,
-    WORDS,
+    PLACEHOLDERS,
+    build,
     contestants,
     inputs,
     load_minivlm,
     load_transformers,
-    print_speaking,
-    speak_minivlm,
-    speak_transformers,
 )
-from minivlm.layers import LanguageModelConfig, VisionConfig
-from minivlm.models.llava import LLaVA, LLaVAConfig
 
-IMAGE_TOKENS = 256
-
-
-def save_model(directory: str) -> None:
-    """A vision tower of 384 × 6, a language model of 512 × 12, untrained, in the published layout."""
-    vision, language = sizes()
-    model = LLaVA(LLaVAConfig(vision=vision, language=language, image_token=IMAGE_TOKEN))
-    model.save_pretrained(directory, layout="hf")
-
-
-def sizes() -> tuple[VisionConfig, LanguageModelConfig]:
-    vision = VisionConfig(image_size=224, patch_size=14, width=384, depth=6, heads=6, activation="quick_gelu")
-    language = LanguageModelConfig(
-        width=512,
-        depth=12,
-        heads=8,
-        mlp_width=1376,
-        vocab_size=VOCABULARY,
-        context=2048,
-        rope_theta=1e4,
-        positions="none",
-        norm="rmsnorm",
-        activation="silu",
-        gated_mlp=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-    )
-    return vision, language
-
-
-def bench_decode(options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        save_model(directory)
-        for precision, dtype in precisions(options.precision):
-            for B in (options.batch,) if options.batch else (1, 8):
-                print(
-                    f"\nLLaVA speaks: a picture of {IMAGE_TOKENS} tokens, {WORDS} of text, {NEW_TOKENS} new ones, greedy, "
-                    f"batch {B}, {precision}, {torch.get_num_threads()} threads"
-                )
-                peers = contestants(speak_minivlm, speak_transformers, precision, directory, dtype, B, IMAGE_TOKENS)
-                print_speaking(compare(peers, options.rounds, 0.0), B)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
+IMAGE_TOKENS = PLACEHOLDERS["llava"]
 
 
 def llava_inputs(B: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures, tokens, and labels on the words alone."""
+    """Images, tokens, and labels on the text alone."""
     images, tokens = inputs(B, 64, IMAGE_TOKENS)
     return images, tokens, tokens.masked_fill(tokens == IMAGE_TOKEN, -100)
 
@@ -100,7 +50,7 @@ def llava_transformers(directory: str, precision: str, attention: str) -> Callab
 def bench_llava(options: argparse.Namespace) -> None:
     tokens = llava_inputs()[1].numel()
     with tempfile.TemporaryDirectory() as directory:
-        save_model(directory)
+        build("llava").save_pretrained(directory, layout="hf")
         for precision, _ in precisions(options.precision):
             print(
                 f"\nLLaVA training step, batch 8, {IMAGE_TOKENS} image and 64 text tokens, vision frozen, {precision}, "
