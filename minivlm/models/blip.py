@@ -55,6 +55,8 @@ class BLIPConfig(VisionFeaturesConfig):
     momentum: MomentumConfig | None = None  # soft labels and a queue for the contrast
     label_smoothing: float = field(default=0.1, metadata={"before": 0.0})  # of every generated token (released code)
 
+    image_tokens: ClassVar[int] = 0  # positions that an image takes in a text
+
     def __post_init__(self):
         super().__post_init__()
         check_smoothing(self.label_smoothing)
@@ -79,16 +81,8 @@ class BLIPConfig(VisionFeaturesConfig):
         return self.trained_on_questions and self.roles in ("all", "answer") and self.feature_width == self.text.width
 
     @property
-    def speaks(self) -> bool:
-        return self.roles != "match"
-
-    @property
-    def caption_token(self) -> int | None:
-        """The first token of a caption; None: it generates none."""
-        return self.decode_token if self.roles in ("all", "caption") else None
-
-    one_picture: ClassVar[bool] = True  # for a text, and it takes no place in it
-    image_tokens: ClassVar[int] = 0
+    def captions(self) -> bool:
+        return self.roles in ("all", "caption")
 
 
 @dataclass(frozen=True)
@@ -130,12 +124,14 @@ class BLIP(Model):
     @property
     def abilities(self) -> frozenset[str]:
         c = self.config
-        can = {"attend"} | ({"encode", "match"} if c.compares else set()) | ({"caption"} if c.speaks else set())
+        can = (
+            {"attend"} | ({"encode", "match"} if c.compares else set()) | ({"caption"} if c.roles != "match" else set())
+        )
         return frozenset(can | ({"answer", "chat", "rank"} if c.answers else set()))
 
     @property
     def caption_token(self) -> int | None:
-        return self.config.caption_token
+        return self.config.decode_token if self.config.captions else None
 
     def __init__(self, config: BLIPConfig, *, seed: int = 0):
         super().__init__(config)
@@ -206,7 +202,7 @@ class BLIP(Model):
             wrong = None if false is None else (false, false_mask)
             how = dict(draw=self.training, micro_batch=micro_batch)
             losses["matching"] = itm.matching(self.match, features, tokens, mask, *similar, wrong, **how)
-        if c.caption_token is not None and paired:  # LM
+        if c.captions and paired:  # LM
             losses["generation"] = mean(split(self.generation_loss, features, tokens, mask), mask[:, 1:].sum())
         if question is not None:  # §5.3
             total = split(self.generation_loss, features, answer, answer_mask, question, question_mask)

@@ -44,17 +44,7 @@ class BLIP2Stage1Config(VisionFeaturesConfig):
     # Of the contrast and of every generated token (released code).
     label_smoothing: float = field(default=0.1, metadata={"before": 0.0})
 
-    answers: ClassVar[bool] = False
     image_tokens: ClassVar[int] = 0  # positions that an image takes in a text
-
-    @property
-    def speaks(self) -> bool:
-        return self.text_head
-
-    @property
-    def caption_token(self) -> int | None:
-        """The first token of a caption; None: it generates none."""
-        return self.decode_token if self.text_head else None
 
     def __post_init__(self):
         q = self.qformer
@@ -105,7 +95,7 @@ class BLIP2Stage1(Model):
 
     @property
     def caption_token(self) -> int | None:
-        return self.config.caption_token
+        return None if self.text_head is None else self.config.decode_token
 
     def forward(
         self,
