@@ -187,7 +187,6 @@ def conversations(recipe: FlamingoRecipe, model: Flamingo, processor: Processor,
     """Conversations are learnt and, in the shapes world, lessons; judged are answers, and new words from examples."""
     directory, share = recipe.data.directory, recipe.data.lessons
     world = is_world(directory)
-
     where = "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
     shots = lambda out, _: [f"python -m minivlm.evaluate {out}{where} --shots 0 1 2 4 8"] if world else []
     generated = Generated(model, processor, directory, shots, ask=True)

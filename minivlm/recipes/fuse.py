@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -70,9 +70,8 @@ class FuseRecipe(Recipe):
         return {"vision_from": "clip-resnet"}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        complete = lambda *known: with_heads(completed(self.model, *known[:3]), known[3])
-        made = open_parts(self, self.model.text.context, complete, CLASSES[type(self.model)], checkpoint, quiet=quiet)
-        model, processor, talk, asked = made
+        kind = CLASSES[type(self.model)]
+        model, processor, talk, asked = open_parts(self, self.model, kind, checkpoint, quiet=quiet)
         model.freeze("vision")
         scores = Chosen(Generated(model, processor, self.data.directory, ask=True))
         cache = VisionCache.of_talk(model, processor, talk)
@@ -80,47 +79,46 @@ class FuseRecipe(Recipe):
         captioned = [i for i in questions.samples if talk.captions(i)]
         every, samples = self.data.captions_every, questions
         if every and captioned:
-            heads = dict(heads=model.config.heads, regions=regions_of(model.config))
-            masked = MaskedCaptions(talk, captioned, processor, cache, hide=self.data.hide, mask=MASK, **heads)
+            c, hidden = model.config, dict(hide=self.data.hide, mask=MASK)
+            regions = c.vision.features_at(c.vision_layer)[0]
+            masked = MaskedCaptions(talk, captioned, processor, cache, regions=regions, heads=c.heads, **hidden)
             samples = Alternating(questions, masked, every)
         elif every:
             questions.known_notes.append(f"{self.data.directory} has no captions: questions alone are learnt from")
         origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 
+    def complete(self, vision, answers: tuple[str, ...], processor: Processor, talk: Conversations) -> EncoderConfig:
+        """The model's config with what follows from tower, data and tokeniser."""
+        config = completed(self.model, vision, answers, processor)
+        if isinstance(config, JointEncoderConfig) and not any(map(talk.captions, range(len(talk)))):
+            return replace(config, heads=())  # they would learn nothing: nobody is to ask whether a text matches
+        return config
+
 
 def open_parts(
-    recipe: Recipe,
-    context: int,
-    complete: Callable[..., Any],
-    model_class: type[nn.Module],
-    checkpoint: Path | None,
-    *,
-    quiet: bool,
+    recipe: Recipe, encoder: EncoderConfig, model_class: type[nn.Module], checkpoint: Path | None, *, quiet: bool
 ) -> tuple[nn.Module, Processor, Conversations, list[list[Question]]]:
-    """Model, processor, the training samples, and some questions about each.
-
-    complete: tower, answers, processor and samples → the model's config. Without a checkpoint: the tower of a CLIP, a
-    tokeniser of the data's questions, answers and captions, and all else new.
-    """
+    """Model, processor, the training samples, and some questions about each. Without a checkpoint: the tower of a CLIP, a
+    tokeniser of the data's questions, answers and captions, and all else new."""
     model, processor = load(checkpoint) if checkpoint is not None else load_vision_model(recipe.vision_from)
     talk = open_talk(recipe, processor.image_size, quiet=quiet)
     asked = [talk.asked(i, np.random.default_rng(i)) for i in range(len(talk))]
     if checkpoint is not None:
         return model, processor, talk, asked
     clip, answers = model, most_frequent((q for some in asked for q in some), recipe.data.most_answers)
-    sizes = dict(vocab_size=recipe.data.vocab_size, image_size=processor.image_size, context=context)
+    sizes = dict(vocab_size=recipe.data.vocab_size, image_size=processor.image_size, context=encoder.text.context)
     read = Processor.train(talk.texts(), **sizes)
     read.tokenizer.add_special_tokens([MASK])
     texts = dict(context=read.context, pad_token=read.pad_token, pad_to_context=False)
     processor = Processor(read.tokenizer, replace(processor.config, **texts))
-    model = build(model_class, complete(clip.config.vision, answers, processor, talk), seed=recipe.seed)
+    model = build(model_class, recipe.complete(clip.config.vision, answers, processor, talk), seed=recipe.seed)
     take(model.vision, clip.vision)
     return model, processor, talk, asked
 
 
 def completed(config: EncoderConfig, vision, answers: tuple[str, ...], processor: Processor) -> EncoderConfig:
-    """The config with what follows from tower, data and tokeniser. UserError where these do not fit it."""
+    """The encoder's config with what follows from tower, data and tokeniser. UserError where these do not fit it."""
     text = replace(config.text, vocab_size=processor.vocab_size)
     try:
         width = vision.features_at(config.vision_layer)[1]
@@ -128,17 +126,6 @@ def completed(config: EncoderConfig, vision, answers: tuple[str, ...], processor
         return replace(config, vision=vision, text=text, answers=answers, **seen)
     except ValueError as error:
         raise UserError(f"the model cannot be built: {error}.") from None
-
-
-def with_heads(config: EncoderConfig, talk: Conversations) -> EncoderConfig:
-    """Without captions the heads would learn nothing: nobody is to ask whether a text matches."""
-    if isinstance(config, JointEncoderConfig) and not any(map(talk.captions, range(len(talk)))):
-        return replace(config, heads=())
-    return config
-
-
-def regions_of(config: EncoderConfig) -> int:
-    return config.vision.features_at(config.vision_layer)[0]
 
 
 def list_questions(

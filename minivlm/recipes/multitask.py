@@ -39,8 +39,7 @@ class MultitaskRecipe(Recipe):
         return {"vision_from": "clip-resnet"}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        made = open_parts(self, self.model.encoder.text.context, self.complete, MultitaskVLM, checkpoint, quiet=quiet)
-        model, processor, talk, asked = made
+        model, processor, talk, asked = open_parts(self, self.model.encoder, MultitaskVLM, checkpoint, quiet=quiet)
         model.freeze("encoder.vision")
         directory = self.data.directory
         scores = Tasks(Generated(model, processor, directory, ask=True))
