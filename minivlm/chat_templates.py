@@ -10,18 +10,18 @@ from typing import NamedTuple
 from minivlm.errors import UserError, nearest
 from minivlm.special_tokens import PLACEHOLDER, Markup, split_placeholders
 
-DESCRIBE = "describe the picture."  # what our own models are asked when a caption is wanted
+DESCRIBE = "describe the picture."  # the prompt of our own models for a caption
 
 
 class Turn(NamedTuple):
     role: str  # "system" (at most once, first), "user", "assistant"
-    text: str  # a user's text has one <image> for each picture
+    text: str  # a user's text has one <image> for each image
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A {} is where a text stands. `user` goes up to the assistant's first word; where it says {pictures}, the marks that
-    a text begins with stand there."""
+    """A {} is where a text stands. `user` goes up to the assistant's answer; {pictures} in it is where the image
+    placeholders that a text begins with stand."""
 
     system: str | None  # None: there is no place for it
     user: str
@@ -29,16 +29,16 @@ class ChatTemplate:
     end: str | None = None  # the token after an answer; None, or none in the vocabulary: the tokeniser's own end token
     after: str = ""  # what stands between an end token and the next user
     start: str | None = None  # what a conversation begins with; None: the tokeniser's own start token
-    default_system: str | None = None  # what the system says where nothing else is asked for; None: nothing
+    default_system: str | None = None  # the system text of a conversation without one; None: none
     in_user: bool = False  # the system's text stands inside the first user's turn, in front of the user's text
     trim: bool = False  # texts lose the white space around them
     end_is_read: bool = True  # False: an earlier answer is read again without its end token
-    framed: bool = False  # pictures first, then all that was said so far as one text, start and end tokens included
+    framed: bool = False  # images first, then all text so far as one, start and end tokens included
     describe: str = DESCRIBE  # how a caption is asked for
     caption: str | None = None  # `user` for this request; None: as for any other
     stop: tuple[str, ...] = ()  # texts that end an answer as well
 
-    def ask(self, text: str, system: Sequence[str] = ()) -> list[str]:
+    def user_turn(self, text: str, system: Sequence[str] = ()) -> list[str]:
         """A user's turn as it is written, in pieces (see `minivlm.special_tokens`). system: what stands inside of it."""
         asked = text.lstrip()
         while asked.startswith(PLACEHOLDER):
@@ -53,12 +53,12 @@ class ChatTemplate:
         words = split_placeholders(self.trimmed(text)) if "{}" in form else []
         return [Markup(first), *pictures, Markup(second), *system, *words, Markup(behind)]
 
-    def tell(self, text: str) -> list[str]:
+    def system_turn(self, text: str) -> list[str]:
         """The system's turn in pieces."""
         before, behind = self.system.split("{}")
         return [Markup(before), *split_placeholders(self.trimmed(text)), Markup(behind)]
 
-    def reply(self, text: str) -> list[str]:
+    def answer_turn(self, text: str) -> list[str]:
         """An answer in pieces, up to its end token."""
         before, behind = self.answer.split("{}")
         return [Markup(before), *split_placeholders(text.strip()), Markup(behind)]
@@ -82,16 +82,18 @@ class ChatTemplate:
         inside: list[str] = []
         for turn in turns:
             if turn.role == "system":
-                before, inside = ([], self.tell(turn.text)) if self.in_user else (self.tell(turn.text), [])
+                before, inside = (
+                    ([], self.system_turn(turn.text)) if self.in_user else (self.system_turn(turn.text), [])
+                )
             elif turn.role == "user":
-                yield turn, [*before, *self.ask(turn.text, inside)]
+                yield turn, [*before, *self.user_turn(turn.text, inside)]
                 before = inside = []
             else:
-                yield turn, self.reply(turn.text)
+                yield turn, self.answer_turn(turn.text)
                 before = [Markup(self.after)]
 
 
-# In the words of its documentation. It was not taught to end its turn, and goes on with the user's.
+# As its documentation has it. It was not trained to end its turn, and continues with the user's.
 IDEFICS = ChatTemplate(
     system="{}\n",
     user="User:{pictures}{}\nAssistant:",
@@ -152,14 +154,14 @@ TEMPLATES = {
     ),
     # What an encoder reads: a whole text. It hears earlier answers, but only the last one is learnt.
     "encoder": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True),
-    # The published BLIP-2: a caption is what it says to a picture without any words.
+    # The published BLIP-2: a caption is what it generates from an image without any text.
     "blip2": ChatTemplate(system="{} ", user="{}", answer=" {}", framed=True, describe=""),
     "idefics": IDEFICS,
     # The instructed one, whose turns have an end.
     "idefics-instruct": replace(
         IDEFICS, user="User:{pictures}{}<end_of_utterance>\nAssistant:", end="<end_of_utterance>", stop=()
     ),
-    # OpenFlamingo, in the words of its evaluation.
+    # OpenFlamingo, as its evaluation has it.
     "openflamingo": ChatTemplate(
         system="{} ",
         user="{pictures}Question:{} Short answer:",

@@ -125,7 +125,7 @@ def write_turns(turns: Sequence[Turn], template: ChatTemplate, processor: Proces
             closed = processor.tokenizer.id_to_token(ids[-1]) if template.end_is_read else None
             behind = ":" if closed is None else closed
     if turns[0].role == "system" and not template.in_user:
-        system = [Markup(template.start or ""), *template.tell(turns[0].text)]
+        system = [Markup(template.start or ""), *template.system_turn(turns[0].text)]
         n = shared(processor.ids(system), sample.tokens[first:])
         sample.roles[: first + n] = ["system"] * (first + n)
 
@@ -183,7 +183,7 @@ def check_conversation(turns: Sequence[Turn], images: int | None = None, *, prom
 
 def answer_ids(text: str, template: ChatTemplate, processor: Processor) -> list[int]:
     """An answer as it is tokenised behind the prompt."""
-    return ids_behind(template.seam, template.reply(text), processor)
+    return ids_behind(template.seam, template.answer_turn(text), processor)
 
 
 def ids_behind(seam: str, pieces: Sequence[str], processor: Processor) -> list[int]:

@@ -288,18 +288,21 @@ def test_a_batch_is_padded_on_the_right():
 
 def test_published_flamingos_are_asked_in_their_own_words():
     asked, shown = "what is it?", with_images("what is it?", 2)
-    assert "".join(TEMPLATES["idefics"].ask(shown)) == "User:<image><image>what is it?\nAssistant:"
-    assert "".join(TEMPLATES["idefics"].ask(asked)) == "User:what is it?\nAssistant:"
+    assert "".join(TEMPLATES["idefics"].user_turn(shown)) == "User:<image><image>what is it?\nAssistant:"
+    assert "".join(TEMPLATES["idefics"].user_turn(asked)) == "User:what is it?\nAssistant:"
     instructed = TEMPLATES["idefics-instruct"]
-    assert "".join(instructed.ask(shown)) == "User:<image><image>what is it?<end_of_utterance>\nAssistant:"
+    assert "".join(instructed.user_turn(shown)) == "User:<image><image>what is it?<end_of_utterance>\nAssistant:"
     theirs = TEMPLATES["openflamingo"]
-    assert "".join(theirs.ask(with_images(asked))) == "<image>Question:what is it? Short answer:"
-    assert "".join(theirs.ask(with_images(theirs.describe))) == "<image>Output:"
+    assert "".join(theirs.user_turn(with_images(asked))) == "<image>Question:what is it? Short answer:"
+    assert "".join(theirs.user_turn(with_images(theirs.describe))) == "<image>Output:"
 
 
 def test_a_mark_inside_a_question_stays_where_it_is():
-    assert "".join(TEMPLATES["idefics"].ask("<image>is it in <image>?")) == "User:<image>is it in <image>?\nAssistant:"
-    assert "".join(TEMPLATES["plain"].ask("<image>\nwhat is it?")) == "<image>\nwhat is it?"
+    assert (
+        "".join(TEMPLATES["idefics"].user_turn("<image>is it in <image>?"))
+        == "User:<image>is it in <image>?\nAssistant:"
+    )
+    assert "".join(TEMPLATES["plain"].user_turn("<image>\nwhat is it?")) == "<image>\nwhat is it?"
 
 
 def test_an_answer_ends_with_its_template_as_well(plain, chatml):

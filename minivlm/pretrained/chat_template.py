@@ -114,7 +114,7 @@ def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) ->
 
     added: the tokens that stand beside the words, one of which ends an answer. tokens: bos_token and eos_token.
     """
-    first, second, whole, told, padded, shown, *_ = render(PROBES)
+    first, second, whole, with_system, padded, with_image, *_ = render(PROBES)
     opening, prompt = cut(first, U)
     _, history, between, _ = cut(second, U, A, V)
     closing = cut(whole, U, A, V, B)[-1]
@@ -122,7 +122,7 @@ def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) ->
     tail, end, rest = answer_end(between, closing, added)
     before_user = common_suffix(rest, opening)
     start = opening.removesuffix(before_user)
-    if start not in ("", tokens.get("bos_token")):  # the system speaks unasked, and its turn may end as an answer does
+    if start not in ("", tokens.get("bos_token")):  # there is a system turn by default, which may end as an answer does
         before_user = before_user.lstrip()
         start = tokens.get("bos_token", "") if opening.startswith(tokens.get("bos_token", "")) else ""
     template = ChatTemplate(
@@ -135,10 +135,10 @@ def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) ->
         trim=padded == f"{opening}{U}{prompt}",
         end_is_read=end is not None,
     )
-    if shown == f"{opening}{PLACEHOLDER}{U}{prompt}":
+    if with_image == f"{opening}{PLACEHOLDER}{U}{prompt}":
         template = replace(template, user=f"{before_user}{{pictures}}{{}}{prompt}")
     written = dict(zip(PROBES, render(PROBES), strict=True))
-    forms = system_forms(template, opening, told, start) if once(told, S, U) else []
+    forms = system_forms(template, opening, with_system, start) if once(with_system, S, U) else []
     whole_forms = [form for form in (*forms, template) if follows(form, written)]
     check(bool(whole_forms))
     return whole_forms
@@ -154,21 +154,21 @@ def answer_end(between: str, closing: str, added: Collection[str]) -> tuple[str,
     return between[:at], end, between[at + len(end) :]
 
 
-def system_forms(template: ChatTemplate, opening: str, told: str, start: str) -> Iterator[ChatTemplate]:
+def system_forms(template: ChatTemplate, opening: str, with_system: str, start: str) -> Iterator[ChatTemplate]:
     """What may be meant by what stands around the system's text: a turn of its own, or a part of the user's."""
-    before, behind, _ = cut(told, S, U)
+    before, behind, _ = cut(with_system, S, U)
     before_user = template.user.partition("{")[0]
-    for begun in dict.fromkeys((start, "", template.start)):
-        if not before.startswith(begun) or not opening.startswith(begun):
+    for opened in dict.fromkeys((start, "", template.start)):
+        if not before.startswith(opened) or not opening.startswith(opened):
             continue
-        lead, standing = before.removeprefix(begun), opening.removeprefix(begun)
+        lead, standing = before.removeprefix(opened), opening.removeprefix(opened)
         if behind.endswith(before_user):
-            form = replace(template, start=begun, system=f"{lead}{{}}{behind.removesuffix(before_user)}")
+            form = replace(template, start=opened, system=f"{lead}{{}}{behind.removesuffix(before_user)}")
             default = standing.removeprefix(lead).removesuffix(behind)
             yield form if standing == before_user else replace(form, default_system=default)
         if lead.startswith(before_user):
             inside = f"{lead.removeprefix(before_user)}{{}}{behind}"
-            yield replace(template, start=begun, system=inside, in_user=True)
+            yield replace(template, start=opened, system=inside, in_user=True)
 
 
 def follows(template: ChatTemplate, written: Mapping[Sequence[Turn], str | None]) -> bool:
@@ -196,10 +196,10 @@ def write(template: ChatTemplate, turns: Sequence[Turn]) -> str:
 
 def named(template: ChatTemplate) -> dict[str, Any] | None:
     """The fields of `ProcessorConfig` for a template that is known by name, whatever its system says."""
-    told = template.default_system
+    system = template.default_system
     own = replace(template, default_system=None)
     name = next((name for name in CHOICES if alike(TEMPLATES[name], own)), None)
-    return None if name is None or told == "" else {"chat": name, "system": told}
+    return None if name is None or system == "" else {"chat": name, "system": system}
 
 
 def alike(one: ChatTemplate, other: ChatTemplate) -> bool:
@@ -237,8 +237,8 @@ def check(holds: bool) -> None:
 
 
 def write_chat_template(processor: Processor) -> dict[str, str]:
-    """File name → a template of Jinja that writes conversations as ours does; nothing for a model whose pictures stand
-    in front of all words, and where ours is not known."""
+    """File name → a template of Jinja that writes conversations as ours does; nothing for a model whose images stand in
+    front of all text, and where ours is not known."""
     config = processor.config
     template = config.chat_format if config.chat == "own" else TEMPLATES.get(config.chat)
     if config.chat == "unknown":
@@ -246,21 +246,21 @@ def write_chat_template(processor: Processor) -> dict[str, str]:
         warnings.warn(Note(said), stacklevel=2)
     if processor.source is None or template is None or template.framed or template.caption is not None:
         return {}
-    told = template.default_system if config.system is None else config.system or None
+    system = template.default_system if config.system is None else config.system or None
     start = template.start
     if start is None:
         start = "" if processor.start_token is None else processor.tokenizer.id_to_token(processor.start_token)
     own_end = None if processor.answer_end is None else processor.tokenizer.id_to_token(processor.answer_end)
     known = template.end is not None and processor.tokenizer.token_to_id(template.end) is not None
     end = (template.end if known else own_end) or ""
-    whole = replace(template, start=start, end=end, default_system=told)
+    whole = replace(template, start=start, end=end, default_system=system)
     return {"chat_template.jinja": source_of(whole, config.image_token)}
 
 
-def source_of(template: ChatTemplate, mark: str) -> str:
+def source_of(template: ChatTemplate, placeholder: str) -> str:
     """In one line, since a line's end is a part of what is written."""
     before_user, _, prompt = template.user.partition("{}")
-    before_user, pictures = before_user.replace("{pictures}", ""), "{pictures}" in template.user
+    before_user, images = before_user.replace("{pictures}", ""), "{pictures}" in template.user
     before_answer, _, behind_answer = template.answer.partition("{}")
     text = "words(message['content'])" + ("|trim" if template.trim else "")
     system = "{{ raise_exception('this chat template has no place for a system turn') }}"
@@ -274,7 +274,7 @@ def source_of(template: ChatTemplate, mark: str) -> str:
         end = "{% if loop.last %}" + end + "{% endif %}"
     return "".join(
         (
-            WORDS.replace("PLACEHOLDER", spelt(mark if pictures else f"{mark}\n")),
+            WORDS.replace("PLACEHOLDER", spelt(placeholder if images else f"{placeholder}\n")),
             "{% if messages[0]['role'] == 'system' %}{% set told = words(messages[0]['content']) %}",
             "{% set rest = messages[1:] %}{% else %}",
             f"{{% set told = {'none' if template.default_system is None else spelt(template.default_system)} %}}",
@@ -290,7 +290,7 @@ def source_of(template: ChatTemplate, mark: str) -> str:
     )
 
 
-WORDS = (  # of a turn that is a string, or a list of pictures and texts
+WORDS = (  # of a turn that is a string, or a list of images and texts
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}"
     "{% for part in content %}{% if part['type'] == 'image' %}{{ PLACEHOLDER }}{% endif %}{% endfor %}"
     "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
