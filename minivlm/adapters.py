@@ -56,11 +56,32 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
     rows = published_rows(model)
     if any(not module_paths(name, rows) or row_of(name, rows).parts > 1 for name in layers):
         rows = None
-    path_of = lambda name: next(iter(module_paths(name, rows)), name)
-    paths = {name: path_of(name) for name in layers}
+    paths = {name: next(iter(module_paths(name, rows)), name) for name in linears(model)}
     trained = trained_parameters(model, rows)
-    others = {path_of(name) for name in linears(model) if name not in layers}
-    values = {
+    values = describe(model, base, config, paths, rows, trained)
+    tensors = {PREFIX + name: parameter.detach() for name, parameter in trained.items()}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{paths[name]}.lora_A.weight"] = layer.lora_a.weight.detach()
+        tensors[f"{PREFIX}{paths[name]}.lora_B.weight"] = layer.lora_b.weight.detach()
+    files = {
+        WEIGHTS[0]: lambda path: write_tensors(path, tensors),
+        CONFIG: lambda path: path.write_text(json.dumps(values, indent=2), encoding="utf-8"),
+    }
+    write_all(Path(directory), files)
+
+
+def describe(
+    model: nn.Module,
+    base: str,
+    config: LoRAConfig,
+    paths: Mapping[str, str],
+    rows: list[Row] | None,
+    trained: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The values of adapter_config.json. paths: our linear layer → its name in the file."""
+    layers = lora_layers(model)
+    others = {path for name, path in paths.items() if name not in layers}
+    return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES.get(type(model).__name__),
         "base_model_name_or_path": base,
@@ -68,21 +89,12 @@ def save_adapter(directory: str | Path, model: nn.Module, *, base: str, config: 
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         # Two words of our own names: one may be another module's in transformers' model, and peft would not say so.
-        "target_modules": shortest(set(paths.values()), others, words=2 if rows is None else 1),
+        "target_modules": shortest({paths[name] for name in layers}, others, words=2 if rows is None else 1),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in trained}) or None,
         "bias": "none",
         "fan_in_fan_out": any(row_of(name, rows).how == "transpose" for name in layers),
         "inference_mode": True,
     }
-    tensors = {PREFIX + name: parameter.detach() for name, parameter in trained.items()}
-    for name, path in paths.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layers[name].lora_a.weight.detach()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layers[name].lora_b.weight.detach()
-    files = {
-        WEIGHTS[0]: lambda path: write_tensors(path, tensors),
-        CONFIG: lambda path: path.write_text(json.dumps(values, indent=2), encoding="utf-8"),
-    }
-    write_all(Path(directory), files)
 
 
 def trained_parameters(model: nn.Module, rows: list[Row] | None) -> dict[str, Tensor]:
@@ -145,14 +157,17 @@ def modern(rows: list[Row]) -> list[Row]:
     return [replace(row, theirs=tuple(dict.fromkeys([*map(rename, row.theirs), *row.theirs]))) for row in rows]
 
 
-def module_paths(name: str, rows: list[Row] | None) -> list[str]:
-    """The names that transformers has for our module; none if its weight is not a module's own there."""
-    if rows is None:
-        return [name]
+def file_names(parameter: str, rows: list[Row] | None) -> tuple[list[str], Row | None]:
+    """The names that a file may have for our parameter, and the row of the table that says so; ([], None): it has none."""
     try:
-        theirs, _ = find(rows, f"{name}.weight")
+        return find(rows, parameter)
     except KeyError:
-        return []
+        return [], None
+
+
+def module_paths(name: str, rows: list[Row] | None) -> list[str]:
+    """The names that a file may have for our module; none if its weight is not a module's own there."""
+    theirs, _ = file_names(f"{name}.weight", rows)
     return [path.removesuffix(".weight") for path in theirs if path.endswith(".weight")]
 
 
@@ -236,17 +251,10 @@ def slots(
         if id(parameter) in adapted:
             continue
         name = name.replace(".base.", ".")  # of a layer with LoRA
-        for path, row in parameter_paths(name, rows).items():
+        paths, row = file_names(name, rows)
+        for path in dict.fromkeys(paths):
             slots_by_name[path].append(Slot(name, "", row, row.their_shape(parameter.shape)))
     return slots_by_name, layers
-
-
-def parameter_paths(name: str, rows: list[Row] | None) -> dict[str, Row]:
-    try:
-        theirs, row = find(rows, name)
-    except KeyError:
-        return {}
-    return dict.fromkeys(theirs, row)
 
 
 def fit(
