@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.attention_kernels import attend_fused, attend_in_strips, plain_is_faster
 from minivlm.layers.autocast import cast_once
-from minivlm.layers.masks import combine, expand_mask, last_queries
+from minivlm.layers.masks import combine, expand_mask
 from minivlm.layers.position import LayerCache, Rotary
 
 BACKENDS = ("auto", "reference", "fused")
@@ -90,8 +90,7 @@ def normalise(norm: nn.Module | None, x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(QKᵀ/√K)V: every x queries every context; without a context x attends to itself.
 
-    x (B, T, D), context (B, S, C) → (B, T, D). Where attention is causal, or a mask, bias, rope or cache has more queries
-    than x, then x are the last T of them.
+    x (B, T, D), context (B, S, C) → (B, T, D).
     kv_heads: fewer key heads than query heads (grouped-query). causal: position t sees itself and what came before.
     qk_norm: of queries and keys, head by head, or over all heads ("wide"); it keeps scores from growing (Dehghani et al.
     2023, "Scaling Vision Transformers to 22 Billion Parameters", §2). rope: rotates q and k (see `Rotary`).
@@ -151,12 +150,11 @@ class Attention(nn.Module):
         q = self.queries(x)  # (B, H, T, K)
         k, v = self.keys_values(x if context is None else context)
         if rope is not None:
-            q, k = rope.last(q.shape[2])(q), rope(k)
+            q, k = rope(q), rope(k)
         mask, causal = expand_mask(mask), self.causal
         if cache is not None:
             k, v, mask = cache.append(k, v)  # all keys so far, and which of them each query may attend to
             causal = mask is None  # else it is part of the cache's mask
-        mask, bias = last_queries(mask, q.shape[2]), last_queries(bias, q.shape[2])
         return self.attend(q, k, v, mask=mask, causal=causal, bias=bias)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -195,7 +193,7 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None = None) -> Tensor:
         q = self.queries(x)
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
-        return self.attend(q, k, v, mask=last_queries(expand_mask(mask), q.shape[2]))
+        return self.attend(q, k, v, mask=expand_mask(mask))
 
 
 def set_attention_backend(model: nn.Module, backend: str) -> None:

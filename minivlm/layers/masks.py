@@ -25,8 +25,3 @@ def combine(mask: Tensor | None, causal: bool, T: int, S: int, device) -> Tensor
         return mask
     triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     return triangle if mask is None else mask & triangle
-
-
-def last_queries(x: Tensor | None, T: int) -> Tensor | None:
-    """The rows of the last T queries of a mask or bias (…, ≥ T, S); (…, 1, S) is the same for all queries."""
-    return x if x is None or x.shape[-2] in (1, T) else x[..., -T:, :]

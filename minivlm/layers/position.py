@@ -61,10 +61,6 @@ class Rotary:
     def to(self, dtype: torch.dtype) -> Rotary:
         return Rotary(self.cos.to(dtype), self.sin.to(dtype))
 
-    def last(self, T: int) -> Rotary:
-        """Of the last T positions."""
-        return self if self.cos.shape[2] == T else Rotary(self.cos[:, :, -T:], self.sin[:, :, -T:])
-
     def __call__(self, x: Tensor) -> Tensor:
         if (K := self.cos.shape[-1]) < x.shape[-1]:
             return torch.cat([self(x[..., :K]), x[..., K:]], dim=-1)

@@ -148,16 +148,14 @@ class Block(nn.Module):
         context: Tensor | KeysValues | None = None,
         *,
         context_mask: Tensor | None = None,
-        last: int = 0,
         **options,
     ) -> Tensor:
-        """options: of `Attention`. last: → (B, last, D), the states of so many tokens at the end; 0: of all."""
-        h = self.attention_norm(x) if self.pre_norm else x  # keys and values of all tokens
-        x, attending = (x[:, -last:], h[:, -last:]) if last else (x, h)
-        attended = self.dropout(self.attention(attending, h, **options))
+        """options: of `Attention`."""
+        attend = lambda h: self.attention(h, **options)
         if self.parallel:
+            attended = self.dropout(attend(self.attention_norm(x)))
             return self.residual(x, self.mlp_norm, self.mlp) + attended
-        x = self.add(x, attended, self.attention_norm)
+        x = self.residual(x, self.attention_norm, attend)
         if self.cross_attention is not None and context is not None:
             cross = lambda h: self.cross_attention(h, context, mask=context_mask)
             x = self.residual(x, self.cross_attention_norm, cross)
@@ -165,10 +163,7 @@ class Block(nn.Module):
 
     def residual(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
         """x + f(norm(x)), or norm(x + f(x))."""
-        return self.add(x, self.dropout(f(norm(x) if self.pre_norm else x)), norm)
-
-    def add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        x = x + y
+        x = x + self.dropout(f(norm(x) if self.pre_norm else x))
         x = bound(x) if self.bounded else x
         return x if self.pre_norm else norm(x)
 
@@ -233,7 +228,6 @@ class Transformer(nn.Module):
     layer: how far to run, as an index into [input, after block 0, …, after block depth−1]: −1 all, −2 all but the last.
     positions (T,) or (B, T): where the tokens stand, for rotary angles; None: 0, 1, 2 …
     cache: a `Cache` that already holds what came before x; x is appended to it, and `mask` only counts its real tokens.
-    last: → (B, last, D): the last block computes only keys and values for the tokens before the last so many; 0: all.
     between(i, x) → x, what block i gets in place of x: the layers of another model between these (Flamingo).
     """
 
@@ -259,7 +253,6 @@ class Transformer(nn.Module):
         layer: int = -1,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        last: int = 0,
         between: Between | None = None,
     ) -> Tensor:
         T = x.shape[1]
@@ -275,7 +268,6 @@ class Transformer(nn.Module):
                 x = between(index, x)
             layer_cache = cache.layer(index) if cache is not None else None
             options = dict(mask=mask, context_mask=context_mask, bias=bias, rope=rope, cache=layer_cache)
-            options["last"] = last if index == len(blocks) - 1 else 0
             source = context[index] if isinstance(context, list) else context
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, source, use_reentrant=False, **options)

@@ -58,9 +58,8 @@ class TestAlibi:
         assert_causal(stack, x)
         assert_cache_equals_full(stack, x, lambda: stack.new_cache(3, 9), prompt_lengths=[4, 2, 5])
 
-    def test_the_last_states_alone(self):
+    def test_the_state_of_one_token_alone(self):
         stack, x = Transformer(CONFIG).eval(), torch.randn(3, 9, 16)
-        assert_same(stack(x, last=2), stack(x)[:, -2:])
         assert_same(stack.state_at(x, torch.tensor([8, 3, 0])), stack(x)[range(3), [8, 3, 0]])
 
 
@@ -143,6 +142,5 @@ def test_between_stands_before_each_block():
     for i, block in enumerate(stack.blocks):
         y = block(y + shifts[i], bias=stack.relative(torch.arange(5), 5))
     assert_same(stack(x, between=between), y)
-    assert_same(stack(x, between=between, last=2), y[:, -2:])
     f = lambda x, **options: stack(x, between=between, **options)
     assert_cache_equals_full(f, x, lambda: stack.new_cache(2, 5))

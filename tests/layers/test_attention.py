@@ -270,25 +270,6 @@ class TestAttention:
                 cache.advance(None, piece.shape[1])
         assert_same(y, attention(x)[:, 2:])
 
-    @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
-    def test_the_last_alone(self, causal, mask):
-        attention, x = Attention(16, 4, kv_heads=2, causal=causal), torch.randn(B, T, 16)
-        options = dict(mask=masks(T, T)[mask], rope=Rotary.at(torch.arange(T), K))
-        assert_same(attention(x[:, -2:], x, **options), attention(x, **options)[:, -2:])
-
-    def test_the_last_alone_leaves_all_keys_in_the_cache(self):
-        attention, x, new = Attention(16, 4, causal=True), torch.randn(B, T, 16), torch.randn(B, 1, 16)
-        caches = [Cache(1, B, 4, T + 1, K) for _ in range(2)]
-        with torch.no_grad():
-            for cache, last in zip(caches, (T, 2), strict=True):
-                cache.begin(T)
-                attention(x[:, -last:], x, cache=cache.layer(0))
-                cache.advance(None, T)
-                cache.begin(1)
-            a, b = (attention(new, cache=cache.layer(0)) for cache in caches)
-        assert torch.equal(a, b)
-
     def test_sizes_that_cannot_be(self):
         with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
             Attention(10, 4)

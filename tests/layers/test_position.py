@@ -51,11 +51,6 @@ class TestRotary:
             assert y.dtype == torch.bfloat16
             assert_same(y, rope(x))
 
-    def test_the_last_positions_alone(self):
-        x, rope = torch.randn(2, 3, 5, K), Rotary.at(torch.arange(5), K)
-        assert torch.equal(rope.last(2)(x[:, :, -2:]), rope(x)[:, :, -2:])
-        assert rope.last(5) is rope
-
 
 class TestRopeScaling:
     def test_linear_lays_positions_closer_together(self):

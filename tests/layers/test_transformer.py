@@ -34,12 +34,11 @@ def x():
 
 class TestBlock:
     def test_parallel(self):
-        """Attention and MLP read the same, also where the last tokens alone are wanted."""
+        """Attention and MLP have the same input."""
         config = replace(CAUSAL, parallel_residual=True)
         block, h = Block(config), x()
         y = h + block.attention(block.attention_norm(h), mask=MASK) + block.mlp(block.mlp_norm(h))
         assert_same(block(h, mask=MASK), y)
-        assert_same(block(h, mask=MASK, last=2), y[:, -2:])
         with pytest.raises(ValueError, match="parallel_residual is for pre-norm"):
             Block(replace(config, norm_place="post"))
 
@@ -142,24 +141,6 @@ class TestTransformer:
         for layer in (4, -5):
             with pytest.raises(ValueError, match=f"layer {layer} does not exist: a stack of 3 blocks"):
                 model(h, layer=layer)
-
-    @pytest.mark.parametrize(
-        "config",
-        [SMALL, CAUSAL, BERT, LLAMA, replace(CAUSAL, parallel_residual=True)],
-        ids=["small", "gpt", "bert", "llama", "neox"],
-    )
-    @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
-    def test_the_last_states_alone_in_value_and_gradient(self, config, mask):
-        model = Transformer(config).double()
-        assert_same_gradients(
-            lambda x: model(x, mask=mask)[:, -3:], lambda x: model(x, mask=mask, last=3), [x().double()], model
-        )
-
-    def test_the_last_states_of_a_reader(self):
-        model, h, context = Transformer(READER), x(), torch.randn(B, 5, 6)
-        seen = torch.rand(B, T, 5) > 0.3
-        full = model(h, context, context_mask=seen)
-        assert_same(model(h, context, context_mask=seen, last=2), full[:, -2:])
 
     def test_autocast_casts_once_and_gives_bf16_products(self):
         """What q, k and v read is cast for all three, and the cache has the dtype of what they give."""
@@ -341,7 +322,6 @@ class TestRelativePositions:
         for block in stack.blocks:
             y = block(y, bias=bias, mask=MASK)
         assert_same(stack(h, mask=MASK), y)
-        assert_same(stack(h, mask=MASK, last=2), y[:, -2:])
 
     def test_step_by_step_in_rows_of_different_lengths(self):
         stack = Transformer(replace(CAUSAL, relative_buckets=8, relative_distance=6)).eval()
