@@ -157,8 +157,8 @@ def documents(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> 
     train.leave_out(processor)
     scores = DocumentPerplexity(model, processor, directory, recipe.batch_size)
     check_fills_a_batch(len(train), recipe.batch_size, "training documents", directory)
-    pictures = lambda indices: [picture for pictures in train.images(indices) for picture in pictures]
-    cache = VisionCache(model, processor, len(train), pictures, single=False)
+    read = lambda indices: [image for images in train.images(indices) for image in images]
+    cache = VisionCache(model, processor, len(train), read, single=False)
     return dict(samples=Documents(train, processor, directory), scores=scores, prepare=cache.prepare)
 
 
@@ -172,8 +172,8 @@ def classes(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> di
             "a folder with interleaved.jsonl or conversations."
         )
     lessons, paths = class_lessons(known)
-    pictures = lambda indices: [paths[i] for i in indices]
-    cache = VisionCache(model, processor, len(paths), pictures, keep_pixels=True)
+    read = lambda indices: [paths[i] for i in indices]
+    cache = VisionCache(model, processor, len(paths), read, keep_pixels=True)
     note = f"lessons about {len(paths)} pictures of {len(known)} classes in {directory}"
     return dict(
         samples=NewWords(lessons, processor, cache, ways=WAYS, n=EPOCH, note=note),

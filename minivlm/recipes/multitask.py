@@ -86,7 +86,7 @@ class Tasks:
         folder, wanted = quote(str((Path(of.directory) / pairs.key(0)).parent)), quote(pairs.all_captions(0)[0])
         return [
             *self.chosen.next_commands(out),
-            f"python sample.py caption {out} {of.picture()}",
+            f"python sample.py caption {out} {of.image()}",
             f"python sample.py search {out} {folder} {wanted} --top 8 --save sheet.png",
         ]
 

@@ -149,9 +149,9 @@ class Generated:
         evaluate.speech_picture(self.model, self.processor, self.directory, path, ask_questions=self.answers)
 
     def next_commands(self, out: Path) -> list[str]:
-        picture, asked = self.picture(), self.question() if self.ask else ""
+        image, asked = self.image(), self.question() if self.ask else ""
         answer = [f"python sample.py answer {out} {asked}"] if asked else []
-        return [f"python sample.py caption {out} {picture}{self.options}", *answer, *self.more(out, picture)]
+        return [f"python sample.py caption {out} {image}{self.options}", *answer, *self.more(out, image)]
 
     @cached_property
     def test(self) -> Conversations:
@@ -161,13 +161,13 @@ class Generated:
         """An image of the test split, as a word of a command."""
         return quote(str(Path(self.directory) / self.test.key(index)))
 
-    def picture(self) -> str:
+    def image(self) -> str:
         return self.path(next(i for i in range(len(self.test)) if self.test.images([i])[0]))
 
     def question(self) -> str:
         """An image and a question, as words of a command; nothing where there are no questions."""
         if is_world(self.directory):
-            return f'{self.picture()} "how many red shapes are there?"'
+            return f'{self.image()} "how many red shapes are there?"'
         asked = next((q for q in self.test.questions() if len(self.test.images([q.index])[0]) == 1), None)
         return f"{self.path(asked.index)} {quote(asked.text)}" if asked else ""
 

@@ -23,7 +23,7 @@ MEASURED = 1000  # images that tell how large features are
 class VisionCache:
     """indices of samples → {"images": …}, as batches want them.
 
-    pictures: indices of samples → their images, in a row. single: each sample has one, so that their features can be kept.
+    read: indices of samples → their images, in a row. single: each sample has one, so that their features can be kept.
     keep_pixels: where the tower learns, the pixels are kept, if they fit into memory.
     """
 
@@ -32,19 +32,19 @@ class VisionCache:
         model: nn.Module,
         processor: Processor,
         n: int,
-        pictures: Callable[[Sequence[int]], list],
+        read: Callable[[Sequence[int]], list],
         *,
         single: bool = True,
         keep_pixels: bool = False,
     ):
-        self.model, self.processor, self.n, self.pictures = model, processor, n, pictures
+        self.model, self.processor, self.n, self.read = model, processor, n, read
         self.single, self.keep_pixels = single, keep_pixels
         self.features: ImageFeatures | None = None
         self.pixels: Tensor | None = None
 
     @classmethod
     def of_talk(cls, model: nn.Module, processor: Processor, talk: Conversations) -> VisionCache:
-        flat = lambda indices: [picture for pictures in talk.images(indices) for picture in pictures]
+        flat = lambda indices: [image for images in talk.images(indices) for image in images]
         return cls(model, processor, len(talk), flat, single=talk.one_picture_each)
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor | ImageFeatures]:
@@ -52,8 +52,8 @@ class VisionCache:
         for kept in (self.features, self.pixels):
             if kept is not None:
                 return {"images": kept[torch.tensor(indices)]}
-        pictures = self.pictures(indices)
-        return {"images": self.processor.images(list(pictures))} if len(pictures) else {}
+        images = self.read(indices)
+        return {"images": self.processor.images(list(images))} if len(images) else {}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Standardise what the tower computes, where the model wants that; then compute or read what is to be kept."""
@@ -62,14 +62,14 @@ class VisionCache:
         if self.single and not learns:
             self.compute(device, dtype)
         elif self.keep_pixels and 4 * 3 * self.n * self.processor.image_size**2 <= LIMIT:
-            self.pixels = self.processor.images(self.pictures(range(self.n)))
+            self.pixels = self.processor.images(self.read(range(self.n)))
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> None:
         """A new model measures the first images, of which it standardises the features."""
         standardise = getattr(self.model, "standardise", None)
         if standardise is None or standardise.measured:
             return
-        first = list(islice((picture for i in range(self.n) for picture in self.pictures([i])), MEASURED))
+        first = list(islice((image for i in range(self.n) for image in self.read([i])), MEASURED))
         if first:
             with inference(self.model), autocast(device, dtype):
                 measure(self.model, self.processor.images(first).to(device))
@@ -82,7 +82,7 @@ class VisionCache:
         with inference(self.model), autocast(device, dtype):
             for i in tqdm(range(0, self.n, AT_A_TIME), desc="image features", unit=" batches", leave=False):
                 indices = range(i, min(i + AT_A_TIME, self.n))
-                images = self.processor.images(list(self.pictures(indices))).to(device)
+                images = self.processor.images(list(self.read(indices))).to(device)
                 found = self.model.image_features(images)  # (b · views, N, C)
                 found = found.reshape(len(indices), -1, found.shape[-1]).to("cpu", dtype)
                 if features is None:
