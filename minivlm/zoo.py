@@ -102,13 +102,12 @@ def measured(out: Path, known: dict[str, Entry]) -> dict[str, Entry]:
     """The entries of `known` whose recipes have finished runs in `out`, with the figures of these. Others are told of."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(out.glob("*/metrics.json")):
-        if not Run(path.parent).all():
-            continue
-        record = read_record(Run(path.parent).latest())
-        if why := unlike_its_recipe(record, known):
+        checkpoints = Run(path.parent).all()
+        record = {"scores": read_json(path), **(read_record(checkpoints[-1]) if checkpoints else {})}
+        if why := unlike_its_recipe(record, known) if checkpoints else "it has no checkpoint, which tells its recipe":
             print(f"{path.parent} is left out: {why}", file=sys.stderr)
         else:
-            found.setdefault(record["name"], []).append(record | {"scores": read_json(path)})
+            found.setdefault(record["name"], []).append(record)
     return {name: entry_of(records, known[name]) for name, records in found.items()}
 
 
@@ -116,6 +115,8 @@ def unlike_its_recipe(record: dict[str, Any], known: dict[str, Entry]) -> str:
     """Why a run says nothing about its recipe as it stands; an empty string: it does."""
     if (name := record.get("name")) not in known:
         return f"there is no row for {name} in the figures"
+    if (headline := known[name].headline) not in record["scores"]:
+        return f"its metrics.json has no {headline!r}"
     if record.get("seconds") is None:
         return "an earlier version recorded no time"
     recipe = RECIPES[name]

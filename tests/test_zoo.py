@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -41,10 +42,16 @@ def test_runs_of_several_seeds_are_averaged_and_others_are_left_out_by_name(ran,
     ran("clip-seed1", 0.8, seed="1", save_every="50")
     ran("wider", 0.1, model__vision__width="256")
     ran("short", 0.1, step=3)
+    ran("bare", 0.1)
+    shutil.rmtree(tmp_path / "out/bare/checkpoints")
+    ran("blind", 0.1)
+    (tmp_path / "out/blind/metrics.json").write_text("{}")
     measured = zoo.measured(tmp_path / "out", KNOWN)
     told = capsys.readouterr().err
     assert "wider is left out: it was trained with model.vision.width = 256\n" in told
     assert f"short is left out: it is at step 3 of {RECIPES['clip'].steps}\n" in told
+    assert "bare is left out: it has no checkpoint" in told
+    assert "blind is left out: its metrics.json has no 'zero-shot, seen pairs'\n" in told
     assert measured == {
         "clip": replace(
             KNOWN["clip"], score=(0.85,), chance=1 / 64, minutes=(4, 10), seeds=2, parameters=100, trained=90
