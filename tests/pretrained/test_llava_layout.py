@@ -291,7 +291,7 @@ def test_what_does_not_fit_together(tmp_path):
         load(tmp_path)
     rewrite(tmp_path, image_token_index=PLACEHOLDER)
     rewrite(tmp_path, "preprocessor_config.json", crop_size={"height": 24, "width": 24})
-    with pytest.raises(UserError, match=r"pictures of 24 pixels, but the vision tower in config\.json reads 16"):
+    with pytest.raises(UserError, match=r"images of 24 pixels, but the vision tower in config\.json reads 16"):
         load(tmp_path)
 
 
