@@ -66,6 +66,8 @@ class Row:
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """A view where possible: memory-mapped weights stay where they are."""
+        if not self.how and self.parts == 1:
+            return tensor
         if self.how in AXES:
             return tensor.reshape(tensor.shape[AXES[self.how] :])
         if self.how == "temperature":

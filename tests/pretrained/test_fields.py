@@ -5,8 +5,9 @@ import json
 import pytest
 
 from minivlm.errors import UserError
+from minivlm.layers import TransformerConfig
 from minivlm.pretrained import known_fields, read
-from minivlm.pretrained.fields import Known, check_config, refuse_unknown
+from minivlm.pretrained.fields import Known, check_config, fields, refuse_unknown
 
 OLD = {  # what transformers 4 wrote into every part of a config
     "_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None, "begin_suppress_tokens": None,
@@ -24,6 +25,39 @@ OLD = {  # what transformers 4 wrote into every part of a config
 }  # fmt: skip
 MODELS = ("clip", "siglip", "align", "gpt2", "gpt_neox", "opt", "t5", "bert", "visual_bert", "llama", "mistral", "qwen2",
           "llava", "blip", "blip-2", "Blip2ForImageTextRetrieval", "mpt", "mosaic_gpt", "idefics")  # fmt: skip
+
+
+TABLE = fields("""
+    hidden_size             width           64
+    num_hidden_layers       depth           2
+    num_attention_heads     heads           4
+    intermediate_size       mlp_width       128
+    hidden_act              activation      "gelu_new"
+    eos_token_id            -               [2, 3]
+""")
+
+
+def test_a_table_reads_what_a_file_says_and_writes_it_back():
+    ours = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 128, "activation": "gelu_tanh"}
+    assert TABLE.read({"hidden_size": 32, "other": 1}) == ours
+    written = TABLE.write(TransformerConfig(**ours))
+    assert written.keys() == TABLE.keys() - {"eos_token_id"} and TABLE.read(written) == ours
+    assert written["hidden_act"] == "gelu_pytorch_tanh"  # the first of the words for it
+    derived = TransformerConfig(**{**ours, "mlp_width": None})
+    assert TABLE.write(derived)["intermediate_size"] == 4 * 32
+
+
+def test_a_table_with_other_defaults_is_another_table():
+    other = TABLE.but(hidden_size=8, pad_token_id=0)
+    assert other.read({})["width"] == 8 and TABLE.read({})["width"] == 64
+    assert other.complete({"eos_token_id": 5}) == {
+        **TABLE.complete({}),
+        "hidden_size": 8,
+        "pad_token_id": 0,
+        "eos_token_id": 5,
+    }
+    with pytest.raises(UserError, match="asks for the activation 'tanh'; there are gelu, quick_gelu"):
+        other.read({"hidden_act": "tanh"})
 
 
 def test_what_is_on_and_not_known_is_refused():
