@@ -90,9 +90,9 @@ def write_sheet(page, path: str) -> None:
     print(f"wrote {path}")
 
 
-def report_passed_over(told: str | None) -> None:
-    if told:
-        print(f"note: {told}", file=sys.stderr)
+def report_passed_over(note: str | None) -> None:
+    if note:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def report_skipped(skipped: dict[str, str], shown: int = 5) -> None:

@@ -1,4 +1,4 @@
-"""Text as it comes: the tokens of an answer are said while the rest is still to be chosen (`generation.stream`)."""
+"""Text as it comes: the tokens of an answer become text while the rest is still being generated (`generation.stream`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TextStream:
     """Turns a row's tokens into pieces of text as they come, each piece final.
 
     Held back is what may still change: bytes of a character that is not complete, what could be the beginning of a stop
-    string, and, with `words`, the last word, which may yet lose the space before it. `text` is all that was said, the held
+    string, and, with `words`, the last word, which may yet lose the space before it. `text` is the whole text, the held
     back end included, and ends in front of the first stop string.
 
         text = TextStream(processor.decode, stop=("USER:",))

@@ -82,7 +82,7 @@ def test_a_picture_of_a_folder_with_classes_is_drawn(trained, tmp_path):
             train = tmp_path / "data/train" / f"kind_{c}" / f"{i}.png"
             train.parent.mkdir(parents=True, exist_ok=True)
             train.hardlink_to(path)
-    evaluate.picture(model, processor, tmp_path / "data", tmp_path / "sheet.png", top=4)
+    evaluate.retrieval_sheet(model, processor, tmp_path / "data", tmp_path / "sheet.png", top=4)
     assert Image.open(tmp_path / "sheet.png").height > 3 * 96
 
 

@@ -43,7 +43,7 @@ def test_who_matches_without_a_mistake_is_told_so(world, oracle):
 def test_who_always_says_yes_is_right_half_of_the_time(world, oracle, monkeypatch):
     monkeypatch.setattr(oracle, "match", lambda images, tokens, m: torch.tensor([[0.0, 1.0]] * len(tokens)))
     test = ShapesWorld(world, "test")
-    features = evaluation.look_at_split(oracle, oracle.processor, test)
+    features = evaluation.features_of_split(oracle, oracle.processor, test)
     assert set(hard_negatives(oracle, oracle.processor, test, features).values()) == {Score(0.5, 0.5)}
 
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_is_refused():
         retrieval(features, features * math.nan)
     with pytest.raises(UserError, match="there are no queries"):
         retrieval(features[:0], features[:0])
-    with pytest.raises(ValueError, match="3 candidates, but what is right is told for 2"):
+    with pytest.raises(ValueError, match="3 candidates, but relevance is given for 2"):
         retrieval(features, features, [0, 1])
     with pytest.raises(ValueError, match="-1…2, but there are 3 classes"):
         zero_shot_accuracy(features, features, [-1, 0, 2])

@@ -126,7 +126,7 @@ def test_without_a_task_it_lists_them(capsys):
         (["zero-shot", "out", "cut.png", *LABELS], "cut.png cannot be read as an image"),
         (["zero-shot", "out", "red.png", *LABELS, "--device", "tpu9"], "tpu9"),
         (["search", "out", "nowhere", "red"], "nowhere is not a folder"),
-        (["search", "out", "empty", "red"], "empty holds no pictures"),
+        (["search", "out", "empty", "red"], "empty holds no images"),
         (["search", "out", "pictures", " "], "query is empty"),
         (["search", "out", "pictures", "red " * 40], "has 40 tokens, but the model takes 12; make it shorter"),
         (["search", "out", "pictures", "red", "blue"], "unrecognized arguments: blue"),

@@ -258,7 +258,7 @@ def test_captions_beyond_the_context_are_cut_when_they_are_judged_and_pictured(b
     model, processor = minivlm.load(built / "stage1")
     short = Processor(processor.tokenizer, replace(processor.config, context=8))
     assert short.too_long(list(ShapesWorld(world, "test").texts())) > 0
-    evaluate.matching_picture(model, short, world, tmp_path / "picture.png")
+    evaluate.matching_sheet(model, short, world, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
     assert 0 <= evaluate.matching_accuracy(model, short, world) <= 1
 

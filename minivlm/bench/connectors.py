@@ -71,7 +71,7 @@ class Sizes:
 
     image_tokens: int
     parameters: int  # of the connector
-    room: int  # tokens of text that its language model can have beside the picture
+    room: int  # tokens of text that its language model can have beside an image
     parts: tuple  # configs of its tower and of its language model
     accuracy: Score | None = None
 
@@ -85,7 +85,7 @@ class Sizes:
 
 
 def prompt(model: Model, B: int, words: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, [views,] 3, H, W), and tokens (B, T): the places of the picture, if it has any, and words."""
+    """Images (B, [views,] 3, H, W), and tokens (B, T): the placeholders of the image, if it has any, and text."""
     c, generator = model.config, torch.Generator().manual_seed(0)
     views, side = getattr(c, "views", 1), c.vision.image_size
     images = torch.randn(B, *([views] if views > 1 else []), 3, side, side, generator=generator)
@@ -104,7 +104,7 @@ def train(build: Callable, arguments: tuple, precision: str, B: int, words: int)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         features = ImageFeatures(model.image_features(images))
     labels = tokens.clone()
-    labels[:, :-words] = -100  # the picture's places
+    labels[:, :-words] = -100  # the placeholders
     if isinstance(model.language_model, T5):
         labels = labels[:, -words:]
     return training_step(model, lambda: model.losses(tokens, labels, features)["next token"], precision)

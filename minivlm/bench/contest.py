@@ -1,4 +1,4 @@
-"""Several contestants, each in a process of its own, take turns; what they took is told side by side."""
+"""Several contestants, each in a process of its own, take turns, and their times stand side by side."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def serve(pipe, build: Callable, arguments: tuple) -> None:
-    """One contestant: builds itself, then runs for as long as it is told, again and again."""
+    """One contestant: builds itself, then runs for as many seconds as it receives, again and again."""
     keep_freed_memory()  # as train.py does; it helps every contestant
     try:
         step = build(*arguments)
@@ -75,7 +75,7 @@ def serve(pipe, build: Callable, arguments: tuple) -> None:
 
 
 def memory(field: str) -> float:
-    """Bytes of this process in memory, VmRSS now, VmHWM at most, as Linux tells it; NaN where there is no /proc."""
+    """Bytes of this process in memory, VmRSS now, VmHWM at most, by /proc; NaN where there is no /proc."""
     if not STATUS.exists():
         return math.nan
     return 1024.0 * next(

@@ -1,5 +1,5 @@
-"""How good a trained model is, on pictures and texts it has not seen: `python -m minivlm.evaluate MODEL [--data DIR]`;
-and what it learns from examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`."""
+"""Scores of a trained model on held-out images and texts: `python -m minivlm.evaluate MODEL [--data DIR]`;
+and its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from minivlm.command_line import Parser, check_sheet_name, whole
 from minivlm.datasets.contents import contents, split_notes, told
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
-from minivlm.evaluate.compare import contrast, picture, retrieval, shows, zero_shot
+from minivlm.evaluate.compare import contrast, retrieval, retrieval_sheet, shows, zero_shot
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
 from minivlm.evaluate.generation import (
     FREE_ANSWERS,
+    answers_and_captions,
+    answers_sheet,
     ask,
     captions,
     check_questions,
-    speech,
-    speech_picture,
     words_right,
 )
 from minivlm.evaluate.language import language
-from minivlm.evaluate.match import matching, matching_accuracy, matching_picture
+from minivlm.evaluate.match import matching, matching_accuracy, matching_sheet
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 
 __all__ = [
     "FREE_ANSWERS",
+    "answers_and_captions",
+    "answers_sheet",
     "ask",
     "captions",
     "check_questions",
@@ -42,12 +44,10 @@ __all__ = [
     "main",
     "matching",
     "matching_accuracy",
-    "matching_picture",
-    "picture",
+    "matching_sheet",
     "retrieval",
+    "retrieval_sheet",
     "shows",
-    "speech",
-    "speech_picture",
     "table",
     "words_right",
     "zero_shot",
@@ -67,17 +67,17 @@ def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
 def scores_of(model, processor, directory: str | Path) -> dict[str, Score]:
     can = model.abilities
     if "choose" in can:
-        scores = speech(model, processor, directory)
+        scores = answers_and_captions(model, processor, directory)
         if "match" in can and is_world(directory):
             scores |= matching(model, processor, directory)
         return scores | (contrast(model, processor, directory) if "encode" in can else {})
     if "match" in can:
         scores = matching(model, processor, directory)
-        return scores | (speech(model, processor, directory) if "answer" in can else {})
+        return scores | (answers_and_captions(model, processor, directory) if "answer" in can else {})
     if "encode" in can:
         return contrast(model, processor, directory)
     if can & {"caption", "answer"}:
-        return (speech if model.takes_images else language)(model, processor, directory)
+        return (answers_and_captions if model.takes_images else language)(model, processor, directory)
     raise UserError(f"a {type(model).__name__} has no ability that can be evaluated.")
 
 

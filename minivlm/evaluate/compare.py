@@ -1,5 +1,5 @@
-"""The compare pattern is judged by retrieval (does an image find its caption, a caption its image?) and by zero-shot
-classification (does an image find its class?), every number beside what guessing would get.
+"""Scores of the compare pattern: retrieval (does an image find its caption, a caption its image?) and zero-shot
+classification (does an image find its class?), every number beside its chance.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def encode_split(model, processor, pairs: Pairs, batch_size: int) -> torch.Tenso
     return torch.cat([encode_images(list(pairs.images(part)), model, processor) for part in parts])
 
 
-def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8) -> None:
+def retrieval_sheet(model, processor, directory: str | Path, path: Path, *, top: int = 8) -> None:
     """A sheet of queries and the `top` held-out images that each finds, right and wrong ones marked, written to `path`."""
     test = open_pairs(directory, "test", image_size=processor.image_size)
     if isinstance(test, ShapesWorld):
@@ -81,11 +81,11 @@ def picture(model, processor, directory: str | Path, path: Path, *, top: int = 8
         best = scores.topk(min(top, len(where)))
         found = [where[i] for i in best.indices.tolist()]
         marks = [right(split, i) for split, i in found]
-        pictures = [split.images([i])[0] for split, i in found]
+        images = [split.images([i])[0] for split, i in found]
         there = sum(right(split, i) for split, i in where)
         detail = f"{sum(marks)} of {len(marks)} right, {there} exist{detail}"
-        sheet_rows.append(Row(query, pictures, marks, [f"{s:.2f}" for s in best.values.tolist()], detail))
-    title = f"What {len(where)} held-out pictures a query finds, best first"
+        sheet_rows.append(Row(query, images, marks, [f"{s:.2f}" for s in best.values.tolist()], detail))
+    title = f"What {len(where)} held-out images a query finds, best first"
     sheet(sheet_rows, title=title, tile=96, columns=top).save(path)
 
 
@@ -101,7 +101,7 @@ SHAPE_QUERIES = [
 
 
 def shows(query: str):
-    """Right: a scene with every object that the query names, as far as it tells."""
+    """Right: a scene with every object that the query names, in all that it names of them."""
     wanted = parse(query)
 
     def right(split: ShapesWorld, index: int) -> bool:
@@ -112,7 +112,7 @@ def shows(query: str):
 
 
 def agrees(want, thing) -> bool:
-    return all(told is None or told == fact for told, fact in zip(want[:4], thing[:4], strict=True))
+    return all(named is None or named == fact for named, fact in zip(want[:4], thing[:4], strict=True))
 
 
 def has_caption(caption: str):

@@ -1,11 +1,11 @@
-"""A model that reads examples is judged by words that nothing but its prompt explains, over the number of examples.
+"""Few-shot accuracy on new words, which nothing but the prompt explains, over the number of examples.
 
     2 shots                        of an episode's words, is the right one the likeliest behind "this is a"?
     2 shots, labels shuffled       the same with each word of the examples in the place of another
-    2 shots, shuffled label said   … is that word said instead? Who reads the examples says so, and is wrong above
-    2 shots, pictures shuffled     the examples' pictures in random order: what is left to who reads is chance
-    2 shots, never-seen pairs      of looks whose colour and shape training never showed together
-    2 shots, told in words         the language model alone, the looks told in words: what pictures can hardly surpass
+    2 shots, shuffled label said   … is that word chosen instead? A model that uses the examples does so
+    2 shots, pictures shuffled     the examples' images in random order: a model that uses them is left with chance
+    2 shots, never-seen pairs      of shapes in colours that never occurred together in training
+    2 shots, told in words         the language model alone, with descriptions in place of images: an upper bound, nearly
 
 Min et al. 2022, "Rethinking the Role of Demonstrations", on why labels are to be shuffled.
 """
@@ -37,7 +37,7 @@ def few_shot(
 ) -> dict[str, Score]:
     """All scores on the shapes world's held-out episodes, or on those of a folder of classes (class_episodes.py).
 
-    UserError: a model that cannot read examples, fewer than two ways, examples that do not fit its context.
+    UserError: a model that learns from no examples, fewer than two ways, examples that do not fit its context.
     """
     require_answers(model, processor, images=1, ability="few-shot")
     if ways < 2:
@@ -51,8 +51,8 @@ def few_shot(
             unseen = draw_episodes(directory, shots=k, ways=ways, image_size=size, looks="unseen")
             scores[f"{name}, never-seen pairs"] = few_shot_accuracy(model, processor, unseen, ways=ways)
         if is_world(directory) and k and k % ways == 0:
-            told = new_words_in_text(model.language_model, processor, k // ways, ways=ways)
-            scores[f"{name}, told in words"] = told
+            described = new_words_in_text(model.language_model, processor, k // ways, ways=ways)
+            scores[f"{name}, told in words"] = described
     return scores
 
 
@@ -84,35 +84,36 @@ def judge(model, processor, episodes: Sequence[ShotEpisode], ways: int) -> dict[
     if k >= 1:
         words = all_choices(episodes, ways)
         others = [dict(zip(some, some[1:] + some[:1], strict=True)) for some in words]
-        told = [shuffle_labels(episode, other) for episode, other in zip(episodes, others, strict=True)]
-        said = name_queries(model, processor, told, words)
+        changed = [shuffle_labels(episode, other) for episode, other in zip(episodes, others, strict=True)]
+        chosen = name_queries(model, processor, changed, words)
         true = [episode.query.label for episode in episodes]
-        scores[", labels shuffled"] = agreement(said, true, ways)
+        scores[", labels shuffled"] = agreement(chosen, true, ways)
         new = [other[label] for other, label in zip(others, true, strict=True)]
-        scores[", shuffled label said"] = agreement(said, new, ways)
+        scores[", shuffled label said"] = agreement(chosen, new, ways)
     if k >= 2:
-        shown = [shuffle_pictures(episode, np.random.default_rng(i)) for i, episode in enumerate(episodes)]
+        shown = [shuffle_images(episode, np.random.default_rng(i)) for i, episode in enumerate(episodes)]
         scores[", pictures shuffled"] = few_shot_accuracy(model, processor, shown, ways=ways)
     return scores
 
 
 def few_shot_accuracy(model, processor, episodes: Sequence[ShotEpisode], *, ways: int = 2) -> Score:
     """How many queries are given their own word, of the `ways` there are."""
-    said = name_queries(model, processor, episodes, all_choices(episodes, ways))
-    return agreement(said, [episode.query.label for episode in episodes], ways)
+    chosen = name_queries(model, processor, episodes, all_choices(episodes, ways))
+    return agreement(chosen, [episode.query.label for episode in episodes], ways)
 
 
-def agreement(said: Sequence[str], right: Sequence[str], ways: int) -> Score:
-    return Score(sum(a == b for a, b in zip(said, right, strict=True)) / len(said), 1 / ways)
+def agreement(chosen: Sequence[str], right: Sequence[str], ways: int) -> Score:
+    return Score(sum(a == b for a, b in zip(chosen, right, strict=True)) / len(chosen), 1 / ways)
 
 
 def name_queries(model, processor, episodes: Sequence[ShotEpisode], words: Sequence[Sequence[str]]) -> list[str]:
     """The likeliest of its words for each episode's query."""
     prompts = []
-    for (examples, query), some in zip(episodes, words, strict=True):
-        told, asked = [Example(image, f"{LEAD} {label}") for image, label in examples], Example(query.image, LEAD)
-        prompts.append(few_shot_prompt(told, asked, processor))
-        check_room(told, asked, some, model, processor)
+    for episode, some in zip(episodes, words, strict=True):
+        examples = [Example(image, f"{LEAD} {label}") for image, label in episode.examples]
+        asked = Example(episode.query.image, LEAD)
+        prompts.append(few_shot_prompt(examples, asked, processor))
+        check_room(examples, asked, some, model, processor)
     return likeliest(model, processor, prompts, words)
 
 
@@ -133,8 +134,8 @@ def shuffle_labels(episode: ShotEpisode, other: dict[str, str]) -> ShotEpisode:
     return episode._replace(examples=[shot._replace(label=other[shot.label]) for shot in episode.examples])
 
 
-def shuffle_pictures(episode: ShotEpisode, rng: np.random.Generator) -> ShotEpisode:
-    """The examples' pictures in random order, their labels where they were."""
+def shuffle_images(episode: ShotEpisode, rng: np.random.Generator) -> ShotEpisode:
+    """The examples' images in random order, their labels where they were."""
     examples = episode.examples
     order = rng.permutation(len(examples))
     return episode._replace(

@@ -1,7 +1,7 @@
-"""A model that speaks about pictures is judged by its answers and by its captions, on pictures it has not seen.
+"""Scores of a model that answers questions about images, or describes them, on held-out images.
 
-Beside each accuracy stand what the question alone is worth (chance) and what the same model says when it is shown the
-picture of another question (blind): an answer that survives that was not seen but guessed.
+Beside each accuracy stand that of the question alone (chance) and that of the same model when it is given the image of
+another question (blind): an answer that is right even then does not come from the image.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.abilities import can_answer
 from minivlm.tasks.generate import answer_all, caption_all, question_tokens
 
-TILE = 176  # pixels of a picture on the sheet
+TILE = 176  # pixels of an image on the sheet
 CAPTIONS = 500  # at most, to be described; and as many answers in whole sentences
 SHORT, LONG = ANSWER, 64  # tokens of an answer, and of a caption or a sentence
 FREE_ANSWERS = "answers, words in common"
-AT_A_TIME = 64  # samples whose pictures are in memory
+AT_A_TIME = 64  # samples whose images are in memory
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
 
-def speech(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
+def answers_and_captions(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
     ask_questions = ask_questions and answers_questions(model, processor)
     describes = "caption" in model.abilities
@@ -56,31 +56,31 @@ def answers(model, processor, talk: Conversations, questions: Sequence[Question]
     check_questions(model, processor, talk)
     if talk.free_answers:
         questions = questions[:CAPTIONS]
-    said = ask(model, processor, talk, questions)
+    texts = ask(model, processor, talk, questions)
     blind = ask(model, processor, talk, questions, shift=len(questions) // 2)
-    words = {FREE_ANSWERS: words_right(questions, said)} if talk.free_answers else {}
+    words = {FREE_ANSWERS: words_right(questions, texts)} if talk.free_answers else {}
     alone = vqa_accuracy(questions, blind)["accuracy"]
-    return {**words, **vqa_accuracy(questions, said), "accuracy, blind": alone}
+    return {**words, **vqa_accuracy(questions, texts), "accuracy, blind": alone}
 
 
-def words_right(questions: Sequence[Question], said: Sequence[str]) -> Score:
+def words_right(questions: Sequence[Question], texts: Sequence[str]) -> Score:
     """Of questions whose answers are sentences: the words that the model's answers have in common with them."""
-    return word_overlap(said, [question.answers for question in questions])
+    return word_overlap(texts, [question.answers for question in questions])
 
 
 def ask(model, processor, talk: Conversations, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
-    """The model's answers. shift: each question is asked about the picture of the one so many places further."""
-    n, said = len(questions), []
+    """The model's answers. shift: each question is asked about the image of the question so many further."""
+    n, texts = len(questions), []
     longest = SHORT
     if talk.free_answers and "choose" not in model.abilities:
-        read = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
-        longest = max(SHORT, min(LONG, model.language_config.context - read))
+        longest_prompt = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
+        longest = max(SHORT, min(LONG, model.language_config.context - longest_prompt))
     for start in range(0, n, AT_A_TIME):
         part = range(start, min(start + AT_A_TIME, n))
-        pictures = talk.images([questions[(i + shift) % n].index for i in part])
-        samples = [(some, questions[i].text) for some, i in zip(pictures, part, strict=True)]
-        said += answer_all(samples, model, processor, max_new_tokens=longest)
-    return said
+        images = talk.images([questions[(i + shift) % n].index for i in part])
+        samples = [(some, questions[i].text) for some, i in zip(images, part, strict=True)]
+        texts += answer_all(samples, model, processor, max_new_tokens=longest)
+    return texts
 
 
 def check_questions(model, processor, talk: Conversations) -> None:
@@ -93,43 +93,43 @@ def check_questions(model, processor, talk: Conversations) -> None:
 
 def describe_all(model, processor, talk: Conversations, indices: Sequence[int]) -> list[str]:
     """The model's captions of these samples."""
-    said = []
+    texts = []
     for start in range(0, len(indices), AT_A_TIME):
-        said += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG)
-    return said
+        texts += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG)
+    return texts
 
 
 def captions(model, processor, talk: Conversations, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
-    """Of the shapes world: is everything said that is there? Of photographs: how many words are right."""
+    """Of the shapes world: does a caption name all that is there? Of photographs: how many of its words are right."""
     indices = captioned(talk)[:most]
-    said = describe_all(model, processor, talk, indices)
+    texts = describe_all(model, processor, talk, indices)
     if is_world(directory):
-        scores = scene_match(said, [talk.captions(i)[0] for i in indices])
+        scores = scene_match(texts, [talk.captions(i)[0] for i in indices])
         return {f"captions, {name}": score for name, score in scores.items()}
-    return {"captions, words in common": word_overlap(said, [talk.captions(i) for i in indices])}
+    return {"captions, words in common": word_overlap(texts, [talk.captions(i) for i in indices])}
 
 
-def word_overlap(said: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
-    """Mean F1 of the distinct words of a caption and its best reference; chance: with the next picture's references."""
+def word_overlap(texts: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
+    """Mean F1 of the distinct words of a caption and its best reference; chance: with the next image's references."""
 
     def f1(text: str, references: Sequence[str]) -> float:
         a = set(normalise(text).split())
         sets = [set(normalise(r).split()) for r in references]
         return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
 
-    n = len(said)
+    n = len(texts)
     if not n:
         raise UserError("there are no captions or answers to measure with.")
-    right = sum(f1(text, known[i]) for i, text in enumerate(said)) / n
-    return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(said)) / n)
+    right = sum(f1(text, known[i]) for i, text in enumerate(texts)) / n
+    return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(texts)) / n)
 
 
-def speech_picture(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
-    """Held-out pictures with question, answer and the model's answer; without questions, with their captions."""
+def answers_sheet(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
+    """Draw held-out images with a question and the model's answer; without questions, with its captions."""
     talk = open_conversations(directory, "test", image_size=processor.image_size)
     questions = talk.questions() if ask_questions and answers_questions(model, processor) else []
     rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
-    sheet(rows, title="What the model says about held-out pictures", tile=TILE, columns=4).save(path)
+    sheet(rows, title="Answers or captions of the model for held-out images", tile=TILE, columns=4).save(path)
 
 
 def question_rows(
@@ -140,13 +140,14 @@ def question_rows(
     for kind in list(dict.fromkeys(q.kind for q in questions))[:6]:
         chosen = [q for q in questions if q.kind == kind]
         chosen = chosen[:: max(1, len(chosen) // columns)][:columns]
-        said = ask(model, processor, talk, chosen)
+        texts = ask(model, processor, talk, chosen)
         right = [
-            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5 for s, q in zip(said, chosen, strict=True)
+            agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5
+            for s, q in zip(texts, chosen, strict=True)
         ]
         notes = [
-            "\n".join([*wrap(q.text, 13, TILE), f"says {s}" + ("" if ok else f", not {q.answers[0]}")])
-            for q, s, ok in zip(chosen, said, right, strict=True)
+            "\n".join([*wrap(q.text, 13, TILE), f"answer: {s}" + ("" if ok else f", not {q.answers[0]}")])
+            for q, s, ok in zip(chosen, texts, right, strict=True)
         ]
         rows.append(Row(kind, [talk.images([q.index])[0][0] for q in chosen], right, notes))
     return rows
@@ -155,9 +156,9 @@ def question_rows(
 def caption_rows(model, processor, talk: Conversations, *, columns: int = 4, n: int = 12) -> list[Row]:
     known = captioned(talk) or range(len(talk))
     indices = known[:: max(1, len(known) // n)][:n]
-    said = describe_all(model, processor, talk, indices)
-    right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(said, indices, strict=True)]
-    pictures = [talk.images([i])[0][0] for i in indices]
-    notes = ["\n".join(wrap(text, 13, TILE)) for text in said]
-    starts = range(0, len(pictures), columns)
-    return [Row("", pictures[s : s + columns], right[s : s + columns], notes[s : s + columns]) for s in starts]
+    texts = describe_all(model, processor, talk, indices)
+    right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(texts, indices, strict=True)]
+    images = [talk.images([i])[0][0] for i in indices]
+    notes = ["\n".join(wrap(text, 13, TILE)) for text in texts]
+    starts = range(0, len(images), columns)
+    return [Row("", images[s : s + columns], right[s : s + columns], notes[s : s + columns]) for s in starts]

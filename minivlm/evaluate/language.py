@@ -1,9 +1,9 @@
-"""A language model is judged by how well it expects texts that it has not read, and by what it picks up from its context.
+"""Scores of a language model: how well it predicts held-out texts, and what it learns from its context.
 
 perplexity   exp of the mean surprise per token; beside it, that of the best model that knows no context (unigrams).
-             One with an encoder reads the beginning of each text and is judged by the rest
-told scenes  questions about scenes that are told in words: are they answered?
-few-shot     words nobody has heard before are bound to looks by k examples each: is the right one said?
+             One with an encoder is given the beginning of each text and judged by the rest
+told scenes  questions about scenes that a text describes: are they answered?
+few-shot     new words, each explained by k examples: is the right one generated?
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from minivlm.datasets.shapes.text import canonical
 from minivlm.datasets.text_batches import Document, text_sample
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.tasks.features import inference
-from minivlm.tasks.generate import beginning, model_inputs
+from minivlm.tasks.generate import model_inputs, prompt_tokens
 
 HELD_OUT = 500  # documents of the shapes world
 EPISODES = 300
-TOLD, QUESTIONS = 500, 100  # scenes told in words, and questions about them of each kind
+TOLD, QUESTIONS = 500, 100  # scenes that a text describes, and questions about them of each kind
 SHOTS = (1, 2, 4)  # examples of each word
 
 
@@ -94,26 +94,26 @@ def entropy(tokens: Sequence[int]) -> float:
 def new_words(model, processor, shots: int, *, ways: int = 2) -> Score:
     """Of episodes that end before a new word, how many are continued with the right one (greedy, the whole word)."""
     episodes = few_shot(EPISODES, shots=shots, ways=ways)
-    said = go_on(model, processor, [e.text for e in episodes])
-    right = sum(text.split(".")[0].strip() == e.answer for text, e in zip(said, episodes, strict=True))
+    texts = continue_all(model, processor, [e.text for e in episodes])
+    right = sum(text.split(".")[0].strip() == e.answer for text, e in zip(texts, episodes, strict=True))
     return Score(right / len(episodes), 1 / ways)
 
 
 def told_scenes(model, processor) -> dict[str, Score]:
-    """Questions about held-out scenes that are told in words in front of them: what a model that is to answer about pictures
-    can do once it knows what they show. By kind of question; chance: see `vqa_accuracy`."""
+    """Accuracy on questions behind the description of a held-out scene, by kind of question: what a model that is to answer
+    about images can do once it knows what they show. Chance: see `vqa_accuracy`."""
     scenes = held_out_scenes(0, TOLD)
     asked = judge(scenes, QUESTIONS)
-    said = go_on(model, processor, [f"{canonical(scenes[i])}. {question.text}" for i, question in asked])
+    answers = continue_all(model, processor, [f"{canonical(scenes[i])}. {question.text}" for i, question in asked])
     questions = [Question(i, question.text, (question.answer,), question.kind) for i, question in asked]
-    return {f"told scenes, {name}": score for name, score in vqa_accuracy(questions, said).items()}
+    return {f"told scenes, {name}": score for name, score in vqa_accuracy(questions, answers).items()}
 
 
-def go_on(model, processor, texts: Sequence[str], *, batch_size: int = 100) -> list[str]:
-    """What the model says next, greedy, a few tokens of it."""
-    said = []
+def continue_all(model, processor, texts: Sequence[str], *, batch_size: int = 100) -> list[str]:
+    """A few tokens that the model generates next, greedily."""
+    rows = []
     with inference(model):
         for i in range(0, len(texts), batch_size):
-            prompts = [beginning(text, model, processor) for text in texts[i : i + batch_size]]
-            said += model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8).tolist()
-    return processor.decode(said)
+            prompts = [prompt_tokens(text, model, processor) for text in texts[i : i + batch_size]]
+            rows += model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8).tolist()
+    return processor.decode(rows)

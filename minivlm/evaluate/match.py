@@ -1,5 +1,5 @@
-"""A model that matches is judged by whether it hears the one word that makes a caption false; and if it compares as well,
-by whether a search gets better when the best few that comparing found are put in order by matching.
+"""Scores of a model that matches: whether it detects the one word that makes a caption false; and if it compares as well,
+whether a search gets better when the best few that comparing found are put in order by matching.
 
 matching, colour   of true captions and of those false by one attribute (datasets/shapes/negatives.py), how many are told
                    apart at probability 1/2; both count alike, so that always saying yes is worth 50 %
@@ -27,16 +27,16 @@ from minivlm.tasks.features import inference, to_tokens
 from minivlm.tasks.match import RERANK, features_of_all, match_all, match_pairs
 
 SPLITS = {"test": "", "unseen": "never-seen pairs, "}
-AT_A_TIME = 250  # pictures in memory
-PICTURED, TILE = 12, 176  # pictures on a sheet, and their pixels
+AT_A_TIME = 250  # images in memory
+PICTURED, TILE = 12, 176  # images on a sheet, and their pixels
 
 
 def matching(model, processor, directory: str | Path) -> dict[str, Score]:
-    """All scores on the held-out part of a dataset, by name, in the order of the table; each picture is looked at once."""
+    """All scores on the held-out part of a dataset, by name, in the order of the table."""
     scores = {}
     for split, name in SPLITS.items() if is_world(directory) else [("test", "")]:
         pairs = open_pairs(directory, split, image_size=processor.image_size)
-        features = look_at_split(model, processor, pairs)
+        features = features_of_split(model, processor, pairs)
         found = hard_negatives(model, processor, pairs, features) if isinstance(pairs, ShapesWorld) else {}
         if "encode" in model.abilities:
             found |= reranking(model, processor, pairs, features)
@@ -44,8 +44,8 @@ def matching(model, processor, directory: str | Path) -> dict[str, Score]:
     return scores
 
 
-def look_at_split(model, processor, pairs: Pairs) -> Tensor:
-    """(N, L, C): what the frozen tower sees of every picture of a split."""
+def features_of_split(model, processor, pairs: Pairs) -> Tensor:
+    """(N, L, C): the features of every image of a split."""
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_A_TIME))
     return torch.cat([features_of_all(list(pairs.images(part)), model, processor) for part in parts])
 
@@ -53,27 +53,27 @@ def look_at_split(model, processor, pairs: Pairs) -> Tensor:
 def matching_accuracy(model, processor, directory: str | Path) -> float:
     """Of the validation split, one number: on the shapes world the hard negatives, elsewhere text→image R@1 re-ranked."""
     pairs = open_pairs(directory, "val", image_size=processor.image_size)
-    features = look_at_split(model, processor, pairs)
+    features = features_of_split(model, processor, pairs)
     if isinstance(pairs, ShapesWorld):
         return hard_negatives(model, processor, pairs, features)["matching"].value
     return reranking(model, processor, pairs, features)["text→image R@1 re-ranked"].value
 
 
-def matching_picture(model, processor, directory: str | Path, path: Path) -> None:
-    """Held-out pictures, each with a true caption and a false one, and how probable the model finds them."""
+def matching_sheet(model, processor, directory: str | Path, path: Path) -> None:
+    """Draw held-out images, each with a true caption and a false one, and their probabilities."""
     pairs = open_pairs(directory, "test", image_size=processor.image_size)
     indices = range(0, len(pairs), max(1, len(pairs) // PICTURED))[:PICTURED]
-    rng, tiles = np.random.default_rng(0), {}  # what is wrong → (picture, are both judged right?, note)
-    for place, i in enumerate(indices):
-        true, wrong, kind = pairs.all_captions(i)[0], pairs.all_captions(indices[place - 1])[0], "of another picture"
+    rng, tiles = np.random.default_rng(0), {}  # what is wrong → (image, are both judged right?, note)
+    for n, i in enumerate(indices):
+        true, wrong, kind = pairs.all_captions(i)[0], pairs.all_captions(indices[n - 1])[0], "of another image"
         if isinstance(pairs, ShapesWorld):
             scene = pairs.scenes[i]
             false = one_attribute_negatives(scene, scene.objects, rng)
-            wrong, kind = false[place % len(false)]
-        [picture] = pairs.images([i])
-        yes, no = match_all([picture], [true, wrong], model, processor, cut=True)[0].tolist()
+            wrong, kind = false[n % len(false)]
+        [image] = pairs.images([i])
+        yes, no = match_all([image], [true, wrong], model, processor, cut=True)[0].tolist()
         note = "\n".join(wrap(f"{yes:.0%} {true}", 13, TILE) + wrap(f"{no:.0%} {wrong}", 13, TILE))
-        tiles.setdefault(kind, []).append((picture, yes >= 0.5 > no, note))
+        tiles.setdefault(kind, []).append((image, yes >= 0.5 > no, note))
     rows = [Row(f"false: {kind}", *zip(*some, strict=True)) for kind, some in tiles.items()]
     sheet(rows, title="How probable a true and a false caption are", tile=TILE, columns=4).save(path)
 
@@ -133,7 +133,7 @@ def reranking(model, processor, pairs: Pairs, features: Tensor, *, k: int = RERA
 
 
 def similarities(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size: int = 128) -> Tensor:
-    """(N, M): how similar each picture, its best query, is to each text."""
+    """(N, M): how similar each image, in its best query, is to each text."""
     with inference(model):
         images = [model.encode_image(ImageFeatures(part)).float() for part in features.split(batch_size)]
         texts = [

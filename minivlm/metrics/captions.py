@@ -1,4 +1,4 @@
-"""Does a caption of the shapes world say what the picture shows?  Read back to objects, it can be compared exactly."""
+"""Does a caption of the shapes world describe the image?  Parsed into objects, it can be compared exactly."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ def scene_match(captions: Sequence[str], references: Sequence[str]) -> dict[str,
     """captions against the canonical caption of each scene, in any wording and order of the objects.
 
     "exact scene match"   all objects and no others, each with its size, colour, shape and place
-    "object precision"    of the objects that are told, the share that is there; every object counts once
-    "object recall"       of the objects that are there, the share that is told
+    "object precision"    of the objects that are named, the share that is there; every object counts once
+    "object recall"       of the objects that are there, the share that is named
 
-    Chance is what the same captions get for the next picture. Raises UserError where there are no captions; ValueError
+    Chance is what the same captions get for the next image. Raises UserError where there are no captions; ValueError
     where there is not one for each scene.
     """
     if len(captions) != len(references):
         raise ValueError(f"{len(references)} scenes, but {len(captions)} captions")
     if not captions:
         raise UserError("there are no captions to measure with.")
-    told, there = ([Counter(parse(text)) for text in texts] for texts in (captions, references))
-    values, chances = compare(told, there), compare(told, there[1:] + there[:1])
+    named, there = ([Counter(parse(text)) for text in texts] for texts in (captions, references))
+    values, chances = compare(named, there), compare(named, there[1:] + there[:1])
     return {name: Score(value, chances[name]) for name, value in values.items()}
 
 
-def compare(told: list[Counter], there: list[Counter]) -> dict[str, float]:
-    right = sum((a & b).total() for a, b in zip(told, there, strict=True))
+def compare(named: list[Counter], there: list[Counter]) -> dict[str, float]:
+    right = sum((a & b).total() for a, b in zip(named, there, strict=True))
     return {
-        "exact scene match": sum(a == b for a, b in zip(told, there, strict=True)) / len(there),
-        "object precision": right / max(1, sum(a.total() for a in told)),
+        "exact scene match": sum(a == b for a, b in zip(named, there, strict=True)) / len(there),
+        "object precision": right / max(1, sum(a.total() for a in named)),
         "object recall": right / max(1, sum(b.total() for b in there)),
     }

@@ -1,4 +1,4 @@
-"""Does an image find its texts, a text its images, a picture its class?  Recall@K and mean average precision.
+"""Does an image find its texts, a text its images, an image its class?  Recall@K and mean average precision.
 
     queries (Q, D) · candidates (G, D)ᵀ → scores (Q, G); candidates whose id is the query's are right, all others wrong.
 
@@ -20,7 +20,7 @@ from minivlm.metrics.score import Score
 
 
 class Relevance(NamedTuple):
-    """Which candidates are right for which query, told a few rows at a time."""
+    """Which candidates are right for which query, a few rows at a time."""
 
     shape: tuple[int, int]  # (Q, G)
     rows: Callable[[slice], Tensor]  # rows → (q, G) bool
@@ -162,7 +162,7 @@ def chance_precision(right: Tensor, G: int) -> float:
 def check(queries: Tensor, candidates: Tensor, right: Relevance, what: str) -> None:
     for features, n, side in ((queries, right.shape[0], "queries"), (candidates, right.shape[1], "candidates")):
         if len(features) != n:
-            raise ValueError(f"{what}: {len(features)} {side}, but what is right is told for {n}")
+            raise ValueError(f"{what}: {len(features)} {side}, but relevance is given for {n}")
         if not len(features):
             raise UserError(f"{what}: there are no {side} to measure with.")
         if not torch.isfinite(features).all():

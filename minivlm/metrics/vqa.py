@@ -68,8 +68,8 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
 def vqa_accuracy(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, Score]:
     """{"accuracy": Score, "accuracy, count": Score, …}: over all questions, and over those of each kind.
 
-    Chance is what one gets who sees no picture but knows these very questions: who gives to a text that is asked often
-    its most frequent answer, and to others the most frequent answer of their kind (the prior of Antol et al. 2015, §4).
+    Chance is the score without any image, by one who knows these very questions: a text that is asked often gets its most
+    frequent answer, others the most frequent answer of their kind (the prior of Antol et al. 2015, §4).
 
     Raises UserError where there are no questions; ValueError where there is not one prediction for each.
     """

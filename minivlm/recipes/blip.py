@@ -182,7 +182,7 @@ class MatchingAndCaptions:
         return (matching + next(iter(captions.values())).value) / 2
 
     def evaluate(self) -> dict[str, Score]:
-        generated = evaluate.speech(self.model, self.processor, self.directory, ask_questions=self.ask)
+        generated = evaluate.answers_and_captions(self.model, self.processor, self.directory, ask_questions=self.ask)
         return self.matching.evaluate() | generated
 
     def next_commands(self, out: Path) -> list[str]:

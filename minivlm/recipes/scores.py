@@ -50,7 +50,7 @@ class Retrieval:
         return evaluate.contrast(self.model, self.processor, self.directory)
 
     def figure(self, path: Path) -> None:
-        evaluate.picture(self.model, self.processor, self.directory, path)
+        evaluate.retrieval_sheet(self.model, self.processor, self.directory, path)
 
     def next_commands(self, out: Path) -> list[str]:
         """Two commands, about the held-out images that take the fewest words."""
@@ -80,7 +80,7 @@ class Matching:
         return evaluate.matching(self.model, self.processor, self.directory)
 
     def figure(self, path: Path) -> None:
-        evaluate.matching_picture(self.model, self.processor, self.directory, path)
+        evaluate.matching_sheet(self.model, self.processor, self.directory, path)
 
     def next_commands(self, out: Path) -> list[str]:
         test = open_pairs(self.directory, "test", image_size=self.processor.image_size)
@@ -143,10 +143,10 @@ class Generated:
         ).value
 
     def evaluate(self) -> dict[str, Score]:
-        return evaluate.speech(self.model, self.processor, self.directory, ask_questions=self.answers)
+        return evaluate.answers_and_captions(self.model, self.processor, self.directory, ask_questions=self.answers)
 
     def figure(self, path: Path) -> None:
-        evaluate.speech_picture(self.model, self.processor, self.directory, path, ask_questions=self.answers)
+        evaluate.answers_sheet(self.model, self.processor, self.directory, path, ask_questions=self.answers)
 
     def next_commands(self, out: Path) -> list[str]:
         image, asked = self.image(), self.question() if self.ask else ""

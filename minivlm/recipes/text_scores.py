@@ -26,7 +26,7 @@ from minivlm.pictures import Row, sheet
 from minivlm.processes import is_first_process
 from minivlm.processor import Processor
 from minivlm.tasks.features import inference
-from minivlm.tasks.generate import beginning
+from minivlm.tasks.generate import prompt_tokens
 
 VALIDATED = 200  # texts that a checkpoint is judged by
 PICTURED, SAID, SHOWN = 12, 24, 240  # beginnings in a figure, tokens that each goes on for, characters that are shown
@@ -55,7 +55,7 @@ class Perplexity:
         rows = []
         for number, text in enumerate(self.held_out):
             begun, rest = split(text, np.random.default_rng(number))
-            tokens = beginning(begun, self.model, self.processor)
+            tokens = prompt_tokens(begun, self.model, self.processor)
             if len(tokens) + SAID > self.processor.context:
                 continue
             if len(rows) == PICTURED:

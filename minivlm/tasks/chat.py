@@ -69,7 +69,7 @@ class Chat:
         """Yield the answer in pieces, as they come; `close` and Ctrl-C leave it as far as it came.
 
         An answer of which nothing came is dropped, and its images wait for the next question.
-        UserError, and nothing has changed: an empty question, one with `<image>` marks, one that does not fit the context.
+        UserError, and nothing has changed: an empty question, one with `<image>` in it, one that does not fit the context.
         """
         if not text.strip():
             raise UserError("the question is empty; say something.")

@@ -25,7 +25,7 @@ from minivlm.layers.tower import ImageFeatures
 from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.abilities import require_answers
 from minivlm.tasks.features import inference
-from minivlm.tasks.generate import beginning, generate_tokens, model_inputs, until_stop
+from minivlm.tasks.generate import generate_tokens, model_inputs, prompt_tokens, until_stop
 
 CHUNK = "<|endofchunk|>"  # OpenFlamingo's models have this behind it
 
@@ -67,7 +67,7 @@ def few_shot(
         return likeliest(model, processor, [prompt], [candidates])[0]
     check_room(examples, query, options.get("max_new_tokens", 1), model, processor)
     options = {"stop": (END,), **options}
-    prompts = [beginning(prompt.text, model, processor)]
+    prompts = [prompt_tokens(prompt.text, model, processor)]
     rows = generate_tokens(prompts, [prompt.images], model, processor, options)
     return until_stop(processor.decode(rows)[0], options["stop"])
 
@@ -147,14 +147,14 @@ def encoder_and_decoder_text(
     """For each candidate, the prompt, a text for the encoder, and its own tokens, a text that the decoder generates."""
     starts = int(processor.start_token is not None)
     answers = processor.encode([f"{text.strip()}{END}" for text in candidates])
-    return [(beginning(prompt.text, model, processor), answer[starts:]) for answer in answers]
+    return [(prompt_tokens(prompt.text, model, processor), answer[starts:]) for answer in answers]
 
 
 def prompt_and_answer(prompt: Prompt, candidates: Sequence[str], model, processor) -> list[tuple[list[int], list[int]]]:
     """For each candidate, the tokens before it, the same for all, and its own with those of its end."""
-    alone = beginning(prompt.text, model, processor)
+    alone = prompt_tokens(prompt.text, model, processor)
     begun = processor.pieces(prompt.text)
-    whole = [beginning([*begun, f" {text.strip()}{END}"], model, processor) for text in candidates]
+    whole = [prompt_tokens([*begun, f" {text.strip()}{END}"], model, processor) for text in candidates]
     seam = min(shared(alone, row) for row in whole)  # some tokenisers join the prompt's last word with what follows
     return [(row[:seam], row[seam:]) for row in whole]
 
@@ -203,7 +203,7 @@ def check_room(examples: Sequence[Example], query: Example, answer: int | Sequen
     """
     room = answer if isinstance(answer, int) else max(len(processor.ids([f" {text}{END}"])) for text in answer)
     context = model.language_config.context
-    length = lambda n: len(beginning(few_shot_prompt(examples[:n], query, processor).text, model, processor))
+    length = lambda n: len(prompt_tokens(few_shot_prompt(examples[:n], query, processor).text, model, processor))
     if length(len(examples)) + room <= context:
         return
     most = max((n for n in range(len(examples)) if length(n) + room <= context), default=None)

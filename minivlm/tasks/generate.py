@@ -90,7 +90,7 @@ def answer_all(
 def complete(text: str, model, processor, **options) -> str:
     """The text and its continuation, by a language model, or by a model that needs no image."""
     require_answers(model, processor, ability="complete")
-    prompt = beginning(as_text(text), model, processor)
+    prompt = prompt_tokens(as_text(text), model, processor)
     if not prompt:
         raise UserError("there is no text to continue: give at least one word.")
     [new] = generate_tokens([prompt], [[]], model, processor, options)
@@ -101,7 +101,7 @@ def complete(text: str, model, processor, **options) -> str:
     return begin + until_stop(whole[len(begin) :], options.get("stop", ()))
 
 
-def beginning(text: Text, model, processor) -> list[int]:
+def prompt_tokens(text: Text, model, processor) -> list[int]:
     """The tokens of a text that is to be continued: behind a start token. An encoder takes it whole, with its end token,
     and its decoder generates a text of its own."""
     if not model.continues_prompt:

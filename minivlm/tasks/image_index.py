@@ -1,11 +1,11 @@
-"""An index of a folder: one unit vector for each picture (or one for each query of a Q-Former, side by side), kept on disk
+"""An index of a folder: one unit vector for each image (or one for each query of a Q-Former, side by side), kept on disk
 and brought up to date rather than made again.
 
     index/index.json       {"model": fingerprint, "features": "features-1.npy", "rows": [[name, bytes, modified], …]}
     index/features-1.npy  (n, D) float32; row i belongs to rows[i]
 
 Rows are appended, and index.json is replaced whenever some are safe on disk: what it lists is there, whenever the
-build is killed. Each build begins a new features file with the rows that still hold, so that pictures that vanished
+build is killed. Each build begins a new features file with the rows that still hold, so that images that vanished
 leave no holes.
 """
 
@@ -91,7 +91,7 @@ def build_image_index(
     index = open_image_index(path)
     if not index.rows:
         name, (_, why) = next(iter(index.skipped.items()))
-        raise UserError(f"no picture in {directory} can be read ({len(files)} tried); the first is {name}: {why}")
+        raise UserError(f"no image in {directory} can be read ({len(files)} tried); the first is {name}: {why}")
     return index
 
 
@@ -164,7 +164,7 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
 
 
 def by_shape(pixels: dict[str, Tensor]) -> list[list[str]]:
-    """The names of pictures that can be one batch: without a crop, they differ in size."""
+    """The names of images that can be one batch: without a crop, they differ in size."""
     groups: dict[tuple, list[str]] = {}
     for name, image in pixels.items():
         groups.setdefault(image.shape, []).append(name)
@@ -293,7 +293,7 @@ def open_image_index(path: str | Path) -> ImageIndex:
 
 
 def open_if_valid(path: Path) -> ImageIndex | None:
-    """None where there is none, or one that is cut short or not of our making: what it says is not to be relied on."""
+    """None where there is none, or one that is cut short or not of our making: its content cannot be relied on."""
     try:
         record = parse_json(read_bytes(path / "index.json"), texts=False)
         rows = {inside(name): (whole(size), whole(modified)) for name, size, modified in record["rows"]}
@@ -326,7 +326,7 @@ def as_text(value: object) -> str:
 
 
 def inside(name: object) -> str:
-    """The name of a picture below the folder."""
+    """The name of an image below the folder."""
     parts = as_text(name).split("/")
     if not all(parts) or ".." in parts or "\0" in name:
         raise ValueError(f"{name!r} leads out of the folder")
@@ -339,15 +339,15 @@ def list_images(directory: Path) -> dict[str, Stamp]:
 
 
 def list_files(directory: Path) -> Listing:
-    """All that is below `directory`. UserError where there are no pictures among it."""
+    """All that is below `directory`. UserError where there are no images among it."""
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a folder; name the folder that holds the pictures.")
+        raise UserError(f"{directory} is not a folder; name the folder that holds the images.")
     found = list_folder(directory)
     if not found.pictures and not found.irregular:
-        told = passed_over([found])
+        others = passed_over([found])
         raise UserError(
-            f"{directory} holds no pictures ({', '.join(sorted(extensions()))}), nor do its sub-folders"
-            + (f": {told}" if told else ".")
+            f"{directory} holds no images ({', '.join(sorted(extensions()))}), nor do its sub-folders"
+            + (f": {others}" if others else ".")
         )
     return found
 
@@ -374,7 +374,7 @@ def fingerprint(model, processor) -> str:
 
 
 def index_path(directory: str | Path, model_directory: str | Path) -> Path:
-    """Where the index of the pictures in `directory` belongs within a model's directory."""
+    """Where the index of the images in `directory` belongs within a model's directory."""
     return Path(model_directory) / "index" / short_hash(str(Path(directory).resolve()))
 
 

@@ -88,7 +88,3 @@ def match_pairs(
             logits = model.match(ImageFeatures(features[image.to(features.device)]), *inputs).float()  # (b, 2)
             odds[some] = (logits[:, 1] - logits[:, 0]).cpu()
     return finite(odds, model)
-
-
-def can_match(model) -> bool:
-    return "match" in model.abilities

@@ -1,4 +1,4 @@
-"""Text that reads images: closed gates, who sees which image, and images that come later."""
+"""Text that attends to images: closed gates, which token attends to which image, and images that come later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sees whom: time, padding, neighbours in the batch, order, caches."""
+"""What depends on what: time, padding, neighbours in the batch, order, caches."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def assert_permutation_equivariant(
 def assert_permutation_invariant(
     f: Callable[[Tensor], Tensor], x: Tensor, dim: int = 1, *, tolerance: float | None = None
 ) -> None:
-    """f does not see the order of x along `dim`."""
+    """f does not depend on the order of x along `dim`."""
     y = f(x)
     for order in orders(x, dim):
         what = f"the result for order {order.tolist()} along dim {dim}"

@@ -89,7 +89,7 @@ def test_an_encoder_scores_candidates_as_its_decoder_would_say_them(folders, bas
     query = few_shot.Example(f"{pictures}/1.png", "this is a")
     prompt = few_shot.few_shot_prompt([few_shot.Example(f"{pictures}/0.png", "this is a dax")], query, p)
     [scores] = few_shot.score(model, p, [prompt], [["dax", "a wug"]])
-    tokens = torch.tensor([few_shot.beginning(prompt.text, model, p)])
+    tokens = torch.tensor([few_shot.prompt_tokens(prompt.text, model, p)])
     for text, got in zip(("dax.", "a wug."), scores, strict=True):
         labels = torch.tensor([p.encode([text])[0][1:]])
         with torch.no_grad():

@@ -5,7 +5,7 @@ from minivlm.errors import UserError
 from minivlm.layers import QFormerConfig
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.tasks.few_shot import Example, Prompt, few_shot, few_shot_prompt, likeliest, pair_up, score, shot_prompt
-from minivlm.tasks.generate import beginning
+from minivlm.tasks.generate import prompt_tokens
 from tests.speakers import (
     COLOURS,
     VISION,
@@ -69,9 +69,9 @@ def test_a_score_is_the_log_likelihood_of_the_candidate_and_its_end(words):
     scores = score(model, words, prompts, candidates)
     for prompt, some, row in zip(prompts, candidates, scores, strict=True):
         for text, value in zip(some, row, strict=True):
-            tokens = torch.tensor([beginning(f"{prompt.text} {text}.", model, words)])
+            tokens = torch.tensor([prompt_tokens(f"{prompt.text} {text}.", model, words)])
             log_p = model(words.images(prompt.images)[None], tokens).logits.log_softmax(dim=-1)
-            start = len(beginning(prompt.text, model, words))
+            start = len(prompt_tokens(prompt.text, model, words))
             known = sum(log_p[0, t - 1, tokens[0, t]].item() for t in range(start, tokens.shape[1]))
             assert value == pytest.approx(known, rel=1e-4)
     alone = score(model, words, prompts, candidates, batch_size=1)
@@ -83,7 +83,7 @@ def test_any_model_whose_pictures_stand_in_the_text_can_be_shown_examples():
     model, words = colour_llava(), processor()
     prompts = [Prompt([plain("red"), plain("blue")], shot_prompt(["red"], OF))]
     [[blue, red]] = score(model, words, prompts, [["blue", "red"]])
-    tokens = torch.tensor([beginning(f"{prompts[0].text} blue.", model, words)])
+    tokens = torch.tensor([prompt_tokens(f"{prompts[0].text} blue.", model, words)])
     log_p = model(words.images(prompts[0].images)[None], tokens).logits.log_softmax(dim=-1)[0]
     n = len(words.ids(" blue."))
     assert blue == pytest.approx(log_p[-n - 1 : -1].gather(1, tokens[0, -n:, None]).sum().item(), rel=1e-4)

@@ -214,13 +214,13 @@ def test_broken_pictures_are_named_and_skipped(pictures, tmp_path):
 
 def test_a_folder_without_a_readable_picture_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no pictures"):
+    with pytest.raises(UserError, match="empty holds no images"):
         build(tmp_path / "empty", tmp_path / "index")
     with pytest.raises(UserError, match="nowhere is not a folder"):
         build(tmp_path / "nowhere", tmp_path / "index")
     (tmp_path / "empty" / "fake.png").write_text("no picture")
     with pytest.raises(
-        UserError, match=r"no picture in .* can be read \(1 tried\); the first is fake.png: .*cannot be read"
+        UserError, match=r"no image in .* can be read \(1 tried\); the first is fake.png: .*cannot be read"
     ):
         build(tmp_path / "empty", tmp_path / "index")
 
