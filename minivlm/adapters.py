@@ -98,7 +98,7 @@ def describe(
 
 
 def trained_parameters(model: nn.Module, rows: list[Row] | None) -> dict[str, Tensor]:
-    """What learns besides LoRA, under the names of the file."""
+    """The parameters that learn besides LoRA, by their names in the file."""
     lora = {id(p) for p in lora_parameters(model)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in lora}
     return trained if rows is None else to_theirs(trained, rows)
@@ -219,7 +219,7 @@ def load_adapter(directory: str | Path, model: nn.Module, *, base: str | None = 
 
 
 class Slot(NamedTuple):
-    """Where one tensor of an adapter belongs."""
+    """The module or parameter that one tensor of an adapter belongs to."""
 
     name: str  # of our module, or parameter
     kind: str  # A, B, or empty for a parameter that was trained as a whole
@@ -291,7 +291,7 @@ def fit(
 
 
 def promised(slots_by_name: Mapping[str, list[Slot]], config: PeftConfig) -> dict[tuple[str, str], str]:
-    """What adapter_config.json says must be in the file: (our name, A or B) → its name there."""
+    """The tensors that must be in the file by adapter_config.json: (our name, A or B) → its name there."""
     of_lora = re.compile(r"(.*)\.lora_[AB]\.weight")
     paths = {name: match[1] for name in slots_by_name if (match := of_lora.fullmatch(name))}
     return {

@@ -1,5 +1,5 @@
-"""How the turns of a conversation are written: ChatML, Vicuna, Llama 2 and 3, Zephyr, Mistral, Gemma, and as our own models
-have them."""
+"""Chat templates, which say how the turns of a conversation are written: ChatML, Vicuna, Llama 2 and 3, Zephyr, Mistral,
+Gemma, and those of our own models."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ChatTemplate:
 
     @property
     def seam(self) -> str:
-        """What an answer stands behind, or the like of it."""
+        """The end of what precedes an answer, or the like of it."""
         return self.user.partition("{}")[2] or ":"
 
     @property
@@ -77,7 +77,7 @@ class ChatTemplate:
         return " ".join(filter(None, (self.start, self.system, self.user, self.answer, self.end, self.after)))
 
     def segments(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, list[str]]]:
-        """What is written for each user's turn, all before it included, and for each answer, its end token not included."""
+        """Yields the pieces of each user's turn, all before it included, and of each answer, without its end token."""
         before: list[str] = []
         inside: list[str] = []
         for turn in turns:

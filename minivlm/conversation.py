@@ -54,7 +54,7 @@ def with_chat(processor: Processor, chat: str | None = None, system: str | None 
 
 
 def template_of(processor: Processor) -> ChatTemplate:
-    """How conversations are written for this model. UserError: its own way is none that can be followed."""
+    """The chat template of the model. UserError where its own is none that can be followed."""
     config = processor.config
     if config.chat == "unknown":
         raise UserError(
@@ -212,12 +212,12 @@ def endings(processor: Processor, end_tokens: Sequence[int]) -> dict[str, Sequen
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """The number of tokens at the beginning that both share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def fit(sample: Sample, processor: Processor, context: int, *, prompt: bool) -> Sample:
-    """At most `context` tokens: without the last ones that are no image placeholders."""
+    """The sample cut to `context` tokens: the last ones that are no image placeholders go."""
     surplus = len(sample.tokens) - context
     if surplus <= 0:
         return sample

@@ -1,4 +1,4 @@
-"""What a user can mend, said in one sentence: what was wrong, where, and what to do."""
+"""Errors that a user can mend, each one sentence: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class Note(UserWarning):
-    """What a user should know about what is done all the same. Command lines print its text alone."""
+    """A warning for the user about what is done all the same. Command lines print its text alone."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

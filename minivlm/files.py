@@ -68,7 +68,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """As `read_bytes`; UserError where it is not UTF-8 as well."""
+    """The text of a file. UserError as of `read_bytes`, and where it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:

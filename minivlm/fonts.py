@@ -62,7 +62,7 @@ def drawn(face: ImageFont.FreeTypeFont, sign: str) -> tuple:
 
 @cache
 def missing(path: str) -> tuple:
-    """How the font draws what it does not have. path: "" is pillow's own."""
+    """The glyph that the font draws for characters that it does not have. path: "" is pillow's own."""
     face = load(path, PROBE) if path else font(PROBE)
     return () if face is None else drawn(face, UNASSIGNED)
 
@@ -118,7 +118,7 @@ def length(text: str, size: int) -> float:
 
 
 def write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str) -> None:
-    """On one line that begins, and whose top is, at `at`; as `length` measures it."""
+    """Draw text on one line that starts, and whose top is, at `at`; as `length` measures it."""
     if text.isascii():
         draw.text(at, text, colour, font(size))
         return

@@ -100,7 +100,7 @@ def resize(image: Image.Image, config: ProcessorConfig, times: int = 1) -> Image
 def resize_middle(
     image: Image.Image, size: tuple[int, int], config: ProcessorConfig, times: int, resample: int
 ) -> Image.Image:
-    """What `crop` will keep of the image at this size, without the rest: an image of 1×20,000 would fill the memory."""
+    """Resize only what `crop` will keep of the image: an image of 1×20,000 would fill the memory."""
     S = config.image_size * times
     starts = [max(0, first_row(side - S, config)) for side in size]
     ends = [min(side, start + S) for side, start in zip(size, starts, strict=True)]
@@ -123,7 +123,7 @@ def crop(pixels: np.ndarray, config: ProcessorConfig, times: int = 1) -> np.ndar
 
 
 def first_row(spare: int, config: ProcessorConfig) -> int:
-    """Where a crop begins on a side with so many pixels too many; negative: so much black before it."""
+    """The first pixel of a crop of a side with so many pixels too many; negative: so much black before it."""
     if config.crop == "floor":
         return spare // 2
     return round(spare / 2) if spare > 0 else -(-spare // 2)

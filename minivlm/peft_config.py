@@ -1,4 +1,4 @@
-"""What peft's adapter_config.json says: which layers, with which rank, counted how much. What is not followed is refused."""
+"""Reads peft's adapter_config.json: which layers have LoRA, of which rank and weight. What is not followed is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PeftConfig:
     where: str
 
     def layer(self, paths: Iterable[str]) -> LoRAConfig:
-        """Of the layer that goes by these names."""
+        """The LoRA of the layer that goes by these names."""
         rank, alpha = self.patterned("rank_pattern", paths), self.patterned("alpha_pattern", paths)
         return self.make(self.lora.rank if rank is None else rank, alpha)
 

@@ -1,4 +1,4 @@
-"""In which precision a model's tensors are held: one for all while it is used, two while it learns.
+"""The precisions of a model's tensors: one for all while it is used, two while it learns.
 
 loaded           all in the one in which most were stored, or in the one that was asked for
 trained          what learns in fp32: a step of 2e-5 is less than half a unit in the last place of most bf16 weights
@@ -48,7 +48,9 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def hold_for_training(model: nn.Module, computing: torch.dtype) -> None:
-    """As the drawing above has it, in place; `model.stored` is the precision to validate and to save it in.
+    """Hold each tensor in the precision that the drawing above gives it, in place.
+
+    `model.stored` becomes the precision to validate and to save it in.
 
     computing: of autocast; fp32: there is none, and all is held in fp32.
     """

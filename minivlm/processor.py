@@ -1,4 +1,4 @@
-"""What stands between the world and a model: images and strings → tensors, token ids → strings.
+"""Turns images and strings into tensors, and token ids into strings.
 
     images   ─ resize ─ crop ─ (x·rescale − mean) / std ─→ (B, 3, S, S), or (B, 1 + n², 3, S, S) with n × n tiles
     strings  ─ tokeniser ─ padding on the right         ─→ tokens (B, T), mask (B, T)
@@ -133,7 +133,7 @@ class Processor:
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """What no text may spell. It is found anew when the tokeniser has been given more tokens."""
+        """The tokens that no text may spell. They are found anew when the tokeniser has been given more tokens."""
         known = self.__dict__.get("_special_tokens")
         if known is None or known.size != self.tokenizer.get_vocab_size():
             c = self.config
@@ -168,7 +168,7 @@ class Processor:
         return [*row[: self.context - 1], self.end_token] if row[-1] == self.end_token else row[: self.context]
 
     def too_long(self, strings: Sequence[str]) -> int:
-        """How many of the strings do not fit the context, and would be cut."""
+        """The number of strings that do not fit the context, and would be cut."""
         return sum(len(row) > self.context for row in self.encode(strings))
 
     def decode(self, ids: Tensor | Sequence) -> list[str]:
@@ -192,7 +192,7 @@ class Processor:
 
     @cached_property
     def margins(self) -> tuple[str, str]:
-        """What the tokeniser puts before and after texts, so that a word is one token wherever it is: " ", or ""."""
+        """The characters that the tokeniser puts before and after texts, so that a word is one token anywhere: " ", or ""."""
         before, _, after = self.spell([self.ids("a")])[0].partition("a")
         return before, after
 
@@ -294,7 +294,7 @@ TIDY = {**MARKS, **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}
 
 
 def tidy(text: str) -> str:
-    """As transformers does where clean_up_tokenization_spaces is set."""
+    """The text without spaces before punctuation, as transformers has it where clean_up_tokenization_spaces is set."""
     for apart, together in TIDY.items():
         text = text.replace(apart, together)
     return text

@@ -1,4 +1,4 @@
-"""What a processor does with images and texts, as one frozen dataclass."""
+"""The settings of a processor, for images and for texts, as one frozen dataclass."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin
 
 @dataclass(frozen=True)
 class Published:
-    """What a published directory describes."""
+    """The content of a published directory, but for its tensors."""
 
     model_class: type
     config: Any
@@ -80,7 +80,7 @@ class Published:
 
 
 def recognise(directory: Path) -> str:
-    """What a directory holds: "minivlm" if it is one of ours, a model_type, or "open_clip"."""
+    """The kind of a directory: "minivlm" if it is one of ours, a model_type, or "open_clip"."""
     path = directory / "config.json"
     values = read_json(path) if path.exists() else {}
     if "minivlm" in values:
@@ -166,7 +166,7 @@ def read(directory: Path, kind: str) -> Published:
 
 
 def depth_of(config: Any) -> int:
-    """How many layers a config asks for, in all its parts."""
+    """The number of layers of a config, in all its parts."""
     if isinstance(config, (tuple, list)):
         return sum(map(depth_of, config))
     if not is_dataclass(config):

@@ -173,7 +173,7 @@ def write_config(config: BLIP2Config) -> dict[str, Any]:
 
 
 def write_vision_features(config: BLIP2Config) -> dict[str, Any]:
-    """Of either stage."""
+    """The fields of transformers' config for the vision tower and the Q-Former, of either stage."""
     if not isinstance(config.vision, VisionConfig):
         kind = type(config.vision).__name__.removesuffix("Config")
         raise UserError(f"transformers' BLIP-2 cannot express a {kind} tower; save without layout='hf'.")
@@ -193,7 +193,7 @@ def write_vision_features(config: BLIP2Config) -> dict[str, Any]:
 
 
 def read_processor(directory: Path, values: dict[str, Any], config: BLIP2Config) -> Processor:
-    """With an image token, `<image>` in a text becomes a placeholder for every query; without one it is plain text."""
+    """The processor. `<image>` in a text becomes a placeholder for every query; without an image token it is text."""
     source = t5.read_tokenizer(directory) if isinstance(config.language, T5Config) else opt.read_tokenizer(directory)
     vocab = language.vocabulary(source, directory)
     spelt = {id: token for token, id in vocab.items()}

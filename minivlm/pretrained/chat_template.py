@@ -145,7 +145,7 @@ def derive(render: Render, added: Collection[str], tokens: Mapping[str, str]) ->
 
 
 def answer_end(between: str, closing: str, added: Collection[str]) -> tuple[str, str | None, str]:
-    """What stands behind an answer: up to its end token, that, and the rest up to what the user says next."""
+    """The text behind an answer: up to its end token, that token, and the rest up to the user's next text."""
     common = common_prefix(closing, between)
     found = [(common.index(token), -len(token), token) for token in added if TAG.fullmatch(token) and token in common]
     if not found:
@@ -155,7 +155,7 @@ def answer_end(between: str, closing: str, added: Collection[str]) -> tuple[str,
 
 
 def system_forms(template: ChatTemplate, opening: str, with_system: str, start: str) -> Iterator[ChatTemplate]:
-    """What may be meant by what stands around the system's text: a turn of its own, or a part of the user's."""
+    """Yields what the text around the system's may mean: a turn of its own, or a part of the user's."""
     before, behind, _ = cut(with_system, S, U)
     before_user = template.user.partition("{")[0]
     for opened in dict.fromkeys((start, "", template.start)):
@@ -215,7 +215,7 @@ def once(text: str | None, *words: str) -> bool:
 
 
 def cut(text: str | None, *words: str) -> list[str]:
-    """What stands between the words."""
+    """The pieces of the text between the words."""
     check(once(text, *words))
     return re.split("|".join(words), text)
 
@@ -258,7 +258,7 @@ def write_chat_template(processor: Processor) -> dict[str, str]:
 
 
 def source_of(template: ChatTemplate, placeholder: str) -> str:
-    """In one line, since a line's end is a part of what is written."""
+    """The template in Jinja, in one line, since a line's end is a part of what is written."""
     before_user, _, prompt = template.user.partition("{}")
     before_user, images = before_user.replace("{pictures}", ""), "{pictures}" in template.user
     before_answer, _, behind_answer = template.answer.partition("{}")
@@ -303,5 +303,5 @@ def put(text: str | None) -> str:
 
 
 def spelt(text: str) -> str:
-    """As a string of Jinja."""
+    """The text as a string of Jinja."""
     return json.dumps(text, ensure_ascii=False)

@@ -49,7 +49,7 @@ class Fields(dict[str, tuple[str, Any]]):
         return {name: default for name, (_, default) in self.items()} | dict(values)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the file says, by our names."""
+        """The file's values by our names."""
         values = self.complete(values)
         named = {ours: values[theirs] for theirs, (ours, _) in self.items() if ours != "-"}
         if "activation" in named:

@@ -75,7 +75,7 @@ def read_values(directory: Path, config: Mapping[str, Any]) -> tuple[Path, dict[
 
 
 def tokens(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes before config.json."""
+    """The special tokens that a file names, which go before those of config.json."""
     return {name: values[name] for name in TOKENS if values.get(name) is not None}
 
 
@@ -104,7 +104,7 @@ def read(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def not_followed(values: Mapping[str, Any]) -> list[str]:
-    """What is switched on and not followed, by name."""
+    """The names of fields that are switched on and not followed."""
     names = [n for n, value in values.items() if n not in FOLLOWED and n not in SAMPLING and n not in WITHOUT_EFFECT]
     switched_on = [name for name in names if name not in TOKENS and values[name] and values[name] != OFF.get(name)]
     beams = values.get("num_beams") or 1

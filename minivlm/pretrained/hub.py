@@ -1,4 +1,4 @@
-"""Where a model is: a directory here, or a name on the Hugging Face hub, whose files are downloaded once and kept."""
+"""Finds a model: in a directory here, or by its name on the Hugging Face hub, whose files are downloaded once and kept."""
 
 from __future__ import annotations
 

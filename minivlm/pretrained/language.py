@@ -1,4 +1,4 @@
-"""What transformers' language models have in common: special tokens, a tokeniser that fits, and whose the head is."""
+"""The common parts of transformers' language models: special tokens, a tokeniser that fits, and whose the head is."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
 
 
 def write_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """As transformers 4 has it, which transformers 5 reads as well."""
+    """rope_scaling as transformers 4 has it, which transformers 5 reads as well."""
     if scaling is None:
         return None
     values = {"rope_type": scaling.kind, "factor": scaling.factor}

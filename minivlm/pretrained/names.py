@@ -77,7 +77,7 @@ class Row:
         return self.own_rows(self.turn(tensor))
 
     def own_rows(self, tensor: Tensor) -> Tensor:
-        """Of several of ours, stacked along the first axis, this one."""
+        """The rows of ours in a tensor that stacks several of ours along the first axis."""
         if self.parts == 1:
             return tensor
         return tensor.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1)

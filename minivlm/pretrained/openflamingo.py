@@ -152,7 +152,7 @@ class Prefixed(Lazy):
 
 
 def gated_blocks(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[int]]:
-    """What the names of blocks begin with, and the numbers of those with a gated layer before them."""
+    """The prefix of the blocks' names, and the numbers of the blocks with a gated layer before them."""
     found = [match for name in weights if (match := GATE.fullmatch(name))]
     if not found:
         raise UserError(f"{path} is no OpenFlamingo checkpoint: it holds no gated cross-attention.")
@@ -160,7 +160,9 @@ def gated_blocks(weights: Mapping[str, Tensor], path: Path) -> tuple[str, list[i
 
 
 def read_gated(language: LanguageModelConfig, blocks: list[int], path: Path) -> dict[str, Any]:
-    """Before block n − 1, 2n − 1 …; 8 heads of 64 channels whatever the width, and GELU, where the paper has squared ReLU."""
+    """The fields about gated layers, which stand before block n − 1, 2n − 1 …
+
+    They have 8 heads of 64 channels whatever the width, and GELU, where the paper has squared ReLU."""
     every = blocks[0] + 1
     if blocks != list(range(every - 1, language.depth, every)):
         raise UserError(

@@ -112,7 +112,7 @@ def find_images(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_size(path: Path, size: int | dict[str, int], *, square: bool) -> tuple[str, int]:
-    """How to resize, and to what. Files of 2021 and 2022 have a bare number."""
+    """The way of resizing, and the size. Files of 2021 and 2022 have a bare number."""
     if isinstance(size, int):
         return ("squash" if square else "shortest"), size
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:

@@ -157,7 +157,7 @@ def prefix_space(words: Values, wanted: bool) -> None:
 
 
 def frame(values: Values, start: str | None, end: str | None) -> None:
-    """What stands before and after every text, where the file leaves it out. UserError if there is no such token."""
+    """Set the tokens before and after every text, where the file leaves them out. UserError if there is no such token."""
     if values.get("post_processor") is not None:
         return
     ids = {**words_of(values), **{token["content"]: token["id"] for token in values["added_tokens"]}}
