@@ -132,7 +132,7 @@ def test_answers_are_ranked(built, world, capsys):
         tasks.rank_answers(picture, "is there a star?", [], model, processor)
     with pytest.raises(UserError, match="ranks answers about one image, but was given 2"):
         tasks.rank_answers([picture, picture], "is there a star?", words, model, processor)
-    with pytest.raises(UserError, match="not said: leave out --temperature"):
+    with pytest.raises(UserError, match="ranked and not generated: leave out --temperature"):
         sample.main(["answer", "x", str(picture), "is it?", "--temperature", "1", "--candidates", *words])
     capsys.readouterr()
     sample.main(["answer", str(built / "blip"), str(picture), "is there a star?", "--candidates", *words])
