@@ -34,7 +34,7 @@ class Row:
 
 
 def sheet(rows: Sequence[Row], *, title: str = "", tile: int = 128, columns: int = 8) -> Image.Image:
-    """All rows on one picture, text on the left. Each image fits into a square of `tile` pixels; a row of more than
+    """Draw all rows on one sheet, text on the left. Each image fits into a square of `tile` pixels; a row of more than
     `columns` images goes on below. Where no row has a text, or none an image, the others take the whole width. Characters
     that no font has are written as their code points, and a last line says so."""
     texts = [title, *(text for row in rows for text in (row.text, row.detail, *row.notes))]
@@ -91,12 +91,12 @@ def draw_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], y: int, size: in
 
 def draw_tile(page: Image.Image, image: Any, corner: tuple[int, int], tile: int, mark: bool | None, note: str) -> None:
     draw = ImageDraw.Draw(page)
-    picture = fit(image if isinstance(image, Image.Image) else Image.fromarray(image), tile)
-    x = corner[0] + FRAME + (tile - picture.width) // 2
-    y = corner[1] + FRAME + tile - picture.height  # on the note
-    page.paste(picture, (x, y))
+    image = fit(image, tile)
+    x = corner[0] + FRAME + (tile - image.width) // 2
+    y = corner[1] + FRAME + tile - image.height  # on the note
+    page.paste(image, (x, y))
     colour, width = (EDGE, 1) if mark is None else (GREEN if mark else RED, FRAME)
-    frame = (x - width, y - width, x + picture.width + width - 1, y + picture.height + width - 1)
+    frame = (x - width, y - width, x + image.width + width - 1, y + image.height + width - 1)
     draw.rectangle(frame, outline=colour, width=width)
     if mark is not None:
         page.paste(colour, (frame[2] - BADGE + 5, frame[1] - 5), badge(BADGE, "disc"))
@@ -113,9 +113,9 @@ def draw_tile(page: Image.Image, image: Any, corner: tuple[int, int], tile: int,
         )
 
 
-def fit(image: Image.Image, tile: int) -> Image.Image:
-    """The image as large as fits into a square. Small ones keep hard pixels, so that one sees what the model saw."""
-    image = image.convert("RGB")
+def fit(image: Any, tile: int) -> Image.Image:
+    """An image, PIL or (H, W, 3) uint8, as large as fits into a square. Small ones keep hard pixels, as a model gets them."""
+    image = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     scale = tile / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     if scale >= 2:
@@ -130,12 +130,12 @@ def heat(image: Any, weights: Any, tile: int) -> Image.Image:
 
     weights (h, w) ≥ 0: a grid over the whole image.
     """
-    picture = fit(image if isinstance(image, Image.Image) else Image.fromarray(image), tile)
+    image = fit(image, tile)
     grid = np.asarray(weights, dtype=np.float32)
-    film = Image.fromarray(grid / max(grid.max(), 1e-12)).resize(picture.size, Image.Resampling.BICUBIC)
+    film = Image.fromarray(grid / max(grid.max(), 1e-12)).resize(image.size, Image.Resampling.BICUBIC)
     share = np.asarray(film).clip(0, 1)[..., None]  # (H, W, 1)
     glow = np.concatenate([np.full_like(share, 255), 235 * share**1.5, np.full_like(share, 30)], axis=-1)
-    grey = 0.7 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    grey = 0.7 * np.asarray(image.convert("L"), dtype=np.float32)[..., None]
     return Image.fromarray((grey + 0.85 * share * (glow - grey)).round().astype(np.uint8))
 
 
