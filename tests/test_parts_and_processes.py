@@ -31,7 +31,6 @@ CASES: dict[str, tuple[str, int, dict]] = {
     **{f"{name}, captions": (name, 3, {}) for name in ("visualbert", "uniter", "vilbert")},
     "uniter, other captions": ("uniter", 7, {}),
     "clip, sigmoid": ("clip", 0, {"model.loss": "sigmoid", "model.loss_chunk": 2}),
-    "lm, packed": ("lm", 0, {"data.pack": "true"}),
     "blip, momentum": ("blip", 0, {"model.momentum.queue": 16}),
     "blip2, t5": ("blip2", 0, {"lm": "t5", "language_from": "t5"}),
     "llava, tiles": ("llava-stage1", 0, {"model.tiles": 2}),

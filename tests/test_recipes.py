@@ -196,3 +196,12 @@ def test_a_recipe_that_an_earlier_version_recorded_is_read():
     assert (data.directory, data.vocab_size, data.wrong_captions, data.questions) == ("photos", 300, 0.4, False)
     with pytest.raises(UserError, match="recipe has an unknown field 'wings'"):
         read_recipe(RECIPES["blip"], recorded | {"wings": 2}, "recipe")
+
+
+def test_a_recorded_option_that_is_gone_is_read_where_it_did_nothing_and_refused_where_it_did():
+    recorded = config.to_dict(RECIPES["lm"])
+    recorded["data"]["pack"] = False
+    assert read_recipe(RECIPES["lm"], recorded, "recipe") == RECIPES["lm"]
+    recorded["data"]["pack"] = True
+    with pytest.raises(UserError, match=r"packed several texts into a row, .* \(--data\.pack\): train it anew"):
+        read_recipe(RECIPES["lm"], recorded, "recipe")

@@ -179,11 +179,6 @@ def test_a_named_base_that_is_not_there_is_an_error_and_not_trained(world, tmp_p
         train.main(arguments("llava", **SHORT | {"data": world, "out": tmp_path / "x"}, starts_from="nowhere"))
 
 
-def test_texts_can_be_packed(world, tmp_path):
-    train.main(arguments("lm", **LM | {"data": world, "out": tmp_path / "lm", "data.pack": "true"}))
-    assert minivlm.load(tmp_path / "lm")[0].config.end_tokens == (3,)
-
-
 def test_induction_heads_are_there_before_the_first_step(world):
     two = {"model.depth": 2, "model.heads": 4, "data": world}
     given, plain = (

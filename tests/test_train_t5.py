@@ -152,8 +152,3 @@ def test_texts_of_your_own(tmp_path):
     _, recipe, _ = plan.command_line(["t5", "--data", str(folder)])
     assert recipe.summary == f"a small T5 on the texts of {folder}" and (recipe.batch_size, recipe.steps) == (35, 100)
     assert recipe.data.vocab_size == 4096
-
-
-def test_it_cannot_be_packed():
-    with pytest.raises(UserError, match=r"unknown option --data\.pack"):
-        plan.command_line(["t5", "--data.pack", "true"])

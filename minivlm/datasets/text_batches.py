@@ -13,7 +13,6 @@ from torch import Tensor
 from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversation
 from minivlm.datasets.batches import Rngs
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
-from minivlm.datasets.packing import pack
 from minivlm.datasets.shapes.episodes import document, words
 from minivlm.datasets.span_corruption import drop, with_holes
 from minivlm.processor import Processor
@@ -25,11 +24,11 @@ Document = str | list[Turn]  # a text, or a conversation
 class Texts:
     """Texts, all of which is learnt, and conversations, of which the answers are: tokens and labels (B, T).
 
-    texts: None for those of the shapes world, which are drawn as they are read. packed: several in a row, fewer rows.
+    texts: None for those of the shapes world, which are drawn as they are read.
     """
 
-    def __init__(self, texts: list[str] | None, processor: Processor, directory: str, *, packed: bool = False):
-        self.texts, self.processor, self.directory, self.packed = texts, processor, directory, packed
+    def __init__(self, texts: list[str] | None, processor: Processor, directory: str):
+        self.texts, self.processor, self.directory = texts, processor, directory
 
     def __len__(self) -> int:
         return SHAPES_DOCUMENTS if self.texts is None else len(self.texts)
@@ -39,8 +38,6 @@ class Texts:
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         samples = [text_sample(self.read(index), self.processor) for index in indices]
-        if self.packed:
-            return pack(samples, self.processor.context, self.processor.pad_token)
         return collate(samples, self.processor.pad_token)
 
     def length(self, index: int, rng: np.random.Generator) -> int:

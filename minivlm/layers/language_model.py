@@ -130,13 +130,9 @@ class LanguageModel(Model):
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
-    def losses(self, tokens: Tensor, labels: Tensor, segments: Tensor | None = None) -> dict[str, Tensor]:
-        """The training losses. Padding on the right needs no mask: causal attention does not reach it.
-
-        segments (B, T): the number of the text that a token belongs to, where several share a row (see `pack`).
-        """
-        mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
-        return {"next token": self(tokens, mask, labels).loss}
+    def losses(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The training losses. Padding on the right needs no mask: causal attention does not reach it."""
+        return {"next token": self(tokens, labels=labels).loss}
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 
@@ -246,11 +242,9 @@ def check_decoder(language: Any, who: str) -> None:
 
 
 def positions_of(mask: Tensor | None, x: Tensor) -> Tensor:
-    """(T,); or (B, T) where a mask (B, T) has padding to be skipped, or one (B, T, T) keeps several texts apart."""
+    """(T,); or (B, T) where a mask (B, T) has padding to be skipped."""
     if mask is None:
         return torch.arange(x.shape[1], device=x.device)
-    if mask.dim() == 3:
-        return mask.tril().sum(dim=2) - 1  # how many tokens of its own text precede a token
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 

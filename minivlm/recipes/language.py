@@ -35,7 +35,6 @@ IMAGE_SIZE = 48  # of the world, if it is made for its texts
 class TextData:
     directory: str = "data/shapes"
     vocab_size: int = 512  # of the byte-level BPE that is trained on the texts
-    pack: bool = False  # several texts in a row, so that less of a batch is padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class LanguageRecipe(Recipe):
         model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
         if self.induction_heads:
             prepare_to_copy(model, seed=self.seed)
-        samples = Texts(texts, processor, directory, packed=self.data.pack)
+        samples = Texts(texts, processor, directory)
         return job(self, model, processor, samples, endless=texts is None, next_recipe="llava")
 
 

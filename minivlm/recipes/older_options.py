@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minivlm import config
+from minivlm.errors import UserError
 
 DATA = (
     "directory",
@@ -42,6 +43,8 @@ UNREAD = (
     ),
     *(MOVED[name] for name in MODEL),
 )
+# Options that are gone → what they did: the value with which a recorded run does not differ from one of now.
+GONE = {"data.pack": (False, "packed several texts into a row")}
 TYPES = {"ContrastRecipe": "CLIPRecipe", "FusionRecipe": "FuseRecipe"}
 
 
@@ -72,6 +75,12 @@ def read_recipe(recipe: Any, recorded: dict, where: str) -> Any:
         if old in values and old not in hints:
             part, _, name = new.partition(".")
             parts[part][name] = values.pop(old)
+    for option, (plain, did) in GONE.items():
+        part, _, name = option.partition(".")
+        if parts[part].pop(name, plain) != plain:
+            raise UserError(
+                f"{where}: this run {did}, which no longer exists (--{option}): train it anew, without --resume."
+            )
     for part, fields in parts.items():
         if part not in hints:
             values.pop(part, None)

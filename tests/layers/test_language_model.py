@@ -166,16 +166,6 @@ class TestLoss:
         given = lambda x: model(embeddings=x, labels=labels, where=labelled(labels)).loss
         assert_same_gradients(whole, given, [x], model)
 
-    @pytest.mark.parametrize("config", ["gpt2", "llama"])
-    def test_texts_that_share_a_row_do_not_see_each_other(self, config):
-        model, a, b = model_of(CONFIGS[config]), texts(1, 5), texts(1, 3)
-        row, segments = torch.cat([a, b], dim=1), torch.tensor([[0] * 5 + [1] * 3])
-        labels = row.clone()
-        labels[:, 5] = -100  # the first token of a text has no one to foretell it
-        packed = model.losses(row, labels, segments)["next token"]
-        alone = [model.losses(text, text)["next token"] * (text.shape[1] - 1) for text in (a, b)]
-        assert_same(packed, sum(alone) / 6)
-
     def test_learns(self):
         model = LanguageModel(LLAMA)
         assert_can_overfit(model, texts(), lambda m, tokens: m.losses(tokens, tokens)["next token"], learning_rate=0.01)
