@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minivlm.layers.attention import Attention, CrossAttention, KeysValues, QKNorm
 from minivlm.layers.autocast import is_on, matrix_dtype
@@ -241,7 +240,6 @@ class Transformer(nn.Module):
         self.relative = RelativePositions(config) if config.relative_buckets else None
         if config.alibi:
             self.relative = Alibi(config)
-        self.recompute = False  # True: trade a second forward for the activations' memory (Chen et al. 2016)
 
     def forward(
         self,
@@ -267,12 +265,8 @@ class Transformer(nn.Module):
             if between is not None:
                 x = between(index, x)
             layer_cache = cache.layer(index) if cache is not None else None
-            options = dict(mask=mask, context_mask=context_mask, bias=bias, rope=rope, cache=layer_cache)
             source = context[index] if isinstance(context, list) else context
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, source, use_reentrant=False, **options)
-            else:
-                x = block(x, source, **options)
+            x = block(x, source, mask=mask, context_mask=context_mask, bias=bias, rope=rope, cache=layer_cache)
         if cache is not None:
             cache.advance(mask, T)
         return x

@@ -163,33 +163,6 @@ class TestTransformer:
         )
         assert_gradient_reaches(model(h, context.requires_grad_()[:1]), [context])
 
-    @pytest.mark.parametrize("config", [SMALL, LLAMA, READER], ids=["small", "llama", "reader"])
-    def test_recompute_costs_no_gradient(self, config):
-        model = Transformer(replace(config, dropout=0.2)).double()
-        context = torch.randn(B, 5, 6).double() if config is READER else None
-
-        def run(recompute):
-            def f(x, context):
-                torch.manual_seed(5)  # the same dropout both times
-                model.recompute = recompute
-                return model(x, context, mask=MASK)
-
-            return f
-
-        assert_same_gradients(run(False), run(True), [x().double(), context], model)
-
-    def test_recompute_keeps_fewer_activations(self):
-        model, kept = Transformer(replace(SMALL, depth=4)), {False: 0, True: 0}
-
-        def count(t):
-            kept[model.recompute] += t.numel()
-            return t
-
-        for model.recompute in (False, True):
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-                model(x())
-        assert kept[True] < kept[False] / 10
-
 
 class TestCachedTransformer:
     @pytest.mark.parametrize("config", [CAUSAL, LLAMA, replace(CAUSAL, rope_theta=1e4)], ids=["gpt", "llama", "rope"])

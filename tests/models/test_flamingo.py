@@ -290,12 +290,6 @@ class TestTraining:
         model, images = flamingo(), pictures(2, 2)
         assert_causal(lambda tokens: model(images, tokens).logits, TOKENS.masked_fill(TOKENS == PLACEHOLDER, 29))
 
-    def test_recomputing_changes_nothing(self):
-        model, images = flamingo(), pictures(2, 2)
-        loss = model.losses(TOKENS, TOKENS, images)["next token"]
-        model.language_model.transformer.recompute = True
-        assert_same(model.losses(TOKENS, TOKENS, images)["next token"], loss)
-
 
 def test_a_directory_of_an_older_version_keeps_the_activation_it_was_trained_with(tmp_path):
     """GELU, named or not yet named in its config; today's default is the paper's squared ReLU."""
