@@ -33,7 +33,7 @@ def test_a_run_on_noisy_captions_leaves_a_tower_that_others_read(tmp_path, capsy
     make_shapes(tmp_path / "world", train=64, image_size=32, progress=False)
     options = TINY | {"data": tmp_path / "world", "out": tmp_path / "align"}
     train.main(["align", *(str(x) for name, value in options.items() for x in (f"--{name}", value))])
-    assert "26 of the 64 captions are those of another picture" in capsys.readouterr().out
+    assert "26 of the 64 captions are those of another image" in capsys.readouterr().out
     scores = json.loads((tmp_path / "align" / "metrics.json").read_text())
     assert all(0 <= score["value"] <= 1 for score in scores.values())
     model, processor = minivlm.load(tmp_path / "align")
