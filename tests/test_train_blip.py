@@ -144,7 +144,7 @@ def test_questions_are_about_the_picture_that_they_come_with(world):
     batch, indices = job.batch(0), job.order.indices(0)
     told, said = (job.processor.decode([row[1:] for row in batch[name]]) for name in ("question", "answer"))
     for i, question, answer in zip(indices, told, said, strict=True):
-        true = {(asked.text, asked.answer) for asked in true_questions(job.samples.talk.scenes[int(i)])}
+        true = {(asked.text, asked.answer) for asked in true_questions(job.samples.conversations.scenes[int(i)])}
         assert (question.strip(), answer.strip()) in true
     assert batch["answer_mask"].any(dim=1).all()
 

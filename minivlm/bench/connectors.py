@@ -131,10 +131,10 @@ def examine(directory: str, data: str) -> Sizes:
 
     model, processor = checkpoint.load(directory)
     require_answers(model, processor, images=1)
-    talk = open_conversations(data, "test", image_size=processor.image_size)
-    if not (questions := talk.questions()):
+    conversations = open_conversations(data, "test", image_size=processor.image_size)
+    if not (questions := conversations.questions()):
         raise UserError(f"{data} holds no questions to judge by; give --data with a folder that has some.")
-    return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, talk, questions))["accuracy"])
+    return Sizes.of(model, vqa_accuracy(questions, ask(model, processor, conversations, questions))["accuracy"])
 
 
 def note_other_differences(rows: dict[str, Sizes]) -> None:

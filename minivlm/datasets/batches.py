@@ -121,8 +121,8 @@ class CaptionsWithNegatives:
 class WithQuestions:
     """Captions, and beside each a question about the image: question, answer and their masks (B, ·)."""
 
-    def __init__(self, captions: CaptionsWithNegatives, talk: Conversations):
-        self.captions, self.talk, self.processor = captions, talk, captions.processor
+    def __init__(self, captions: CaptionsWithNegatives, conversations: Conversations):
+        self.captions, self.conversations, self.processor = captions, conversations, captions.processor
         self.length, self.key, self.notes = captions.length, captions.key, captions.notes
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class WithQuestions:
 
     def exchange(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
         """One question about an image, and its answer."""
-        asked = self.talk.asked(index, rng)
+        asked = self.conversations.asked(index, rng)
         question = asked[int(rng.integers(len(asked)))]
         return question.text, question.answers[0]
 
@@ -146,30 +146,30 @@ class WithQuestions:
 class CaptionsToGenerate:
     """An image and one of its captions, all of which is to be generated: images, tokens and labels (B, T)."""
 
-    def __init__(self, talk: Conversations, processor: Processor, directory: str):
-        self.talk, self.processor, self.directory = talk, processor, directory
-        self.key = talk.key
+    def __init__(self, conversations: Conversations, processor: Processor, directory: str):
+        self.conversations, self.processor, self.directory = conversations, processor, directory
+        self.key = conversations.key
 
     def __len__(self) -> int:
-        return len(self.talk)
+        return len(self.conversations)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
-        captions = [one_caption(self.talk, index, rng) for index, rng in zip(indices, rngs, strict=True)]
+        captions = [one_caption(self.conversations, index, rng) for index, rng in zip(indices, rngs, strict=True)]
         rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
-        images = self.processor.images([picture for [picture] in self.talk.images(indices)])
+        images = self.processor.images([picture for [picture] in self.conversations.images(indices)])
         return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
 
     def length(self, index: int, rng: np.random.Generator) -> int:
-        return len(one_caption(self.talk, index, rng).split())
+        return len(one_caption(self.conversations, index, rng).split())
 
     def notes(self) -> list[str]:
-        return talk_notes(self.talk, self.directory)
+        return conversation_notes(self.conversations, self.directory)
 
 
-def one_caption(talk: Conversations, index: int, rng: np.random.Generator) -> str:
-    known = talk.captions(index)
+def one_caption(conversations: Conversations, index: int, rng: np.random.Generator) -> str:
+    known = conversations.captions(index)
     return known[int(rng.random() * len(known))]
 
 
-def talk_notes(talk: Conversations, directory: str) -> list[str]:
-    return [f"{len(talk)} training samples in {directory}", *talk.notes]
+def conversation_notes(conversations: Conversations, directory: str) -> list[str]:
+    return [f"{len(conversations)} training samples in {directory}", *conversations.notes]

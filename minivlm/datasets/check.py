@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         read = folder_reader(args.directory)
         notes += unnamed(args.directory, items)
         items = without_broken(items, args.directory, problems)
-        judge_talk(args, problems)
+        judge_conversations(args, problems)
         judge_documents(args, problems)
     if items:
         processor = choose_processor(args, items)
@@ -109,7 +109,7 @@ def unnamed(directory: Path, items: list[Item]) -> list[str]:
     return [f"Images that no line names, and that are not used: {len(left)} ({shown})."] if left else []
 
 
-def judge_talk(args: argparse.Namespace, problems: list[str]) -> None:
+def judge_conversations(args: argparse.Namespace, problems: list[str]) -> None:
     """Questions and conversations: which can be learned from, and which be judged by?"""
     if not find_conversations(args.directory):
         return

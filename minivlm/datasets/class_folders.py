@@ -100,7 +100,7 @@ class ClassFolder:
     split: str | None
     found: Listing
 
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """Their paths below the directory."""
         return [f"{self.path}/{name}" for name in self.found.pictures]
 

@@ -31,13 +31,13 @@ class Conversations:
 
     split  "train", "val" or "test"
     notes  sentences that the user should see: what was skipped, which split stands in for a missing one
-    one_picture_each  False where some samples have several images, or none
+    one_image_each  False where some samples have several images, or none
     free_answers  True where the questions are those of conversations, whose answers are sentences
     """
 
     split: str
     notes: Sequence[str] = ()
-    one_picture_each: bool = True
+    one_image_each: bool = True
     free_answers: bool = False
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class Conversations:
     def keep_captioned(self) -> None:
         """Leave out, and tell in `notes`, the samples without captions."""
 
-    def pictures(self, index: int) -> int:
+    def image_count(self, index: int) -> int:
         """How many a sample has."""
         return 1
 
-    def check_pictures(self) -> None:
+    def check_images(self) -> None:
         """UserError where an image cannot be decoded."""
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:

@@ -22,7 +22,7 @@ import numpy as np
 from minivlm.datasets.folder_entries import read_folder
 from minivlm.datasets.folder_files import SPLITS, TEMPLATES, choose_split, skip_broken
 from minivlm.datasets.images import ImageCache, cache_folder, read_image
-from minivlm.datasets.judge import check_headers, check_pictures
+from minivlm.datasets.judge import check_headers, check_images
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 
@@ -84,8 +84,8 @@ class FolderPairs(Pairs):
             return [self.cache[key] for key in keys]
         return [np.array(read_image(self.directory / key)) for key in keys]  # a copy: torch wants writable memory
 
-    def check_pictures(self) -> None:
-        check_pictures(self.directory, [item.image for item in self.items], self.split)
+    def check_images(self) -> None:
+        check_images(self.directory, [item.image for item in self.items], self.split)
 
     def all_captions(self, index: int) -> Sequence[str]:
         return self.items[index].captions

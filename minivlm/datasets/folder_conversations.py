@@ -23,7 +23,7 @@ from minivlm.datasets.folder_entries import (
 )
 from minivlm.datasets.folder_files import choose_split, skip_broken
 from minivlm.datasets.images import ImageCache, cache_folder, read_image
-from minivlm.datasets.judge import Problem, check_headers, check_pictures, leave_out
+from minivlm.datasets.judge import Problem, check_headers, check_images, leave_out
 
 
 class FolderEntries:
@@ -48,7 +48,7 @@ class FolderEntries:
         else:
             check_headers(self.directory, images, split)
         self.entries = entries
-        self.one_picture_each = all(len(entry.images) == 1 for entry in entries)
+        self.one_image_each = all(len(entry.images) == 1 for entry in entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -92,11 +92,11 @@ class FolderConversations(FolderEntries, Conversations):
             self.notes = [*self.notes, f"{others} of {len(self.entries)} training samples have no caption: left out."]
         self.entries = kept
 
-    def pictures(self, index: int) -> int:
+    def image_count(self, index: int) -> int:
         return len(self.entries[index].images)
 
-    def check_pictures(self) -> None:
-        check_pictures(self.directory, [image for entry in self.entries for image in entry.images], self.split)
+    def check_images(self) -> None:
+        check_images(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         return self.entries[index].conversation(rng)

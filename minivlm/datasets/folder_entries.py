@@ -138,12 +138,12 @@ class Conversation(Entry):
         user, assistant = [turn.text for turn in self.turns if turn.role != "system"][:2]
         if not self.images or user.count(PLACEHOLDER) != len(self.images):
             return []
-        return [Asked(without_marks(user), assistant.strip(), (assistant.strip(),))]
+        return [Asked(without_placeholders(user), assistant.strip(), (assistant.strip(),))]
 
     def texts(self) -> list[str]:
         """What the user says and the answer to it are one text."""
         spoken = [turn.text for turn in self.turns if turn.role != "system"]
-        told = [without_marks(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
+        told = [without_placeholders(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
         return [*told, *self.captions]
 
     def about(self) -> list[str]:
@@ -160,7 +160,7 @@ def fitting(things: Sequence, turns: Callable[[Any], list[Turn]], problem: Probl
     return [x for x, p in zip(things, problems, strict=True) if not p], [p for p in problems if p]
 
 
-def without_marks(text: str) -> str:
+def without_placeholders(text: str) -> str:
     return " ".join(text.replace(PLACEHOLDER, " ").split())
 
 
@@ -203,7 +203,7 @@ def read_folder(directory: Path, problems: list[str] | None = None, notes: list[
     items = []
     for one in classes:
         captions = [template.format(one.name) for template in TEMPLATES]  # one list, shared by all images of the class
-        items += [Item(path, captions, one.name, one.split) for path in one.pictures()]
+        items += [Item(path, captions, one.name, one.split) for path in one.images()]
     return items
 
 

@@ -84,7 +84,7 @@ def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
     return kept
 
 
-def check_pictures(directory, images: Sequence[str], split: str) -> None:
+def check_images(directory, images: Sequence[str], split: str) -> None:
     """UserError unless every image of a held-out split can be decoded: a score is of all of them."""
     look = lambda image: why_not(read_image, directory / image)
     refuse_unreadable(in_parallel(look, list(dict.fromkeys(images)), f"decoding {split} images"), split)

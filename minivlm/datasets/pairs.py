@@ -36,7 +36,7 @@ class Pairs:
         """The image's name in messages: a file name, or "train/123"."""
         raise NotImplementedError
 
-    def check_pictures(self) -> None:
+    def check_images(self) -> None:
         """UserError where an image cannot be decoded."""
 
     def captions(self, indices: Sequence[int], rng: np.random.Generator) -> list[str]:

@@ -24,13 +24,13 @@ from minivlm.processor import Processor
 class QuestionsOfList:
     """A question about each image with its right answers among those of a list: tokens, mask (B, T), answers (B, A).
 
-    samples: those of `talk` that are asked about. right: question → (A,), how right each answer of the list is.
+    samples: those of `conversations` that are asked about. right: question → (A,), how right each answer of the list is.
     known_notes: what the user should know.
     """
 
     def __init__(
         self,
-        talk: Conversations,
+        conversations: Conversations,
         samples: Sequence[int],
         answers: AnswerList,
         right: Callable[[Question], np.ndarray],
@@ -38,7 +38,7 @@ class QuestionsOfList:
         images: ImagesOf,
         known_notes: list[str],
     ):
-        self.talk, self.samples, self.answers, self.right = talk, samples, answers, right
+        self.conversations, self.samples, self.answers, self.right = conversations, samples, answers, right
         self.processor, self.images, self.known_notes = processor, images, known_notes
 
     def __len__(self) -> int:
@@ -55,14 +55,14 @@ class QuestionsOfList:
 
     def question(self, index: int, rng: np.random.Generator) -> Question:
         sample = self.samples[index]
-        asked = [question for question in self.talk.asked(sample, rng) if self.answers.knows(question)]
+        asked = [question for question in self.conversations.asked(sample, rng) if self.answers.knows(question)]
         return asked[rng.integers(len(asked))] if asked else Question(sample, "", ())  # to which nothing is right
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         return len(self.question(index, rng).text.split())
 
     def key(self, index: int) -> str:
-        return self.talk.key(self.samples[index])
+        return self.conversations.key(self.samples[index])
 
     def notes(self) -> list[str]:
         return self.known_notes
@@ -80,7 +80,7 @@ class MaskedCaptions:
 
     def __init__(
         self,
-        talk: Conversations,
+        conversations: Conversations,
         samples: Sequence[int],
         processor: Processor,
         images: ImagesOf,
@@ -90,7 +90,7 @@ class MaskedCaptions:
         regions: int,
         heads: Sequence[str],
     ):
-        self.talk, self.samples, self.processor, self.images = talk, samples, processor, images
+        self.conversations, self.samples, self.processor, self.images = conversations, samples, processor, images
         self.hide, self.regions, self.heads = hide, regions, heads
         self.mask_token = processor.tokenizer.token_to_id(mask)
         self.special = {processor.start_token, processor.end_token, processor.pad_token}
@@ -102,7 +102,7 @@ class MaskedCaptions:
             false = self.false_caption(sample, rng) if rng.random() < 0.5 else None
             hide = self.hide if self.hide != "either" else "words" if rng.random() < 0.5 else "regions"
             whole = rng.random() < 0.5
-            [row] = self.processor.encode([false or one_caption(self.talk, sample, rng)])
+            [row] = self.processor.encode([false or one_caption(self.conversations, sample, rng)])
             shown, label = self.masked(self.processor.cut(row), rng, words=hide != "regions" and not whole)
             rows.append(shown)
             labels.append(label if false is None else [IGNORED] * len(label))
@@ -124,10 +124,10 @@ class MaskedCaptions:
 
     def false_caption(self, sample: int, rng: np.random.Generator) -> str | None:
         """One that is nearly right, where the data have some; else, and as often, that of another picture."""
-        if rng.random() < 0.5 and (false := self.talk.false_caption(sample, rng)) is not None:
+        if rng.random() < 0.5 and (false := self.conversations.false_caption(sample, rng)) is not None:
             return false
-        other = one_caption(self.talk, self.samples[int(rng.integers(len(self.samples)))], rng)
-        return None if other in self.talk.captions(sample) else other
+        other = one_caption(self.conversations, self.samples[int(rng.integers(len(self.samples)))], rng)
+        return None if other in self.conversations.captions(sample) else other
 
 
 class Alternating:
@@ -157,7 +157,7 @@ class QuestionsAndCaptions:
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         of, samples = self.questions, [self.questions.samples[i] for i in indices]
         asked = of.asked(indices, rngs)
-        captions = [one_caption(of.talk, sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
+        captions = [one_caption(of.conversations, sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
         tokens, mask = of.processor.text(captions, cut=True)
         question = {"question": asked["tokens"], "question_mask": asked["mask"], "answers": asked["answers"]}
         return {"tokens": tokens, "mask": mask, **question, **of.images(samples)}
@@ -165,4 +165,4 @@ class QuestionsAndCaptions:
     def length(self, index: int, rng: np.random.Generator) -> int:
         """Of the two, the caption is the longer one; it is drawn second."""
         self.questions.question(index, rng)
-        return len(one_caption(self.questions.talk, self.questions.samples[index], rng).split())
+        return len(one_caption(self.questions.conversations, self.questions.samples[index], rng).split())

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from minivlm.conversation import IGNORED, PLACEHOLDER, Sample, Turn, collate, encode_conversation
-from minivlm.datasets.batches import ImagesOf, Rngs, talk_notes
+from minivlm.datasets.batches import ImagesOf, Rngs, conversation_notes
 from minivlm.datasets.continuation import collate_pairs
 from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.interleaved import Interleaved, encode_document
@@ -39,15 +39,21 @@ class ConversationTurns:
     """Conversations about images, of which the answers are learnt. captions: each is a request for a caption, and one."""
 
     def __init__(
-        self, talk: Conversations, processor: Processor, images: ImagesOf, directory: str, *, captions: bool = False
+        self,
+        conversations: Conversations,
+        processor: Processor,
+        images: ImagesOf,
+        directory: str,
+        *,
+        captions: bool = False,
     ):
-        self.talk, self.processor, self.images, self.directory = talk, processor, images, directory
+        self.conversations, self.processor, self.images, self.directory = conversations, processor, images, directory
         self.turns: Callable[[int, np.random.Generator], list[Turn]]
-        self.turns = talk.caption_conversation if captions else talk.conversation
-        self.key = talk.key
+        self.turns = conversations.caption_conversation if captions else conversations.conversation
+        self.key = conversations.key
 
     def __len__(self) -> int:
-        return len(self.talk)
+        return len(self.conversations)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         return batch_of([*map(self.draw, indices, rngs)], self.processor, self.images)
@@ -71,7 +77,7 @@ class ConversationTurns:
         cut = sum(self.sample(i, np.random.default_rng(i)).cut > 0 for i in range(n))
         context = self.processor.context
         note = [f"{cut} of the first {n} samples are longer than the context of {context} tokens: their text is cut"]
-        return talk_notes(self.talk, self.directory) + (note if cut else [])
+        return conversation_notes(self.conversations, self.directory) + (note if cut else [])
 
 
 class QuestionsToEncoder:

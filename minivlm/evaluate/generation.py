@@ -33,17 +33,21 @@ def answers_and_captions(model, processor, directory: str | Path, *, ask_questio
     describes = "caption" in model.abilities
     scores = {}
     for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
-        talk = open_conversations(directory, split, image_size=processor.image_size)
-        if ask_questions and (questions := talk.questions()):
-            scores |= {f"{name}{key}": score for key, score in answers(model, processor, talk, questions).items()}
-        if describes and captioned(talk):
-            scores |= {f"{name}{key}": score for key, score in captions(model, processor, talk, directory).items()}
+        conversations = open_conversations(directory, split, image_size=processor.image_size)
+        if ask_questions and (questions := conversations.questions()):
+            scores |= {
+                f"{name}{key}": score for key, score in answers(model, processor, conversations, questions).items()
+            }
+        if describes and captioned(conversations):
+            scores |= {
+                f"{name}{key}": score for key, score in captions(model, processor, conversations, directory).items()
+            }
     return scores
 
 
-def captioned(talk: Conversations) -> list[int]:
+def captioned(conversations: Conversations) -> list[int]:
     """The samples that have captions."""
-    return [i for i in range(len(talk)) if talk.captions(i)]
+    return [i for i in range(len(conversations)) if conversations.captions(i)]
 
 
 def answers_questions(model, processor) -> bool:
@@ -51,14 +55,14 @@ def answers_questions(model, processor) -> bool:
     return "choose" in model.abilities or can_answer(model, processor)
 
 
-def answers(model, processor, talk: Conversations, questions: Sequence[Question]) -> dict[str, Score]:
+def answers(model, processor, conversations: Conversations, questions: Sequence[Question]) -> dict[str, Score]:
     """Accuracy in all, by kind of question, and blind; of conversations, also how many words are right."""
-    check_questions(model, processor, talk)
-    if talk.free_answers:
+    check_questions(model, processor, conversations)
+    if conversations.free_answers:
         questions = questions[:CAPTIONS]
-    texts = ask(model, processor, talk, questions)
-    blind = ask(model, processor, talk, questions, shift=len(questions) // 2)
-    words = {FREE_ANSWERS: words_right(questions, texts)} if talk.free_answers else {}
+    texts = ask(model, processor, conversations, questions)
+    blind = ask(model, processor, conversations, questions, shift=len(questions) // 2)
+    words = {FREE_ANSWERS: words_right(questions, texts)} if conversations.free_answers else {}
     alone = vqa_accuracy(questions, blind)["accuracy"]
     return {**words, **vqa_accuracy(questions, texts), "accuracy, blind": alone}
 
@@ -68,45 +72,53 @@ def words_right(questions: Sequence[Question], texts: Sequence[str]) -> Score:
     return word_overlap(texts, [question.answers for question in questions])
 
 
-def ask(model, processor, talk: Conversations, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
+def ask(model, processor, conversations: Conversations, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
     """The model's answers. shift: each question is asked about the image of the question so many further."""
     n, texts = len(questions), []
     longest = SHORT
-    if talk.free_answers and "choose" not in model.abilities:
-        longest_prompt = max(len(question_tokens(q.text, talk.pictures(q.index), processor)) for q in questions)
+    if conversations.free_answers and "choose" not in model.abilities:
+        longest_prompt = max(
+            len(question_tokens(q.text, conversations.image_count(q.index), processor)) for q in questions
+        )
         longest = max(SHORT, min(LONG, model.language_config.context - longest_prompt))
     for start in range(0, n, AT_A_TIME):
         part = range(start, min(start + AT_A_TIME, n))
-        images = talk.images([questions[(i + shift) % n].index for i in part])
+        images = conversations.images([questions[(i + shift) % n].index for i in part])
         samples = [(some, questions[i].text) for some, i in zip(images, part, strict=True)]
         texts += answer_all(samples, model, processor, max_new_tokens=longest)
     return texts
 
 
-def check_questions(model, processor, talk: Conversations) -> None:
+def check_questions(model, processor, conversations: Conversations) -> None:
     """UserError for a question that the model cannot be asked, before any is."""
-    for index, text, *_ in talk.questions():
+    for index, text, *_ in conversations.questions():
         context = None if "choose" in model.abilities else model.language_config.context
-        if why := question_problem(text, talk.pictures(index), processor, context=context):
-            raise UserError(f"a {talk.split} question, about {talk.key(index)}: {why} Shorten it, or leave it out.")
+        if why := question_problem(text, conversations.image_count(index), processor, context=context):
+            raise UserError(
+                f"a {conversations.split} question, about {conversations.key(index)}: {why} Shorten it, or leave it out."
+            )
 
 
-def describe_all(model, processor, talk: Conversations, indices: Sequence[int]) -> list[str]:
+def describe_all(model, processor, conversations: Conversations, indices: Sequence[int]) -> list[str]:
     """The model's captions of these samples."""
     texts = []
     for start in range(0, len(indices), AT_A_TIME):
-        texts += caption_all(talk.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG)
+        texts += caption_all(
+            conversations.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG
+        )
     return texts
 
 
-def captions(model, processor, talk: Conversations, directory: str | Path, *, most: int = CAPTIONS) -> dict[str, Score]:
+def captions(
+    model, processor, conversations: Conversations, directory: str | Path, *, most: int = CAPTIONS
+) -> dict[str, Score]:
     """Of the shapes world: does a caption name all that is there? Of photographs: how many of its words are right."""
-    indices = captioned(talk)[:most]
-    texts = describe_all(model, processor, talk, indices)
+    indices = captioned(conversations)[:most]
+    texts = describe_all(model, processor, conversations, indices)
     if is_world(directory):
-        scores = scene_match(texts, [talk.captions(i)[0] for i in indices])
+        scores = scene_match(texts, [conversations.captions(i)[0] for i in indices])
         return {f"captions, {name}": score for name, score in scores.items()}
-    return {"captions, words in common": word_overlap(texts, [talk.captions(i) for i in indices])}
+    return {"captions, words in common": word_overlap(texts, [conversations.captions(i) for i in indices])}
 
 
 def word_overlap(texts: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
@@ -126,21 +138,25 @@ def word_overlap(texts: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
 
 def answers_sheet(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:
     """Draw held-out images with a question and the model's answer; without questions, with its captions."""
-    talk = open_conversations(directory, "test", image_size=processor.image_size)
-    questions = talk.questions() if ask_questions and answers_questions(model, processor) else []
-    rows = question_rows(model, processor, talk, questions) if questions else caption_rows(model, processor, talk)
+    conversations = open_conversations(directory, "test", image_size=processor.image_size)
+    questions = conversations.questions() if ask_questions and answers_questions(model, processor) else []
+    rows = (
+        question_rows(model, processor, conversations, questions)
+        if questions
+        else caption_rows(model, processor, conversations)
+    )
     sheet(rows, title="Answers or captions of the model for held-out images", tile=TILE, columns=4).save(path)
 
 
 def question_rows(
-    model, processor, talk: Conversations, questions: Sequence[Question], *, columns: int = 4
+    model, processor, conversations: Conversations, questions: Sequence[Question], *, columns: int = 4
 ) -> list[Row]:
     """A row for each kind of question."""
     rows = []
     for kind in list(dict.fromkeys(q.kind for q in questions))[:6]:
         chosen = [q for q in questions if q.kind == kind]
         chosen = chosen[:: max(1, len(chosen) // columns)][:columns]
-        texts = ask(model, processor, talk, chosen)
+        texts = ask(model, processor, conversations, chosen)
         right = [
             agreement(normalise(s), [normalise(a) for a in q.answers]) >= 0.5
             for s, q in zip(texts, chosen, strict=True)
@@ -149,16 +165,18 @@ def question_rows(
             "\n".join([*wrap(q.text, 13, TILE), f"answer: {s}" + ("" if ok else f", not {q.answers[0]}")])
             for q, s, ok in zip(chosen, texts, right, strict=True)
         ]
-        rows.append(Row(kind, [talk.images([q.index])[0][0] for q in chosen], right, notes))
+        rows.append(Row(kind, [conversations.images([q.index])[0][0] for q in chosen], right, notes))
     return rows
 
 
-def caption_rows(model, processor, talk: Conversations, *, columns: int = 4, n: int = 12) -> list[Row]:
-    known = captioned(talk) or range(len(talk))
+def caption_rows(model, processor, conversations: Conversations, *, columns: int = 4, n: int = 12) -> list[Row]:
+    known = captioned(conversations) or range(len(conversations))
     indices = known[:: max(1, len(known) // n)][:n]
-    texts = describe_all(model, processor, talk, indices)
-    right = [normalise(s) in [normalise(c) for c in talk.captions(i)] for s, i in zip(texts, indices, strict=True)]
-    images = [talk.images([i])[0][0] for i in indices]
+    texts = describe_all(model, processor, conversations, indices)
+    right = [
+        normalise(s) in [normalise(c) for c in conversations.captions(i)] for s, i in zip(texts, indices, strict=True)
+    ]
+    images = [conversations.images([i])[0][0] for i in indices]
     notes = ["\n".join(wrap(text, 13, TILE)) for text in texts]
     starts = range(0, len(images), columns)
     return [Row("", images[s : s + columns], right[s : s + columns], notes[s : s + columns]) for s in starts]

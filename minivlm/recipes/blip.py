@@ -109,9 +109,9 @@ def open_parts(recipe: BLIPRecipe, checkpoint: Path | None, *, quiet: bool) -> t
 def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, seen: Processor | None) -> tuple[BLIP, Processor]:
     """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
     c, data = recipe.model, recipe.data
-    talk = open_conversations(data.directory, "train", image_size=None)
+    conversations = open_conversations(data.directory, "train", image_size=None)
     sizes = dict(vocab_size=data.vocab_size, image_size=c.vision.image_size, context=c.text.context)
-    read = Processor.train(talk.texts(), **sizes)
+    read = Processor.train(conversations.texts(), **sizes)
     read.tokenizer.add_special_tokens([DECODE, ENCODE])
     texts = dict(context=c.text.context, pad_token=0, pad_to_context=False, chat="encoder")
     processor = Processor(read.tokenizer, replace(seen.config if seen else read.config, **texts))
@@ -131,7 +131,7 @@ def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, seen: Processor | 
         encode_token=processor.tokenizer.token_to_id(ENCODE),
         end_token=processor.end_token,
         pad_token=processor.pad_token,
-        momentum=c.momentum and c.momentum.over(len(talk)),
+        momentum=c.momentum and c.momentum.over(len(conversations)),
         label_smoothing=c.label_smoothing,
     )
     model = build(BLIP, config, seed=recipe.seed)

@@ -28,7 +28,13 @@ from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.vision_features import VisionFeaturesConfig
 from minivlm.processor import Processor
-from minivlm.recipes.folders import check_fills_a_batch, check_held_out, next_training, open_talk, open_world
+from minivlm.recipes.folders import (
+    check_fills_a_batch,
+    check_held_out,
+    next_training,
+    open_training_conversations,
+    open_world,
+)
 from minivlm.recipes.job import Job, against, each_against
 from minivlm.recipes.parts import build, join_processors, load_vision_model, reading, take, with_image_token
 from minivlm.recipes.recipe import Recipe
@@ -171,12 +177,12 @@ class BLIP2Recipe(Recipe):
         model.freeze("vision", "language_model")
         encodes, directory = isinstance(model.language_model, T5), self.data.directory
         problem = conversation_problem(processor, alone=encodes)
-        talk = open_talk(self, processor.image_size, quiet=quiet, problem=problem)
+        conversations = open_training_conversations(self, processor.image_size, quiet=quiet, problem=problem)
 
         more = lambda out, picture: [f"python sample.py attend {out} {picture} --save maps.png"]
         scores = Generated(model, processor, directory, more, ask=True)
-        cache = VisionCache.of_talk(model, processor, talk)
-        samples = ConversationTurns(talk, processor, cache, directory)
+        cache = VisionCache.of_conversations(model, processor, conversations)
+        samples = ConversationTurns(conversations, processor, cache, directory)
         if encodes:
             samples = QuestionsToEncoder(samples, all_at_once=self.data.holes)
         vision = self.vision_from if self.from_scratch else self.starts_from

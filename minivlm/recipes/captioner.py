@@ -12,7 +12,7 @@ from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
 from minivlm.processor import Processor
-from minivlm.recipes.folders import open_talk
+from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build, speaking
 from minivlm.recipes.recipe import Recipe
@@ -38,11 +38,11 @@ class CaptionerRecipe(Recipe):
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         vision, directory = self.model.vision, self.data.directory
-        talk = open_talk(self, vision.image_size, quiet=quiet, captioned=True)
+        conversations = open_training_conversations(self, vision.image_size, quiet=quiet, captioned=True)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:
-            texts = (text for i in range(len(talk)) for text in talk.captions(i))
+            texts = (text for i in range(len(conversations)) for text in conversations.captions(i))
             room = self.model.language.context - vision.patches
             sizes = dict(vocab_size=self.data.vocab_size, image_size=vision.image_size, context=room)
             processor = Processor.train(texts, **sizes)
@@ -50,7 +50,7 @@ class CaptionerRecipe(Recipe):
         config = replace(self.model, language=language, start_token=processor.start_token)
         model = build(ImageCaptioningModel, config, seed=self.seed)
         scores = Generated(model, processor, directory, ask=False, options=" --num_beams 3")
-        samples = CaptionsToGenerate(talk, processor, directory)
+        samples = CaptionsToGenerate(conversations, processor, directory)
         return Job(self, model, processor, samples, scores, against(f"uniform {log(processor.vocab_size):.2f}"))
 
 

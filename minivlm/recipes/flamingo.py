@@ -31,7 +31,7 @@ from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
-from minivlm.recipes.folders import SHAPES, check_fills_a_batch, check_suits, open_talk
+from minivlm.recipes.folders import SHAPES, check_fills_a_batch, check_suits, open_training_conversations
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import (
     LATENTS,
@@ -107,8 +107,8 @@ class FlamingoRecipe(Recipe):
             fed = documents(self, model, processor) if is_interleaved(directory) else classes(self, model, processor)
         else:
             problem = conversation_problem(processor)
-            talk = open_talk(self, processor.image_size, quiet=quiet, problem=problem)
-            fed = conversations(self, model, processor, talk)
+            conversations = open_training_conversations(self, processor.image_size, quiet=quiet, problem=problem)
+            fed = of_conversations(self, model, processor, conversations)
         loss = against(f"uniform {log(processor.vocab_size):.2f}")
         progress = lambda line: f"{loss(line)}, gates {gates_text(model)}"
         return Job(self, model, processor, progress=progress, origins=self.origins(), **fed)
@@ -183,18 +183,20 @@ def classes(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> di
     )
 
 
-def conversations(recipe: FlamingoRecipe, model: Flamingo, processor: Processor, talk: Conversations) -> dict[str, Any]:
+def of_conversations(
+    recipe: FlamingoRecipe, model: Flamingo, processor: Processor, conversations: Conversations
+) -> dict[str, Any]:
     """Conversations are learnt and, in the shapes world, lessons; judged are answers, and new words from examples."""
     directory, share = recipe.data.directory, recipe.data.lessons
     world = is_world(directory)
     where = "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
     shots = lambda out, _: [f"python -m minivlm.evaluate {out}{where} --shots 0 1 2 4 8"] if world else []
     generated = Generated(model, processor, directory, shots, ask=True)
-    cache = VisionCache.of_talk(model, processor, talk)
-    samples = ConversationTurns(talk, processor, cache, directory)
-    taught = isinstance(talk, ShapesConversations) and bool(share)
+    cache = VisionCache.of_conversations(model, processor, conversations)
+    samples = ConversationTurns(conversations, processor, cache, directory)
+    taught = isinstance(conversations, ShapesConversations) and bool(share)
     if taught:
-        lessons = Lessons.of_scenes(talk.world.scenes)
+        lessons = Lessons.of_scenes(conversations.world.scenes)
         if len(lessons.pictures) < MOST_WAYS:
             raise UserError(
                 f"{directory} shows only {len(lessons.pictures)} looks alone, but a lesson has up to {MOST_WAYS}: make a "

@@ -119,7 +119,7 @@ def open_world(recipe: Recipe, image_size: int, *, quiet: bool) -> None:
     check_suits(recipe, recipe.data.directory)
 
 
-def open_talk(
+def open_training_conversations(
     recipe: Recipe, image_size: int, *, quiet: bool, problem: Problem | None = None, captioned: bool = False
 ) -> Conversations:
     """The training split of the recipe's folder. UserError where it does not suit the recipe or fill a batch.
@@ -129,13 +129,13 @@ def open_talk(
     """
     directory = recipe.data.directory
     open_world(recipe, image_size, quiet=quiet)
-    talk = open_conversations(directory, "train", image_size=image_size)
+    conversations = open_conversations(directory, "train", image_size=image_size)
     if problem is not None:
-        talk.leave_out(problem, captions=captioned)
+        conversations.leave_out(problem, captions=captioned)
     elif captioned:
-        talk.keep_captioned()
-    check_fills_a_batch(len(talk), recipe.batch_size, "training samples", directory)
-    return talk
+        conversations.keep_captioned()
+    check_fills_a_batch(len(conversations), recipe.batch_size, "training samples", directory)
+    return conversations
 
 
 def check_fills_a_batch(n: int, batch_size: int, what: str, directory: str | Path) -> None:
@@ -152,4 +152,4 @@ def check_fills_a_batch(n: int, batch_size: int, what: str, directory: str | Pat
 def check_held_out(directory: str | Path, image_size: int) -> None:
     """UserError, before the first step, for a held-out picture that cannot be decoded."""
     for split in SPLITS[1:] if is_first_process() and not is_world(directory) else ():
-        open_pairs(directory, split, image_size=image_size).check_pictures()
+        open_pairs(directory, split, image_size=image_size).check_images()

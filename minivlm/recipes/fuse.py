@@ -22,7 +22,7 @@ from torch import nn
 from minivlm import evaluate
 from minivlm.checkpoint import load
 from minivlm.datasets.answers import AnswerList, most_frequent
-from minivlm.datasets.batches import talk_notes
+from minivlm.datasets.batches import conversation_notes
 from minivlm.datasets.conversations import Conversations, Question
 from minivlm.datasets.question_batches import Alternating, MaskedCaptions, QuestionsOfList
 from minivlm.errors import UserError
@@ -36,7 +36,7 @@ from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
 from minivlm.processor import Processor
 from minivlm.recipes.clip import CLIP_RECIPES
-from minivlm.recipes.folders import open_talk
+from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job
 from minivlm.recipes.parts import build, load_vision_model, take
 from minivlm.recipes.recipe import Recipe
@@ -71,27 +71,31 @@ class FuseRecipe(Recipe):
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         kind = CLASSES[type(self.model)]
-        model, processor, talk, asked = open_parts(self, self.model, kind, checkpoint, quiet=quiet)
+        model, processor, conversations, asked = open_parts(self, self.model, kind, checkpoint, quiet=quiet)
         model.freeze("vision")
         scores = Chosen(Generated(model, processor, self.data.directory, ask=True))
-        cache = VisionCache.of_talk(model, processor, talk)
-        questions = list_questions(self, model.config, processor, talk, asked, cache)
-        captioned = [i for i in questions.samples if talk.captions(i)]
+        cache = VisionCache.of_conversations(model, processor, conversations)
+        questions = list_questions(self, model.config, processor, conversations, asked, cache)
+        captioned = [i for i in questions.samples if conversations.captions(i)]
         every, samples = self.data.captions_every, questions
         if every and captioned:
             c, hidden = model.config, dict(hide=self.data.hide, mask=MASK)
             regions = c.vision.features_at(c.vision_layer)[0]
-            masked = MaskedCaptions(talk, captioned, processor, cache, regions=regions, heads=c.heads, **hidden)
+            masked = MaskedCaptions(
+                conversations, captioned, processor, cache, regions=regions, heads=c.heads, **hidden
+            )
             samples = Alternating(questions, masked, every)
         elif every:
             questions.known_notes.append(f"{self.data.directory} has no captions: questions alone are learnt from")
         origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 
-    def complete(self, vision, answers: tuple[str, ...], processor: Processor, talk: Conversations) -> EncoderConfig:
+    def complete(
+        self, vision, answers: tuple[str, ...], processor: Processor, conversations: Conversations
+    ) -> EncoderConfig:
         """The model's config with what follows from tower, data and tokeniser."""
         config = completed(self.model, vision, answers, processor)
-        if isinstance(config, JointEncoderConfig) and not any(map(talk.captions, range(len(talk)))):
+        if isinstance(config, JointEncoderConfig) and not any(map(conversations.captions, range(len(conversations)))):
             return replace(config, heads=())  # they would learn nothing: nobody is to ask whether a text matches
         return config
 
@@ -102,19 +106,19 @@ def open_parts(
     """Model, processor, the training samples, and some questions about each. Without a checkpoint: the tower of a CLIP, a
     tokeniser of the data's questions, answers and captions, and all else new."""
     model, processor = load(checkpoint) if checkpoint is not None else load_vision_model(recipe.vision_from)
-    talk = open_talk(recipe, processor.image_size, quiet=quiet)
-    asked = [talk.asked(i, np.random.default_rng(i)) for i in range(len(talk))]
+    conversations = open_training_conversations(recipe, processor.image_size, quiet=quiet)
+    asked = [conversations.asked(i, np.random.default_rng(i)) for i in range(len(conversations))]
     if checkpoint is not None:
-        return model, processor, talk, asked
+        return model, processor, conversations, asked
     clip, answers = model, most_frequent((q for some in asked for q in some), recipe.data.most_answers)
     sizes = dict(vocab_size=recipe.data.vocab_size, image_size=processor.image_size, context=encoder.text.context)
-    read = Processor.train(talk.texts(), **sizes)
+    read = Processor.train(conversations.texts(), **sizes)
     read.tokenizer.add_special_tokens([MASK])
     texts = dict(context=read.context, pad_token=read.pad_token, pad_to_context=False)
     processor = Processor(read.tokenizer, replace(processor.config, **texts))
-    model = build(model_class, recipe.complete(clip.config.vision, answers, processor, talk), seed=recipe.seed)
+    model = build(model_class, recipe.complete(clip.config.vision, answers, processor, conversations), seed=recipe.seed)
     take(model.vision, clip.vision)
-    return model, processor, talk, asked
+    return model, processor, conversations, asked
 
 
 def completed(config: EncoderConfig, vision, answers: tuple[str, ...], processor: Processor) -> EncoderConfig:
@@ -132,7 +136,7 @@ def list_questions(
     recipe: Recipe,
     encoder: EncoderConfig,
     processor: Processor,
-    talk: Conversations,
+    conversations: Conversations,
     asked: list[list[Question]],
     images: VisionCache,
 ) -> QuestionsOfList:
@@ -147,12 +151,12 @@ def list_questions(
         )
     total = sum(map(len, known))
     told = [
-        *talk_notes(talk, recipe.data.directory),
+        *conversation_notes(conversations, recipe.data.directory),
         f"{len(encoder.answers)} answers to choose from; {total - sum(map(sum, known))} of {total} questions that were "
         "looked at have none of them, and are not learnt from",
     ]
     right = answers.scores if encoder.answer_loss == "sigmoid" else answers.weights
-    return QuestionsOfList(talk, samples, answers, right, processor, images, told)
+    return QuestionsOfList(conversations, samples, answers, right, processor, images, told)
 
 
 def by_name(model: nn.Module) -> Callable[[Mapping[str, float]], str]:

@@ -25,7 +25,7 @@ from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
-from minivlm.recipes.folders import next_training, open_talk
+from minivlm.recipes.folders import next_training, open_training_conversations
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import LATENTS, join_processors, load_language_model, load_vision_model, resampling, take
 from minivlm.recipes.recipe import FOLDER, FolderData, Recipe
@@ -126,7 +126,9 @@ def job(
 ) -> Job:
     """Of stage 1, which learns captions, or of stage 2."""
     directory, problem = recipe.data.directory, conversation_problem(processor)
-    talk = open_talk(recipe, processor.image_size, quiet=quiet, problem=problem, captioned=captions)
+    conversations = open_training_conversations(
+        recipe, processor.image_size, quiet=quiet, problem=problem, captioned=captions
+    )
 
     def more(out: Path, picture: str) -> list[str]:
         if captions:
@@ -139,8 +141,8 @@ def job(
             save_adapter(out / "adapter", model, base=str(recipe.starts_from), config=lora)
             model.merge_lora()
 
-    cache = VisionCache.of_talk(model, processor, talk)
-    samples = ConversationTurns(talk, processor, cache, directory, captions=captions)
+    cache = VisionCache.of_conversations(model, processor, conversations)
+    samples = ConversationTurns(conversations, processor, cache, directory, captions=captions)
     scores = Generated(model, processor, directory, more, ask=not captions)
     progress = against(f"uniform {log(processor.vocab_size):.2f}")
     return Job(recipe, model, processor, samples, scores, progress, origins, cache.prepare, leave_adapter)

@@ -39,13 +39,15 @@ class MultitaskRecipe(Recipe):
         return {"vision_from": "clip-resnet"}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        model, processor, talk, asked = open_parts(self, self.model.encoder, MultitaskVLM, checkpoint, quiet=quiet)
+        model, processor, conversations, asked = open_parts(
+            self, self.model.encoder, MultitaskVLM, checkpoint, quiet=quiet
+        )
         model.freeze("encoder.vision")
         directory = self.data.directory
         scores = Tasks(Generated(model, processor, directory, ask=True))
-        cache = VisionCache.of_talk(model, processor, talk)
-        questions = list_questions(self, model.config.encoder, processor, talk, asked, cache)
-        questions.samples = [i for i in questions.samples if talk.captions(i)]
+        cache = VisionCache.of_conversations(model, processor, conversations)
+        questions = list_questions(self, model.config.encoder, processor, conversations, asked, cache)
+        questions.samples = [i for i in questions.samples if conversations.captions(i)]
         n = len(questions.samples)
         check_fills_a_batch(n, self.batch_size, "images with captions and questions", directory)
 
@@ -58,7 +60,7 @@ class MultitaskRecipe(Recipe):
         origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
-    def complete(self, vision, answers, processor, talk) -> MultitaskConfig:
+    def complete(self, vision, answers, processor, conversations) -> MultitaskConfig:
         encoder = completed(self.model.encoder, vision, answers, processor)
         return replace(self.model, encoder=encoder, end_token=processor.end_token, pad_token=processor.pad_token)
 

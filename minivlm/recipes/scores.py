@@ -120,10 +120,10 @@ class Generated:
     def check_held_out(self) -> None:
         """UserError, before the first step, for what would end the first evaluation."""
         if is_first_process() and not is_world(self.directory):
-            for talk in (self.val, self.test):
-                talk.check_pictures()
+            for conversations in (self.val, self.test):
+                conversations.check_images()
                 if self.answers:
-                    evaluate.check_questions(self.model, self.processor, talk)
+                    evaluate.check_questions(self.model, self.processor, conversations)
 
     def validate(self) -> float:
         return self.answers_score() if self.answers else self.captions_score()

@@ -82,7 +82,7 @@ class DocumentPerplexity:
         self.model, self.processor, self.directory, self.batch_size = model, processor, directory, batch_size
         self.val = self.open("val")
         for held_out in (self.val, self.open("test")) if is_first_process() else ():
-            held_out.check_pictures()
+            held_out.check_images()
             check_documents(held_out, processor)
 
     def open(self, split: str) -> Interleaved:

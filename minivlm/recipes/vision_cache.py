@@ -43,9 +43,9 @@ class VisionCache:
         self.pixels: Tensor | None = None
 
     @classmethod
-    def of_talk(cls, model: nn.Module, processor: Processor, talk: Conversations) -> VisionCache:
-        flat = lambda indices: [image for images in talk.images(indices) for image in images]
-        return cls(model, processor, len(talk), flat, single=talk.one_picture_each)
+    def of_conversations(cls, model: nn.Module, processor: Processor, conversations: Conversations) -> VisionCache:
+        flat = lambda indices: [image for images in conversations.images(indices) for image in images]
+        return cls(model, processor, len(conversations), flat, single=conversations.one_image_each)
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor | ImageFeatures]:
         """Nothing for samples without images."""

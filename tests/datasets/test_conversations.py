@@ -28,7 +28,7 @@ class Fruit(Conversations):
 
 
 def test_what_is_not_told_is_not_there():
-    assert Fruit().questions() == [] and Fruit().notes == () and Fruit().one_picture_each
+    assert Fruit().questions() == [] and Fruit().notes == () and Fruit().one_image_each
     for missing in (
         lambda: Fruit().images([0]),
         lambda: Fruit().key(0),

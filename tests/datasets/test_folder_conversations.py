@@ -81,7 +81,7 @@ def test_questions_about_one_image_are_one_sample(folder):
     ]
     assert val.conversation(0, rng())[1].text == "at home"  # what most people said
     assert list(train.texts()) == ["what is it? a cat", "how many? 2"]
-    assert train.captions(0) == [] and train.notes == [] and train.one_picture_each
+    assert train.captions(0) == [] and train.notes == [] and train.one_image_each
 
 
 def test_a_conversation_asks_up_to_four_questions_in_any_order(folder):
@@ -152,7 +152,7 @@ def test_llavas_format_is_read(folder):
     )
     talk = talk_of(folder)
     assert [talk.key(i) for i in range(len(talk))] == ["images/0.png", "images/1.png", "words"]
-    assert [len(pictures) for pictures in talk.images([0, 1, 2])] == [1, 2, 0] and not talk.one_picture_each
+    assert [len(pictures) for pictures in talk.images([0, 1, 2])] == [1, 2, 0] and not talk.one_image_each
     assert talk.conversation(0, rng()) == [
         Turn("user", "<image>\nwhat is it?"),
         Turn("assistant", "a cat "),
