@@ -8,7 +8,7 @@ from sentencepiece import llama_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minivlm.conversation import Turn, encode_conversation, with_images
-from minivlm.datasets.span_corruption import with_holes
+from minivlm.datasets.span_corruption import with_sentinels
 from minivlm.processor import Processor, ProcessorConfig
 from minivlm.special_tokens import Markup, as_text, split_placeholders
 
@@ -170,7 +170,7 @@ def test_a_conversation_of_odd_words_has_no_more_special_tokens_than_any_other()
 def test_a_text_with_holes_has_only_its_own():
     processor = Processor(t5(), ProcessorConfig(image_size=8, context=64))
     holes = {i for i, name in special_ids(processor).items() if "extra" in name}
-    read, said = with_holes(["a <extra_id_3>", "b </s>", "c"], processor)
+    read, said = with_sentinels(["a <extra_id_3>", "b </s>", "c"], processor)
     assert sum(token in holes for token in read) == 1 == sum(token in holes for token in said)
     assert read.count(processor.end_token) == 1
 

@@ -16,7 +16,7 @@ import train
 from minivlm import evaluate, tasks, training_log
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.datasets.shapes.conversations import ShapesConversations
-from minivlm.datasets.span_corruption import HOLES
+from minivlm.datasets.span_corruption import SENTINELS
 from minivlm.errors import UserError
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.layers.bert import BERT, BERTConfig
@@ -336,12 +336,12 @@ def test_a_t5_is_asked_one_question_and_a_decoder_all(built, world, lm):
 @pytest.mark.parametrize("holes", [0.0, 1.0])
 def test_a_t5_that_knows_holes_is_asked_all_at_once(built, world, tmp_path, holes):
     t5, speaks = minivlm.load(built / "t5")
-    speaks.tokenizer.add_special_tokens(list(HOLES))
+    speaks.tokenizer.add_special_tokens(list(SENTINELS))
     with_vocabulary(t5, speaks.tokenizer.get_vocab_size()).save_pretrained(tmp_path, processor=speaks)
     options = STAGE2 | from_stage1(built, "t5") | {"data": world, "language_from": tmp_path, "data.holes": holes}
     work = plan.command_line(arguments("blip2", **options))[1].start(quiet=True)
     batch, ids = work.batch(2), work.processor
-    marks = [ids.tokenizer.token_to_id(hole) for hole in HOLES]
+    marks = [ids.tokenizer.token_to_id(hole) for hole in SENTINELS]
     for row, (index, rng) in enumerate(work.order.share(2)):
         rng.random()  # whether all are asked is drawn first
         turns = [turn.text.replace("<image>", "").strip() for turn in work.samples.turns(index, rng)]

@@ -14,7 +14,7 @@ from minivlm import evaluate, tasks, training_log
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
-from minivlm.datasets.span_corruption import HOLES
+from minivlm.datasets.span_corruption import SENTINELS
 from minivlm.errors import UserError
 from minivlm.layers import T5
 from minivlm.recipes import plan
@@ -95,10 +95,10 @@ def test_most_texts_are_read_with_holes_and_whole_with_what_is_said(world):
     holed = 0
     for tokens, labels in zip(batch["tokens"].tolist(), batch["labels"].tolist(), strict=True):
         read, said = (spell([t for t in row if t > 1], skip_special_tokens=False) for row in (tokens, labels))
-        if HOLES[0] in read:
+        if SENTINELS[0] in read:
             holed += 1
-            answers = re.split("|".join(HOLES), said)[1:]
-            for hole, answer in zip(HOLES, answers, strict=False):
+            answers = re.split("|".join(SENTINELS), said)[1:]
+            for hole, answer in zip(SENTINELS, answers, strict=False):
                 read = read.replace(hole, answer)
             whole = read.replace("<end>", "").strip()
             assert any(text.startswith(whole) for text in texts)  # all of it, but of a text with more holes than marks

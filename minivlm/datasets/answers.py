@@ -26,24 +26,24 @@ class AnswerList:
 
     def __init__(self, answers: Sequence[str]):
         self.answers = answers
-        self.place = {normalise(answer): i for i, answer in enumerate(answers)}
+        self.index = {normalise(answer): i for i, answer in enumerate(answers)}
 
     def knows(self, question: Question) -> bool:
         """Is a right answer on the list?"""
-        return any(normalise(answer) in self.place for answer in question.answers)
+        return any(normalise(answer) in self.index for answer in question.answers)
 
     def weights(self, question: Question) -> np.ndarray:
         """(A,) float32: of those who answered, the share that gave each answer; those not on the list count nowhere."""
         weights = np.zeros(len(self.answers), dtype=np.float32)
         for answer in question.answers:
-            if (place := self.place.get(normalise(answer))) is not None:
-                weights[place] += 1 / len(question.answers)
+            if (index := self.index.get(normalise(answer))) is not None:
+                weights[index] += 1 / len(question.answers)
         return weights
 
     def scores(self, question: Question) -> np.ndarray:
         """(A,) float32: what each answer would score (see `agreement`): of ten people's, those of four or more are right."""
         given = [normalise(answer) for answer in question.answers]
         scores = np.zeros(len(self.answers), dtype=np.float32)
-        for answer in set(given) & self.place.keys():
-            scores[self.place[answer]] = agreement(answer, given)
+        for answer in set(given) & self.index.keys():
+            scores[self.index[answer]] = agreement(answer, given)
         return scores

@@ -42,12 +42,12 @@ class Captions:
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         captions = [self.pairs.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
-        pictures = self.pairs.images(indices)
+        pixels = self.pairs.images(indices)
         if self.augment:
-            samples = zip(pictures, captions, rngs, strict=True)
-            images = torch.cat([self.transform([picture], [caption], rng) for picture, caption, rng in samples])
+            samples = zip(pixels, captions, rngs, strict=True)
+            images = torch.cat([self.transform([image], [caption], rng) for image, caption, rng in samples])
         else:
-            images = self.transform(pictures, captions, None)
+            images = self.transform(pixels, captions, None)
         tokens, mask = self.processor.text(captions, cut=True)
         return {"images": images, "tokens": tokens, "mask": mask}
 
@@ -131,15 +131,15 @@ class WithQuestions:
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         again = deepcopy(rngs)  # the question is drawn by the numbers that the caption was drawn by
         batch = self.captions.batch(indices, rngs, step)
-        asked, said = zip(*map(self.exchange, indices, again), strict=True)
-        batch["question"], batch["question_mask"] = self.processor.text(asked, cut=True)
-        batch["answer"], batch["answer_mask"] = self.processor.text(said, cut=True)
+        questions, answers = zip(*map(self.exchange, indices, again), strict=True)
+        batch["question"], batch["question_mask"] = self.processor.text(questions, cut=True)
+        batch["answer"], batch["answer_mask"] = self.processor.text(answers, cut=True)
         return batch
 
     def exchange(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
         """One question about an image, and its answer."""
-        asked = self.conversations.asked(index, rng)
-        question = asked[int(rng.integers(len(asked)))]
+        questions = self.conversations.asked(index, rng)
+        question = questions[int(rng.integers(len(questions)))]
         return question.text, question.answers[0]
 
 
@@ -156,7 +156,7 @@ class CaptionsToGenerate:
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         captions = [one_caption(self.conversations, index, rng) for index, rng in zip(indices, rngs, strict=True)]
         rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
-        images = self.processor.images([picture for [picture] in self.conversations.images(indices)])
+        images = self.processor.images([image for [image] in self.conversations.images(indices)])
         return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
 
     def length(self, index: int, rng: np.random.Generator) -> int:

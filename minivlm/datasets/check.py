@@ -104,7 +104,7 @@ def unnamed(directory: Path, items: list[Item]) -> list[str]:
         return []
     entries = read_entries(directory, []) if find_conversations(directory) else []
     named = {image for one in (*items, *entries) for image in one.images}
-    left = [name for name in list_folder(directory).pictures if name not in named]
+    left = [name for name in list_folder(directory).images if name not in named]
     shown = ", ".join(map(readable, left[:3])) + (" …" if len(left) > 3 else "")
     return [f"Images that no line names, and that are not used: {len(left)} ({shown})."] if left else []
 
@@ -123,14 +123,14 @@ def judge_conversations(args: argparse.Namespace, problems: list[str]) -> None:
     for split in available(entries):
         chosen = choose_split(entries, split, args.directory)[0]
         if split == "train":
-            told = [
+            reasons = [
                 f"{entry.name}: {why} Training leaves it out." for entry in chosen for why in entry.judged(learn)[1]
             ]
         else:
             asked = [(entry, q.text) for entry in chosen for q in entry.questions()]
             whys = [question_problem(text, len(entry.images), processor, context=context) for entry, text in asked]
-            told = [f"{entry.name} ({split}): {why}" for (entry, _), why in zip(asked, whys, strict=True) if why]
-        problems += told
+            reasons = [f"{entry.name} ({split}): {why}" for (entry, _), why in zip(asked, whys, strict=True) if why]
+        problems += reasons
     images = sum(len(entry.images) for entry in entries)
     print(f"{len(entries)} conversations, about {images} images\n")
 
@@ -144,9 +144,11 @@ def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
     _, processor = choose_reader(args, texts)
     broken = [Item(image, []) for image in dict.fromkeys(image for one in documents for image in one.images)]
     without_broken(broken, args.directory, problems)
-    told = map(document_problem(processor), texts)
+    reasons = map(document_problem(processor), texts)
     problems += [
-        f"{document.name}: {why} Training leaves it out." for document, why in zip(documents, told, strict=True) if why
+        f"{document.name}: {why} Training leaves it out."
+        for document, why in zip(documents, reasons, strict=True)
+        if why
     ]
     print(f"{len(documents)} documents with images; {without} have none and are skipped\n")
 
@@ -267,14 +269,14 @@ def show_captions(items: list[Item], processor) -> None:
         f"longest {lengths.max()}; context {processor.context}, exceeded by {(lengths > processor.context).sum()} "
         f"of {len(texts)} captions"
     )
-    said = [words(text) for text in texts]
+    named_words = [words(text) for text in texts]
     if unread := sum(not is_english(text, GUARDED) for text in texts):
         print(
             f"{unread} captions are not recognised as English: their images are neither mirrored, cropped nor recoloured"
         )
     for named, forbidden, kind in ((SIDES | SIGNS, "mirrored", "side or sign"), (PLACES, "cropped", "place")):
-        print(f"{sum(bool(s & named) for s in said)} captions name a {kind}: their images are not {forbidden}")
-    print(f"{sum(bool(s & COLOURS) for s in said)} captions name a colour: saturation and hue stay as they are")
+        print(f"{sum(bool(s & named) for s in named_words)} captions name a {kind}: their images are not {forbidden}")
+    print(f"{sum(bool(s & COLOURS) for s in named_words)} captions name a colour: saturation and hue stay as they are")
 
 
 def choose_samples(items: list[Item], count: int, seed: int) -> list[tuple[Item, str]]:
@@ -319,9 +321,9 @@ def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: i
         views = [processor.images([read(item, None)])[0], *transform([small] * VIEWS, [caption] * VIEWS, rng)]
         for column, view in enumerate(views):
             left = column * (TILE + 4) + (8 if column else 0)  # a gap behind the evaluation view
-            sheet.paste(to_picture(view, config), (left, top))
-        told = legible(f"{caption}   ({item.image})")
-        for i, line in enumerate(wrap(told, 12, sheet.width - 4)[:2]):
+            sheet.paste(to_image(view, config), (left, top))
+        text = legible(f"{caption}   ({item.image})")
+        for i, line in enumerate(wrap(text, 12, sheet.width - 4)[:2]):
             write(pen, (2, top + TILE + 3 + i * line_step(12)), line, 12, "black")
     return sheet
 
@@ -334,7 +336,7 @@ def save_sheet(sheet, path: Path) -> None:
     print(f"\nwrote {path}: the evaluation view, then augmented views of the same image")
 
 
-def to_picture(view, config):
+def to_image(view, config):
     """(3, S, S) normalised → a TILE × TILE PIL image, pixels enlarged without smoothing."""
     from PIL import Image
 

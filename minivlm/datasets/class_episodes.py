@@ -34,17 +34,17 @@ from minivlm.errors import UserError
 
 
 @dataclass
-class PictureClass:
+class ImageClass:
     image: str  # the path of its folder, by which a split is drawn
     split: str | None
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
 
 
 def is_class_folder(directory: str | os.PathLike) -> bool:
     """Images in sub-folders, and nothing that says more about them."""
     directory = Path(directory)
-    told = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
-    return not told and directory.is_dir() and bool(subfolders(directory))
+    described = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
+    return not described and directory.is_dir() and bool(subfolders(directory))
 
 
 def class_episodes(
@@ -53,40 +53,40 @@ def class_episodes(
     """`n` episodes of `shots` examples in all, in held-out words. UserError: too few classes, or images of one."""
     classes = read_classes(Path(directory), split)
     check_enough(classes, Path(directory), split, shots=shots, ways=ways)
-    lessons, pictures = class_lessons(classes)
+    lessons, images = class_lessons(classes)
     rng = np.random.default_rng([seed, ways, shots])
     episodes = []
     for _ in range(n):
         drawn = lessons.episode(rng, shots=shots, ways=ways)
-        *examples, query = (Shot(np.array(read_image(pictures[picture])), word) for picture, word in drawn)
+        *examples, query = (Shot(np.array(read_image(images[image])), word) for image, word in drawn)
         episodes.append(ShotEpisode(examples, query))
     return episodes
 
 
-def class_lessons(classes: list[PictureClass]) -> tuple[Lessons, list[Path]]:
+def class_lessons(classes: list[ImageClass]) -> tuple[Lessons, list[Path]]:
     """Lessons in which a class is a look, and the images that their numbers stand for."""
-    numbers = np.repeat(np.arange(len(classes)), [len(one.pictures) for one in classes])
-    return Lessons(numbers), [picture for one in classes for picture in one.pictures]
+    numbers = np.repeat(np.arange(len(classes)), [len(one.images) for one in classes])
+    return Lessons(numbers), [image for one in classes for image in one.images]
 
 
-def read_classes(directory: Path, split: str) -> list[PictureClass]:
+def read_classes(directory: Path, split: str) -> list[ImageClass]:
     """The classes of a split, in the order of their names. UserError: no folder, or none with images."""
     return choose_split(find_classes(directory), split, directory)[0]
 
 
-def find_classes(directory: Path) -> list[PictureClass]:
+def find_classes(directory: Path) -> list[ImageClass]:
     """Those of all splits."""
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
     listing = list_folder(directory)
-    found: dict[str, PictureClass] = {}
+    found: dict[str, ImageClass] = {}
     holds: dict[str, Listing] = {}
-    for name in listing.pictures:
+    for name in listing.images:
         folder, parts = os.path.dirname(name), name.split("/")
         if len(parts) > 1:
             own = SPLIT_NAMES.get(parts[0].lower()) if len(parts) > 2 else None
-            found.setdefault(folder, PictureClass(folder, own)).pictures.append(directory / name)
-            holds.setdefault(folder, Listing()).pictures.append(os.path.basename(name))
+            found.setdefault(folder, ImageClass(folder, own)).images.append(directory / name)
+            holds.setdefault(folder, Listing()).images.append(os.path.basename(name))
     for name in listing.others:
         if (folder := os.path.dirname(name)) in holds:
             holds[folder].others.append(os.path.basename(name))
@@ -97,7 +97,7 @@ def find_classes(directory: Path) -> list[PictureClass]:
     return list(found.values())
 
 
-def check_enough(classes: list[PictureClass], directory: Path, split: str, *, shots: int, ways: int) -> None:
+def check_enough(classes: list[ImageClass], directory: Path, split: str, *, shots: int, ways: int) -> None:
     if len(classes) < ways:
         raise UserError(
             f"{directory} has {len(classes)} {split} classes (folders of images), but an episode has {ways}: ask for "
@@ -105,8 +105,8 @@ def check_enough(classes: list[PictureClass], directory: Path, split: str, *, sh
         )
     most = -(-shots // ways)
     for one in classes:
-        if len(one.pictures) <= most:
+        if len(one.images) <= most:
             raise UserError(
-                f"{directory / one.image} has {len(one.pictures)} images, but an episode shows {most} of them and "
+                f"{directory / one.image} has {len(one.images)} images, but an episode shows {most} of them and "
                 "asks for another: ask for fewer --shots, or add some."
             )

@@ -33,7 +33,7 @@ SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called l
 class Listing:
     """What lies below a folder, hidden files and folders left out; names are paths below it, with slashes."""
 
-    pictures: list[str] = field(default_factory=list)  # sorted, by their endings
+    images: list[str] = field(default_factory=list)  # sorted, by their endings
     irregular: list[str] = field(default_factory=list)  # called like images, but pipes, devices, links to nowhere
     others: list[str] = field(default_factory=list)
     linked: int = 0  # links to folders, which are not followed
@@ -43,14 +43,14 @@ class Listing:
 def list_folder(directory: Path) -> Listing:
     found, waiting = Listing(), [""]
     while waiting:
-        place = waiting.pop()
+        parent = waiting.pop()
         try:
-            entries = list(os.scandir(directory / place))
+            entries = list(os.scandir(directory / parent))
         except OSError:  # no permission, or a path that is too long: counted
             found.closed += 1
             continue
         for entry in entries:
-            name = f"{place}/{entry.name}" if place else entry.name
+            name = f"{parent}/{entry.name}" if parent else entry.name
             # A link may be circular or lead to what may not be seen: os.path says no, where DirEntry raises.
             link = entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
@@ -64,8 +64,8 @@ def list_folder(directory: Path) -> Listing:
                 found.others.append(name)
             else:
                 regular = os.path.isfile(entry.path) if link else entry.is_file()
-                (found.pictures if regular else found.irregular).append(name)
-    for names in (found.pictures, found.irregular, found.others):
+                (found.images if regular else found.irregular).append(name)
+    for names in (found.images, found.irregular, found.others):
         names.sort()
     return found
 
@@ -84,10 +84,10 @@ def passed_over(listings: Iterable[Listing], *, irregular: bool = True) -> str |
     if not counts:
         return None
     total, most = sum(counts.values()), counts.most_common(6)
-    told = [f"{count} {readable(kind if count == 1 else MANY.get(kind, kind))}" for kind, count in most] + (
+    parts = [f"{count} {readable(kind if count == 1 else MANY.get(kind, kind))}" for kind, count in most] + (
         ["…"] if len(counts) > len(most) else []
     )
-    return f"{total} {'file is' if total == 1 else 'files are'} passed over: {', '.join(told)}."
+    return f"{total} {'file is' if total == 1 else 'files are'} passed over: {', '.join(parts)}."
 
 
 # -------------------------------------------------------------------------------------------------------------- classes
@@ -102,7 +102,7 @@ class ClassFolder:
 
     def images(self) -> list[str]:
         """Their paths below the directory."""
-        return [f"{self.path}/{name}" for name in self.found.pictures]
+        return [f"{self.path}/{name}" for name in self.found.images]
 
 
 def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
@@ -113,15 +113,15 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     folders = subfolders(directory)
     splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
     if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
-        places = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
+        candidates = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
     else:
-        splits, places = {}, [(None, folder) for folder in folders]
+        splits, candidates = {}, [(None, folder) for folder in folders]
     named = read_names(directory)
     classes, empty = [], []
-    for split, folder in places:
+    for split, folder in candidates:
         found = list_folder(folder)
         path = folder.relative_to(directory).as_posix()
-        if found.pictures:
+        if found.images:
             own = unicodedata.normalize("NFC", folder.name)  # train/ and test/ may come from different systems
             name = named.get(own, "") if named else own.replace("_", " ")
             classes.append(ClassFolder(path, name, split, found))
@@ -131,8 +131,8 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
         refuse_other_layouts(directory, {one.path: one.found for one in classes})
     for one in classes:
         check_name(one, directory)
-    read = {*splits, *(folder for _, folder in places)}
-    beside = [path for place in (directory, *splits) for path in sorted(place.iterdir()) if path not in read]
+    read = {*splits, *(folder for _, folder in candidates)}
+    beside = [path for parent in (directory, *splits) for path in sorted(parent.iterdir()) if path not in read]
     names = [path.relative_to(directory).as_posix() for path in beside if not expected(path.name)]
     notes = [
         passed_over(one.found for one in classes),
@@ -227,10 +227,10 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
                 f"classes: rename them, say what is in each image in a captions.jsonl, or {remedy.format(like[0])}."
             )
     for path, found in folders.items():
-        stems = {os.path.splitext(name)[0] for name in found.pictures}
-        stems |= {*found.pictures}  # a.txt beside a.jpg, or a.jpg.txt
+        stems = {os.path.splitext(name)[0] for name in found.images}
+        stems |= {*found.images}  # a.txt beside a.jpg, or a.jpg.txt
         beside = [n for n in found.others if os.path.splitext(n)[1] in SIDECARS and os.path.splitext(n)[0] in stems]
-        if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(found.pictures):
+        if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(found.images):
             raise UserError(
                 f"{directory / path} holds texts beside its images ({beside[0]}), as img2dataset and annotation tools "
                 "leave them, and not the images of a class alone: write what they say to captions.jsonl; or, if the "

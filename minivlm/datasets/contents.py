@@ -66,8 +66,8 @@ def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = Fa
 
 def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False) -> list[str]:
     """Of these notes the ones on splits that do not exist, for which others stand in."""
-    told = (note for split in splits for note in split_notes(directory, split, few_shot=few_shot))
-    return [note for note in dict.fromkeys(told) if "stand in for them" in note]
+    found = (note for split in splits for note in split_notes(directory, split, few_shot=few_shot))
+    return [note for note in dict.fromkeys(found) if "stand in for them" in note]
 
 
 def stamps(directory: Path) -> tuple:
@@ -104,9 +104,9 @@ def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[s
                 raise
             return found, notes  # lessons make names of their own; others are told by `check_suits`
         for split in available(entries):
-            chosen, told = choose_split(entries, split, directory)
+            chosen, drawn = choose_split(entries, split, directory)
             found[split] += count(chosen, directory, split)
-            notes[split] = [*notes[split], *told]
+            notes[split] = [*notes[split], *drawn]
     return found, notes
 
 
@@ -150,7 +150,7 @@ def world_contents(directory: Path) -> Contents:
     return {split: Counter(dict.fromkeys(kinds, n)) | Counter(texts=10**6) for split in SPLITS}
 
 
-def told(found: Counter[str]) -> str:
+def summary(found: Counter[str]) -> str:
     """ "90 questions about images, 180 texts" """
     specific = [kind for kind in ("captions", "questions", "documents", "classes") if found[kind]]
     if found["classes"]:

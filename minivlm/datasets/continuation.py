@@ -27,11 +27,11 @@ def split(document: str | list[Turn], rng: np.random.Generator) -> tuple[str, st
         at = 1 + 2 * int(rng.integers(len(document) // 2))
         return words_of(document[:at]), document[at].text
     words = document.split()
-    places = range(1, len(words))
+    cuts = range(1, len(words))
     answers = answers_in(words)
     if answers and rng.random() < BEFORE_ANSWERS:
-        places = answers
-    at = places[rng.integers(len(places))] if places else 0
+        cuts = answers
+    at = cuts[rng.integers(len(cuts))] if cuts else 0
     return " ".join(words[:at]), " ".join(words[at:])
 
 
@@ -52,11 +52,11 @@ def tokens_of(parts: tuple[str, str], processor: Processor) -> tuple[list[int], 
 
 def collate_pairs(pairs: Sequence[tuple[list[int], list[int]]], processor: Processor) -> dict[str, Tensor]:
     """B pairs of what is read and what is to be said → tokens (B, S), mask (B, S) of the one, labels (B, T) of the other."""
-    read, said = zip(*pairs, strict=True)
+    read, generated = zip(*pairs, strict=True)
     return {
         "tokens": pad(read, processor.pad_token),
         "mask": pad([[1] * len(row) for row in read], 0).bool(),
-        "labels": pad(said, IGNORED),
+        "labels": pad(generated, IGNORED),
     }
 
 

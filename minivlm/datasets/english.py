@@ -69,10 +69,10 @@ FRAMES = [re.compile(re.escape(template.lower()).replace(r"\{\}", "(.+)")) for t
 def is_english(caption: str, more: set[str]) -> bool:
     """`more`: further words that count as English. What TEMPLATES say around a class is English, whatever its name."""
     caption = caption.lower().strip()
-    said = re.findall("[a-z]+", caption)
+    words = re.findall("[a-z]+", caption)
     if any(letter.isalpha() and not letter.isascii() for letter in caption) or SIDES_ELSEWHERE.search(caption):
         return False
-    if not said or not VETO.isdisjoint(said):
+    if not words or not VETO.isdisjoint(words):
         return False
-    known = sum(word in KNOWN or word in more for word in said)
-    return 2 * known >= len(said) or any(frame.fullmatch(caption) for frame in FRAMES)
+    known = sum(word in KNOWN or word in more for word in words)
+    return 2 * known >= len(words) or any(frame.fullmatch(caption) for frame in FRAMES)

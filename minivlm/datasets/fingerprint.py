@@ -54,11 +54,11 @@ def ends_of(path: Path) -> tuple[int, bytes] | None:
 
 def changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> list[str]:
     """What differs, in words: ["dog/*.png: 30 files then, none now", …]"""
-    told, number = [], lambda entry: entry[0] if entry else 0
+    lines, number = [], lambda entry: entry[0] if entry else 0
     for kind in sorted(before.keys() | now.keys()):
         then, there = before.get(kind), now.get(kind)
         if number(then) != number(there):
-            told.append(f"{kind}: {number(then) or 'no'} files then, {number(there) or 'none'} now")
+            lines.append(f"{kind}: {number(then) or 'no'} files then, {number(there) or 'none'} now")
         elif then != there:
-            told.append(f"{kind}: the names or the contents of its {number(then)} files")
-    return told
+            lines.append(f"{kind}: the names or the contents of its {number(then)} files")
+    return lines

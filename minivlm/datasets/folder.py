@@ -54,10 +54,10 @@ class FolderPairs(Pairs):
 
     def __init__(self, directory: Path, split: str, *, image_size: int, cache: str | os.PathLike | None = None):
         self.directory, self.split = Path(directory), split
-        told: list[str] = []
-        everything = read_folder(self.directory, notes=told)
+        notes: list[str] = []
+        everything = read_folder(self.directory, notes=notes)
         items, self.notes = choose_split(everything, split, self.directory)
-        self.notes = [*told, *self.notes]
+        self.notes = [*notes, *self.notes]
         self.skipped: dict[str, str] = {}
         self.cache = None
         if split == "train":

@@ -142,9 +142,9 @@ class Conversation(Entry):
 
     def texts(self) -> list[str]:
         """What the user says and the answer to it are one text."""
-        spoken = [turn.text for turn in self.turns if turn.role != "system"]
-        told = [without_placeholders(" ".join(spoken[i : i + 2])) for i in range(0, len(spoken), 2)]
-        return [*told, *self.captions]
+        dialogue = [turn.text for turn in self.turns if turn.role != "system"]
+        texts = [without_placeholders(" ".join(dialogue[i : i + 2])) for i in range(0, len(dialogue), 2)]
+        return [*texts, *self.captions]
 
     def about(self) -> list[str]:
         return [turn.text.strip() for turn in self.turns if turn.role == "assistant"]
@@ -186,9 +186,9 @@ def read_folder(directory: Path, problems: list[str] | None = None, notes: list[
         return read_captions(directory, problems)
     if find_conversations(directory):
         return read_items(directory, problems)
-    classes, told = read_class_folders(directory)
+    classes, passed_over = read_class_folders(directory)
     if notes is not None:
-        notes += told
+        notes += passed_over
     if not classes:
         raise UserError(
             f"{directory} is no dataset that is recognised: looked for world.json (the shapes world), "
@@ -294,7 +294,7 @@ def read_question(values: dict) -> Asked:
     return Asked(as_text(text.strip()), answer, right, str(kinds[0]) if kinds else "all")
 
 
-SPEAKERS = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant"}
 CONVERSATION_EXAMPLE = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"}, '
     '{"from": "gpt", "value": "a kite"}]}'
@@ -340,4 +340,4 @@ def read_conversation(values: dict, find, name: str) -> Conversation:
 def read_turn(turn) -> Turn:
     if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
         raise ValueError('a turn looks like {"from": "human", "value": "what is it?"}, with "gpt" for the answer')
-    return Turn(SPEAKERS.get(turn["from"], turn["from"]), turn["value"])
+    return Turn(ROLES.get(turn["from"], turn["from"]), turn["value"])

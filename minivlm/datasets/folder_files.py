@@ -91,8 +91,8 @@ def choose_split(items: list, split: str, directory: Path) -> tuple[list, list[s
         if groups[stand_in]:
             break
     if stand_in != split:
-        seen = " What is judged has been trained on." if stand_in == "train" else ""
-        notes.append(f"There are no {split} images: the {stand_in} images stand in for them.{seen}")
+        warning = " What is judged has been trained on." if stand_in == "train" else ""
+        notes.append(f"There are no {split} images: the {stand_in} images stand in for them.{warning}")
     return groups[stand_in], notes
 
 

@@ -95,19 +95,19 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
     context: no more tokens than this. What the first image cannot explain is left out first, then the end, images
     and all: the sample has as many of the document's images as it has marks. ValueError for a text without a mark.
     """
-    mark = processor.image_token_id
+    placeholder = processor.image_token_id
     fence = processor.config.image_fence
-    pictures = {mark} if fence is None else {mark, processor.tokenizer.token_to_id(fence)}
+    image_tokens = {placeholder} if fence is None else {placeholder, processor.tokenizer.token_to_id(fence)}
     start, end = ([] if token is None else [token] for token in processor.frame)
     body = [*processor.ids(text), *end]
-    if mark not in body:
+    if placeholder not in body:
         raise ValueError(
             f"a document has an {PLACEHOLDER} mark for each of its images, but here is none: {text[:40]!r}"
         )
-    first = next(i for i, token in enumerate(body) if token in pictures)
+    first = next(i for i, token in enumerate(body) if token in image_tokens)
     surplus = 0 if context is None else max(0, len(start) + len(body) - context)
     tokens = [*start, *body[min(surplus, first) :]][:context]
-    labels = [t if i > tokens.index(mark) and t not in pictures else IGNORED for i, t in enumerate(tokens)]
+    labels = [t if i > tokens.index(placeholder) and t not in image_tokens else IGNORED for i, t in enumerate(tokens)]
     return Sample(tokens, labels, [], surplus)
 
 

@@ -43,10 +43,10 @@ def conversation_problem(processor, *, alone: bool = False) -> Problem:
 
 def exchanges(turns: Sequence[Turn]) -> list[list[Turn]]:
     """Every question with its answer, and all images of the conversation."""
-    marks = sum(turn.text.count(PLACEHOLDER) for turn in turns)
-    spoken = [turn for turn in turns if turn.role != "system"]
-    pairs = zip(spoken[::2], spoken[1::2], strict=False)
-    return [[Turn("user", with_images(without_placeholders(q.text), marks)), answer] for q, answer in pairs]
+    images = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    dialogue = [turn for turn in turns if turn.role != "system"]
+    pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
+    return [[Turn("user", with_images(without_placeholders(q.text), images)), answer] for q, answer in pairs]
 
 
 def question_problem(text: str, images: int, processor, *, context: int | None) -> str | None:
@@ -71,23 +71,23 @@ def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
 
     judge: an entry → what is left of it (None: nothing), and a sentence for each thing that is not.
     """
-    kept, told = [], []
+    kept, reasons = [], []
     for entry in entries:
         left, problems = judge(entry)
         kept += [] if left is None else [left]
-        told += [f"{entry.name}: {problem}" for problem in problems]
+        reasons += [f"{entry.name}: {problem}" for problem in problems]
     if not kept:
-        raise UserError(f"none of the {len(entries)} training samples can be learned from; the first: {told[0]}")
-    if told:
-        shown = " ".join(told[:SHOWN]) + (" …" if len(told) > SHOWN else "")
-        notes.append(f"{len(told)} of {len(entries)} training samples are left out. {shown}")
+        raise UserError(f"none of the {len(entries)} training samples can be learned from; the first: {reasons[0]}")
+    if reasons:
+        shown = " ".join(reasons[:SHOWN]) + (" …" if len(reasons) > SHOWN else "")
+        notes.append(f"{len(reasons)} of {len(entries)} training samples are left out. {shown}")
     return kept
 
 
 def check_images(directory, images: Sequence[str], split: str) -> None:
     """UserError unless every image of a held-out split can be decoded: a score is of all of them."""
-    look = lambda image: why_not(read_image, directory / image)
-    refuse_unreadable(in_parallel(look, list(dict.fromkeys(images)), f"decoding {split} images"), split)
+    read = lambda image: why_not(read_image, directory / image)
+    refuse_unreadable(in_parallel(read, list(dict.fromkeys(images)), f"decoding {split} images"), split)
 
 
 def check_headers(directory, images: Iterable[str], split: str) -> None:
@@ -95,9 +95,9 @@ def check_headers(directory, images: Iterable[str], split: str) -> None:
     refuse_unreadable((why_not(check_header, directory / image) for image in images), split)
 
 
-def why_not(look: Callable, path) -> str | None:
+def why_not(read: Callable, path) -> str | None:
     try:
-        look(path)
+        read(path)
     except UserError as error:
         return str(error)
     return None

@@ -51,5 +51,5 @@ class Pairs:
 
     def texts(self) -> Iterator[str]:
         """Every caption of the split once, in order: what a tokeniser is trained on."""
-        seen = (caption for i in range(len(self)) for caption in self.all_captions(i))
-        yield from dict.fromkeys(seen)
+        captions = (caption for i in range(len(self)) for caption in self.all_captions(i))
+        yield from dict.fromkeys(captions)

@@ -18,7 +18,7 @@ from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.interleaved import Interleaved, encode_document
 from minivlm.datasets.judge import exchanges
 from minivlm.datasets.shapes.shots import END, LEAD, Lessons, Named
-from minivlm.datasets.span_corruption import HOLES, with_holes
+from minivlm.datasets.span_corruption import SENTINELS, with_sentinels
 from minivlm.errors import UserError
 from minivlm.losses import labelled
 from minivlm.processor import Processor
@@ -30,9 +30,9 @@ EXAMPLE = 8  # about so many tokens has an example of a lesson
 
 def batch_of(drawn: Sequence[tuple[Sample, list[int]]], processor: Processor, images: ImagesOf) -> dict[str, Tensor]:
     """Texts, and the samples whose images stand in each → tokens and labels (B, T), where the labels are, images (M, …)."""
-    samples, pictures = zip(*drawn, strict=True)
+    samples, shown_images = zip(*drawn, strict=True)
     batch = collate(samples, processor.pad_token)
-    return {**batch, "where": labelled(batch["labels"]), **images([*chain.from_iterable(pictures)])}
+    return {**batch, "where": labelled(batch["labels"]), **images([*chain.from_iterable(shown_images)])}
 
 
 class ConversationTurns:
@@ -89,7 +89,7 @@ class QuestionsToEncoder:
 
     def __init__(self, turns: ConversationTurns, *, all_at_once: float):
         self.conversations, self.turns, self.processor = turns, turns.turns, turns.processor
-        known = all(self.processor.tokenizer.token_to_id(mark) is not None for mark in HOLES)
+        known = all(self.processor.tokenizer.token_to_id(token) is not None for token in SENTINELS)
         self.all_at_once = all_at_once if known else None
         self.images, self.length, self.key, self.notes = turns.images, turns.length, turns.key, turns.notes
 
@@ -109,8 +109,8 @@ class QuestionsToEncoder:
     def all_answers(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
         shown = self.processor.ids([Markup(PLACEHOLDER)]) * sum(turn.text.count(PLACEHOLDER) for turn in turns)
         pieces = [as_text(without_placeholders(turn.text)) for turn in turns]
-        read, said = with_holes(pieces, self.processor, context=self.processor.context - len(shown))
-        return shown + read, said
+        read, generated = with_sentinels(pieces, self.processor, context=self.processor.context - len(shown))
+        return shown + read, generated
 
     def one_answer(self, turns: list[Turn], rng: np.random.Generator) -> tuple[list[int], list[int]]:
         known = exchanges(turns)
@@ -142,7 +142,7 @@ class NewWords:
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[Sample, list[int]]:
         named = self.lessons.lesson(rng, most_ways=self.ways)
-        return lesson_sample(named, self.processor), [picture for picture, _ in named]
+        return lesson_sample(named, self.processor), [image for image, _ in named]
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         return EXAMPLE * len(self.lessons.lesson(rng, most_ways=self.ways))
@@ -157,14 +157,14 @@ class NewWords:
 def lesson_sample(lesson: list[Named], processor: Processor) -> Sample:
     """An image and what it is called, one after the other."""
     tokens = [] if processor.start_token is None else [processor.start_token]
-    labels, heard = [IGNORED] * len(tokens), set()
+    labels, known = [IGNORED] * len(tokens), set()
     given = processor.ids(f"{PLACEHOLDER}{LEAD}")
     for _, word in lesson:
         whole = processor.ids(f"{PLACEHOLDER}{LEAD} {as_text(word)}{END}")
-        said = whole[len(given) :]
+        generated = whole[len(given) :]
         tokens += whole
-        labels += [IGNORED] * len(given) + (said if word in heard else [IGNORED] * len(said))
-        heard.add(word)
+        labels += [IGNORED] * len(given) + (generated if word in known else [IGNORED] * len(generated))
+        known.add(word)
     return Sample(tokens, labels, [])
 
 
@@ -215,8 +215,8 @@ def document_batch(
 ) -> dict[str, Tensor]:
     samples = [encode_document(text, processor, context=processor.context) for text in texts]
     shown = zip(documents.images(indices), samples, strict=True)
-    pictures = [*chain.from_iterable(some[: placeholders(sample, processor)] for some, sample in shown)]
-    return {**collate(samples, processor.pad_token), "images": processor.images(pictures)}
+    shown_images = [*chain.from_iterable(some[: placeholders(sample, processor)] for some, sample in shown)]
+    return {**collate(samples, processor.pad_token), "images": processor.images(shown_images)}
 
 
 def placeholders(sample: Sample, processor: Processor) -> int:

@@ -18,7 +18,7 @@ from minivlm.conversation import Turn
 from minivlm.datasets.continuation import answers_in
 from minivlm.processor import Processor
 
-HOLES = tuple(f"<extra_id_{i}>" for i in range(12))  # the tokens that stand for them, as T5 calls them
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(12))  # the tokens that stand for them, as T5 calls them
 ANSWERS, WORDS = 0.5, 0.15  # share of a text's answers that are dropped, and, where there are none, of its words
 
 
@@ -31,29 +31,31 @@ def drop(document: str | list[Turn], rng: np.random.Generator) -> list[str]:
         return [turn.text for turn in document]
     words = document.split()
     answers = answers_in(words)
-    places = np.array(answers or range(len(words)))
-    dropped = places[rng.random(len(places)) < (ANSWERS if answers else WORDS)]
-    dropped = set(dropped.tolist()) or {int(places[rng.integers(len(places))])}
+    positions = np.array(answers or range(len(words)))
+    dropped = positions[rng.random(len(positions)) < (ANSWERS if answers else WORDS)]
+    dropped = set(dropped.tolist()) or {int(positions[rng.integers(len(positions))])}
     runs = groupby(range(len(words)), key=lambda i: i in dropped)
     pieces = [" ".join(words[i] for i in run) for _, run in runs]
     return ["", *pieces] if 0 in dropped else pieces
 
 
-def with_holes(pieces: list[str], processor: Processor, *, context: int | None = None) -> tuple[list[int], list[int]]:
+def with_sentinels(
+    pieces: list[str], processor: Processor, *, context: int | None = None
+) -> tuple[list[int], list[int]]:
     """Pieces as `drop` makes them → the tokens that are read, framed as a whole text, and those that are to be said.
 
-    context: no more tokens of either; None: the processor's. What comes after the last of the HOLES, or does not fit the
+    context: no more tokens of either; None: the processor's. What comes after the last of the SENTINELS, or does not fit the
     context, is left out; of a first piece too long its beginning.
     """
     ids = processor.encode(pieces, frame=False)
-    marks = [processor.tokenizer.token_to_id(hole) for hole in HOLES]
+    sentinels = [processor.tokenizer.token_to_id(name) for name in SENTINELS]
     start, end = processor.frame
     starts, ends = [token for token in (start,) if token is not None], [token for token in (end,) if token is not None]
     context = processor.context if context is None else context
     room = context - len(starts) - len(ends)
-    read, said = ids[0][max(0, len(ids[0]) + 1 - room) :], []
-    for mark, dropped, kept in zip(marks, ids[1::2], [*ids[2::2], []], strict=False):
+    read, generated = ids[0][max(0, len(ids[0]) + 1 - room) :], []
+    for sentinel, dropped, kept in zip(sentinels, ids[1::2], [*ids[2::2], []], strict=False):
         if len(read) >= room:
             break
-        read, said = [*read, mark, *kept], [*said, mark, *dropped]
-    return [*starts, *read[:room], *ends], said[:context]
+        read, generated = [*read, sentinel, *kept], [*generated, sentinel, *dropped]
+    return [*starts, *read[:room], *ends], generated[:context]

@@ -14,7 +14,7 @@ from minivlm.conversation import IGNORED, Sample, Turn, collate, encode_conversa
 from minivlm.datasets.batches import Rngs
 from minivlm.datasets.continuation import collate_pairs, split, tokens_of
 from minivlm.datasets.shapes.episodes import document, words
-from minivlm.datasets.span_corruption import drop, with_holes
+from minivlm.datasets.span_corruption import drop, with_sentinels
 from minivlm.processor import Processor
 
 SHAPES_DOCUMENTS = 10**6  # as many as anyone will read; document i is made when it is asked for
@@ -81,7 +81,7 @@ class SpanCorruption:
     def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """The tokens that are read, and those that are generated."""
         if rng.random() < self.share:
-            return with_holes(drop(self.read(index), rng), self.processor)
+            return with_sentinels(drop(self.read(index), rng), self.processor)
         return tokens_of(split(self.read(index), rng), self.processor)
 
     def length(self, index: int, rng: np.random.Generator) -> int:

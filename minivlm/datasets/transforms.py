@@ -56,8 +56,8 @@ GUARDED = SIDES | PLACES | SIGNS | COLOURS
 
 def read(caption: str) -> set[str]:
     """Its words; of what is not recognised as English, all words that forbid something as well."""
-    said = words(caption)
-    return said if is_english(caption, GUARDED) else said | GUARDED
+    named = words(caption)
+    return named if is_english(caption, GUARDED) else named | GUARDED
 
 
 class TrainTransform:
@@ -93,14 +93,14 @@ class TrainTransform:
     ) -> Tensor:
         if not self.augment:
             return self.normalise(self.plain(images))
-        said = [read(caption) for caption in captions]
+        named = [read(caption) for caption in captions]
         # Every image takes the same draws whatever its caption says, so one caption never changes another image.
         boxes = self.crop_boxes(images, rng)
         flips = rng.random(len(images)) < 0.5
         jitter = rng.uniform(-1, 1, (len(images), 4)) * self.colour_jitter
-        batch = torch.stack([self.cut(*each) for each in zip(images, said, boxes, flips, strict=True)])
+        batch = torch.stack([self.cut(*each) for each in zip(images, named, boxes, flips, strict=True)])
         batch = batch.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return self.normalise(torch.stack([change_colours(*each) for each in zip(batch, said, jitter, strict=True)]))
+        return self.normalise(torch.stack([change_colours(*each) for each in zip(batch, named, jitter, strict=True)]))
 
     def normalise(self, batch: Tensor) -> Tensor:
         """(B, 3, S, S) in 0..1 → zero mean, unit variance as the model expects; in place."""
@@ -145,25 +145,25 @@ class TrainTransform:
         top, left = np.floor(where[:, :1] * (H - h + 1)), np.floor(where[:, 1:] * (W - w + 1))
         return np.concatenate([top, left, h, w], axis=1).astype(np.int64)
 
-    def cut(self, image: np.ndarray, said: set[str], box: np.ndarray, mirrored: bool) -> Tensor:
+    def cut(self, image: np.ndarray, named: set[str], box: np.ndarray, mirrored: bool) -> Tensor:
         """(H, W, 3) → (3, S, S) uint8: the crop, resized, perhaps mirrored."""
         from minivlm._torchvision import functional as F
 
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         size = [self.image_size, self.image_size]
         how = {"interpolation": F.InterpolationMode.BICUBIC, "antialias": True}
-        pixels = F.resize(pixels, size, **how) if said & PLACES else F.resized_crop(pixels, *box.tolist(), size, **how)
-        may_flip = self.flip and not said & SIDES and not said & SIGNS and not any(word.isdigit() for word in said)
+        pixels = F.resize(pixels, size, **how) if named & PLACES else F.resized_crop(pixels, *box.tolist(), size, **how)
+        may_flip = self.flip and not named & SIDES and not named & SIGNS and not any(word.isdigit() for word in named)
         return F.horizontal_flip(pixels) if mirrored and may_flip else pixels
 
 
-def change_colours(image: Tensor, said: set[str], jitter: np.ndarray) -> Tensor:
+def change_colours(image: Tensor, named: set[str], jitter: np.ndarray) -> Tensor:
     """(3, S, S) in 0..1 → the same with brightness, contrast, saturation and hue changed by `jitter` (4,)."""
     from minivlm._torchvision import functional as F
 
     brightness, contrast, saturation, hue = jitter.tolist()
     image = F.adjust_contrast(F.adjust_brightness(image, 1 + brightness), 1 + contrast)
-    if said & COLOURS:
+    if named & COLOURS:
         return image
     if saturation:
         image = F.adjust_saturation(image, 1 + saturation)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minivlm.command_line import Parser, check_sheet_name, whole
-from minivlm.datasets.contents import contents, split_notes, told
+from minivlm.datasets.contents import contents, split_notes, summary
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, retrieval, retrieval_sheet, shows, zero_shot
@@ -58,7 +58,7 @@ def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a model of any kind on the held-out part of a dataset. UserError where it has nothing to judge by."""
     if scores := scores_of(model, processor, directory):
         return scores
-    held_out = told(contents(directory)["test"])
+    held_out = summary(contents(directory)["test"])
     raise UserError(
         f"{directory} holds {held_out} to judge by, but a {type(model).__name__} is judged by none of these."
     )

@@ -197,9 +197,9 @@ def of_conversations(
     taught = isinstance(conversations, ShapesConversations) and bool(share)
     if taught:
         lessons = Lessons.of_scenes(conversations.world.scenes)
-        if len(lessons.pictures) < MOST_WAYS:
+        if len(lessons.images) < MOST_WAYS:
             raise UserError(
-                f"{directory} shows only {len(lessons.pictures)} looks alone, but a lesson has up to {MOST_WAYS}: make a "
+                f"{directory} shows only {len(lessons.images)} looks alone, but a lesson has up to {MOST_WAYS}: make a "
                 "world with more pictures, or leave lessons out with --data.lessons 0."
             )
         samples = Mixed(samples, NewWords(lessons, processor, cache, ways=MOST_WAYS, n=EPOCH), share)

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from minivlm.datasets.contents import FILES, KINDS, contents, told
+from minivlm.datasets.contents import FILES, KINDS, contents, summary
 from minivlm.datasets.conversations import Conversations, open_conversations
 from minivlm.datasets.folder import SPLITS, open_pairs
 from minivlm.datasets.folder_conversations import read_entries
@@ -50,21 +50,21 @@ def check_suits(recipe: Recipe, directory: str | Path) -> int:
     kind = next((kind for kind in recipe.learns_from if found["train"][kind]), None)
     if not found["train"] and (others := [split for split in SPLITS[1:] if found[split]]):
         raise UserError(
-            f"{directory} holds {told(found[others[0]])} in its {' and '.join(others)} split, and nothing to train on: "
+            f"{directory} holds {summary(found[others[0]])} in its {' and '.join(others)} split, and nothing to train on: "
             "give some of them the split 'train' in their files."
         )
     if kind is None and found["train"]["classes"]:
         read_entries(Path(directory))  # it may say why their names are none
     if kind is None:
         raise UserError(
-            f"{directory} holds {told(found['train'])} to train on, but {recipe.what} learns from "
+            f"{directory} holds {summary(found['train'])} to train on, but {recipe.what} learns from "
             f"{' or '.join(KINDS[kind] for kind in recipe.learns_from)}{advice(recipe, directory)}."
         )
     wanted = recipe.judged_by or recipe.learns_from
     for split in SPLITS[1:]:
         if not any(found[split][kind] for kind in wanted):
             raise UserError(
-                f"the {split} split of {directory} holds {told(found[split])}, but {recipe.what} is judged by "
+                f"the {split} split of {directory} holds {summary(found[split])}, but {recipe.what} is judged by "
                 f"{' or '.join(KINDS[kind] for kind in wanted)}: give some of them the split {split!r} in their files."
             )
     return ENDLESS if kind == "classes" else found["train"][kind]  # of lessons about classes there is no end

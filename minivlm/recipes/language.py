@@ -13,7 +13,7 @@ from minivlm.conversation import DESCRIBE
 from minivlm.datasets.conversations import open_texts
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.episodes import documents
-from minivlm.datasets.span_corruption import HOLES
+from minivlm.datasets.span_corruption import SENTINELS
 from minivlm.datasets.text_batches import SpanCorruption, Texts
 from minivlm.errors import UserError
 from minivlm.layers.induction import give_induction_heads
@@ -74,7 +74,7 @@ class T5Recipe(LanguageRecipe):
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         texts, processor = open_texts_of(self, checkpoint, quiet=quiet)
-        processor.tokenizer.add_special_tokens(list(HOLES))
+        processor.tokenizer.add_special_tokens(list(SENTINELS))
         model = build(T5, speaking(self.model, processor), seed=self.seed)
         if self.induction_heads:
             prepare_to_copy(model, seed=self.seed)

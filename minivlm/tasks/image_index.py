@@ -343,7 +343,7 @@ def list_files(directory: Path) -> Listing:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; name the folder that holds the images.")
     found = list_folder(directory)
-    if not found.pictures and not found.irregular:
+    if not found.images and not found.irregular:
         others = passed_over([found])
         raise UserError(
             f"{directory} holds no images ({', '.join(sorted(extensions()))}), nor do its sub-folders"
@@ -354,7 +354,7 @@ def list_files(directory: Path) -> Listing:
 
 def stamps(directory: Path, found: Listing) -> dict[str, Stamp]:
     stamped = {}
-    for name in sorted(found.pictures + found.irregular):
+    for name in sorted(found.images + found.irregular):
         file = directory / name
         status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is skipped later
         stamped[name] = (status.st_size, status.st_mtime_ns)

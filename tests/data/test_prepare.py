@@ -420,7 +420,7 @@ def test_omniglot(archives, tmp_path, capsys):
     assert [one.image for one in classes["test"]] == ["test/Tagalog_character01", "test/Tagalog_character02"]
     assert {one.image.split("_")[0] for one in classes["train"]} == {"train/Greek", "train/Japanese"}
     assert classes["train"][1].image == "train/Greek_character01_180"
-    assert {len(one.pictures) for some in classes.values() for one in some} == {3}
+    assert {len(one.images) for some in classes.values() for one in some} == {3}
     upright, turned = (
         np.array(Image.open(tmp_path / f"out/train/Greek_character02{turn}/3.png")) for turn in ("", "_90")
     )

@@ -173,7 +173,7 @@ def test_the_sheet_begins_with_the_evaluation_view(folder, capsys, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     processor = Processor.train(FLOWERS, image_size=64, context=32)
     for row, image in enumerate(images):
-        view = check.to_picture(processor.images([folder / image])[0], processor.config)
+        view = check.to_image(processor.images([folder / image])[0], processor.config)
         top = row * (check.TILE + check.CAPTION)
         tile = sheet[top : top + check.TILE, : check.TILE]
         assert np.array_equal(tile, np.asarray(view))

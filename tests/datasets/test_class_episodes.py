@@ -28,7 +28,7 @@ def test_a_class_is_a_folder_that_holds_pictures(omniglot):
     Image.new("RGB", (3, 3)).save(omniglot / "test" / ".hidden" / "0.png")
     test = read_classes(omniglot, "test")
     assert [one.image for one in test] == [f"test/alphabet{i // 3}/character{i % 3}" for i in range(5)]
-    assert all([path.name for path in one.pictures] == ["0.png", "1.png", "2.png", "3.png"] for one in test)
+    assert all([path.name for path in one.images] == ["0.png", "1.png", "2.png", "3.png"] for one in test)
     assert {one.image.split("/")[0] for one in read_classes(omniglot, "train")} == {"train"}
 
 

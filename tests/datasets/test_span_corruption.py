@@ -5,7 +5,7 @@ import pytest
 
 from minivlm.conversation import Turn
 from minivlm.datasets.shapes.episodes import document, documents, words
-from minivlm.datasets.span_corruption import HOLES, drop, with_holes
+from minivlm.datasets.span_corruption import SENTINELS, drop, with_sentinels
 from minivlm.processor import Processor
 
 TALK = [Turn(*turn) for turn in [("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two")]]
@@ -13,7 +13,7 @@ TALK = [Turn(*turn) for turn in [("user", "a?"), ("assistant", "one"), ("user", 
 
 def make_processor(context=64):
     processor = Processor.train(documents(0, "train", 50), vocab_size=300, image_size=32, context=context)
-    processor.tokenizer.add_special_tokens(list(HOLES))
+    processor.tokenizer.add_special_tokens(list(SENTINELS))
     return processor
 
 
@@ -55,34 +55,34 @@ def test_of_other_texts_some_words_and_neighbours_share_a_hole():
 
 
 def test_holes_are_marked_on_both_sides(processor):
-    read, said = with_holes(["is there a circle?", "yes", "where?", "top left"], processor)
-    ids, mark = processor.ids, [processor.tokenizer.token_to_id(hole) for hole in HOLES]
+    read, said = with_sentinels(["is there a circle?", "yes", "where?", "top left"], processor)
+    ids, mark = processor.ids, [processor.tokenizer.token_to_id(hole) for hole in SENTINELS]
     start, end = processor.frame
     assert read == [start, *ids("is there a circle?"), mark[0], *ids("where?"), mark[1], end]
     assert said == [mark[0], *ids("yes"), mark[1], *ids("top left")]
-    read, said = with_holes(["", "red", "circle"], processor)
+    read, said = with_sentinels(["", "red", "circle"], processor)
     assert read == [start, mark[0], *ids("circle"), end] and said == [mark[0], *ids("red")]
 
 
 @pytest.mark.parametrize("context", [8, 12, 20])
 def test_what_does_not_fit_is_left_out_behind_and_of_a_long_beginning_before(context):
     processor = make_processor(context)
-    mark = processor.tokenizer.token_to_id(HOLES[0])
+    mark = processor.tokenizer.token_to_id(SENTINELS[0])
     pieces = ["red " * 30, "blue", "star", "ring " * 30]
-    read, said = with_holes(pieces, processor)
+    read, said = with_sentinels(pieces, processor)
     assert len(read) == context and len(said) <= context
     assert (read[0], read[-1]) == processor.frame and mark in read and said[0] == mark
-    marks = range(mark, mark + len(HOLES))
+    marks = range(mark, mark + len(SENTINELS))
     assert {token for token in said if token in marks} <= {token for token in read if token in marks}
 
 
 def test_a_hole_is_asked_for_only_where_it_is_shown(processor):
     """Whatever the context: also where what is read so far fills it to the last token."""
     pieces = ["a", "red", "b", "blue", "c d", "green", "e", "two"]
-    marks = {processor.tokenizer.token_to_id(hole) for hole in HOLES}
+    marks = {processor.tokenizer.token_to_id(hole) for hole in SENTINELS}
     shown = []
     for context in range(3, 40):
-        read, said = with_holes(pieces, processor, context=context)
+        read, said = with_sentinels(pieces, processor, context=context)
         assert len(read) <= context and len(said) <= context
         shown.append([token for token in read if token in marks])
         asked = [token for token in said if token in marks]
@@ -92,7 +92,7 @@ def test_a_hole_is_asked_for_only_where_it_is_shown(processor):
 
 
 def test_there_are_no_more_holes_than_marks(processor):
-    pieces = ["a", "b"] * (len(HOLES) + 5)
-    read, said = with_holes(pieces, make_processor(200))
-    marks = [processor.tokenizer.token_to_id(hole) for hole in HOLES]
+    pieces = ["a", "b"] * (len(SENTINELS) + 5)
+    read, said = with_sentinels(pieces, make_processor(200))
+    marks = [processor.tokenizer.token_to_id(hole) for hole in SENTINELS]
     assert [token for token in read if token in marks] == marks == [token for token in said if token in marks]

@@ -26,66 +26,68 @@ VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
 
 
 def one_attribute_negatives(
-    scene: Scene, said: Sequence[SceneObject], rng: np.random.Generator
+    scene: Scene, described: Sequence[SceneObject], rng: np.random.Generator
 ) -> list[tuple[str, str]]:
     """(caption, attribute) for each attribute that a true caption tells: one object has another, and none like it is there.
 
     said: what the true caption says, from `parse`, or the objects of the scene themselves. An attribute that it is silent
     about, or that cannot be changed, is left out. Of `rng` only the raw stream is used, as in `describe`.
     """
-    drawn = ((one_negative(scene, said, attribute, rng), attribute) for attribute in VALUES)
+    drawn = ((one_negative(scene, described, attribute, rng), attribute) for attribute in VALUES)
     return [(text, attribute) for text, attribute in drawn if text is not None]
 
 
-def any_negative(scene: Scene, said: Sequence[SceneObject], rng: np.random.Generator) -> str | None:
+def any_negative(scene: Scene, described: Sequence[SceneObject], rng: np.random.Generator) -> str | None:
     """One of these, each attribute as likely as the others; None where there is none. The others are not looked for."""
     attributes = list(VALUES)
     while attributes:
         attribute = attributes.pop(rng.bit_generator.random_raw() % len(attributes))
-        if (text := one_negative(scene, said, attribute, rng)) is not None:
+        if (text := one_negative(scene, described, attribute, rng)) is not None:
             return text
     return None
 
 
-def one_negative(scene: Scene, said: Sequence[SceneObject], attribute: str, rng: np.random.Generator) -> str | None:
+def one_negative(
+    scene: Scene, described: Sequence[SceneObject], attribute: str, rng: np.random.Generator
+) -> str | None:
     """A caption that is false by this attribute of one object, if it can be changed."""
-    if not (choices := list(false_captions(scene, said, attribute))):
+    if not (choices := list(false_captions(scene, described, attribute))):
         return None
     return canonical(Scene(in_reading_order(choices[rng.bit_generator.random_raw() % len(choices)])))
 
 
-def false_captions(scene: Scene, said: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
+def false_captions(scene: Scene, described: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
     """Every change of this attribute of one object that makes what was said false, and could be said of some image."""
     shows_unseen = any(pair(thing) in UNSEEN_PAIRS for thing in scene.objects)
-    for i, thing in enumerate(said):
-        others = [*said[:i], *said[i + 1 :]]
+    for i, thing in enumerate(described):
+        others = [*described[:i], *described[i + 1 :]]
         for value in VALUES[attribute] if getattr(thing, attribute) is not None else ():
             other = thing._replace(**{attribute: value})
             taken = other.place is not None and other.place in [o.place for o in others]
             unheard_of = pair(other) in UNSEEN_PAIRS and not shows_unseen
             if not taken and not unheard_of and not any(agrees(other, there) for there in scene.objects):
-                yield [*said[:i], other, *said[i + 1 :]]
+                yield [*described[:i], other, *described[i + 1 :]]
 
 
 def changed(caption: str, rng: np.random.Generator) -> str | None:
     """The caption with one attribute of one object changed, without a look at the image: false if the caption was true.
     None where there is nothing to change, as in captions of photographs."""
-    said = tuple(parse(caption))
-    return any_negative(Scene(said), said, rng)
+    described = tuple(parse(caption))
+    return any_negative(Scene(described), described, rng)
 
 
 def is_true(caption: str, scene: Scene) -> bool:
     """Does it name every object of the image and no other, each with nothing that is wrong of it?"""
-    said = parse(caption)
-    if len(said) != len(scene.objects):
+    described = parse(caption)
+    if len(described) != len(scene.objects):
         return False
     orders = permutations(scene.objects)
-    return any(all(agrees(s, thing) for s, thing in zip(said, order, strict=True)) for order in orders)
+    return any(all(agrees(s, thing) for s, thing in zip(described, order, strict=True)) for order in orders)
 
 
-def agrees(said: SceneObject, thing: SceneObject) -> bool:
+def agrees(described: SceneObject, thing: SceneObject) -> bool:
     """Is what was said true of this object, as far as it tells?"""
-    return all(getattr(said, attribute) in (None, getattr(thing, attribute)) for attribute in VALUES)
+    return all(getattr(described, attribute) in (None, getattr(thing, attribute)) for attribute in VALUES)
 
 
 def in_reading_order(objects: Sequence[SceneObject]) -> tuple[SceneObject, ...]:

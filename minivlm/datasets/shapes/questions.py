@@ -116,11 +116,11 @@ PHRASES = WHERE | {  # the two ways in which a word is said, where there are two
 }
 
 
-def say(form: str, words: Sequence[str], variation: int = 0) -> str:
+def phrase(form: str, words: Sequence[str], variation: int = 0) -> str:
     """The text of a question; `variation` counts through its wordings, and then again with the other phrases."""
     phrasing, wording = divmod(variation, len(FORMS[form].wordings))
-    spoken = [PHRASES[word][phrasing % 2] if word in PHRASES else word for word in words]
-    return FORMS[form].wordings[wording % len(FORMS[form].wordings)].format(*spoken)
+    phrases = [PHRASES[word][phrasing % 2] if word in PHRASES else word for word in words]
+    return FORMS[form].wordings[wording % len(FORMS[form].wordings)].format(*phrases)
 
 
 def variations(form: str) -> int:
@@ -133,7 +133,7 @@ def true_questions(scene: Scene) -> list[Asked]:
         Asked(text, fact.answer, name, fact.words)
         for name, form in FORMS.items()
         for fact in form.facts(scene.objects)
-        for text in dict.fromkeys(say(name, fact.words, i) for i in range(variations(name)))
+        for text in dict.fromkeys(phrase(name, fact.words, i) for i in range(variations(name)))
     ]
 
 
@@ -179,7 +179,7 @@ def ask(
     for slot, form, fact, wording in zip((*COUNT_SLOTS, *others), forms, facts, wordings, strict=True):
         name = choose(slot, form)
         if name and len(asked) < turns and (found := choose_fact(name, scene, fact)):
-            text = say(name, found.words, int(wording * variations(name)))
+            text = phrase(name, found.words, int(wording * variations(name)))
             asked.append(Asked(text, found.answer, name, found.words))
     return [question for _, question in sorted(zip(when, asked, strict=False))]
 
@@ -280,6 +280,6 @@ def rounds(name: str, cases: Cases, most: int, rng: np.random.Generator) -> list
                 if len(questions) + len(answers[words]) > most:
                     return questions
                 for i, fact in (cases[words][answer][turn] for answer in answers[words]):
-                    text = say(name, fact.words, (turn + k) % variations(name))
+                    text = phrase(name, fact.words, (turn + k) % variations(name))
                     questions.append((i, Asked(text, fact.answer, name, fact.words)))
     return questions

@@ -43,13 +43,13 @@ def render_block(scenes: Scenes, S: int) -> np.ndarray:
     n, sprites = len(scenes), atlas(S)
     margin = max(sprite.shape[-2] for sprite in sprites) // 2  # so that no sprite leaves the canvas
     canvas = np.zeros((n, S + 2 * margin, 3 * (S + 2 * margin)), dtype=np.int16)
-    picture = canvas[:, margin:-margin, 3 * margin : -3 * margin]  # (n, S, 3 S), a view
-    picture[:] = background(scenes, S)
+    image = canvas[:, margin:-margin, 3 * margin : -3 * margin]  # (n, S, 3 S), a view
+    image[:] = background(scenes, S)
     for k in range(scenes.present.shape[1]):
         for size, sprite in enumerate(sprites):
             paste(canvas, margin, scenes, k, size, sprite, S)
-    picture += noise(scenes, S)
-    return np.clip(picture, 0, 255).astype(np.uint8).reshape(n, S, S, 3)
+    image += noise(scenes, S)
+    return np.clip(image, 0, 255).astype(np.uint8).reshape(n, S, S, 3)
 
 
 def background(scenes: Scenes, S: int) -> np.ndarray:

@@ -169,11 +169,11 @@ def draw_scenes(
 
 def distinct(scenes: Scenes) -> np.ndarray:
     """The indices, ascending, of the scenes whose objects (size, colour, shape, place) no earlier scene has."""
-    said = [
+    described = [
         scenes.count[:, None],
         *(np.where(scenes.present, a, 0) for a in (scenes.shape, scenes.colour, scenes.size, scenes.place)),
     ]
-    return np.sort(np.unique(np.concatenate(said, axis=1), axis=0, return_index=True)[1])
+    return np.sort(np.unique(np.concatenate(described, axis=1), axis=0, return_index=True)[1])
 
 
 def raw_draws(seed: int, stream: int, n: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from minivlm.datasets.shapes.episodes import new_words
 from minivlm.datasets.shapes.render import render
 from minivlm.datasets.shapes.scenes import SEEN, UNSEEN, Scenes, draw_scenes
 
-EPISODE_PICTURES = 1 << 50  # a stream of draws far from those that splits and texts use
+EPISODE_IMAGES = 1 << 50  # a stream of draws far from those that splits and texts use
 OF_EACH_LOOK = 16  # images that held-out episodes are drawn from
 MOST_WAYS = 4  # looks of a lesson
 LEAD = "this is a"  # how we begin a text that goes on with a new word
@@ -28,7 +28,7 @@ LOOKS = {"seen": SEEN, "unseen": UNSEEN}
 
 
 class Named(NamedTuple):
-    picture: int
+    image: int
     word: str
 
 
@@ -45,10 +45,10 @@ class ShotEpisode(NamedTuple):
 class Lessons:
     """Images of one object each, ready to be given new names. looks: of every image, its look as a number."""
 
-    def __init__(self, looks: np.ndarray, pictures: np.ndarray | None = None):
+    def __init__(self, looks: np.ndarray, images: np.ndarray | None = None):
         """images: their indices; None: 0, 1, 2 …"""
-        pictures = np.arange(len(looks)) if pictures is None else pictures
-        self.pictures = [pictures[looks == look] for look in np.unique(looks)]
+        images = np.arange(len(looks)) if images is None else images
+        self.images = [images[looks == look] for look in np.unique(looks)]
 
     @classmethod
     def of_scenes(cls, scenes: Scenes) -> Lessons:
@@ -61,7 +61,7 @@ class Lessons:
         look has enough."""
         ways = int(order.max()) + 1
         words = new_words(rng, ways, held_out=held_out)
-        looks = [self.pictures[i] for i in rng.permutation(len(self.pictures))[:ways]]
+        looks = [self.images[i] for i in rng.permutation(len(self.images))[:ways]]
         fresh = []
         for way, look in enumerate(looks):
             n = int((order == way).sum())
@@ -102,15 +102,14 @@ def shot_episodes(
         raise ValueError(
             f"an episode of {shots} examples in {ways} words cannot be drawn: there are {len(pairs)} looks"
         )
-    stream = EPISODE_PICTURES + sorted(LOOKS).index(looks)
+    stream = EPISODE_IMAGES + sorted(LOOKS).index(looks)
     scenes = draw_scenes(OF_EACH_LOOK * len(pairs), seed=seed, stream=stream, pairs=pairs, most=1, balanced=True)
     pixels = render(scenes, image_size)
     lessons, rng = Lessons(scenes.classes[:, 0]), np.random.default_rng([seed, ways, shots])
     episodes = []
     for _ in range(n):
         *examples, query = (
-            Shot(pixels[picture], word)
-            for picture, word in lessons.episode(rng, shots=shots, ways=ways, held_out=held_out)
+            Shot(pixels[image], word) for image, word in lessons.episode(rng, shots=shots, ways=ways, held_out=held_out)
         )
         episodes.append(ShotEpisode(examples, query))
     return episodes

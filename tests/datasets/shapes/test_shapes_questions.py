@@ -18,7 +18,7 @@ from minivlm.datasets.shapes.questions import (
     ask,
     count_shares,
     judge,
-    say,
+    phrase,
     true_questions,
     variations,
 )
@@ -337,8 +337,8 @@ def test_too_few_scenes_are_too_few_questions(test):
 
 
 def test_every_form_has_its_wordings_and_phrases():
-    assert len({say("shape at", ("top",), i) for i in range(variations("shape at"))}) == 6
-    assert {say("side", ("circle", "left of", "star"), i) for i in range(2)} == {
+    assert len({phrase("shape at", ("top",), i) for i in range(variations("shape at"))}) == 6
+    assert {phrase("side", ("circle", "left of", "star"), i) for i in range(2)} == {
         "is the circle left of the star?",
         "is the circle to the left of the star?",
     }
