@@ -331,3 +331,11 @@ class TestGradientCache:
         x = torch.randn(self.B, 4)
         backward_with_gradient_cache((encode, encode), ((x,), (x,)), CLIPLoss(), chunk=3)
         assert sorted(seen) == sorted([3, 3, 1] * 4)  # both encoders, twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unit_vectors_in_half_precision_are_compared_as_they_are(dtype):
+    """Their lengths are 1 but for rounding: another division would change the loss of every training in bf16."""
+    images, texts = (F.normalize(torch.randn(8, 16), dim=-1).to(dtype) for _ in range(2))
+    loss = CLIPLoss()
+    assert torch.equal(loss.logits(images, texts), loss.scale() * images.float() @ texts.float().T)

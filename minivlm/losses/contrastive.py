@@ -81,10 +81,12 @@ class CLIPLoss(nn.Module):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Rows (…, D) divided by their lengths, in fp32; a row whose length is 1 but for rounding stays as it is, to the bit."""
+    """Rows (…, D) divided by their lengths, in fp32; a row whose length is 1 but for the rounding of its dtype stays as it
+    is, to the bit."""
+    rounding = max(1e-5, torch.finfo(x.dtype).eps)
     x = x.float()
     length = x.norm(dim=-1, keepdim=True)
-    return x / torch.where((length - 1).abs() > 1e-5, length.clamp(min=1e-12), 1.0)
+    return x / torch.where((length - 1).abs() > rounding, length.clamp(min=1e-12), 1.0)
 
 
 def check_smoothing(share: float) -> None:
