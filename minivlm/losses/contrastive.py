@@ -81,12 +81,11 @@ class CLIPLoss(nn.Module):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Rows (…, D) divided by their lengths, in fp32; a row whose length is 1 but for the rounding of its dtype stays as it
-    is, to the bit."""
-    rounding = max(1e-5, torch.finfo(x.dtype).eps)
+    """Rows (…, D) divided by their lengths, in fp32. A row whose length is 1 but for the rounding of bf16, in which an
+    encoder may have computed it, stays as it is, to the bit."""
     x = x.float()
     length = x.norm(dim=-1, keepdim=True)
-    return x / torch.where((length - 1).abs() > rounding, length.clamp(min=1e-12), 1.0)
+    return x / torch.where((length - 1).abs() > torch.finfo(torch.bfloat16).eps, length.clamp(min=1e-12), 1.0)
 
 
 def check_smoothing(share: float) -> None:
