@@ -1,4 +1,4 @@
-"""Images and what is said about them: the shapes world, and one's own folders. Each part is imported on first use."""
+"""Images with texts: the shapes world, and one's own folders. Each part is imported on first use."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""A list of answers to choose from, the most frequent ones (Antol et al. 2015, §4), and what is right among them."""
+"""A list of the most frequent answers to choose from (Antol et al. 2015, §4), and how right each of them is."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def most_frequent(questions: Iterable[Question], most: int) -> tuple[str, ...]:
 
 
 class AnswerList:
-    """answers → the place of each."""
+    """Maps each answer of a list to its index."""
 
     def __init__(self, answers: Sequence[str]):
         self.answers = answers
         self.index = {normalise(answer): i for i, answer in enumerate(answers)}
 
     def knows(self, question: Question) -> bool:
-        """Is a right answer on the list?"""
+        """Whether a right answer is on the list."""
         return any(normalise(answer) in self.index for answer in question.answers)
 
     def weights(self, question: Question) -> np.ndarray:

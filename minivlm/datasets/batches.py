@@ -1,4 +1,4 @@
-"""What a training step is fed: samples with images → the arguments of a model's `losses`.
+"""Training batches of samples with images: the arguments of a model's `losses`.
 
 Every class here, and in question_batches.py, sequence_batches.py and text_batches.py, has
 
@@ -70,7 +70,7 @@ def pair_notes(pairs: Pairs, processor: Processor, directory: str) -> list[str]:
 class CaptionsWithNegatives:
     """A caption and, for a share of the samples, one that is nearly right: tokens, mask, false, false_mask (B, T), images.
 
-    guess: nobody knows what the image shows, so that a false caption is a guess.
+    guess: what the image shows is unknown, so that a false caption is a guess.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CaptionsWithNegatives:
         return batch | self.images(indices)
 
     def captions(self, index: int, rng: np.random.Generator) -> tuple[str, str | None]:
-        """A caption, and a nearly right one or none. The two are of one style, so that the style tells nothing."""
+        """A caption, and a nearly right one or none. Both have one style, so that the style gives nothing away."""
         wanted = rng.random() < self.false_captions
         if self.guess:
             caption = self.pairs.all_captions(index)[0]
@@ -129,7 +129,7 @@ class WithQuestions:
         return len(self.captions)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
-        again = deepcopy(rngs)  # the question is drawn by the numbers that the caption was drawn by
+        again = deepcopy(rngs)  # the question is drawn with the same numbers as the caption
         batch = self.captions.batch(indices, rngs, step)
         questions, answers = zip(*map(self.exchange, indices, again), strict=True)
         batch["question"], batch["question_mask"] = self.processor.text(questions, cut=True)

@@ -1,8 +1,8 @@
-"""python -m minivlm.datasets.check DIR: reads a whole folder before training, and shows it as the model will see it.
+"""python -m minivlm.datasets.check DIR: reads a whole folder before training, and shows the model's input.
 
     python -m minivlm.datasets.check photos                        counts, classes, caption lengths, problems, samples
     python -m minivlm.datasets.check photos --model out/clip       with that model's tokeniser, context and image size
-    python -m minivlm.datasets.check photos --context 96           with such a context, where no model says one
+    python -m minivlm.datasets.check photos --context 96           with such a context, without a model
     python -m minivlm.datasets.check photos --save sheet.png       an image: the evaluation view beside augmented views
 
 A sample that training leaves out is a problem, and so is one on which evaluation would stop: both by the same judgement
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def has_pairs(directory: Path) -> bool:
-    """Are there images with texts? Conversations and documents may do without."""
+    """Whether there are images with texts; conversations and documents may do without."""
     if is_interleaved(directory) and not has_conversations(directory):
         return False
     if not find_conversations(directory) or (directory / "captions.jsonl").exists():
@@ -99,7 +99,7 @@ def has_pairs(directory: Path) -> bool:
 
 
 def unnamed(directory: Path, items: list[Item]) -> list[str]:
-    """A sentence on images that lie in the folder without a line about them; those beside class folders are told by these."""
+    """A sentence on images that lie in the folder without a line about them; those beside class folders are in their notes."""
     if is_interleaved(directory) or not (find_conversations(directory) or (directory / "captions.jsonl").exists()):
         return []
     entries = read_entries(directory, []) if find_conversations(directory) else []
@@ -110,7 +110,7 @@ def unnamed(directory: Path, items: list[Item]) -> list[str]:
 
 
 def judge_conversations(args: argparse.Namespace, problems: list[str]) -> None:
-    """Questions and conversations: which can be learned from, and which be judged by?"""
+    """Adds what keeps questions and conversations from being learned from, or judged by, to `problems`."""
     if not find_conversations(args.directory):
         return
     found: list[str] = []
@@ -136,7 +136,7 @@ def judge_conversations(args: argparse.Namespace, problems: list[str]) -> None:
 
 
 def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
-    """Documents of interleaved.jsonl: is there anything behind the first image?"""
+    """Adds the documents of interleaved.jsonl without a text behind the first image to `problems`."""
     if not is_interleaved(args.directory):
         return
     documents, without = read_documents(args.directory)
@@ -155,7 +155,7 @@ def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
 
 def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
     """The context for a question with its answer (None: answers are chosen) and a processor: the model's, or as
-    `train.py llava` would make them. What is assumed is told."""
+    `train.py llava` would make them. What is assumed is printed."""
     if args.model:
         import minivlm
 

@@ -41,7 +41,7 @@ class ImageClass:
 
 
 def is_class_folder(directory: str | os.PathLike) -> bool:
-    """Images in sub-folders, and nothing that says more about them."""
+    """Whether the folder has images in sub-folders, and no file that describes them."""
     directory = Path(directory)
     described = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
     return not described and directory.is_dir() and bool(subfolders(directory))
@@ -75,7 +75,7 @@ def read_classes(directory: Path, split: str) -> list[ImageClass]:
 
 
 def find_classes(directory: Path) -> list[ImageClass]:
-    """Those of all splits."""
+    """The classes of all splits."""
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
     listing = list_folder(directory)

@@ -4,7 +4,7 @@
     DIR/train/<class>/…, DIR/test/…       the same with the split given; val (or valid, validation) beside them
     DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench"
 
-Images also lie in folders that are no classes: a year of photographs, a shard of a download. To be taught "an image of
+Images also lie in folders that are no classes: a year of photographs, a shard of a download. To learn "an image of
 a 2023" helps nobody, so those are refused unless class_names.txt says what they show.
 """
 
@@ -24,14 +24,14 @@ from minivlm.files import check_text, read_bytes, readable
 
 NAMES = "class_names.txt"
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called like it: what is said about it
+SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called like it: its text
 
 # ------------------------------------------------------------------------------------------------- what a folder holds
 
 
 @dataclass
 class Listing:
-    """What lies below a folder, hidden files and folders left out; names are paths below it, with slashes."""
+    """The files below a folder, hidden files and folders left out; names are paths below it, with slashes."""
 
     images: list[str] = field(default_factory=list)  # sorted, by their endings
     irregular: list[str] = field(default_factory=list)  # called like images, but pipes, devices, links to nowhere
@@ -75,7 +75,7 @@ MANY = {NO_FILE: "that are no regular files", LINK: "links to folders", CLOSED: 
 
 
 def passed_over(listings: Iterable[Listing], *, irregular: bool = True) -> str | None:
-    """A sentence on what is not looked at, "3 files are passed over: 2 .txt, 1 .mp4."; None if there is nothing."""
+    """A sentence on what is not read, "3 files are passed over: 2 .txt, 1 .mp4."; None if there is nothing."""
     counts: Counter[str] = Counter()
     for found in listings:
         counts.update(os.path.splitext(name)[1].lower() or "without an ending" for name in found.others)

@@ -1,4 +1,4 @@
-"""What a folder holds, told in one place, so that a recipe which does not suit it is refused before anything is trained.
+"""Counts what a folder holds, in one place, so that a recipe which does not suit it is refused before anything is trained.
 
 train.py llava --data DIR ──→ contents(DIR) ──→ {"captions": 73, "texts": 146}   does llava learn from any of these?
 """
@@ -53,7 +53,7 @@ def contents(directory: str | os.PathLike) -> Contents:
 
 
 def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = False) -> list[str]:
-    """Where the files do not tell which samples (few_shot: classes) are a split: which are taken for it."""
+    """Sentences on splits that the files do not give: which samples (few_shot: classes) are taken for them."""
     directory = Path(directory)
     if is_world(directory):
         return []
@@ -65,13 +65,13 @@ def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = Fa
 
 
 def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False) -> list[str]:
-    """Of these notes the ones on splits that do not exist, for which others stand in."""
+    """The notes on splits that do not exist, for which others stand in."""
     found = (note for split in splits for note in split_notes(directory, split, few_shot=few_shot))
     return [note for note in dict.fromkeys(found) if "stand in for them" in note]
 
 
 def stamps(directory: Path) -> tuple:
-    """What changes when a folder does: a command asks several times about one folder."""
+    """Times that change when a folder does: a command asks several times about one folder."""
     try:
         entries = [
             e for e in os.scandir(directory) if e.is_dir() or (e.is_file() and e.name.endswith((".json", ".jsonl")))
@@ -102,7 +102,7 @@ def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[s
         except UserError:
             if not found["train"]["classes"]:
                 raise
-            return found, notes  # lessons make names of their own; others are told by `check_suits`
+            return found, notes  # lessons make names of their own; `check_suits` reports others
         for split in available(entries):
             chosen, drawn = choose_split(entries, split, directory)
             found[split] += count(chosen, directory, split)
@@ -116,7 +116,7 @@ def available(items: list) -> list[str]:
 
 
 def count(entries: list, directory: Path, split: str) -> Counter[str]:
-    """Of one split of what `read_entries` gives."""
+    """Count the entries of one split, from `read_entries`."""
     captions = {entry.key for entry in entries if entry.captions}
     single = {entry.key for entry in entries if len(entry.images) == 1}
     asked = [entry for entry in entries if isinstance(entry, (Quiz, Conversation)) and entry.questions()]
@@ -137,7 +137,7 @@ def count_classes(directory: Path, found: Contents) -> None:
     """Folders of images, however deep, whose names a lesson does not read."""
     try:
         classes = find_classes(directory)
-    except UserError:  # which is told by those who read the names as well
+    except UserError:  # which those who read the names as well report
         return
     for split in available(classes):
         found[split]["classes"] = len(choose_split(classes, split, directory)[0])

@@ -1,4 +1,4 @@
-"""A text in two parts, for a model whose encoder reads the first and whose decoder says the second.
+"""A text in two parts, for a model whose encoder reads the first and whose decoder generates the second.
 
 "three shapes. is there a red circle? yes"  →  "three shapes. is there a red circle?" | "yes"
 """
@@ -21,8 +21,8 @@ BEFORE_ANSWERS = 0.5  # share of the texts with answers that are cut before one;
 
 
 def split(document: str | list[Turn], rng: np.random.Generator) -> tuple[str, str]:
-    """The beginning and the rest, cut between two words; of a single word, nothing and the word. Of a conversation, all up
-    to one of its answers, and that answer."""
+    """A text cut between two words; a single word gives nothing and the word. A conversation is cut in front of one of its
+    answers, which is the second part."""
     if not isinstance(document, str):
         at = 1 + 2 * int(rng.integers(len(document) // 2))
         return words_of(document[:at]), document[at].text
@@ -36,7 +36,7 @@ def split(document: str | list[Turn], rng: np.random.Generator) -> tuple[str, st
 
 
 def answers_in(words: Sequence[str]) -> list[int]:
-    """Which of a text's words are answers, or begin one."""
+    """The indices of a text's words that are answers, or start one."""
     return [i for i in range(1, len(words)) if words[i - 1].endswith(ASKS)]
 
 
@@ -51,7 +51,7 @@ def tokens_of(parts: tuple[str, str], processor: Processor) -> tuple[list[int], 
 
 
 def collate_pairs(pairs: Sequence[tuple[list[int], list[int]]], processor: Processor) -> dict[str, Tensor]:
-    """B pairs of what is read and what is to be said → tokens (B, S), mask (B, S) of the one, labels (B, T) of the other."""
+    """B pairs of what is read and what is generated → tokens (B, S), mask (B, S) of the one, labels (B, T) of the other."""
     read, generated = zip(*pairs, strict=True)
     return {
         "tokens": pad(read, processor.pad_token),

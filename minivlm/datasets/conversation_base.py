@@ -1,4 +1,4 @@
-"""What a dataset of the prefix pattern offers: images, and what is said about them in turns."""
+"""The interface of datasets for the prefix pattern: images, and conversations about them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Question(NamedTuple):
     """A question to be judged by."""
 
     index: int  # the sample whose images it is about
-    text: str  # without <image> marks: they stand in front of it, one for each image of the sample
-    answers: tuple[str, ...]  # any of them is right; ten: what ten people said (VQA v2)
-    kind: str = "all"  # accuracy is told for each kind
+    text: str  # without <image> placeholders: they stand in front of it, one for each image of the sample
+    answers: tuple[str, ...]  # any of them is right; ten: those of ten people (VQA v2)
+    kind: str = "all"  # accuracy is reported for each kind
 
 
 class Conversations:
     """One split of images with conversations. A dataset sets `split`, and defines the methods that raise here.
 
     split  "train", "val" or "test"
-    notes  sentences that the user should see: what was skipped, which split stands in for a missing one
+    notes  sentences that the user should read: what was skipped, which split stands in for a missing one
     one_image_each  False where some samples have several images, or none
     free_answers  True where the questions are those of conversations, whose answers are sentences
     """
@@ -48,20 +48,20 @@ class Conversations:
         raise NotImplementedError
 
     def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
-        """Leave out, and tell in `notes`, of which samples nothing can be learned (judge.py)."""
+        """Leave out the samples from which nothing can be learned, and list them in `notes` (judge.py)."""
 
     def keep_captioned(self) -> None:
-        """Leave out, and tell in `notes`, the samples without captions."""
+        """Leave out the samples without captions, and count them in `notes`."""
 
     def image_count(self, index: int) -> int:
-        """How many a sample has."""
+        """How many images a sample has."""
         return 1
 
     def check_images(self) -> None:
         """UserError where an image cannot be decoded."""
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
-        """What is said about the images of a sample; where there is a choice, `rng` makes it."""
+        """The turns about the images of a sample; where there is a choice, `rng` makes it."""
         raise NotImplementedError
 
     def key(self, index: int) -> str:
@@ -69,7 +69,7 @@ class Conversations:
         raise NotImplementedError
 
     def texts(self) -> Iterator[str]:
-        """All that is said in the split, each text once: what a tokeniser and a language model are trained on."""
+        """All texts of the split, each once: what a tokeniser and a language model are trained on."""
         raise NotImplementedError
 
     def questions(self) -> list[Question]:
@@ -81,11 +81,11 @@ class Conversations:
         return []
 
     def captions(self, index: int) -> list[str]:
-        """What is known to describe the image; nothing where the data have no captions."""
+        """The captions of the image; none where the data have no captions."""
         return []
 
     def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
-        """A caption with a single thing changed that makes it false; None where the data cannot tell."""
+        """A caption with a single thing changed that makes it false; None where the data have none."""
         return None
 
     def caption_conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:

@@ -18,8 +18,8 @@ def open_conversations(directory: str | os.PathLike, split: str, *, image_size: 
     """One split of a folder that holds the shapes world; or conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl,
     of which all that are there are read; or images in class folders.
 
-    image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no image will be
-                looked at, so none is decoded
+    image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no image is used, so
+                none is decoded
     """
     directory = Path(directory)
     if is_world(directory):
@@ -28,7 +28,7 @@ def open_conversations(directory: str | os.PathLike, split: str, *, image_size: 
 
 
 def has_conversations(directory: str | os.PathLike) -> bool:
-    """Does it hold conversations, questions or captions?"""
+    """Whether a folder holds conversations, questions or captions."""
     files = ("world.json", "conversations.json", "vqa.jsonl", "questions.jsonl", "captions.jsonl")
     return any((Path(directory) / name).is_file() for name in files)
 

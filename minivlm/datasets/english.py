@@ -1,7 +1,7 @@
-"""Is a caption English? Asked where a word decides what may be done to its picture, and an unknown word cannot.
+"""Decides whether a caption is English, where its words decide what may be done to its image, and unknown words cannot.
 
 A caption is read as English if all its letters are a to z, at least half of its words are among those that English captions
-are made of, and none belongs to another language. This errs on the side of "no": then the picture is left as it is.
+are made of, and none belongs to another language. This errs on the side of "no": then the image is left as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a folder of data holds, in a few numbers: whether a run that is resumed still finds what it began with."""
+"""Summarises a folder of data in a few numbers, to decide whether a resumed run still finds the data that it started with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minivlm.files import open_regular
 
 TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 ENDS = 4096  # bytes at either end of any other file
-WINDOWS = ("thumbs.db", "desktop.ini")  # what looking at a folder there leaves behind
+WINDOWS = ("thumbs.db", "desktop.ini")  # what Windows writes into a folder that it shows
 
 
 def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
@@ -39,7 +39,7 @@ def is_data(path: Path) -> bool:
 
 
 def ends_of(path: Path) -> tuple[int, bytes] | None:
-    """Size, and what of the content counts. None: it is gone, or no file that can be read (whoever reads it will say so)."""
+    """Size, and what of the content counts. None: it is gone, or no file that can be read (whoever reads it reports it)."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -53,7 +53,7 @@ def ends_of(path: Path) -> tuple[int, bytes] | None:
 
 
 def changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> list[str]:
-    """What differs, in words: ["dog/*.png: 30 files then, none now", …]"""
+    """The differences, in words: ["dog/*.png: 30 files then, none now", …]"""
     lines, number = [], lambda entry: entry[0] if entry else 0
     for kind in sorted(before.keys() | now.keys()):
         then, there = before.get(kind), now.get(kind)

@@ -3,7 +3,7 @@
     DIR/captions.jsonl      {"image": "a.jpg", "captions": ["…"]}   the image in DIR or DIR/images; or "caption": "…"
                             optional: "split": "train" | "val" | "test", "label": "pink primrose"
     DIR/<class>/*.jpg       captions from TEMPLATES; see class_folders.py
-    DIR/vqa.jsonl, DIR/conversations.json   what is said about an image is its captions (folder_entries.py)
+    DIR/vqa.jsonl, DIR/conversations.json   the texts about an image are its captions (folder_entries.py)
 
 Splits that the files do not give are drawn (folder_files.py). Training images come from a cache of shrunk pixels
 (images.py); val and test images are decoded from the original file each time, so that what is measured is what the
@@ -49,7 +49,7 @@ class FolderPairs(Pairs):
 
     A training image that cannot be decoded is left out, counted and named in `notes` (and in `skipped`, key → why);
     in val and test it is an error, since a score over what happened to be readable would not be the folder's score.
-    `notes` also says where a split was drawn or stands in for another.
+    `notes` also names splits that were drawn, or that stand in for others.
     """
 
     def __init__(self, directory: Path, split: str, *, image_size: int, cache: str | os.PathLike | None = None):

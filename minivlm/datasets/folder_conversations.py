@@ -1,4 +1,4 @@
-"""One split of one's own folder as conversations: what its files say about images (folder_entries.py), and the images."""
+"""One split of one's own folder as conversations: the texts of its files (folder_entries.py), and the images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from minivlm.datasets.judge import Problem, check_headers, check_images, leave_o
 class FolderEntries:
     """The entries of one split of a folder, and their images.
 
-    A training sample with an image that cannot be decoded is left out, and told in `notes` and `skipped` (image → why);
+    A training sample with an image that cannot be decoded is left out, and named in `notes` and `skipped` (image → why);
     in val and test it is an error. Training images come from a cache with a shorter side of 1.25 times image_size.
     """
 
@@ -110,7 +110,7 @@ class FolderConversations(FolderEntries, Conversations):
         return [Question(index, q.text, q.answers, q.kind) for q in self.entries[index].questions()]
 
     def questions(self) -> list[Question]:
-        """Those of vqa.jsonl, or the first of each conversation about images."""
+        """The questions of vqa.jsonl, or the first of each conversation about images."""
         return [
             Question(index, asked.text, asked.answers, asked.kind)
             for index, entry in enumerate(self.entries)

@@ -5,9 +5,9 @@ DIR/conversations.json  LLaVA's format: [{"id": "1", "image": "a.jpg", "conversa
                         "image" may be a list, one for each <image>, or absent; optional: "split"
 DIR/vqa.jsonl           {"image": "a.jpg", "question": "what is it?", "answer": "a kite"}, or questions.jsonl
                         optional: "answers": [all that are right], "split", and "kind", "answer_type" or
-                        "question_type", for each of which the accuracy is told
-DIR/captions.jsonl      as in folder.py, which also says how splits are drawn and images are found, cached and read
-DIR/<class>/*.jpg       likewise: what is said about an image is the name of its class
+                        "question_type", for each of which the accuracy is reported
+DIR/captions.jsonl      as in folder.py, which also describes how splits are drawn and images are found, cached and read
+DIR/<class>/*.jpg       likewise: the text about an image is the name of its class
 
 Where a folder has several of these files all are read; captions of an image that is asked about belong to its questions.
 """
@@ -47,7 +47,7 @@ MOST = 4  # questions of one conversation
 
 @dataclass
 class Entry:
-    """Images (paths below the folder), and what is said about them."""
+    """Images (paths below the folder), and the texts about them."""
 
     images: list[str]
     split: str | None
@@ -61,14 +61,14 @@ class Entry:
 
     @property
     def image(self) -> str:
-        """What a split is drawn by."""
+        """The name by which a split is drawn."""
         return self.key
 
 
 @dataclass
 class Captioned(Entry):
     def judged(self, problem: Problem) -> tuple[Captioned | None, list[str]]:
-        """Without what nothing can be learned from; None if that is all; and why (see judge.py)."""
+        """The part that can be learned from, or None, and the reasons for leaving out the rest (see judge.py)."""
         known, why = fitting(self.captions, caption_turns, problem)
         return (replace(self, captions=known) if known else None), why
 
@@ -141,7 +141,7 @@ class Conversation(Entry):
         return [Asked(without_placeholders(user), assistant.strip(), (assistant.strip(),))]
 
     def texts(self) -> list[str]:
-        """What the user says and the answer to it are one text."""
+        """A user's turn and its answer are one text."""
         dialogue = [turn.text for turn in self.turns if turn.role != "system"]
         texts = [without_placeholders(" ".join(dialogue[i : i + 2])) for i in range(0, len(dialogue), 2)]
         return [*texts, *self.captions]
@@ -155,7 +155,7 @@ def caption_turns(caption: str) -> list[Turn]:
 
 
 def fitting(things: Sequence, turns: Callable[[Any], list[Turn]], problem: Problem) -> tuple[list, list[str]]:
-    """Those of the things without a problem in what is said about them, and the problems of the others."""
+    """The things whose turns have no problem, and the problems of the others."""
     problems = [problem(turns(thing)) for thing in things]
     return [x for x, p in zip(things, problems, strict=True) if not p], [p for p in problems if p]
 
@@ -245,7 +245,7 @@ def add_captions(entries: list[Entry], items: list[Item]) -> list[Captioned]:
 
 
 def read_items(directory: Path, problems: list[str] | None = None) -> list[Item]:
-    """The same as images with captions: what is answered, behind its question where that is short (vqa.jsonl)."""
+    """The entries as images with captions: each answer, behind its question where that is short (vqa.jsonl)."""
     items: dict[tuple, Item] = {}
     for entry in read_entries(directory, problems):
         if len(entry.images) == 1:
@@ -275,7 +275,10 @@ def read_questions(file: Path, find, problems: list[str] | None) -> list[Quiz]:
 
 
 def read_question(values: dict) -> Asked:
-    """ValueError says what is wrong. Where there is no "answer", the most frequent one of "answers" is learned."""
+    """A line as a question; ValueError: what is wrong with it.
+
+    Where there is no "answer", the most frequent one of "answers" is learned.
+    """
     text, answers = values.get("question"), values.get("answers")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'it has no "question"; a line looks like {QUESTION_EXAMPLE}')
@@ -322,11 +325,11 @@ def read_conversations(file: Path, find, problems: list[str] | None) -> list[Con
 
 
 def read_conversation(values: dict, find, name: str) -> Conversation:
-    """ValueError or UserError says what is wrong."""
+    """An entry as a conversation; ValueError or UserError: what is wrong with it."""
     if not isinstance(values, dict) or not isinstance(values.get("conversations"), list):
         raise ValueError(f'it has no list "conversations"; an entry looks like {CONVERSATION_EXAMPLE}')
     check_texts(values)
-    images = values.get("image") or values.get("images") or []  # some datasets say the one, some the other
+    images = values.get("image") or values.get("images") or []  # datasets use either
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, str) for image in images):
         raise ValueError('its "image" is no file name, and no list of them')

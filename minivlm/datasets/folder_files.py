@@ -1,4 +1,4 @@
-"""What the files of one's own folder say: lines of JSON, captions, images, classes, and how splits are drawn.
+"""Reads the files of one's own folder: lines of JSON, captions, images, classes, and how splits are drawn.
 
 Splits that the files do not give are drawn by a hash of the file's name, so that adding or removing other files never
 moves an image from training to test.
@@ -19,14 +19,14 @@ from minivlm.datasets.class_folders import SPLIT_NAMES
 from minivlm.errors import UserError
 from minivlm.files import parse_json, read_bytes, readable
 
-# Radford et al. 2021, §3.1.4, speak of "a photo of a {label}."; several wordings teach more than one phrase.
+# Radford et al. 2021, §3.1.4, use "a photo of a {label}."; several wordings teach more than one phrase.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "this is a {}.", "a {}.")
 SPLITS = ("train", "val", "test")
 
 
 @dataclass
 class Item:
-    """One image of a folder: its path below it ("images/a.jpg"), its captions, and what else the files tell."""
+    """One image of a folder: its path below it ("images/a.jpg"), its captions, and what else the files hold."""
 
     image: str
     captions: Sequence[str]
@@ -39,7 +39,7 @@ class Item:
 
 
 def skip_broken(items: list, errors: dict[str, str], notes: list[str]) -> list:
-    """The training items of which every image can be read; `notes` is told of the others. errors: image → sentence."""
+    """The training items of which every image can be read; `notes` gets a sentence on the others. errors: image → sentence."""
     kept = [item for item in items if not errors.keys() & set(item.images)]
     total = len({image for item in items for image in item.images})
     if not kept:
@@ -127,7 +127,7 @@ def read_lines(file: Path, add: Callable[[Any], None], example: str, problems: l
 
 
 def read_json(line: bytes, example: str) -> Any:
-    """One line of JSON. ValueError says what is wrong with it."""
+    """One line of JSON. ValueError: what is wrong with it."""
     try:
         return parse_json(line)
     except json.JSONDecodeError as error:
@@ -137,7 +137,7 @@ def read_json(line: bytes, example: str) -> Any:
 
 
 def image_of(values: Any, example: str) -> str:
-    """What a line calls its image; ValueError if it names none."""
+    """The image that a line names; ValueError if it names none."""
     if not isinstance(values, dict) or not isinstance(values.get("image"), str) or not values["image"]:
         raise ValueError(f'it names no "image"; a line looks like {example}')
     return values["image"]

@@ -30,7 +30,7 @@ MAX_PIXELS = 89_478_485  # pillow's own limit (a quarter of a gigabyte in RGB), 
 # draw, IPTC opens what it holds as any format, and GRIB, HDF5 and BUFR call whatever handler was registered.
 COMMON = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "ICO", "PSD", "DDS")
 RARE = ("DIB", "CUR", "ICNS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "MSP", "PIXAR", "GBR", "FLI", "FTEX", "BLP")
-WITHOUT_MARK = ("TGA", "IM", "PCD")  # no bytes at the beginning tell them, so they are tried last
+WITHOUT_MARK = ("TGA", "IM", "PCD")  # their first bytes do not identify them, so they are tried last
 TURNS = {  # EXIF orientation → what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +44,7 @@ TURNS = {  # EXIF orientation → what makes it upright
 
 @cache
 def formats() -> list[str]:
-    """Those of the formats above that this pillow reads."""
+    """The formats above that this pillow reads."""
     Image.init()
     return [name for name in (*COMMON, *RARE, *WITHOUT_MARK) if name in Image.OPEN]
 
@@ -86,7 +86,7 @@ def read_image(path: str | os.PathLike, shorter_side: int | None = None) -> Imag
 
 
 def check_header(path: str | os.PathLike) -> None:
-    """UserError unless `path` is there, begins like an image and declares a bearable size. Decodes nothing."""
+    """UserError unless `path` is there, starts like an image and declares a bearable size. Decodes nothing."""
     with opened(path):
         pass
 
@@ -126,14 +126,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # EXIF is bytes from anywhere: a damaged block says nothing of how the image lies
+    except Exception:  # EXIF is bytes from anywhere: a damaged block does not give the orientation
         return None
 
 
 def from_integers(image: Image.Image) -> Image.Image:
     """A gray image of 16 or 32 bits. pillow's own conversion would clip it to white.
 
-    A file of 16 bits is scaled by its depth, however dark it is. 32 bits do not say what white is: 255 where no
+    A file of 16 bits is scaled by its depth, however dark it is. 32 bits do not define white: 255 where no
     pixel is above, else 65535. ValueError beyond that.
     """
     values = np.asarray(image)
@@ -161,7 +161,7 @@ def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
 
 @dataclass
 class Row:
-    """One file in the index. `bytes` and `modified` (ns) tell whether it changed; `error`: why it cannot be read."""
+    """One file in the index. `bytes` and `modified` (ns) show whether it changed; `error`: why it cannot be read."""
 
     bytes: int
     modified: int
@@ -171,7 +171,7 @@ class Row:
     error: str | None = None
 
     def fits(self, size: int) -> bool:
-        """Is this what a build writes about a file of `size` bytes of pixels? Indexes come with folders from anywhere."""
+        """Whether a build writes such a row for a file of `size` bytes of pixels; indexes come with folders from anywhere."""
         numbers = (self.bytes, self.modified, self.offset, self.height, self.width)
         if any(type(number) is not int for number in numbers):
             return False
@@ -211,7 +211,7 @@ class ImageCache:
         return self.pixels[row.offset : end].reshape(row.height, row.width, 3)
 
     def holds(self, wanted: dict[str, Row]) -> bool:
-        """Is it about these files, and none has changed since?"""
+        """Whether it is about these files, and none has changed since."""
         if wanted.keys() != self.rows.keys():
             return False
         return all(row.same_file(self.rows[key]) for key, row in wanted.items())
@@ -234,7 +234,7 @@ class ImageCache:
         return rows, np.asarray(np.memmap(pixels, dtype=np.uint8, mode="c")) if size else nothing[1]
 
     def names(self, pixels: str) -> bool:
-        """May a file of pixels be called so?"""
+        """Whether a file of pixels may have this name."""
         return re.fullmatch(re.escape(self.index.stem) + r"-[0-9a-f]{8}\.bin", pixels) is not None
 
     @contextmanager
@@ -267,7 +267,7 @@ class ImageCache:
                     file.write(image.tobytes())
                 total = file.tell()
             rows = {key: asdict(row) for key, row in wanted.items()}
-            # The name tells the content apart: who has mapped the pixels of before goes on reading them.
+            # The name identifies the content: a process that has mapped the earlier pixels still reads them.
             final = f"{self.index.stem}-{zlib.crc32(json.dumps(rows).encode()):08x}.bin"
             index.write_text(
                 json.dumps({"version": VERSION, "pixels": final, "bytes": total, "rows": rows}), encoding="utf-8"
@@ -305,7 +305,7 @@ def in_parallel(function: Callable, arguments: Sequence, title: str) -> Iterator
     from tqdm import tqdm
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(arguments), desc=title) as bar:
-        for start in range(0, len(arguments), 256):  # a few at a time: bounded memory, and Ctrl-C is heard soon
+        for start in range(0, len(arguments), 256):  # a few at a time: bounded memory, and Ctrl-C takes effect soon
             for result in pool.map(function, arguments[start : start + 256]):
                 yield result
                 bar.update()

@@ -31,7 +31,7 @@ EXAMPLE = '[{"image": "a.jpg"}, {"text": "a red kite"}]'
 
 @dataclass
 class Document(Entry):
-    pieces: list[str]  # texts, and an <image> mark for each image
+    pieces: list[str]  # texts, and an <image> placeholder for each image
 
 
 class Interleaved(FolderEntries):
@@ -51,7 +51,7 @@ class Interleaved(FolderEntries):
             self.notes = [*self.notes, f"{without} of {of} documents are skipped because they have no image."]
 
     def leave_out(self, processor: Processor) -> None:
-        """Leave out, and tell in `notes`, the documents of which nothing fits the context (judge.py)."""
+        """Leave out the documents of which nothing fits the context, and list them in `notes` (judge.py)."""
         problem = document_problem(processor)
 
         def judge(entry: Document) -> tuple[Document | None, list[str]]:
@@ -65,7 +65,7 @@ class Interleaved(FolderEntries):
         check_images(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def text(self, index: int, rng: np.random.Generator | None = None) -> str:
-        """The document with a mark where each image stands.
+        """The document with a placeholder for each image.
 
         rng: half of the time each image stands in front of the text that it follows, since it may belong to either
         (the paper's p_next).
@@ -79,7 +79,7 @@ class Interleaved(FolderEntries):
 
 
 def ahead(pieces: list[str]) -> list[str]:
-    """[text, mark, other text] → [mark, text, other text]: each image before the text that it stood behind."""
+    """[text, image, other text] → [image, text, other text]: each image before the text that it stood behind."""
     moved, text = [], []
     for piece in pieces:
         if piece == PLACEHOLDER:
@@ -90,10 +90,10 @@ def ahead(pieces: list[str]) -> list[str]:
 
 
 def encode_document(text: str, processor: Processor, *, context: int | None = None) -> Sample:
-    """Start token, text with its marks, end token; labels on what follows the first image, but not on images.
+    """Start token, text with its placeholders, end token; labels on what follows the first image, but not on images.
 
     context: no more tokens than this. What the first image cannot explain is left out first, then the end, images
-    and all: the sample has as many of the document's images as it has marks. ValueError for a text without a mark.
+    and all: the sample has as many of the document's images as it has placeholders. ValueError for a text without one.
     """
     placeholder = processor.image_token_id
     fence = processor.config.image_fence
@@ -146,7 +146,7 @@ def read_documents(directory: Path) -> tuple[list[Document], int]:
 
 
 def read_document(values: Any, find) -> Document:
-    """ValueError says what is wrong. Texts that follow each other become one."""
+    """A line as a document; ValueError: what is wrong with it. Texts that follow each other become one."""
     if not isinstance(values, list) or not all(is_segment(segment) for segment in values):
         raise ValueError(f"it is no list of images and texts; a line looks like {EXAMPLE}")
     images, pieces = [], []

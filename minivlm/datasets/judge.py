@@ -1,7 +1,7 @@
-"""One judgement of a sample: `datasets.check` tells of it, and training goes by it.
+"""Judges whether a sample can be learned from: `datasets.check` reports it, and training follows it.
 
-A training sample from which a model could learn nothing (no answer fits its context) is left out, counted and named. Among
-what is judged by, the same is an error, and it is told before the first step.
+A training sample from which a model could learn nothing (no answer fits its context) is left out, counted and named. In a
+held-out split the same is an error, which is raised before the first step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Problem = Callable[[Sequence[Turn]], str | None]  # a conversation → why nothi
 
 
 def conversation_problem(processor, *, alone: bool = False) -> Problem:
-    """alone: every question is asked by itself, with all images (a T5), and so has to fit with its answer."""
+    """Judges a conversation: why nothing can be learned from it, or None.
+
+    alone: every question is asked by itself, with all images (a T5), and so has to fit with its answer.
+    """
     context, template = processor.context, template_of(processor)
     frame = FRAME + len(template.default_system or "") + len(template.markup)
 
@@ -67,7 +70,7 @@ def question_problem(text: str, images: int, processor, *, context: int | None) 
 
 
 def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
-    """The training entries from which something can be learned; `notes` is told of the others.
+    """The training entries from which something can be learned; `notes` gets a sentence on the others.
 
     judge: an entry → what is left of it (None: nothing), and a sentence for each thing that is not.
     """
@@ -91,7 +94,7 @@ def check_images(directory, images: Sequence[str], split: str) -> None:
 
 
 def check_headers(directory, images: Iterable[str], split: str) -> None:
-    """The same of the beginnings of the files alone, which is quick."""
+    """UserError unless the headers of the files can be read, which is quick."""
     refuse_unreadable((why_not(check_header, directory / image) for image in images), split)
 
 

@@ -1,4 +1,4 @@
-"""What a model that fuses is to tell without seeing it: hidden words and hidden regions.
+"""Hides words and regions, which a model that fuses then predicts.
 
 Devlin et al. 2019 (BERT), §3.1; Chen et al. 2020 (UNITER), §3.2.
 """
@@ -19,7 +19,7 @@ def hide_words(
 ) -> tuple[list[int], list[int]]:
     """A text's tokens → what is shown of them, and the labels: those that are hidden, IGNORED elsewhere.
 
-    Of the hidden ones 80 % become the mask token, 10 % any other, 10 % stay as they are, so that a word that is seen is
+    Of the hidden ones 80 % become the mask token, 10 % any other, 10 % stay as they are, so that a visible word is
     not trusted either. special tokens are never hidden.
     """
     words = [i for i, token in enumerate(row) if token not in special]
@@ -32,7 +32,7 @@ def hide_words(
 
 
 def hide_regions(n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n,) bool: True = to be told without being seen."""
+    """(n,) bool: True = hidden, to be predicted."""
     hidden = np.zeros(n, dtype=bool)
     hidden[rng.permutation(n)[: share_of(n)]] = True
     return hidden

@@ -1,4 +1,4 @@
-"""What the scripts data/*/prepare.py share: reading a dataset's official files, and writing a folder of ours."""
+"""Helpers that the scripts data/*/prepare.py share: reading a dataset's official files, and writing a folder of ours."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def require_images(names: Iterable[str], folder: Path) -> None:
 
 @contextmanager
 def written_whole(out: Path, folders: tuple[str, ...]) -> Iterator[Path]:
-    """A folder beside them to write `folders` of `out` into; they get their places when all is written.
+    """A folder beside them to write `folders` of `out` into; they are moved there when all is written.
 
     UserError where one of them is there already: another choice of files would be mixed with it.
     """

@@ -1,4 +1,4 @@
-"""Which samples a step is fed: each epoch in an order of its own, dealt out to processes, in batches of like length.
+"""Chooses the samples of a step: each epoch in an order of its own, dealt out to processes, in batches of like length.
 
 Everything is a function of (seed, step), so that runs resume and any number of processes share a batch.
 """

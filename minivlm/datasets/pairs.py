@@ -1,4 +1,4 @@
-"""What a dataset of the compare pattern offers: images, and what is said about each."""
+"""The interface of datasets for the compare pattern: images with captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Pairs:
     split    "train", "val" or "test"
     classes  label names, the same list in every split, or None where the data have no labels
     labels   (n,) int64, an index into `classes`, −1 where unknown; or None
-    notes    sentences that the user should see: what was skipped, which split stands in for a missing one
+    notes    sentences that the user should read: what was skipped, which split stands in for a missing one
     """
 
     split: str
@@ -46,7 +46,7 @@ class Pairs:
         return [known[int(pick * len(known))] for known, pick in zip(choices, picks, strict=True)]
 
     def false_caption(self, index: int, rng: np.random.Generator) -> str | None:
-        """The first of `all_captions` with a single thing changed that makes it false; None where the data cannot tell."""
+        """The first of `all_captions` with a single thing changed that makes it false; None where the data have none."""
         return None
 
     def texts(self) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""What a training step is fed where answers are chosen of a list, and captions of which something is hidden are completed.
+"""Training batches for answers chosen from a list, and for captions with hidden words or regions.
 
-Every class has what those of batches.py have.
+Every class has the methods of those in batches.py.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class QuestionsOfList:
 class MaskedCaptions:
     """True captions and false ones, of which something is hidden: tokens, mask, labels (B, T), matches (B,), hidden (B, R).
 
-    Half of them are shown whole. Of the others, true and false alike, something is hidden, so that a mask does not tell
+    Half of them are shown whole. The others, true and false alike, have something hidden, so that a mask does not reveal
     whether they match; what it hides is predicted for the true ones alone.
 
     hide: words, both words and regions, or either of them. mask: the token that stands where a word is hidden. regions: R,
-    how many an image has. heads: of the model, "words" and "regions" among them if it is to tell these.
+    how many an image has. heads: of the model, "words" and "regions" among them if it predicts these.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class MaskedCaptions:
         return hide_words(row, rng, **sizes)
 
     def false_caption(self, sample: int, rng: np.random.Generator) -> str | None:
-        """One that is nearly right, where the data have some; else, and as often, that of another picture."""
+        """One that is nearly right, where the data have some; else, and as often, that of another image."""
         if rng.random() < 0.5 and (false := self.conversations.false_caption(sample, rng)) is not None:
             return false
         other = one_caption(self.conversations, self.samples[int(rng.integers(len(self.samples)))], rng)
@@ -163,6 +163,6 @@ class QuestionsAndCaptions:
         return {"tokens": tokens, "mask": mask, **question, **of.images(samples)}
 
     def length(self, index: int, rng: np.random.Generator) -> int:
-        """Of the two, the caption is the longer one; it is drawn second."""
+        """The length of the caption, the longer of the two; it is drawn second."""
         self.questions.question(index, rng)
         return len(one_caption(self.questions.conversations, self.questions.samples[index], rng).split())

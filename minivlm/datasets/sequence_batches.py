@@ -1,6 +1,6 @@
-"""What a training step is fed where images stand in texts of which a part is learnt: conversations, lessons, documents.
+"""Training batches of texts with images, of which a part is learnt: conversations, lessons, documents.
 
-Every class has what those of batches.py have.
+Every class has the methods of those in batches.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minivlm.losses import labelled
 from minivlm.processor import Processor
 from minivlm.special_tokens import Markup, as_text, without_placeholders
 
-EXAMINED = 500  # samples, before the first step, to tell how many are cut
+EXAMINED = 500  # samples, before the first step, to count how many are cut
 EXAMPLE = 8  # about so many tokens has an example of a lesson
 
 
@@ -65,7 +65,7 @@ class ConversationTurns:
         turns, context = self.turns(index, rng), self.processor.context
         try:
             return encode_conversation(turns, self.processor, context=context)
-        except UserError:  # of several questions about a picture, of which each fits alone (judge.py)
+        except UserError:  # of several questions about an image, of which each fits alone (judge.py)
             return encode_conversation(turns[:2], self.processor, context=context)
 
     def length(self, index: int, rng: np.random.Generator) -> int:
@@ -101,7 +101,7 @@ class QuestionsToEncoder:
         return collate_pairs(pairs, self.processor) | self.images(indices)
 
     def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """The tokens that are read, and those that are generated."""
+        """The tokens of the encoder, and those that the decoder generates."""
         whole = self.all_at_once is not None and rng.random() < self.all_at_once
         turns = self.turns(index, rng)
         return self.all_answers(turns) if whole else self.one_answer(turns, rng)
@@ -121,7 +121,7 @@ class QuestionsToEncoder:
 
 
 class NewWords:
-    """Lessons, in which images are given made-up names, and of which every name that was heard before is learnt."""
+    """Lessons, in which images are given made-up names; every name that occurred before is learnt."""
 
     def __init__(self, lessons: Lessons, processor: Processor, images: ImagesOf, *, ways: int, n: int, note: str = ""):
         """n: how many an epoch has; there is no end of them."""

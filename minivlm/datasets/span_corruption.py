@@ -1,8 +1,8 @@
-"""A text with holes, and what belongs in them: what a T5 is taught with (Raffel et al. 2020, §3.1.4, span corruption).
+"""Span corruption, which a T5 is trained with: sentinel tokens replace spans of a text (Raffel et al. 2020, §3.1.4).
 
-    text   "three shapes. is there a red circle? yes where is it? top left"
-    read   "three shapes. is there a red circle? <extra_id_0> where is it? <extra_id_1>"
-    said   "<extra_id_0> yes <extra_id_1> top left"
+    text     "three shapes. is there a red circle? yes where is it? top left"
+    encoder  "three shapes. is there a red circle? <extra_id_0> where is it? <extra_id_1>"
+    decoder  "<extra_id_0> yes <extra_id_1> top left"
 
 Their T5 drops words at random. Here, what can be known goes first: answers, or the words of a lesson. One text then asks for
 as many lookups as a decoder alone would learn from, where a text cut in two asks for one.
@@ -18,7 +18,7 @@ from minivlm.conversation import Turn
 from minivlm.datasets.continuation import answers_in
 from minivlm.processor import Processor
 
-SENTINELS = tuple(f"<extra_id_{i}>" for i in range(12))  # the tokens that stand for them, as T5 calls them
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(12))  # as T5 calls them
 ANSWERS, WORDS = 0.5, 0.15  # share of a text's answers that are dropped, and, where there are none, of its words
 
 
@@ -42,10 +42,10 @@ def drop(document: str | list[Turn], rng: np.random.Generator) -> list[str]:
 def with_sentinels(
     pieces: list[str], processor: Processor, *, context: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Pieces as `drop` makes them → the tokens that are read, framed as a whole text, and those that are to be said.
+    """Pieces as `drop` makes them → the tokens of the encoder, framed as a whole text, and those to be generated.
 
     context: no more tokens of either; None: the processor's. What comes after the last of the SENTINELS, or does not fit the
-    context, is left out; of a first piece too long its beginning.
+    context, is left out; a first piece that is too long loses its start.
     """
     ids = processor.encode(pieces, frame=False)
     sentinels = [processor.tokenizer.token_to_id(name) for name in SENTINELS]

@@ -1,6 +1,6 @@
-"""What a training step is fed of texts alone: for a language model, and for a T5, whose encoder reads a part of each.
+"""Training batches of texts alone: for a language model, and for a T5, whose encoder reads a part of each.
 
-Every class has what those of batches.py have.
+Every class has the methods of those in batches.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Document = str | list[Turn]  # a text, or a conversation
 
 
 class Texts:
-    """Texts, all of which is learnt, and conversations, of which the answers are: tokens and labels (B, T).
+    """Texts, which are learnt whole, and conversations, whose answers are learnt: tokens and labels (B, T).
 
     texts: None for those of the shapes world, which are drawn as they are read.
     """
@@ -65,7 +65,7 @@ def text_sample(text: Document, processor: Processor) -> Sample:
 class SpanCorruption:
     """Texts for a T5: a share with sentinel tokens for the spans that are to be generated, the others cut in two.
 
-    tokens and mask (B, S) of what is read, labels (B, T); every step cuts anew.
+    tokens and mask (B, S) of the encoder, labels (B, T); every step cuts anew.
     """
 
     def __init__(self, texts: Texts, *, share: float):
@@ -79,7 +79,7 @@ class SpanCorruption:
         return collate_pairs([*map(self.pair, indices, rngs)], self.processor)
 
     def pair(self, index: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """The tokens that are read, and those that are generated."""
+        """The tokens of the encoder, and those that the decoder generates."""
         if rng.random() < self.share:
             return with_sentinels(drop(self.read(index), rng), self.processor)
         return tokens_of(split(self.read(index), rng), self.processor)

@@ -55,7 +55,7 @@ GUARDED = SIDES | PLACES | SIGNS | COLOURS
 
 
 def read(caption: str) -> set[str]:
-    """Its words; of what is not recognised as English, all words that forbid something as well."""
+    """A caption's words; where it is not recognised as English, all words that forbid something as well."""
     named = words(caption)
     return named if is_english(caption, GUARDED) else named | GUARDED
 
@@ -94,7 +94,7 @@ class TrainTransform:
         if not self.augment:
             return self.normalise(self.plain(images))
         named = [read(caption) for caption in captions]
-        # Every image takes the same draws whatever its caption says, so one caption never changes another image.
+        # Every image takes the same draws whatever its caption is, so one caption never changes another image.
         boxes = self.crop_boxes(images, rng)
         flips = rng.random(len(images)) < 0.5
         jitter = rng.uniform(-1, 1, (len(images), 4)) * self.colour_jitter
@@ -117,7 +117,7 @@ class TrainTransform:
         from minivlm._torchvision import functional as F
 
         H, W = image.shape[:2]
-        most = 16 * min(H, W)  # of a line of pixels only the middle will be seen, and the whole would fill the memory
+        most = 16 * min(H, W)  # of a line of pixels only the middle is used, and the whole would fill the memory
         image = image[max(0, (H - most) // 2) :][:most, max(0, (W - most) // 2) :][:, :most]
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         pixels = F.resize(pixels, [self.image_size], interpolation=F.InterpolationMode.BICUBIC, antialias=True)

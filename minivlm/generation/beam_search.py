@@ -1,4 +1,4 @@
-"""Beam search: the likeliest answer is looked for by continuing the N likeliest beginnings at once.
+"""Beam search: continues the N likeliest prefixes at once, to find the likeliest answer.
 
 With length penalty: Wu et al. 2016, §7, with length^p in place of their formula, as is usual.
 """
@@ -41,7 +41,7 @@ def beam_search(
 
 
 class Beams:
-    """For each sample, N beams that continue and N answers that have ended, best first; beam n of sample b is row b·N + n.
+    """N beams of each sample that continue and N answers that have ended, best first; beam n of sample b is row b·N + n.
 
     A sample is done when its N answers are better than what its best beam is worth as it stands (early_stopping False; with
     a length penalty above 0, a longer answer might still have become better), or would be worth if it were as long as it

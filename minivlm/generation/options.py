@@ -1,4 +1,4 @@
-"""What a caller of `generate` may choose: how a token is picked, which rules hold, and where an answer ends."""
+"""Options of `generate`: how a token is picked, which rules hold, and where an answer ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minivlm.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are chosen, as fields. A value that makes no sense is a UserError."""
+    """Options for choosing tokens. A value that makes no sense is a UserError."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0  # logits are divided by it; 0: always the likeliest token
@@ -20,7 +20,7 @@ class Options:
     top_p: float | None = None  # sample among the fewest tokens that together have this probability
     min_p: float = 0.0  # sample among those that are at least this likely, as a share of the likeliest
     repetition_penalty: float = 1.0  # > 1: tokens that have occurred, in the prompt as well, become less likely
-    num_beams: int = 1  # > 1: beam search, which looks for the likeliest answer
+    num_beams: int = 1  # > 1: beam search, which finds a likelier answer than the greedy one
     length_penalty: float = 1.0  # beam search compares log p(answer) / length^penalty; > 0 favours long answers
     early_stopping: bool | Literal["never"] = False  # of beam search, see `Beams`
     no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice, the prompt included; 0: no rule
@@ -73,7 +73,7 @@ class Options:
                 raise UserError(sentence)
 
     def room(self, taken: int) -> int:
-        """How many tokens may follow a prompt of so many, at least one."""
+        """The number of tokens that may follow a prompt of so many, at least one."""
         left = self.max_new_tokens if self.max_length is None else self.max_length - taken
         return max(1, min(self.max_new_tokens, left))
 

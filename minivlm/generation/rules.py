@@ -66,9 +66,9 @@ class Rules:
         if o.suppress_tokens:
             scores = suppress(scores, o.suppress_tokens)
         if o.begin_suppress_tokens and i < 2:  # a forced token does not count as the answer's first
-            begins = i == ((self.lengths == 1).long() if o.forced_bos_token_id is not None else 0)
-            begins = torch.as_tensor(begins, device=scores.device).expand(len(scores))
-            scores = torch.where(begins[:, None], suppress(scores, o.begin_suppress_tokens), scores)
+            starts = i == ((self.lengths == 1).long() if o.forced_bos_token_id is not None else 0)
+            starts = torch.as_tensor(starts, device=scores.device).expand(len(scores))
+            scores = torch.where(starts[:, None], suppress(scores, o.begin_suppress_tokens), scores)
         return scores
 
     def repeating(self, n: int) -> Tensor:
@@ -83,11 +83,11 @@ class Rules:
     def without_bad_words(self, scores: Tensor) -> Tensor:
         if self.never:
             scores = suppress(scores, self.never)
-        for *beginning, last in self.phrases:
-            if self.history.shape[1] < len(beginning):
+        for *prefix, last in self.phrases:
+            if self.history.shape[1] < len(prefix):
                 continue
-            begun = (self.history[:, -len(beginning) :] == torch.tensor(beginning, device=scores.device)).all(dim=1)
-            scores = torch.where(begun[:, None], suppress(scores, [last]), scores)
+            matches = (self.history[:, -len(prefix) :] == torch.tensor(prefix, device=scores.device)).all(dim=1)
+            scores = torch.where(matches[:, None], suppress(scores, [last]), scores)
         return scores
 
 
@@ -104,12 +104,12 @@ def only(scores: Tensor, tokens: Sequence[int]) -> Tensor:
     return certain.index_fill_(1, torch.tensor(list(tokens), dtype=torch.int64, device=scores.device), 0.0)
 
 
-def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise(scores: Tensor, occurred: Tensor, penalty: float) -> Tensor:
     """Lower the scores of tokens that have occurred: a positive one is divided by the penalty, a negative one multiplied.
 
-    (B, V), seen (B, V) bool → (B, V)
+    (B, V), occurred (B, V) bool → (B, V)
     """
-    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    return torch.where(occurred, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def suppress(scores: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -118,6 +118,6 @@ def suppress(scores: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def contain_stop(tokens: Tensor, stop: Sequence[str], decode: Decode) -> Tensor:
-    """(B, T) → (B,) bool: does the row's text contain a stop string?"""
+    """(B, T) → (B,) bool: whether the row's text contains a stop string."""
     found = [any(s in text for s in stop) for text in decode(tokens.tolist())]
     return torch.tensor(found, device=tokens.device)

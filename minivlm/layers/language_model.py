@@ -184,10 +184,10 @@ class CrossAttendingLayers(Protocol):
         """The input of block `index`, made from x (B, T, D)."""
 
     def after(self, lengths: Tensor) -> CrossAttendingLayers:
-        """The same for tokens that follow a prompt of so many tokens a row, lengths (B,)."""
+        """The layers for tokens that follow a prompt of so many tokens a row, lengths (B,)."""
 
     def reorder(self, rows: Tensor) -> CrossAttendingLayers:
-        """The same where row i continues as row rows[i] did."""
+        """The layers where row i continues as row rows[i] did."""
 
 
 class LMDecoding(Decoding):

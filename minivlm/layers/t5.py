@@ -240,7 +240,7 @@ class T5Decoding(Decoding):
 
 @torch.no_grad()
 def initialise(model: T5, generator: torch.Generator) -> None:
-    """As `initialise_linears` does, but for q, which has the scale that the scores are not divided by.
+    """Initialise as `initialise_linears` does, but for q, which has the scale that the scores are not divided by.
 
     Embeddings: 0.02 as GPT-2's; 1 as T5's where the head is scaled down instead. Position biases: width^-0.5, as T5's.
     """

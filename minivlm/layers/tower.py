@@ -18,7 +18,7 @@ TowerConfig = VisionConfig | ResNetConfig | EfficientNetConfig
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a vision tower has computed already: `model.image_features(images)`, given to the model in place of images.
+    """Features that a vision tower has computed: `model.image_features(images)`, given to the model in place of images.
 
     A frozen tower computes the same in every epoch, so that training computes it once. tensor: (M, N, C), or with leading
     axes as the images have them.
@@ -68,7 +68,7 @@ def make_tower(config: TowerConfig, generator: torch.Generator) -> nn.Module:
 
 @torch.no_grad()
 def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
-    """What is a tower's own; its linear layers: `initialise_linears`.
+    """Initialise what is a tower's own; its linear layers: `initialise_linears`.
 
     | tensor                     | normal, mean 0, standard deviation     |
     |----------------------------|----------------------------------------|
@@ -111,7 +111,7 @@ def check_reader(width: int, wanted: int, reader: str, field: str) -> None:
 
 
 def learned_positions(config: TowerConfig, layers: Sequence[int]) -> int:
-    """How many position embeddings a connector adds to the features of an image: a ViT's know where they are."""
+    """The number of position embeddings that a connector adds to the features of an image: a ViT's know where they are."""
     return 0 if isinstance(config, VisionConfig) else features_of(config, layers)[0]
 
 

@@ -27,8 +27,8 @@ def answer_loss(logits: Tensor, answers: Tensor, kind: AnswerLoss = "softmax") -
 
 
 def chance_answer_loss(answers: int, kind: AnswerLoss = "softmax") -> float:
-    """Of a model that knows nothing but that one of so many answers is right: −log 1/A, and for each of the others of the
-    sigmoid −log (1 − 1/A)."""
+    """The loss of a model that knows nothing but that one of so many answers is right: −log 1/A, and for each of the others
+    of the sigmoid −log (1 − 1/A)."""
     others = -(answers - 1) * math.log1p(-1 / answers) if kind == "sigmoid" and answers > 1 else 0.0
     return math.log(answers) + others
 

@@ -113,7 +113,7 @@ def softmax_loss(images: Tensor, texts: Tensor, scale: Tensor, *, chunk: int | N
 
 
 def lead(images: Tensor, texts: Tensor) -> Tensor:
-    """By how much the cosine of the true pairs exceeds that of all, on average.  (B, D) twice → ().
+    """The mean cosine of the true pairs minus that of all pairs.  (B, D) twice → ().
 
     With a share ε of each label spread over all B columns, a cross-entropy becomes (1 − ε)(−log p_true) + ε mean(−log p),
     which is larger by ε (z_true − mean z): what all columns share cancels, and the mean of all pairs is a product of means.

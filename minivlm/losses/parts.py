@@ -22,7 +22,7 @@ def in_parts(function: Callable, *tensors: Tensor | None, size: int | None) -> T
     """function(*tensors) that keeps the activations of `size` rows at a time; backward computes those of the others again.
 
     Every tensor is (B, …), or None. function gives tensors of as many rows as it is given, which are put together, or sums
-    (), which are added. None, or all rows at once: it is simply called. Random layers see the same numbers both times. Gao
+    (), which are added. None, or all rows at once: it is simply called. Random layers draw the same numbers both times. Gao
     et al. 2021, §3 (gradient caching); Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
     B = len(next(t for t in tensors if t is not None))
@@ -95,7 +95,7 @@ def is_distributed() -> bool:
 
 
 def processes() -> int:
-    """How many processes share the batch."""
+    """The number of processes that share the batch."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -110,7 +110,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """all_gather whose backward sums what every process's loss says about our rows."""
+    """all_gather whose backward sums the gradients of every process's loss for our rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class BLIP2Stage1(Model):
     scale, probabilities, backward_in_parts = itm.scale, itm.probabilities, itm.backward_in_parts
 
     def vectors_and_generation(self, features: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What one pass of the queries is for: vectors (B, Q, E), and the loss of generated texts, summed over their tokens."""
+        """One pass of the queries gives vectors (B, Q, E), and the loss of generated texts, summed over their tokens."""
         queried = self.qformer.query(features)
         vectors = F.normalize(self.vision_projection(queried.queries), dim=-1)
         if self.text_head is None:

@@ -36,7 +36,7 @@ from minivlm.models.own_modules import OwnText, OwnTower, describe, either, text
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
     vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
-    text: TextConfig | BERTConfig | OwnText  # of a BERT the first token speaks for the text
+    text: TextConfig | BERTConfig | OwnText  # of a BERT the first token is the pooled text
     embed_width: int = 512
     image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP, ALIGN)
     text_projection_bias: bool = False

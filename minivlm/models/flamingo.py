@@ -175,7 +175,7 @@ class Flamingo(Model):
             raise ValueError(f"a text has {count} image placeholders, but there are only {images} images a row")
 
     def gates(self) -> Tensor:
-        """How open each gated layer is: mean |tanh(gate)| of its attention and of its MLP, (layers, 2). 0: not at all."""
+        """The opening of each gated layer: mean |tanh(gate)| of its attention and of its MLP, (layers, 2). 0: not at all."""
         return torch.stack([block.openness() for block in self.gated])
 
     def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
@@ -219,7 +219,7 @@ class GatedLayers:
         return self.layers[i](x, self.keys_values[i], self.visible)
 
     def after(self, lengths: Tensor) -> GatedLayers:
-        """For tokens that follow a prompt of so many tokens a row, lengths (B,): they attend to what its last one does."""
+        """The layers for tokens that follow a prompt of so many tokens a row, lengths (B,): as its last one attends."""
         visible = self.visible
         if visible is not None:
             visible = visible.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, visible.shape[2]))

@@ -1,4 +1,4 @@
-"""What VisualBERT, UNITER and ViLBERT share around their encoders: how regions come in, and what is predicted at the end.
+"""Parts around the encoders of VisualBERT, UNITER and ViLBERT: the embeddings of regions, and the heads.
 
     images (B, 3, H, W) ─→ vision tower ─→ grid ─┐
     features and boxes of a detector ────────────┴→ regions (B, R, C) ─┐             ┌→ text    (B, T, D) ─→ masked tokens
@@ -200,7 +200,7 @@ def match(model: Model, images: Images, tokens: Tensor, mask: Tensor | None = No
 
 
 class Targets(NamedTuple):
-    """What the outputs are compared with; None: not in this step."""
+    """Targets of the outputs; None: not in this step."""
 
     answers: Tensor | None = None  # (B, A): how right each is
     labels: Tensor | None = None  # (B, T): the tokens that were masked, −100 elsewhere
@@ -225,7 +225,7 @@ def losses(
     region_mask: Tensor | None = None,
     **targets: Tensor,
 ) -> dict[str, Tensor]:
-    """What training adds up, of the `Targets` that are given, by head."""
+    """The training losses of the `Targets` that are given, by head."""
     given = Targets(**targets)
     regions = dict(boxes=boxes, region_mask=region_mask, hidden=given.hidden)
     out = model(images, tokens, mask, heads=given.heads, **regions)
@@ -247,7 +247,7 @@ def losses_of(out: JointOutput, targets: Targets, kind: AnswerLoss) -> dict[str,
 
 
 def described(hidden: Tensor, matches: Tensor | None) -> Tensor:
-    """Of the hidden regions (B, R) those of images that the text describes: all, or those of true pairs, matches (B,)."""
+    """The hidden regions (B, R) of images that the text describes: all, or those of true pairs, matches (B,)."""
     return hidden if matches is None else hidden & matches[:, None]
 
 
@@ -281,7 +281,7 @@ def vision_tower(
 
 @torch.no_grad()
 def initialise(model: Model, generator: torch.Generator) -> None:
-    """Everything but the tower and BERT, which have initialised themselves; see `initialise_linears`.
+    """Initialise everything but the tower and BERT, which have initialised themselves; see `initialise_linears`.
 
     Types start at 0.02, as in BERT; so do positions, but at 0.5 where each region has its own: features are that large.
     """

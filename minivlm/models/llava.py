@@ -73,7 +73,7 @@ class LLaVAConfig:
 
     @property
     def views(self) -> int:
-        """Of one image: itself, and its tiles."""
+        """The views of one image: itself, and its tiles."""
         return 1 + self.tiles**2 if self.tiles > 1 else 1
 
     @property

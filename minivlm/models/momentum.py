@@ -42,7 +42,7 @@ class MomentumConfig:
             raise ValueError(f"soft {self.soft} and rate {self.rate} must be from 0 to 1, ramp {self.ramp} at least 0")
 
     def over(self, images: int) -> MomentumConfig:
-        """The same for so many training images: unless it is given, the ramp is two epochs, as BLIP's."""
+        """The config for so many training images: unless it is given, the ramp is two epochs, as BLIP's."""
         return replace(self, ramp=2 * images) if self.ramp is None else self
 
     def check_batch(self, batch_size: int) -> None:

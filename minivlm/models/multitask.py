@@ -212,7 +212,7 @@ class MultitaskVLM(Model):
         answers: Tensor | None = None,
         micro_batch: int | None = None,
     ) -> dict[str, Tensor]:
-        """What training adds up. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
+        """The training losses by name. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
 
         Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1; the caption's then
         counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
@@ -252,7 +252,7 @@ class MultitaskVLM(Model):
         return self.config.caption_weight if task == "caption" else 1.0
 
     def chance_losses(self, batch_size: int) -> dict[str, float]:
-        """Of a model that knows nothing, before they are balanced (a batch of one finds its only caption anyway)."""
+        """The losses of a model that knows nothing, before they are balanced (a batch of one finds its only caption anyway)."""
         c = self.config
         return {
             "caption": math.log(c.vocab_size),

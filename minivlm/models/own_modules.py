@@ -102,7 +102,7 @@ def either(module: nn.Module | None, make: Callable[..., nn.Module], config: Any
 
 
 def text_states(encoder: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """What a text encoder gives, as a tensor. One of your own is given a mask in any case."""
+    """The output of a text encoder, as a tensor. One of your own is given a mask in any case."""
     if mask is None and not is_ours(encoder):
         mask = torch.ones_like(tokens, dtype=torch.bool)
     output = encoder(tokens, mask)
@@ -119,7 +119,7 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def measure(name: str, module: nn.Module, config: Any) -> Any:
-    """What stands for the module in a config: of a module of ours its own config."""
+    """The config of a module; a module of ours has its own."""
     if is_ours(module):
         hint = get_type_hints(type(config))[name]
         kinds = [kind for kind in get_args(hint) or (hint,) if is_dataclass(kind)]
@@ -205,7 +205,7 @@ def import_name(module: nn.Module) -> str:
 
 
 def brought(config: Any) -> dict[str, OwnTower | OwnText]:
-    """What stands in a config for modules that were brought, by the names that they are given by."""
+    """The configs of modules that were brought, by the names that they are given by."""
     found = {}
     for field in fields(config) if is_dataclass(config) else ():
         value = getattr(config, field.name)

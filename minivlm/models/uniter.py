@@ -98,7 +98,7 @@ class UNITER(Model):
         region_mask: Tensor | None = None,
         **targets: Tensor,
     ) -> dict[str, Tensor]:
-        """What training adds up, of the `Targets` that are given, by name; beside the match the alignment."""
+        """The training losses of the `Targets` that are given, by name; beside the match the alignment."""
         given = Targets(**targets)
         regions = dict(boxes=boxes, region_mask=region_mask, hidden=given.hidden)
         out = self(images, tokens, mask, heads=given.heads, **regions)
@@ -122,7 +122,7 @@ def alignment_loss(distance: Tensor, matches: Tensor) -> Tensor:
 
 
 def transport_distance(words: Tensor, regions: Tensor, mask: Tensor, region_mask: Tensor) -> Tensor:
-    """How far the words have to be moved to become the regions: (B, T, D), (B, R, D), masks → (B,) between 0 and 2.
+    """The optimal transport distance between words and regions: (B, T, D), (B, R, D), masks → (B,) between 0 and 2.
 
     Each word has the same weight, each region has; moving costs 1 − cosine. The plan is taken as given: gradients reach
     the costs alone, as the paper has it (Chen et al. 2020, §3.2, equation 4).

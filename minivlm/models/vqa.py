@@ -49,7 +49,7 @@ class VQAConfig:
 
 
 def plain_config(width: int, answers: int) -> VQAConfig:
-    """Of a model whose two encoders are given ready."""
+    """The config of a model whose two encoders are given ready."""
     heads = width // 64 if width % 64 == 0 else 1
     fusion = TransformerConfig(width=width, depth=3, heads=heads, cross_attention_every=1)
     return VQAConfig(vision=None, text=None, fusion=fusion, answers=tuple(map(str, range(answers))))
@@ -110,7 +110,7 @@ class VQAModel(Model):
     def losses(
         self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, answers: Tensor
     ) -> dict[str, Tensor]:
-        """What training adds up. answers (B, A): how right each is."""
+        """The training losses by name. answers (B, A): how right each is."""
         return {"answers": answer_loss(self(images, tokens, mask), answers)}
 
     def chance_losses(self) -> dict[str, float]:
@@ -119,7 +119,7 @@ class VQAModel(Model):
 
 @torch.no_grad()
 def initialise(model: VQAModel, generator: torch.Generator) -> None:
-    """All but the encoders, which have initialised themselves: see `initialise_linears`; positions 0.5, as the features."""
+    """Initialise all but the encoders, as `initialise_linears` does; positions 0.5, as the features."""
     for part in (model.projector, model.fusion, model.answer_head):
         initialise_linears(part, generator)
     normal(model.position_embedding, 0.5, generator)

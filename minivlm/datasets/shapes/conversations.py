@@ -58,18 +58,18 @@ class ShapesConversations(Conversations):
         return [turns[0]._replace(text=with_images(turns[0].text)), *turns[1:]]
 
     def asked(self, index: int, rng: np.random.Generator) -> list[Question]:
-        """As many as a conversation has, up to six."""
+        """As many questions as a conversation has, up to six."""
         return [Question(index, q.text, (q.answer,), q.kind) for q in ask(self.scenes[index], rng)]
 
     def false_caption(self, index: int, rng: np.random.Generator) -> str:
         return self.world.false_caption(index, rng)
 
     def captions(self, index: int) -> list[str]:
-        """The canonical caption alone: it says everything, so that a model's can be compared with the scene."""
+        """The canonical caption alone: it is complete, so that a model's can be compared with the scene."""
         return [canonical(self.scenes[index])]
 
     def questions(self) -> list[Question]:
-        """The same number of every kind, as nearly as their balance allows; none for train."""
+        """Questions, equally many of every kind, as nearly as their balance allows; none for train."""
         wanted = about_unseen if self.split == "unseen" else None
         judged = judge(self.scenes, QUESTIONS[self.split], wanted=wanted) if QUESTIONS[self.split] else []
         return [Question(index, asked.text, (asked.answer,), asked.kind) for index, asked in judged]

@@ -2,7 +2,7 @@
 
     "red circle: dax. blue star: wug. blue star: wug. red circle: dax. blue star:"  →  "wug"
 
-In a lesson, words that nobody has heard before are bound to looks. No weight can know what they mean: only a model that
+In a lesson, words that never occurred before are bound to looks. No weight can know what they mean: only a model that
 copies from its context continues a lesson well (induction heads; Olsson et al. 2022, "In-context Learning and Induction
 Heads"), and that is what few-shot learning from images needs later. Every tenth word is held out: it is never in a
 training text, and the lessons that one is judged by use such words alone.
@@ -36,7 +36,7 @@ LOOKS = (sorted(SEEN_PAIRS), COLOURS, SHAPES)  # what a lesson may be about: "re
 
 
 class Episode(NamedTuple):
-    text: str  # ends where the answer begins: "… blue star:"
+    text: str  # ends where the answer starts: "… blue star:"
     answer: str
 
 
@@ -67,7 +67,7 @@ def new_meanings(rng: np.random.Generator, n: int, *, held_out: bool) -> list[st
 def episode(rng: np.random.Generator, *, ways: int = 2, shots: int = 1, held_out: bool = True) -> Episode:
     """`ways` new words, `shots` examples of each in random order, and one of the looks again, any of them.
 
-    Neither the order of the examples nor the place of the right one tells anything about the answer.
+    Neither the order of the examples nor the position of the right one gives the answer away.
     """
     meanings = new_meanings(rng, ways, held_out=held_out)
     examples = [meanings[i] for i in rng.permutation(np.repeat(np.arange(ways), shots))]
@@ -76,7 +76,7 @@ def episode(rng: np.random.Generator, *, ways: int = 2, shots: int = 1, held_out
 
 
 def few_shot(n: int, *, shots: int, ways: int = 2, seed: int = 0) -> list[Episode]:
-    """`n` episodes in held-out words: how often does a model say the right word? By chance 1 / ways of the time."""
+    """`n` episodes in held-out words: a model gives the right word by chance 1 / ways of the time."""
     rng = np.random.default_rng([seed, ways, shots])
     return [episode(rng, ways=ways, shots=shots) for _ in range(n)]
 
@@ -92,7 +92,7 @@ def lesson(rng: np.random.Generator, *, held_out: bool) -> str:
 
 @functools.lru_cache(maxsize=2048)  # batches of like length read their texts twice
 def document(seed: int, stream: str, index: int) -> str | list[Turn]:
-    """A lesson (10 %), a caption (5 %), or a conversation, in nine of ten after the scene is told in words: a model
+    """A lesson (10 %), a caption (5 %), or a conversation, in nine of ten after the scene is described in words: a model
     answers that finds in its context what is asked for.
 
     The stream "held out" has scenes of its own, and in its lessons held-out words. Read them in order: scenes are drawn in
@@ -120,12 +120,12 @@ def conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
 
 def words(document: str | list[Turn]) -> str:
-    """All that is said in it, as one text."""
+    """All its turns as one text."""
     return document if isinstance(document, str) else " ".join(turn.text for turn in document)
 
 
 def documents(seed: int, stream: str, n: int) -> Iterator[str]:
-    """The words of the first n."""
+    """The first n documents, each as one text."""
     return (words(document(seed, stream, index)) for index in range(n))
 
 

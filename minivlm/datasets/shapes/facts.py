@@ -1,4 +1,4 @@
-"""What is true of a scene of the shapes world, fact by fact: what a question can ask, and its answer.
+"""The facts of a scene of the shapes world: what a question can ask, and its answer.
 
     ("top left",)                       "circle"   what stands there
     ("red circle",)                     "top left" where it stands, if there is but one
@@ -34,7 +34,7 @@ Objects = tuple[SceneObject, ...]
 class Fact(NamedTuple):
     words: tuple[str, ...]  # what the question names
     answer: str
-    about: Objects  # the objects that the answer speaks of; () where it denies that there are any
+    about: Objects  # the objects that the answer is about; () where it denies that there are any
 
 
 def pair(thing: SceneObject) -> str:
@@ -115,13 +115,13 @@ def compared(objects: Objects, *, relations: Relations) -> Iterator[Fact]:
 
 
 def sizes(a: SceneObject, b: SceneObject) -> Iterator[tuple[str, bool]]:
-    if a.size != b.size:  # two small objects are not quite equal, but nobody should have to tell
+    if a.size != b.size:  # two small objects are not quite equal, but nobody should have to decide
         yield "larger than", a.size == "large"
         yield "smaller than", a.size == "small"
 
 
 def sides(a: SceneObject, b: SceneObject) -> Iterator[tuple[str, bool]]:
-    """By the rows and columns of the 3 × 3 grid; two objects in one row are neither above nor below each other."""
+    """Relations by the rows and columns of the 3 × 3 grid; two objects in one row are neither above nor below each other."""
     (row, column), (other_row, other_column) = (divmod(PLACES.index(thing.place), 3) for thing in (a, b))
     if column != other_column:
         yield "left of", column < other_column
@@ -132,9 +132,9 @@ def sides(a: SceneObject, b: SceneObject) -> Iterator[tuple[str, bool]]:
 
 
 def about_unseen(fact: Fact) -> bool:
-    """Does the answer speak of an object whose colour and shape training never combines, or deny that there is one?
+    """Whether the answer is about an object whose colour and shape training never combines, or denies that there is one.
 
-    Not where the question names its colour and asks for its shape, or the reverse: there the text alone says the answer.
+    Not where the question names its colour and asks for its shape, or the reverse: there the text alone gives the answer.
     """
     if set(fact.words) & PARTNERS.keys() and fact.answer in PARTNERS:
         return False

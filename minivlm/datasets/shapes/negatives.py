@@ -1,10 +1,10 @@
-"""Captions of the shapes world that are false by one word: what a model that matches images with texts is judged by.
+"""Captions of the shapes world that are false by one word, which judge a model that matches images with texts.
 
     true    "a small red circle at the top left and a large blue star in the centre"
     colour  "a small red circle at the top left and a large pink star in the centre"
     place   "a small red circle at the top left and a large blue star on the right"
 
-A caption of another image is mostly wrong in every word, and a model that hears one of them can tell. These need all
+A caption of another image is mostly wrong in every word, so one word suffices to reject it. These need all words
 (Thrush et al. 2022, "Winoground", and Yuksekgonul et al. 2023, "When and Why Vision-Language Models Behave like
 Bags-of-Words", ask for the same). The words alone must not give them away: no two objects share a place, objects come in
 reading order as in every canonical caption, and pairs of colour and shape that training never shows are named only
@@ -28,17 +28,17 @@ VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
 def one_attribute_negatives(
     scene: Scene, described: Sequence[SceneObject], rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """(caption, attribute) for each attribute that a true caption tells: one object has another, and none like it is there.
+    """(caption, attribute) for each attribute that a true caption names: one object has another, and none like it is there.
 
-    said: what the true caption says, from `parse`, or the objects of the scene themselves. An attribute that it is silent
-    about, or that cannot be changed, is left out. Of `rng` only the raw stream is used, as in `describe`.
+    described: the objects of the true caption, from `parse`, or those of the scene themselves. An attribute that it does
+    not name, or that cannot be changed, is left out. Of `rng` only the raw stream is used, as in `describe`.
     """
     drawn = ((one_negative(scene, described, attribute, rng), attribute) for attribute in VALUES)
     return [(text, attribute) for text, attribute in drawn if text is not None]
 
 
 def any_negative(scene: Scene, described: Sequence[SceneObject], rng: np.random.Generator) -> str | None:
-    """One of these, each attribute as likely as the others; None where there is none. The others are not looked for."""
+    """One of these, each attribute as likely as the others; None where there is none. The others are not drawn."""
     attributes = list(VALUES)
     while attributes:
         attribute = attributes.pop(rng.bit_generator.random_raw() % len(attributes))
@@ -57,7 +57,7 @@ def one_negative(
 
 
 def false_captions(scene: Scene, described: Sequence[SceneObject], attribute: str) -> Iterator[list[SceneObject]]:
-    """Every change of this attribute of one object that makes what was said false, and could be said of some image."""
+    """Every change of this attribute of one object that makes the description false, and could be true of some image."""
     shows_unseen = any(pair(thing) in UNSEEN_PAIRS for thing in scene.objects)
     for i, thing in enumerate(described):
         others = [*described[:i], *described[i + 1 :]]
@@ -70,14 +70,14 @@ def false_captions(scene: Scene, described: Sequence[SceneObject], attribute: st
 
 
 def changed(caption: str, rng: np.random.Generator) -> str | None:
-    """The caption with one attribute of one object changed, without a look at the image: false if the caption was true.
+    """The caption with one attribute of one object changed, without the image: false if the caption was true.
     None where there is nothing to change, as in captions of photographs."""
     described = tuple(parse(caption))
     return any_negative(Scene(described), described, rng)
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """Does it name every object of the image and no other, each with nothing that is wrong of it?"""
+    """Whether a caption names every object of the image and no other, each with nothing that is wrong of it."""
     described = parse(caption)
     if len(described) != len(scene.objects):
         return False
@@ -86,12 +86,12 @@ def is_true(caption: str, scene: Scene) -> bool:
 
 
 def agrees(described: SceneObject, thing: SceneObject) -> bool:
-    """Is what was said true of this object, as far as it tells?"""
+    """Whether the description is true of this object, in all that it names."""
     return all(getattr(described, attribute) in (None, getattr(thing, attribute)) for attribute in VALUES)
 
 
 def in_reading_order(objects: Sequence[SceneObject]) -> tuple[SceneObject, ...]:
-    """Row by row, from left to right, if all places are told; else as they are."""
+    """Row by row, from left to right, if all places are named; else as they are."""
     if any(thing.place is None for thing in objects):
         return tuple(objects)
     return tuple(sorted(objects, key=lambda thing: PLACES.index(thing.place)))

@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """How probably a guess among the answers to this text is right."""
+        """The probability that a guess among the answers to this text is right."""
         return 1 / len(FORMS[self.form].answers_to(self.words))
 
 
@@ -107,7 +107,7 @@ FORMS = {
     "more": Form("compare", 1 / 3, facts.more, YES_NO, ("are there more {} than {}?",)),
 }  # fmt: skip
 
-PHRASES = WHERE | {  # the two ways in which a word is said, where there are two
+PHRASES = WHERE | {  # the two phrases for a word, where there are two
     "larger than": ("larger than", "bigger than"),
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -139,7 +139,7 @@ def true_questions(scene: Scene) -> list[Asked]:
 
 # ---- questions for training ------------------------------------------------------------------------------------------
 
-# Of every slot one form is asked, chosen without a look at the scene: an answer must not depend on what else could have
+# Of every slot one form is asked, chosen independently of the scene: an answer must not depend on what else could have
 # been asked. What is missing to 1 asks nothing; neither does a form for which the scene has no facts.
 COUNT_SLOTS = ({"count all": 0.35}, {"count colour": 1.0}, {"count shape": 1.0})
 OTHER_SLOTS = (
@@ -152,8 +152,8 @@ OTHER_SLOTS = (
     {"more": 0.35},
 )
 TURNS = 6  # questions about one image, at most
-# Of a scene that is told in words, more is asked, and two objects are compared most of all: it is learned last, since both
-# have to be found before a "yes" tells anything. Two of the slots may ask the same.
+# A scene that is described in words gets more questions, and most of them compare two objects: that is learned last, since
+# both have to be found before a "yes" means anything. Two of the slots may ask the same.
 TOLD_SLOTS = (*OTHER_SLOTS[:-3], {"size": 1.0}, {"side": 1.0}, {"more": 1.0}, {"size": 0.5, "side": 0.5})
 TOLD_TURNS = 8
 

@@ -90,7 +90,7 @@ def film() -> np.ndarray:
 
 @functools.cache
 def atlas(S: int) -> list[np.ndarray]:
-    """For small and for large objects: alpha from 0 to 64, (shapes, radii, side, 3 side) int16, three times for RGB."""
+    """Small and large objects: alpha from 0 to 64, (shapes, radii, side, 3 side) int16, three times for RGB."""
     sprites = []
     for radii in RADII:
         side = 2 * (int(radii.max()) * S // UNIT + 1)

@@ -1,4 +1,4 @@
-"""What stands in a scene of the shapes world: one to three objects, each with a shape, a colour, a size and a place.
+"""Scenes of the shapes world: one to three objects, each with a shape, a colour, a size and a place.
 
 Scene i of a split is a pure function of (seed, split, i), computed by integers alone from the raw stream of a
 counter-based generator (Philox; Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). NumPy guarantees
@@ -22,7 +22,7 @@ SIZES = ("small", "large")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 # A class is a (shape, colour) pair, numbered 8 · shape + colour. Every shape and every colour has exactly one partner
-# that it never meets in training: a model that names such a pair has composed it from parts that it saw elsewhere.
+# that it never meets in training: a model that names such a pair has composed it from parts that occur elsewhere.
 CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 UNSEEN = np.array([8 * shape + (3 * shape + 1) % 8 for shape in range(8)])
 SEEN = np.setdiff1d(np.arange(64), UNSEEN)
@@ -31,7 +31,7 @@ UNIT = 1 << 14  # the image's side
 MOST = 3  # objects in a scene
 # Four radii for small objects, four for large: 7.0 to 8.1 and 9.1 to 10.2 pixels of 64.
 RADII = np.array([[112, 118, 124, 130], [146, 152, 158, 164]]) * UNIT // 1024
-# Half the width and half the height of each shape in hundredths of the radius, so that shapes look equally large.
+# Half the width and half the height of each shape in hundredths of the radius, so that shapes appear equally large.
 EXTENTS = np.array([[100, 100], [88, 88], [100, 87], [100, 95], [96, 96], [80, 100], [100, 98], [100, 100]])
 
 # sRGB. No two are closer than 39 in CIE L*a*b*, and none is closer than 40 to a grey, which all backgrounds nearly are.
@@ -51,7 +51,7 @@ DRAWS = 32  # raw 64-bit draws for one scene; a multiple of 4, because one step 
 
 
 class SceneObject(NamedTuple):
-    """One object, or what a caption says of it: None where it is silent. Boxes are fractions of the image's side."""
+    """One object, or its description in a caption: None where it names none. Boxes are fractions of the image's side."""
 
     shape: str
     colour: str
@@ -61,7 +61,7 @@ class SceneObject(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a scene shows, in reading order: row by row, from left to right."""
+    """The objects of a scene, in reading order: row by row, from left to right."""
 
     objects: tuple[SceneObject, ...]
 

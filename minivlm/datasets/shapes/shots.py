@@ -22,7 +22,7 @@ from minivlm.datasets.shapes.scenes import SEEN, UNSEEN, Scenes, draw_scenes
 EPISODE_IMAGES = 1 << 50  # a stream of draws far from those that splits and texts use
 OF_EACH_LOOK = 16  # images that held-out episodes are drawn from
 MOST_WAYS = 4  # looks of a lesson
-LEAD = "this is a"  # how we begin a text that goes on with a new word
+LEAD = "this is a"  # the text in front of a new word
 END = "."  # of an example's text, and of an answer
 LOOKS = {"seen": SEEN, "unseen": UNSEEN}
 
@@ -52,7 +52,7 @@ class Lessons:
 
     @classmethod
     def of_scenes(cls, scenes: Scenes) -> Lessons:
-        """Those scenes that show one object."""
+        """Lessons about the scenes that show one object."""
         alone = np.flatnonzero(scenes.count == 1)
         return cls(scenes.classes[alone, 0], alone)
 
@@ -69,7 +69,7 @@ class Lessons:
         return [Named(int(next(fresh[way])), words[way]) for way in order.tolist()]
 
     def lesson(self, rng: np.random.Generator, *, most_ways: int = MOST_WAYS) -> list[Named]:
-        """For training: four to nine images of two to `most_ways` looks, each as likely at each place."""
+        """A lesson for training: four to nine images of two to `most_ways` looks, each as likely at each position."""
         ways = int(rng.integers(2, most_ways + 1))
         order = rng.integers(ways, size=rng.integers(ways + 2, 10))
         order[rng.choice(len(order), size=ways, replace=False)] = np.arange(ways)  # every look is there

@@ -1,4 +1,4 @@
-"""Captions of the shapes world: scene → words, in many wordings or in the canonical one, and words → what they say.
+"""Captions of the shapes world: scene → words, in many wordings or in the canonical one, and words → scene.
 
 "a small red circle at the top left and a large blue star in the centre"     canonical: everything, in reading order
 "a photo of a blue star and a red circle"                                     describe: one of many wordings
@@ -40,7 +40,7 @@ def canonical(scene: Scene) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """One true wording. Colour and shape of every object are always told; size in half of the captions, place in six of ten.
+    """One true wording. Colour and shape of every object are always named; size in half of the captions, place in six of ten.
 
     Of `rng` only the raw stream of its bit generator is used, which NumPy keeps the same from version to version.
     """
@@ -83,7 +83,7 @@ PLACE_BEFORE = re.compile(rf"(?:{PLACE}(?: there is)? an? )?{THING}")
 
 
 def parse(caption: str) -> list[SceneObject]:
-    """What a caption says: its objects in the order in which they are named, without boxes.
+    """The objects of a caption, in the order in which they are named, without boxes.
 
     Understands every wording of `describe` and `canonical`. Of other text it takes what it recognises and skips the
     rest: a model's babble counts for as many objects as it names. Compare captions as Counters of their objects.

@@ -5,7 +5,7 @@
     DIR/test/         the 500 test scenes as PNG files with captions.jsonl: real files, to try things on
 
 When a split is opened, its scenes are drawn anew (scenes.py), and so are its pixels, except for train
-(render.py): both take milliseconds. Captions are words for a scene, fresh in every epoch (text.py).
+(render.py): both take milliseconds. Captions describe a scene, fresh in every epoch (text.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK = 512  # images rendered and written at a time
 
 
 class Split(NamedTuple):
-    """What `draw_scenes` makes a split from."""
+    """The arguments of `draw_scenes` for a split."""
 
     stream: int
     n: int | None  # None: as many as the world has training images
@@ -110,11 +110,11 @@ class ShapesWorld(Pairs):
         return [describe(scene, rng) if self.split == "train" else canonical(scene) for scene in scenes]
 
     def all_captions(self, index: int) -> list[str]:
-        """The canonical caption. There are hundreds of wordings; this one says all that they can say."""
+        """The canonical caption. There are hundreds of wordings; this one holds every fact of the scene."""
         return [canonical(self.scenes[index])]
 
     def false_caption(self, index: int, rng: np.random.Generator) -> str:
-        """With another colour, shape, size or place of one object (see `negatives`)."""
+        """The canonical caption with another colour, shape, size or place of one object (see `negatives`)."""
         scene = self.scenes[index]
         return any_negative(scene, scene.objects, rng)
 
@@ -122,7 +122,7 @@ class ShapesWorld(Pairs):
         return f"test/{index:03d}.png" if self.split == "test" else f"{self.split}/{index}"
 
     def texts(self) -> Iterator[str]:
-        """Of every scene the canonical caption and another wording, each text once: together they hold every word."""
+        """The canonical caption and another wording of every scene, each text once: together they hold every word."""
         rng = np.random.default_rng(0)
         scenes = self.scenes.read(np.arange(len(self)))
         yield from dict.fromkeys(text for scene in scenes for text in (canonical(scene), describe(scene, rng)))
@@ -173,7 +173,7 @@ def refuse_strangers(directory: Path) -> None:
         except ValueError:  # a damaged one
             return
         names = [] if not isinstance(facts, dict) or "seed" in facts else ["world.json"]
-    elif (directory / LOCK).exists():  # a world that was begun
+    elif (directory / LOCK).exists():  # a world that was started
         return
     else:
         names = [name for name in ("train.npy", "test") if (directory / name).exists()]
@@ -190,7 +190,7 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
 
 
 def is_world(directory: str | os.PathLike) -> bool:
-    """Does the folder hold a shapes world?"""
+    """Whether the folder holds a shapes world."""
     return (Path(directory) / "world.json").is_file()
 
 
@@ -203,7 +203,7 @@ def is_made(directory: Path, world: World) -> bool:
 
 
 def write_train(path: Path, world: World, progress: bool) -> None:
-    """As a plain file rather than through a memory map, in which a full disk would be a crash instead of an error."""
+    """Write the images as a plain file: in a memory map a full disk would be a crash instead of an error."""
     from tqdm import tqdm
 
     scenes = split_scenes("train", seed=world.seed, train=world.train)
