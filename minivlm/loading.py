@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -32,23 +31,10 @@ from minivlm.processor import Processor, ProcessorConfig
 
 Base = str | Path | Mapping[str, str] | None
 
-MODELS = {  # class name → the module it lives in
-    "BERT": "minivlm.layers.bert",
-    "BLIP": "minivlm.models.blip",
-    "BLIP2": "minivlm.models.blip2",
-    "BLIP2Stage1": "minivlm.models.blip2_stage1",
-    "CLIP": "minivlm.models.clip",
-    "Flamingo": "minivlm.models.flamingo",
-    "ImageCaptioningModel": "minivlm.models.captioner",
-    "LLaVA": "minivlm.models.llava",
-    "LanguageModel": "minivlm.layers.language_model",
-    "MultitaskVLM": "minivlm.models.multitask",
-    "T5": "minivlm.layers.t5",
-    "UNITER": "minivlm.models.uniter",
-    "ViLBERT": "minivlm.models.vilbert",
-    "VQAModel": "minivlm.models.vqa",
-    "VisualBERT": "minivlm.models.visualbert",
-}
+
+def is_model(value: Any) -> bool:
+    """A class that is built from a config, such as `CLIP`."""
+    return isinstance(value, type) and issubclass(value, nn.Module) and hasattr(value, "config_class")
 
 
 def load(
@@ -162,9 +148,10 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     values = read_json(path)
     if missing := {"minivlm", "model", "config", "processor"} - values.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
-    if not isinstance(name := values["model"], str) or name not in MODELS:
-        raise UserError(f"{path} asks for the model {name!r}.{nearest(str(name), MODELS)}")
-    model_class = getattr(importlib.import_module(MODELS[name]), name)
+    model_class = getattr(minivlm, name, None) if isinstance(name := values["model"], str) else None
+    if not is_model(model_class):
+        known = [one for one in minivlm.__all__ if is_model(getattr(minivlm, one))]
+        raise UserError(f"{path} asks for the model {name!r}.{nearest(str(name), known)}")
     if values["minivlm"] != minivlm.__version__:
         values["config"] = configs.complete(model_class.config_class, values["config"])
         values["processor"] = configs.complete(ProcessorConfig, values["processor"])
