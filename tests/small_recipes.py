@@ -36,6 +36,9 @@ SIZES = {
     "clip": CLIP | TEXT | under("model.vision", image_size=32, **SIZE),
     "clip-resnet": CLIP | TEXT | RESNET,
     "align": CLIP | TEXT | EFFICIENT,
+    "coca": {"data.vocab_size": 300, "model.embed_width": 16, "model.image_queries": 3, "model.multimodal_depth": 1}
+    | under("model.text", **SIZE)
+    | under("model.vision", image_size=32, **SIZE),
     "lm": SPEAKS | under("model", **SIZE),
     "t5": SPEAKS | under("model", **SIZE),
     "llava-stage1": ON_RESNET | {"language_from": "lm"},

@@ -29,6 +29,9 @@ SIZES = {
     "align": {f"model.text.{k}": v for k, v in SMALL.items()},
     "lm": {f"model.{k}": v for k, v in SMALL.items()} | {"induction_heads": "false"},
     "t5": {f"model.{k}": v for k, v in T5.items()} | {"induction_heads": "false"},
+    "coca": {f"model.vision.{k}": v for k, v in TOWER.items()}
+    | {f"model.text.{k}": v for k, v in SMALL.items() if k != "depth"}
+    | {"model.text.depth": 2, "model.multimodal_depth": 1, "model.image_queries": 2},
     "captioner": {f"model.vision.{k}": v for k, v in TOWER.items()}
     | {f"model.language.{k}": v for k, v in SMALL.items()},
     "blip": {f"model.text.{k}": v for k, v in SMALL.items()} | {"model.embed_width": 8},
@@ -55,15 +58,15 @@ PAIRS = {"clip", "clip-resnet", "align", "blip", "blip-noisy", "blip-capfilt", "
 TALK = {"llava-stage1", "llava", "blip2", "flamingo"}
 CHOOSERS = {"vqa", "visualbert", "uniter", "vilbert"}
 TRAINS = {  # kind of folder → the recipes that learn from it
-    "captions": PAIRS | TALK | {"captioner", "lm", "t5"},
-    "labelled": PAIRS | TALK | {"captioner", "lm", "t5"},
+    "captions": PAIRS | TALK | {"captioner", "coca", "lm", "t5"},
+    "labelled": PAIRS | TALK | {"captioner", "coca", "lm", "t5"},
     "conversations": PAIRS | TALK | CHOOSERS | {"lm", "t5"},
     "questions": PAIRS | TALK | CHOOSERS | {"lm", "t5"},
     "mixed": ALL,
-    "classes": PAIRS | {"captioner", "llava-stage1", "llava", "blip2", "flamingo"},
+    "classes": PAIRS | {"captioner", "coca", "llava-stage1", "llava", "blip2", "flamingo"},
     "documents": {"lm", "t5", "flamingo"},
     "texts": {"lm", "t5"},
-    "few": PAIRS | TALK | {"captioner", "lm", "t5"},
+    "few": PAIRS | TALK | {"captioner", "coca", "lm", "t5"},
     "one class": set(),
 }
 

@@ -30,10 +30,16 @@ ImagesOf = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 class Captions:
-    """An image and one of its captions: tokens and mask (B, T), images (B, 3, S, S). augment: crops, flips and colours."""
+    """An image and one of its captions: tokens and mask (B, T), images (B, 3, S, S).
 
-    def __init__(self, pairs: Pairs, processor: Processor, directory: str, *, augment: bool = False):
+    augment: crops, flips and colours. whole: captions that name everything, where the data word them in several ways.
+    """
+
+    def __init__(
+        self, pairs: Pairs, processor: Processor, directory: str, *, augment: bool = False, whole: bool = False
+    ):
         self.pairs, self.processor, self.directory, self.augment = pairs, processor, directory, augment
+        self.whole = whole
         c = processor.config
         self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=augment)
 
@@ -41,7 +47,7 @@ class Captions:
         return len(self.pairs)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
-        captions = [self.pairs.captions([i], rng)[0] for i, rng in zip(indices, rngs, strict=True)]
+        captions = [*map(self.caption, indices, rngs)]
         pixels = self.pairs.images(indices)
         if self.augment:
             samples = zip(pixels, captions, rngs, strict=True)
@@ -51,8 +57,14 @@ class Captions:
         tokens, mask = self.processor.text(captions, cut=True)
         return {"images": images, "tokens": tokens, "mask": mask}
 
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        if not self.whole:
+            return self.pairs.captions([index], rng)[0]
+        known = self.pairs.all_captions(index)
+        return known[int(rng.random() * len(known))]
+
     def length(self, index: int, rng: np.random.Generator) -> int:
-        return len(self.pairs.captions([index], rng)[0].split())
+        return len(self.caption(index, rng).split())
 
     def key(self, index: int) -> str:
         return self.pairs.key(index)

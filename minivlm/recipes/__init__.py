@@ -13,6 +13,7 @@ from minivlm.recipes.blip2 import BLIP2_RECIPES
 from minivlm.recipes.capfilt import CAPFILT_RECIPES
 from minivlm.recipes.captioner import CAPTIONER_RECIPES
 from minivlm.recipes.clip import CLIP_RECIPES
+from minivlm.recipes.coca import COCA_RECIPES
 from minivlm.recipes.flamingo import FLAMINGO_RECIPES
 from minivlm.recipes.fuse import FUSE_RECIPES
 from minivlm.recipes.language import LANGUAGE_RECIPES
@@ -21,6 +22,7 @@ from minivlm.recipes.multitask import MULTITASK_RECIPES
 
 RECIPES = (
     CLIP_RECIPES
+    | COCA_RECIPES
     | LANGUAGE_RECIPES
     | LLAVA_RECIPES
     | BLIP_RECIPES
