@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--samples", type=int, default=4, help="how many training images to show (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the samples and their augmentation")
-    parser.add_argument("--save", type=Path, metavar="PNG", help="write a picture of the samples")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write an image of the samples")
     return parser.parse_args(argv)
 
 
@@ -287,7 +287,7 @@ def choose_samples(items: list[Item], count: int, seed: int) -> list[tuple[Item,
 
 
 def show_samples(samples: list[tuple[Item, str]], processor) -> None:
-    print("\nsamples, as the model will see them:")
+    print("\nsamples, as the model gets them:")
     for item, caption in samples:
         label = f"   label: {item.label}" if item.label is not None else ""
         print(f"\n  {item.image}{label}\n    caption  {caption}")

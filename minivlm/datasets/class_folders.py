@@ -136,7 +136,7 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     names = [path.relative_to(directory).as_posix() for path in beside if not expected(path.name)]
     notes = [
         passed_over(one.found for one in classes),
-        some(empty, "sub-folder has no pictures", "sub-folders have no pictures"),
+        some(empty, "sub-folder has no images", "sub-folders have no images"),
         some(names, "file or folder is not a class, and not read", "files and folders are no classes, and not read"),
     ]
     return classes, [note for note in notes if note]
@@ -224,7 +224,7 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
             shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
             raise UserError(
                 f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learned as "
-                f"classes: rename them, say what is in each image in a captions.jsonl, or {remedy.format(like[0])}."
+                f"classes: rename them, describe each image in a captions.jsonl, or {remedy.format(like[0])}."
             )
     for path, found in folders.items():
         stems = {os.path.splitext(name)[0] for name in found.images}
@@ -233,6 +233,6 @@ def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named:
         if beside and 2 * len({os.path.splitext(name)[0] for name in beside}) >= len(found.images):
             raise UserError(
                 f"{directory / path} holds texts beside its images ({beside[0]}), as img2dataset and annotation tools "
-                "leave them, and not the images of a class alone: write what they say to captions.jsonl; or, if the "
+                "leave them, and not the images of a class alone: write them to captions.jsonl; or, if the "
                 f"folder is a class, {remedy.format(os.path.basename(path))}."
             )

@@ -27,7 +27,7 @@ KINDS = {
     "questions": "questions about images",
     "questions about one image each": "questions about one image each",
     "captions and questions": "captions and questions about the same images",
-    "conversations": "images that something is said about",
+    "conversations": "images with texts",
     "texts": "texts",
     "documents": "documents of images and texts",
     "classes": "images in class folders",

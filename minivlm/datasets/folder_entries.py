@@ -197,8 +197,8 @@ def read_folder(directory: Path, problems: list[str] | None = None, notes: list[
         )
     if len({one.name for one in classes}) == 1:
         raise UserError(
-            f"{directory} has images in one class sub-folder only, {classes[0].name!r}: at least two are needed to tell "
-            "apart, or a captions.jsonl that says what is in each image."
+            f"{directory} has images in one class sub-folder only, {classes[0].name!r}: at least two are "
+            "needed, or a captions.jsonl that describes each image."
         )
     items = []
     for one in classes:

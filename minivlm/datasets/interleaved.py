@@ -102,7 +102,7 @@ def encode_document(text: str, processor: Processor, *, context: int | None = No
     body = [*processor.ids(text), *end]
     if placeholder not in body:
         raise ValueError(
-            f"a document has an {PLACEHOLDER} mark for each of its images, but here is none: {text[:40]!r}"
+            f"a document has an {PLACEHOLDER} placeholder for each of its images, but here is none: {text[:40]!r}"
         )
     first = next(i for i, token in enumerate(body) if token in image_tokens)
     surplus = 0 if context is None else max(0, len(start) + len(body) - context)
@@ -157,8 +157,8 @@ def read_document(values: Any, find) -> Document:
             continue
         if PLACEHOLDER in segment["text"]:
             raise ValueError(
-                f"a text has an {PLACEHOLDER} mark, so there are more marks than images: an image is a segment, as in "
-                f"{EXAMPLE}"
+                f"a text has an {PLACEHOLDER} placeholder, so there are more placeholders than images: an image is a segment, "
+                f"as in {EXAMPLE}"
             )
         text = " ".join(segment["text"].split())
         if text and pieces and pieces[-1] != PLACEHOLDER:

@@ -136,7 +136,7 @@ def check(decoding: Decoding, options: Options, prompt: Tensor | None, decode: D
     if decoding.room < options.max_new_tokens:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}, but the decoding has room for {decoding.room}")
     if options.stop and decode is None:
-        raise ValueError("stop strings are looked for in the text: give decode, as processor.decode")
+        raise ValueError("stop strings are matched in the text: give decode, as processor.decode")
     if prompt is not None and (prompt.ndim != 2 or len(prompt) != len(decoding.logits)):
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}, but the decoding has {len(decoding.logits)} rows")
     if decoding.logits.isnan().any():

@@ -162,7 +162,7 @@ class LanguageModel(Model):
             )
         cache = self.transformer.new_cache(len(x), x.shape[1] + room)
         if mask is not None and not mask.any(dim=1).all():
-            raise ValueError("a row of the prompt has no token at all; begin with one, such as a start token")
+            raise ValueError("a row of the prompt has no token at all; start with one, such as a start token")
         hidden = self.states(x, mask, cache=cache, between=between)
         rows = torch.arange(len(x), device=x.device)
         hidden = (

@@ -83,9 +83,9 @@ def are_questions(config: Any, tokens: Tensor) -> bool:
         return config.roles == "answer"
     captions = tokens[:, 0] == config.decode_token
     if captions.any() and not captions.all():
-        raise ValueError("some texts begin with the decode token, the others are questions: give them apart")
+        raise ValueError("some texts start with the decode token, the others are questions: give them apart")
     if not captions.all() and not config.answers:
-        raise ValueError("this BLIP answers no questions; a caption begins with the decode token")
+        raise ValueError("this BLIP answers no questions; a caption starts with the decode token")
     return not captions.all()
 
 

@@ -111,7 +111,7 @@ def check_boxes(boxes: Tensor) -> None:
         row, region = wrong.nonzero()[0].tolist()
         shown = ", ".join(f"{x:g}" for x in boxes[row, region].tolist())
         raise UserError(
-            f"region {region} of picture {row} is ({shown}), which is no box inside the picture: left, top, right and "
+            f"region {region} of image {row} is ({shown}), which is no box inside the image: left, top, right and "
             "bottom are fractions of its sides, from 0 to 1, left before right and top before bottom."
         )
 

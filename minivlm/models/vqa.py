@@ -43,7 +43,7 @@ class VQAConfig:
             return
         if self.fusion.width != self.text.width or self.fusion.cross_attention_every != 1:
             raise ValueError(
-                f"fusion reads words of width {self.text.width}, and the picture in every block: set "
+                f"fusion takes text of width {self.text.width}, and the image in every block: set "
                 "fusion.width to it, and fusion.cross_attention_every to 1"
             )
 
