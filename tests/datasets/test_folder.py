@@ -448,7 +448,7 @@ def test_what_lies_beside_the_class_folders_is_told(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "train" / "cow").mkdir()
     assert pairs_of(tmp_path, "test").notes[:2] == [
-        "1 sub-folder has no pictures: train/cow.",
+        "1 sub-folder has no images: train/cow.",
         "5 files and folders are no classes, and not read: class_names.txt.bak, extra, labels.csv, top.png, "
         "train/loose.png.",
     ]

@@ -87,7 +87,7 @@ def test_documents_without_an_image_are_counted_told_and_skipped(folder):
         ({"image": "0.png"}, "it is no list of images and texts"),
         ([{"image": "0.png", "text": "a"}], "it is no list of images and texts"),
         ([{"image": 3}], "it is no list of images and texts"),
-        ([image("0.png"), text("a <image> b")], "more marks than images: an image is a segment"),
+        ([image("0.png"), text("a <image> b")], "more placeholders than images: an image is a segment"),
         ([image("0.png"), text(" ")], "it has no text"),
         ([image("gone.png"), text("a")], r"there is no image 'gone\.png'"),
     ],

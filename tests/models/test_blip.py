@@ -301,7 +301,7 @@ class TestSpeaking:
 class TestMistakes:
     def test_questions_and_captions_are_asked_apart(self):
         tokens = torch.tensor([[3, 5], [1, 5]])
-        with pytest.raises(ValueError, match="some texts begin with the decode token, the others are questions"):
+        with pytest.raises(ValueError, match="some texts start with the decode token, the others are questions"):
             blip().generate(pictures(2), tokens, max_new_tokens=2)
 
     def test_no_decoder_no_words(self):

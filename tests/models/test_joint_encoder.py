@@ -107,7 +107,7 @@ def test_boxes_are_the_regions_that_are_looked_at(model, images):
 @pytest.mark.parametrize("box", [(0.5, 0, 1.25, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0, 0.75, 1, 0.5)])
 def test_boxes_outside_the_picture_are_refused(model, images, box):
     boxes = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1], list(box)]])
-    with pytest.raises(UserError, match=r"region 1 of picture 1 is \(.*\), which is no box inside the picture"):
+    with pytest.raises(UserError, match=r"region 1 of image 1 is \(.*\), which is no box inside the image"):
         model.answer(images, TOKENS, MASK, boxes=boxes)
 
 

@@ -61,7 +61,7 @@ def test_comes_back_from_a_directory(tmp_path):
 
 
 def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="fusion reads words of width 24"):
+    with pytest.raises(ValueError, match="fusion takes text of width 24"):
         replace(CONFIG, fusion=replace(CONFIG.fusion, width=16))
     with pytest.raises(ValueError, match="no answers to choose from"):
         replace(CONFIG, answers=())
