@@ -229,7 +229,7 @@ def test_its_picture_goes_on_where_a_conversation_is_answered_and_tells_what_is_
     monkeypatch.setattr(text_scores, "sheet", lambda rows, **_: drawn.extend(rows) or Image.new("RGB", (1, 1)))
     work.figure(tmp_path / "picture.png")
     assert len(drawn) == 12 and [row.detail.endswith(" (as the text)") for row in drawn] == [True, False] + [True] * 10
-    assert drawn[1].detail == f"goes on: zebra (the text: {right[1]})"
+    assert drawn[1].detail == f"continues: zebra (the text: {right[1]})"
     assert all(
         row.text.removeprefix("… ") in words(text) for row, text in zip(drawn, work.scores.held_out, strict=False)
     )

@@ -95,26 +95,26 @@ def check_queue(recipe: BLIPRecipe) -> None:
 
 
 def open_parts(recipe: BLIPRecipe, checkpoint: Path | None, *, quiet: bool) -> tuple[BLIP, Processor, Pairs]:
-    """Model, processor, and the captions that are learnt from."""
+    """Model, processor, and the captions that are trained on."""
     source, data = recipe.vision_from, recipe.data
-    clip, seen = (None, None) if source is None or checkpoint else load_vision_model(source)
-    open_world(recipe, seen.image_size if seen else recipe.model.vision.image_size, quiet=quiet)
-    model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, clip, seen)
+    clip, images = (None, None) if source is None or checkpoint else load_vision_model(source)
+    open_world(recipe, images.image_size if images else recipe.model.vision.image_size, quiet=quiet)
+    model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, clip, images)
     if recipe.freeze_vision:
         model.freeze("vision")
     pairs = open_pairs(data.directory, "train", image_size=processor.image_size)
     return model, processor, NoisyPairs(pairs, data.wrong_captions, seed=recipe.seed) if data.wrong_captions else pairs
 
 
-def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, seen: Processor | None) -> tuple[BLIP, Processor]:
+def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor | None) -> tuple[BLIP, Processor]:
     """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
     c, data = recipe.model, recipe.data
     conversations = open_conversations(data.directory, "train", image_size=None)
     sizes = dict(vocab_size=data.vocab_size, image_size=c.vision.image_size, context=c.text.context)
-    read = Processor.train(conversations.texts(), **sizes)
-    read.tokenizer.add_special_tokens([DECODE, ENCODE])
+    text = Processor.train(conversations.texts(), **sizes)
+    text.tokenizer.add_special_tokens([DECODE, ENCODE])
     texts = dict(context=c.text.context, pad_token=0, pad_to_context=False, chat="encoder")
-    processor = Processor(read.tokenizer, replace(seen.config if seen else read.config, **texts))
+    processor = Processor(text.tokenizer, replace(images.config if images else text.config, **texts))
 
     vision = clip.config.vision if clip else c.vision
     whole = isinstance(vision, VisionConfig) and c.vision_layers == (-1,)
@@ -208,7 +208,7 @@ BLIP_RECIPES = {
     "blip": BLIP_SHAPES,
     "blip-noisy": replace(
         BLIP_SHAPES,
-        summary="the same on captions of which 40 % are another picture's: what CapFilt begins with",
+        summary="the same on captions of which 40 % belong to another image: what CapFilt starts from",
         measured="13 min on one busy core: matching 88 %, 53 % of scenes described (3 seeds, before labels were smoothed)",
         steps=1050,  # with what CapFilt does before, twelve minutes on two idle cores hold so many
         save_every=350,

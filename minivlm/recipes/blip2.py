@@ -194,10 +194,10 @@ class BLIP2Recipe(Recipe):
     def compose(self) -> tuple[BLIP2, Processor]:
         """Vision tower, Q-Former and language model put together, with a new projection between the last two."""
         if self.from_scratch:
-            source, seen = load_vision_model(self.vision_from)
+            source, images = load_vision_model(self.vision_from)
             parts = querying(source, self.model.qformer, self.model.vision_layers)
         else:
-            source, seen = load(self.starts_from)
+            source, images = load(self.starts_from)
             if not isinstance(source, BLIP2Stage1):
                 raise UserError(
                     f"--starts_from {self.starts_from} holds a {type(source).__name__}, but stage 1 of a BLIP-2 is "
@@ -206,8 +206,8 @@ class BLIP2Recipe(Recipe):
             c = source.config
             parts = {field.name: getattr(c, field.name) for field in fields(VisionFeaturesConfig)}
             parts["qformer"] = replace(c.qformer, vocab_size=None)
-        language, read = self.load_language_model()
-        config = BLIP2Config(**parts, language=language.config, image_token=read.image_token_id)
+        language, text = self.load_language_model()
+        config = BLIP2Config(**parts, language=language.config, image_token=text.image_token_id)
         model = build(BLIP2, config, seed=self.seed)
         take(model.vision, source.vision)
         take(model.language_model, language)
@@ -216,9 +216,9 @@ class BLIP2Recipe(Recipe):
                 model.standardise.load_state_dict(source.standardise.state_dict())
             wanted = model.qformer.state_dict()  # the text's half stays behind
             model.qformer.load_state_dict({name: source.qformer.state_dict()[name] for name in wanted})
-        processor = join_processors(seen, read, image_tokens=config.image_tokens, context=language.config.context)
+        processor = join_processors(images, text, image_tokens=config.image_tokens, context=language.config.context)
         if self.lm == "t5" and processor.config.chat == "plain":
-            processor = Processor(read.tokenizer, replace(processor.config, chat="encoder"))
+            processor = Processor(text.tokenizer, replace(processor.config, chat="encoder"))
         return model, processor
 
     def load_language_model(self) -> tuple[LanguageModel | T5, Processor]:
@@ -239,7 +239,7 @@ class BLIP2Recipe(Recipe):
 BLIP2_RECIPES = {
     # Not better: 2,000 steps (94.7 %), features of the layer before (after 400 steps 76 %, not 82) or of both (77).
     "blip2-stage1": BLIP2Stage1Recipe(
-        summary="BLIP-2, stage 1: a Q-Former learns to read a frozen vision tower, by contrast, matching and generation",
+        summary="BLIP-2, stage 1: a Q-Former on a frozen vision tower, by contrast, matching and generation",
         measured="20 min on one busy core: matching 95 %, Recall@1 100 % (3 seeds, before labels were smoothed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=1600,
@@ -248,7 +248,7 @@ BLIP2_RECIPES = {
         save_every=400,
     ),
     "blip2": BLIP2Recipe(
-        summary="BLIP-2: a Q-Former and a projection learn to be read by a frozen language model",
+        summary="BLIP-2: a Q-Former and a projection give a frozen language model its image tokens",
         measured="13 min on one busy core: 89 % of balanced questions (3 seeds); --lm t5: 77 % (1 seed)",
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup=100),
         steps=2500,

@@ -56,7 +56,7 @@ class CaptionerRecipe(Recipe):
 
 CAPTIONER_RECIPES = {
     "captioner": CaptionerRecipe(
-        summary="pictures in, captions out: a ViT and a decoder trained together",
+        summary="images in, captions out: a ViT and a decoder trained together",
         measured="14 min on one core: 99 % of held-out scenes named exactly, 91 % of those with never-seen pairs (1 seed)",
         model=ImageCaptioningConfig(
             vision=VisionConfig(image_size=48, patch_size=8, width=128, depth=4, heads=4, stem="convolutions"),

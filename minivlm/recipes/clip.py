@@ -1,4 +1,4 @@
-"""The compare pattern: images and captions in, a CLIP out, judged on images it has not seen."""
+"""The compare pattern: images and captions in, a CLIP out, evaluated on held-out images."""
 
 from __future__ import annotations
 

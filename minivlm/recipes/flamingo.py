@@ -76,10 +76,10 @@ class FlamingoRecipe(Recipe):
     judged_by = ("documents", "classes", "questions", "captions")
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
-    starts_from: str | None = None  # a Flamingo that goes on learning, in place of both and of what is new
+    starts_from: str | None = None  # a Flamingo that continues to learn, in place of both and of what is new
     model: GatedLayers = GatedLayers()
     data: LessonData = LessonData()
-    freeze_vision: bool = True  # False: the tower learns as well, to see what it has never seen
+    freeze_vision: bool = True  # False: the tower learns as well, for images unlike those that it was trained on
     store_frozen: bool = True  # False: the model that is left names its frozen parts, and holds only what is new
     chat: str | None = None  # how turns are written, by name; None: as the language model has it
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
@@ -125,21 +125,21 @@ class FlamingoRecipe(Recipe):
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Vision tower and language model put together, with a new resampler and new gated layers between them."""
-        clip, seen = load_vision_model(self.vision_from)
-        language, read = load_language_model(self.language_from, chat=self.chat, system=self.system)
+        clip, images = load_vision_model(self.vision_from)
+        language, text = load_language_model(self.language_from, chat=self.chat, system=self.system)
         c, vision = self.model, clip.config.vision
         config = FlamingoConfig(
             **reading(vision, c.vision_layers),
             language=language.config,
             resampler=resampling(c.resampler, vision, c.vision_layers),
-            image_token=read.image_token_id,
+            image_token=text.image_token_id,
             gated=c.gated,
             every=c.every,
         )
         model = build(Flamingo, config, seed=self.seed)
         take(model.vision, clip.vision)
         take(model.language_model, language)
-        return model, join_processors(seen, read, image_tokens=config.image_tokens, context=language.config.context)
+        return model, join_processors(images, text, image_tokens=config.image_tokens, context=language.config.context)
 
 
 def gates_text(model: Flamingo) -> str:
@@ -237,7 +237,7 @@ class AnswersAndNewWords:
 
 FLAMINGO_RECIPES = {
     "flamingo": FlamingoRecipe(
-        summary="Flamingo: a frozen language model reads pictures through gated layers, and learns words from its prompt",
+        summary="Flamingo: a frozen language model attends to images through gated layers, and learns words from its prompt",
         measured="31 to 36 min on one busy core: words from an example 100 %, 79 to 90 % of questions (4 runs, with GELU)",
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=100),
         steps=2400,

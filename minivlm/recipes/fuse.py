@@ -126,8 +126,8 @@ def completed(config: EncoderConfig, vision, answers: tuple[str, ...], processor
     text = replace(config.text, vocab_size=processor.vocab_size)
     try:
         width = vision.features_at(config.vision_layer)[1]
-        seen = dict(region_width=width) if isinstance(config, JointEncoderConfig) else {}
-        return replace(config, vision=vision, text=text, answers=answers, **seen)
+        regions = dict(region_width=width) if isinstance(config, JointEncoderConfig) else {}
+        return replace(config, vision=vision, text=text, answers=answers, **regions)
     except ValueError as error:
         raise UserError(f"the model cannot be built: {error}.") from None
 
@@ -208,20 +208,20 @@ SMALL = dict(
 
 FUSE_RECIPES = {
     "visualbert": FuseRecipe(
-        summary="VisualBERT: regions are words of another type, in one BERT with the question",
+        summary="VisualBERT: regions are tokens of another type, in one BERT with the question",
         model=VisualBERTConfig(**COMMON, region_positions=True, heads=("words", "matching")),
         measured="9 min on one busy core: 93 % of balanced questions, 85 % about never-seen pairs (3 seeds)",
         **SMALL,
     ),
     "uniter": FuseRecipe(
-        summary="UNITER: words and regions in one encoder, which also learns to align them",
+        summary="UNITER: text and regions in one encoder, which also learns to align them",
         model=UNITERConfig(**COMMON, heads=("words", "regions", "matching")),
         data=FuseData(hide="either"),
         measured="10 min on one busy core: 93 % of balanced questions, 85 % about never-seen pairs (3 seeds, by a softmax)",
         **SMALL,
     ),
     "vilbert": FuseRecipe(
-        summary="ViLBERT: a stream for words and one for regions, connected by co-attention",
+        summary="ViLBERT: a stream for text and one for regions, connected by co-attention",
         model=ViLBERTConfig(
             **COMMON,
             heads=("words", "regions", "matching"),

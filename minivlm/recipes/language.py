@@ -129,12 +129,12 @@ LANGUAGE_RECIPES = {
         save_every=750,
     ),
     "t5": T5Recipe(
-        summary="a small T5 on the texts of the shapes world: an encoder reads how they begin, a decoder says the rest",
+        summary="a small T5 on the texts of the shapes world: an encoder takes their beginnings, a decoder continues them",
         measured="23 min on one busy core: 88 % of told scenes' questions (chance 29), new words 97 % (1 seed, earlier texts)",
         model=T5Config(
             width=128,
             depth=4,
-            decoder_depth=2,  # what is said is short
+            decoder_depth=2,  # what it generates is short
             heads=8,
             vocab_size=512,
             context=192,

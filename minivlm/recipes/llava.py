@@ -69,13 +69,13 @@ class LLaVAStage1Recipe(Recipe):
 
     def compose(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
-        clip, seen = load_vision_model(self.vision_from)
-        language, read = load_language_model(self.language_from, chat=self.chat, system=self.system)
+        clip, images = load_vision_model(self.vision_from)
+        language, text = load_language_model(self.language_from, chat=self.chat, system=self.system)
         c, vision = self.model, clip.config.vision
         config = LLaVAConfig(
             vision=vision,
             language=language.config,
-            image_token=read.image_token_id,
+            image_token=text.image_token_id,
             projector=c.projector,
             resampler=resampling(c.resampler, vision, c.vision_layers) if c.projector == "resampler" else None,
             vision_layers=c.vision_layers,
@@ -85,7 +85,7 @@ class LLaVAStage1Recipe(Recipe):
         take(model.vision, clip.vision)
         take(model.language_model, language)
         shown = dict(image_tokens=config.image_tokens, tiles=c.tiles)
-        return model, join_processors(seen, read, context=language.config.context, **shown)
+        return model, join_processors(images, text, context=language.config.context, **shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ LLAVA_RECIPES = {
         save_every=300,
     ),
     "llava": LLaVARecipe(
-        summary="LLaVA: a frozen vision tower, a projector and a language model that converse about pictures",
+        summary="LLaVA: a frozen vision tower, a projector and a language model that converse about images",
         measured="12 to 19 min on one busy core: 94 % of balanced questions, 78 % about never-seen pairs (3 seeds)",
         optimiser=OptimiserConfig(learning_rate=2e-3, warmup=100),
         steps=2000,

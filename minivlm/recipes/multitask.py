@@ -95,7 +95,7 @@ class Tasks:
 
 MULTITASK_RECIPES = {
     "multitask": MultitaskRecipe(
-        summary="captions, answers and search by one encoder of words and regions",
+        summary="captions, answers and search by one encoder of text and regions",
         model=MultitaskConfig(
             encoder=VisualBERTConfig(
                 **COMMON | {"text": replace(TEXT, context=96)}, region_positions=True, answer_at="first"

@@ -40,7 +40,7 @@ class Options:
         return f"out/{name}" if self.out is None else self.out
 
     def resume_command(self, name: str) -> str:
-        """The command line that goes on with an interrupted run; the recipe, with its data, is in the checkpoint."""
+        """The command line that resumes an interrupted run; the recipe, with its data, is in the checkpoint."""
         flags = [] if self.out is None else ["--out", self.out]
         for key in ("device", "precision"):
             flags += [f"--{key}", value] if (value := getattr(self, key)) != "auto" else []

@@ -108,7 +108,7 @@ def reads(recipe: Recipe, options: Options) -> dict[str, str]:
 
 
 def go_on(plan: list[tuple[str, Recipe, Options]], stopped: Options, argv: list[str]) -> str:
-    """The command that goes on where a part of the plan was stopped; a chain finds by itself what it had begun."""
+    """The command that resumes where a part of the plan was stopped; a chain finds by itself what it had begun."""
     name, _, options = plan[-1]
     return options.resume_command(name) if stopped is options else shlex.join([*launcher(), *argv])
 

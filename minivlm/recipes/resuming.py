@@ -69,7 +69,7 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
 
 
 def report(run: Run, recipe: Recipe) -> list[str]:
-    """What the user should know about a run that goes on, a line each. UserError for other data."""
+    """What the user should know about a run that is resumed, a line each. UserError for other data."""
     latest = run.latest()
     passed_over = [f"{path} is passed over: {problem}" for path, problem in run.examined() if problem]
     return [*passed_over, *compare(read_record(latest), recipe, run.about)]

@@ -29,7 +29,11 @@ from minivlm.tasks.features import inference
 from minivlm.tasks.generate import prompt_tokens
 
 VALIDATED = 200  # texts that a checkpoint is judged by
-PICTURED, SAID, SHOWN = 12, 24, 240  # beginnings in a figure, tokens that each goes on for, characters that are shown
+PICTURED, SAID, SHOWN = (
+    12,
+    24,
+    240,
+)  # beginnings in a figure, tokens that each is continued by, characters that are shown
 DOCUMENTS = 8  # in a figure
 
 
@@ -50,7 +54,7 @@ class Perplexity:
         return evaluate.language(self.model, self.processor, self.directory)
 
     def figure(self, path: Path) -> None:
-        """How the model goes on with beginnings of held-out texts that its context has room for: of conversations, what it
+        """How the model continues beginnings of held-out texts that its context has room for: of conversations, what it
         answers; and what the texts say."""
         rows = []
         for number, text in enumerate(self.held_out):
@@ -64,8 +68,8 @@ class Perplexity:
             generated = self.processor.decode(self.model.generate(tokens, max_new_tokens=SAID))[0].strip()
             shown = begun if len(begun) <= SHOWN else "… " + begun[-SHOWN:].partition(" ")[2]
             truth = "as the text" if generated and rest.startswith(generated) else f"the text: {rest}"
-            rows.append(Row(shown, [], detail=f"goes on: {generated} ({truth})"))
-        sheet(rows, title="Held-out beginnings, and how the model goes on").save(path)
+            rows.append(Row(shown, [], detail=f"continues: {generated} ({truth})"))
+        sheet(rows, title="Held-out beginnings, and how the model continues them").save(path)
 
     def next_commands(self, out: Path) -> list[str]:
         texts = [words(text) for text in self.held_out]
@@ -108,7 +112,7 @@ class DocumentPerplexity:
         return {"perplexity": self.perplexity(self.open("test"))}
 
     def figure(self, path: Path) -> None:
-        """Held-out documents up to the last image, and how the model goes on."""
+        """Held-out documents up to the last image, and how the model continues them."""
         documents, context, rows = self.open("test"), self.processor.context, []
         for index in range(min(DOCUMENTS, len(documents))):
             text, pictures = documents.text(index), documents.images([index])[0]
@@ -120,8 +124,8 @@ class DocumentPerplexity:
             images = self.processor.images(pictures).to(self.model.device)[None]
             generated = self.processor.decode(self.model.generate(images, prompt, max_new_tokens=max(1, room)))[0]
             true = self.processor.decode([[t for t in sample.labels[last:] if t != IGNORED]])[0]
-            rows.append(Row(true, pictures, detail="goes on: " + generated))
-        title = "Held-out documents: what stands behind the last picture, and how the model goes on"
+            rows.append(Row(true, pictures, detail="continues: " + generated))
+        title = "Held-out documents: what follows the last image, and how the model continues"
         sheet(rows, title=title).save(path)
 
     def next_commands(self, out: Path) -> list[str]:
