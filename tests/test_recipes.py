@@ -160,9 +160,13 @@ def test_arguments_split_into_words_and_options():
         (["blip2-stage1", "--qformer.depth", "2"], "--qformer.depth is called --model.qformer.depth now."),
         (["blip", "--directory", "photos"], "--directory is called --data.directory now."),
         (["flamingo", "--lessons", "0"], "--lessons is called --data.lessons now."),
+        (
+            ["lm", "--data.pack", "true"],
+            "--data.pack no longer exists: it packed several texts into a row. Leave it out.",
+        ),
     ],
 )
-def test_an_option_that_has_moved_is_answered_by_its_new_address(argv, message):
+def test_an_option_that_has_moved_or_is_gone_is_answered_by_a_sentence_of_its_own(argv, message):
     with pytest.raises(UserError) as refused:
         plan.command_line(argv)
     assert str(refused.value) == message

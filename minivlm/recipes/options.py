@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from minivlm import config
 from minivlm.errors import UserError, as_started, nearest
 from minivlm.files import parse_json
-from minivlm.recipes.older_options import current_option
+from minivlm.recipes.older_options import GONE, current_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,8 @@ def override(value: Any, names: dict[str, str | bool]) -> Any:
         if name not in known:
             if (now := current_option(name)) in known:
                 raise UserError(f"--{name} is called --{now} now.")
+            if name in GONE:
+                raise UserError(f"--{name} no longer exists: it {GONE[name][1]}. Leave it out.")
             raise UserError(f"unknown option --{name}.{nearest(name, [*known, *dotted_names(Options())])}")
     return set_fields(value, {tuple(name.split(".")): text for name, text in names.items()})
 
