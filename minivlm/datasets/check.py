@@ -157,11 +157,7 @@ def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
     """The context for a question with its answer (None: answers are chosen) and a processor: the model's, or as
     `train.py llava` would make them. What is assumed is printed."""
     if args.model:
-        import minivlm
-
-        model, processor = minivlm.load(args.model)
-        if processor is None:
-            raise UserError(f"{args.model} has no tokeniser and image sizes to check against: leave out --model.")
+        model, processor = load_model(args.model)
         where, how = args.model, ""
     else:
         from minivlm.processor import Processor
@@ -174,6 +170,16 @@ def choose_reader(args: argparse.Namespace, texts: list[str]) -> tuple:
     print(f"judged for {where}: a context of {processor.context} tokens, {tokens} of them for each image{how}")
     chosen = isinstance(getattr(getattr(model, "config", None), "answers", None), tuple)
     return None if chosen else processor.context, processor
+
+
+def load_model(directory: str) -> tuple:
+    """A model and its processor; UserError where it has none."""
+    import minivlm
+
+    model, processor = minivlm.load(directory)
+    if processor is None:
+        raise UserError(f"{directory} has no tokeniser and image sizes to check against: leave out --model.")
+    return model, processor
 
 
 Reader = Callable[[Item, int | None], np.ndarray]  # (item, shorter side or None for the original) → (H, W, 3) uint8
@@ -220,12 +226,7 @@ def without_broken(items: list[Item], directory: Path, problems: list[str]) -> l
 def choose_processor(args: argparse.Namespace, items: list[Item]):
     """The model's processor, or one whose byte-level BPE is trained on the folder's own captions."""
     if args.model:
-        import minivlm
-
-        _, processor = minivlm.load(args.model)
-        if processor is None:
-            raise UserError(f"{args.model} has no tokeniser and image sizes to check against: leave out --model.")
-        return processor
+        return load_model(args.model)[1]
     from minivlm.processor import Processor
 
     texts = dict.fromkeys(caption for item in items for caption in item.captions)
