@@ -62,18 +62,38 @@ class FolderEntries:
     def key(self, index: int) -> str:
         return self.entries[index].key
 
+    def check_images(self) -> None:
+        """UserError where an image cannot be decoded."""
+        check_images(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
-class FolderConversations(FolderEntries, Conversations):
+
+class FolderConversations(Conversations):
     """A split of a folder; see the module for what is recognised, `Conversations` for the interface.
 
     Questions about one image are one sample, of which a conversation asks up to four.
     """
 
-    entries: list[Captioned | Quiz | Conversation]
-
     def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
-        super().__init__(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
+        self.folder = FolderEntries(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
+        self.split, self.notes, self.skipped = split, self.folder.notes, self.folder.skipped
+        self.one_image_each = self.folder.one_image_each
         self.free_answers = any(isinstance(entry, Conversation) for entry in self.entries)
+
+    @property
+    def entries(self) -> Sequence[Captioned | Quiz | Conversation]:
+        return self.folder.entries
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
+        return self.folder.images(indices)
+
+    def key(self, index: int) -> str:
+        return self.folder.key(index)
+
+    def check_images(self) -> None:
+        self.folder.check_images()
 
     def leave_out(self, problem: Problem, *, captions: bool = False) -> None:
         """captions: where a sample has captions, they alone are learned from."""
@@ -84,19 +104,16 @@ class FolderConversations(FolderEntries, Conversations):
             known, why = fitting(entry.captions, caption_turns, problem)
             return (replace(entry, captions=known) if known else None), why
 
-        self.entries = leave_out(self.entries, judge, self.notes)
+        self.folder.entries = leave_out(self.entries, judge, self.notes)
 
     def keep_captioned(self) -> None:
         kept = [entry for entry in self.entries if entry.captions]
         if others := len(self.entries) - len(kept):
             self.notes = [*self.notes, f"{others} of {len(self.entries)} training samples have no caption: left out."]
-        self.entries = kept
+        self.folder.entries = kept
 
     def image_count(self, index: int) -> int:
         return len(self.entries[index].images)
-
-    def check_images(self) -> None:
-        check_images(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def conversation(self, index: int, rng: np.random.Generator) -> list[Turn]:
         return self.entries[index].conversation(rng)

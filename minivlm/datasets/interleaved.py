@@ -21,7 +21,7 @@ from minivlm.conversation import IGNORED, PLACEHOLDER, Sample
 from minivlm.datasets.folder_conversations import FolderEntries
 from minivlm.datasets.folder_entries import Entry
 from minivlm.datasets.folder_files import find_image, read_lines
-from minivlm.datasets.judge import check_images, leave_out
+from minivlm.datasets.judge import leave_out
 from minivlm.errors import UserError
 from minivlm.processor import Processor
 
@@ -60,9 +60,6 @@ class Interleaved(FolderEntries):
             return (None if why else entry), why
 
         self.entries = leave_out(self.entries, judge, self.notes)
-
-    def check_images(self) -> None:
-        check_images(self.directory, [image for entry in self.entries for image in entry.images], self.split)
 
     def text(self, index: int, rng: np.random.Generator | None = None) -> str:
         """The document with a placeholder for each image.
