@@ -110,10 +110,10 @@ class QFormerBlock(nn.Module):
         attended = a.attend(a.queries(source), k, v, mask=mask)
         return self.attention_norm(x + self.dropout(attended)), (k, v)
 
-    def update_queries(self, queries: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    def update_queries(self, queries: Tensor, features: Tensor) -> Tensor:
         """Cross-attention of queries (B, Q, D) to image features (B, N, C), where the block has it, and the queries' MLP."""
         if self.cross_attention is not None:
-            attended = self.cross_attention(queries, features, mask=mask)
+            attended = self.cross_attention(queries, features)
             queries = self.cross_attention_norm(queries + self.dropout(attended))
         return self.query_mlp_norm(queries + self.dropout(self.query_mlp(queries)))
 
@@ -125,7 +125,7 @@ class QFormerBlock(nn.Module):
 class QFormer(nn.Module):
     """features (B, N, C), tokens (B, T), mask (B, T) with True = a real token → `QFormerOutput`; one of the two may be None.
 
-    features_mask (B, N): True = may be attended to. attention: which of the masks, `attention_mask`.
+    attention: which of the masks, `attention_mask`.
     """
 
     def __init__(self, config: QFormerConfig, *, seed: int = 0):
@@ -150,10 +150,9 @@ class QFormer(nn.Module):
         mask: Tensor | None = None,
         *,
         attention: SelfAttention = "bidirectional",
-        features_mask: Tensor | None = None,
     ) -> QFormerOutput:
         if tokens is None:
-            return self.query(features, features_mask)
+            return self.query(features)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         x = self.embed_text(tokens, mask)
         Q = 0
@@ -164,16 +163,16 @@ class QFormer(nn.Module):
         for block in self.blocks:
             x, _ = block.attend(x, pairs)
             text = block.update_text(x[:, Q:])
-            x = text if Q == 0 else torch.cat([block.update_queries(x[:, :Q], features, features_mask), text], dim=1)
+            x = text if Q == 0 else torch.cat([block.update_queries(x[:, :Q], features), text], dim=1)
         return QFormerOutput(x[:, :Q] if Q else None, x[:, Q:])
 
-    def query(self, features: Tensor, features_mask: Tensor | None = None) -> QFormerOutput:
+    def query(self, features: Tensor) -> QFormerOutput:
         """The queries without a text. Their keys and values are all that a text needs to continue from: `continue_text`."""
         features = add_positions(features, self.image_position_embedding)
         x, keys_values = self.embed_queries(len(features)), []
         for block in self.blocks:
             x, pair = block.attend(x, None)
-            x = block.update_queries(x, features, features_mask)
+            x = block.update_queries(x, features)
             keys_values.append(pair)
         return QFormerOutput(x, None, keys_values)
 

@@ -82,12 +82,6 @@ def test_padding_changes_nothing(model, see):
     assert_padding_invariant(f, TOKENS, MASK)
 
 
-def test_features_that_are_masked_are_not_seen(model):
-    seen, mask = features(), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    queries = model(seen, features_mask=mask).queries
-    assert_same(queries[1:], model(seen[1:, :4]).queries)
-
-
 class TestAfterQueries:
     def test_telling_is_the_whole_under_the_causal_mask(self, model):
         seen = features()
