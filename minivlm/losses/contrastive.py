@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlm.losses.parts import first_row, gather, is_distributed
 
+MAX_SCALE = 100.0  # the softmax's 1 / temperature is clamped to it in training, as CLIP's was; SigLIP's has no limit
+
 
 class CLIPLoss(nn.Module):
     """The contrastive loss of a batch of image and text vectors; the temperature is a parameter.
@@ -28,7 +30,6 @@ class CLIPLoss(nn.Module):
     image_features, text_features (B, D) → a scalar; row i of one belongs to row i of the other. Rows are scaled to unit
     length (`unit_length`).
     kind: "softmax" (each image picks its text among B, and the reverse) or "sigmoid" (each of B² pairs: true or not).
-    max_scale: the softmax's scale (1 / temperature) is clamped to it in training, as CLIP's was; SigLIP's has no limit.
     chunk: rows handled at a time. None holds the B×B matrix; a number never does, for the same value and gradients.
     smoothing: of the softmax's labels (Szegedy et al. 2016, §7; ALIGN: Jia et al. 2021, §5): this share of each is spread
     over all B.
@@ -40,7 +41,6 @@ class CLIPLoss(nn.Module):
         *,
         temperature: float = 0.07,
         bias: float = -10.0,
-        max_scale: float = 100.0,
         chunk: int | None = None,
         smoothing: float = 0.0,
     ):
@@ -51,7 +51,7 @@ class CLIPLoss(nn.Module):
             raise ValueError(f"chunk is {chunk}, but must be at least 1 row, or None for all")
         if not 0 <= smoothing < 1 or (smoothing and kind == "sigmoid"):
             raise ValueError(f"smoothing is {smoothing}, but must be at least 0 and below 1, and 0 for the sigmoid")
-        self.kind, self.max_scale, self.chunk, self.smoothing = kind, max_scale, chunk, smoothing
+        self.kind, self.chunk, self.smoothing = kind, chunk, smoothing
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(bias)) if kind == "sigmoid" else None
 
@@ -61,7 +61,7 @@ class CLIPLoss(nn.Module):
             raise ValueError(f"image and text features must have one shape (B, D), not {shapes}")
         if self.training and self.kind == "softmax":
             with torch.no_grad():
-                self.logit_scale.clamp_(max=math.log(self.max_scale))
+                self.logit_scale.clamp_(max=math.log(MAX_SCALE))
         images, texts = unit_length(image_features), unit_length(text_features)
         with full_precision(images.device):
             if self.kind == "sigmoid":
