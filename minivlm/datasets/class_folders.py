@@ -5,7 +5,7 @@
     DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench"
 
 Images also lie in folders that are no classes: a year of photographs, a shard of a download. To learn "an image of
-a 2023" helps nobody, so those are refused unless class_names.txt says what they show.
+a 2023" helps nobody, so those are refused unless class_names.txt names their classes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def list_folder(directory: Path) -> Listing:
             continue
         for entry in entries:
             name = f"{parent}/{entry.name}" if parent else entry.name
-            # A link may be circular or lead to what may not be seen: os.path says no, where DirEntry raises.
+            # A link may be circular or lead to what may not be read: os.path gives False, where DirEntry raises.
             link = entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
             if entry.name.startswith(".") or (is_folder and entry.name.startswith("__")):

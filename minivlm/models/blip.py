@@ -114,7 +114,7 @@ class BLIP(Model):
     """images (B, 3, H, W), tokens (B, T) with the tokeniser's start and end, mask (B, T), labels (B, T) → `BLIPOutput`.
 
     labels are the tokens, −100 = not counted; with roles="answer", tokens are questions and labels (B, T') answers that
-    begin with the decode token. Wherever it takes images it takes `ImageFeatures` as well.
+    start with the decode token. Wherever it takes images it takes `ImageFeatures` as well.
     """
 
     config_class = BLIPConfig
@@ -285,7 +285,7 @@ class BLIP(Model):
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> BLIPDecoding:
         """Process images and texts (B, T), captions to be continued or questions to be answered, with room for so many tokens.
 
-        Where one model does both, a caption begins with the decode token.
+        Where one model does both, a caption starts with the decode token.
         """
         if self.decoder is None:
             raise ValueError("this BLIP has no decoder, so it can compare and match, but not generate text")

@@ -64,7 +64,7 @@ class BLIP2Stage1Output:
 
 
 class BLIP2Stage1(Model):
-    """images (B, 3, H, W), tokens (B, T) that begin with the start token, mask (B, T) → `BLIP2Stage1Output`.
+    """images (B, 3, H, W), tokens (B, T) that start with the start token, mask (B, T) → `BLIP2Stage1Output`.
 
     Wherever it takes images it takes `ImageFeatures` as well.
     """
@@ -184,7 +184,7 @@ class BLIP2Stage1(Model):
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> Stage1Decoding:
-        """Process images and the beginnings (B, T) of their captions, with room for so many more tokens a row."""
+        """Process images and the prompts (B, T) of their captions, with room for so many more tokens a row."""
         if self.text_head is None:
             raise ValueError("this stage 1 has no text_head, so it can compare and match, but not generate text")
         tokens, mask = padding_first(tokens, mask)

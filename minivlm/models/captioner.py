@@ -49,7 +49,7 @@ class ImageCaptioningConfig:
 
 
 class ImageCaptioningModel(Model):
-    """images (B, 3, H, W), tokens (B, T) that begin with the start token → `LMOutput` of the T tokens.
+    """images (B, 3, H, W), tokens (B, T) that start with the start token → `LMOutput` of the T tokens.
 
     mask (B, T): True = a real token. labels (B, T): the tokens, −100 = not counted; where: see `next_token_loss`.
     Without tokens it generates: images → the ids of their captions (B, ≤ 64).
@@ -124,7 +124,7 @@ class ImageCaptioningModel(Model):
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> LMDecoding:
-        """Process images and the beginnings (B, T) of their captions; see `LanguageModel.prefill`."""
+        """Process images and the prompts (B, T) of their captions; see `LanguageModel.prefill`."""
         x, mask = self.embed(images, tokens, mask)
         return self.language_model.prefill(mask=mask, embeddings=x, room=room)
 

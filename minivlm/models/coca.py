@@ -171,7 +171,7 @@ class CoCa(Model):
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> CoCaDecoding:
-        """Process images and the beginnings (B, T) of their captions, and be ready for `room` more tokens a row."""
+        """Process images and the prompts (B, T) of their captions, and be ready for `room` more tokens a row."""
         if (T := tokens.shape[1]) + room > (context := self.config.text.context):
             raise ValueError(f"a caption of {T} tokens and {room} new ones do not fit the context of {context}")
         if mask is not None and not mask.all():

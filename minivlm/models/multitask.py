@@ -100,7 +100,7 @@ def small_config() -> MultitaskConfig:
 
 
 class MultitaskVLM(Model):
-    """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as the table above says.
+    """images (B, 3, H, W), tokens (B, T), mask (B, T), task → logits, as in the table above.
 
     `ImageFeatures` may be given in place of images. vision: a module of your own, see own_modules.py. Without a config it is
     a small one, see `small_config`.
@@ -214,7 +214,7 @@ class MultitaskVLM(Model):
     ) -> dict[str, Tensor]:
         """The training losses by name. tokens, mask (B, T): a caption; question (B, L) and answers (B, A): how right each is.
 
-        Balanced: each loss is divided by that of a model that knows nothing, so that all begin at about 1; the caption's then
+        Balanced: each loss is divided by that of a model that knows nothing, so that all start at about 1; the caption's then
         counts `caption_weight` times. micro_batch: samples whose activations are held at a time, see `in_parts`.
         """
         split = partial(in_parts, size=micro_batch)
@@ -268,7 +268,7 @@ class MultitaskVLM(Model):
 
     @torch.no_grad()
     def prefill(self, images: Images, tokens: Tensor, mask: Tensor | None = None, *, room: int) -> CaptionDecoding:
-        """Compute images and prompts (B, T), how their captions begin, with room for `room` more tokens a row."""
+        """Compute images and prompts (B, T), the prefixes of captions, with room for `room` more tokens a row."""
         tokens, mask = padding_first(tokens, mask)
         check_context(tokens.shape[1], room, self.config.encoder.text.context)
         return CaptionDecoding(self, self.regions(images), tokens, mask, room=room)

@@ -51,6 +51,6 @@ def cut_by_placeholders(parts: Iterator[Batch], batch: Batch, size: int, placeho
     for first, part in zip(range(0, len(tokens), size), parts, strict=True):
         if listed:
             rows = ends[first], ends[min(first + size, len(tokens))]
-            begin, end = (len(images) * row // max(1, ends[-1]) for row in rows)
-            part["images"] = images[begin:end]
+            start, end = (len(images) * row // max(1, ends[-1]) for row in rows)
+            part["images"] = images[start:end]
         yield {name: tensor for name, tensor in part.items() if len(tensor)}

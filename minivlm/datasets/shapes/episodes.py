@@ -22,7 +22,7 @@ import numpy as np
 
 from minivlm.conversation import DESCRIBE, Turn
 from minivlm.datasets.shapes.facts import SEEN_PAIRS
-from minivlm.datasets.shapes.questions import TOLD_SLOTS, TOLD_TURNS, ask
+from minivlm.datasets.shapes.questions import DESCRIBED_SLOTS, DESCRIBED_TURNS, ask
 from minivlm.datasets.shapes.scenes import COLOURS, SHAPES, Scene, draw_scenes
 from minivlm.datasets.shapes.text import canonical, describe
 
@@ -112,7 +112,7 @@ def document(seed: int, stream: str, index: int) -> str | list[Turn]:
 
 def conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """Questions about a scene and their answers; sometimes it is to be described first."""
-    questions = ask(scene, rng, slots=TOLD_SLOTS, turns=TOLD_TURNS)
+    questions = ask(scene, rng, slots=DESCRIBED_SLOTS, turns=DESCRIBED_TURNS)
     asked = [(question.text, question.answer) for question in questions]
     if rng.random() < 0.2:
         asked = [(DESCRIBE, canonical(scene)), *asked]

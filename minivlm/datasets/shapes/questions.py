@@ -154,8 +154,8 @@ OTHER_SLOTS = (
 TURNS = 6  # questions about one image, at most
 # A scene that is described in words gets more questions, and most of them compare two objects: that is learned last, since
 # both have to be found before a "yes" means anything. Two of the slots may ask the same.
-TOLD_SLOTS = (*OTHER_SLOTS[:-3], {"size": 1.0}, {"side": 1.0}, {"more": 1.0}, {"size": 0.5, "side": 0.5})
-TOLD_TURNS = 8
+DESCRIBED_SLOTS = (*OTHER_SLOTS[:-3], {"size": 1.0}, {"side": 1.0}, {"more": 1.0}, {"size": 0.5, "side": 0.5})
+DESCRIBED_TURNS = 8
 
 
 def ask(

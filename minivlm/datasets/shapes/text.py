@@ -28,7 +28,7 @@ WHERE = {
 }
 PLACE_FIRST = None  # "in the centre there is a blue star"
 OPENINGS = ("", "", "", "there is ", "a picture of ", "a photo of ", PLACE_FIRST)
-TELLS = (
+NAMED = (
     4 * [(True, True)] + 2 * [(False, True)] + [(True, False)] + 3 * [(False, False)]
 )  # size, place: of every object or of none
 ORDERS = [list(itertools.permutations(range(n))) for n in range(MOST + 1)]
@@ -44,12 +44,12 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
     Of `rng` only the raw stream of its bit generator is used, which NumPy keeps the same from version to version.
     """
-    tells, order, opening, wordings = rng.bit_generator.random_raw(4).tolist()
-    tell_size, tell_place = TELLS[tells % len(TELLS)]
+    named, order, opening, wordings = rng.bit_generator.random_raw(4).tolist()
+    name_size, name_place = NAMED[named % len(NAMED)]
     orders = ORDERS[len(scene.objects)]
     things = [scene.objects[i] for i in orders[order % len(orders)]]
-    nouns = [noun(thing, tell_size) for thing in things]
-    places = [where(thing.place, wordings >> i & 1) if tell_place else "" for i, thing in enumerate(things)]
+    nouns = [noun(thing, name_size) for thing in things]
+    places = [where(thing.place, wordings >> i & 1) if name_place else "" for i, thing in enumerate(things)]
     opening = OPENINGS[opening % len(OPENINGS)]
     if opening is PLACE_FIRST and places[0]:
         nouns[0] = "there is " + nouns[0]
@@ -57,10 +57,10 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     return (opening or "") + listing([name + place for name, place in zip(nouns, places, strict=True)])
 
 
-def noun(thing: SceneObject, tell_size: bool = True) -> str:
+def noun(thing: SceneObject, name_size: bool = True) -> str:
     """ "a small red circle", "an orange star" """
     name = f"{thing.colour} {thing.shape}"
-    if tell_size and thing.size is not None:
+    if name_size and thing.size is not None:
         name = f"{thing.size} {name}"
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 

@@ -10,10 +10,10 @@ import pytest
 from minivlm.datasets.shapes import split_scenes
 from minivlm.datasets.shapes.facts import PARTNERS, UNSEEN_PAIRS, about_unseen
 from minivlm.datasets.shapes.questions import (
+    DESCRIBED_SLOTS,
+    DESCRIBED_TURNS,
     FORMS,
     KINDS,
-    TOLD_SLOTS,
-    TOLD_TURNS,
     TURNS,
     ask,
     count_shares,
@@ -54,7 +54,7 @@ def asked(train):
 def told(train):
     """What is asked about a scene that is told in words."""
     rng = np.random.default_rng(0)
-    return [ask(scene, rng, slots=TOLD_SLOTS, turns=TOLD_TURNS) for scene in train]
+    return [ask(scene, rng, slots=DESCRIBED_SLOTS, turns=DESCRIBED_TURNS) for scene in train]
 
 
 # ---- truth: a reader of questions that shares no code with their writer ----------------------------------------------
@@ -198,7 +198,7 @@ def test_of_told_scenes_more_is_asked_and_comparing_most_of_all(told):
     shares = {kind: counts[kind] / counts.total() for kind in KINDS}
     assert shares.pop("compare") > 0.3 and all(0.1 < share < 0.2 for share in shares.values())
     lengths = [len(questions) for questions in told]
-    assert min(lengths) >= 1 and max(lengths) == TOLD_TURNS == 8 and np.mean(lengths) > 6.5
+    assert min(lengths) >= 1 and max(lengths) == DESCRIBED_TURNS == 8 and np.mean(lengths) > 6.5
 
 
 @pytest.mark.parametrize("which", ["asked", "told"])
