@@ -158,6 +158,7 @@ def test_arguments_split_into_words_and_options():
         (["blip", "--wrong", "0.4"], "--wrong is called --data.wrong_captions now."),
         (["llava-stage1", "--projector=linear"], "--projector is called --model.projector now."),
         (["blip2-stage1", "--qformer.depth", "2"], "--qformer.depth is called --model.qformer.depth now."),
+        (["blip2-stage1", "--qformer.places", "2"], "--qformer.places is called --model.qformer.positions now."),
         (["blip", "--directory", "photos"], "--directory is called --data.directory now."),
         (["flamingo", "--lessons", "0"], "--lessons is called --data.lessons now."),
         (

@@ -51,6 +51,7 @@ TYPES = {"ContrastRecipe": "CLIPRecipe", "FusionRecipe": "FuseRecipe"}
 def current_option(name: str) -> str | None:
     """ "qformer.depth" → "model.qformer.depth"; None: it never was an option of another name."""
     first, dot, rest = name.partition(".")
+    rest = "positions" if rest == "places" else rest
     return f"{MOVED[first]}{dot}{rest}" if first in MOVED else None
 
 
