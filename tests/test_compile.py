@@ -31,6 +31,7 @@ GRAPHS = {
     "vqa": 4,
     "multitask": 3,
     "captioner": 3,
+    "coca": 4,
 }
 
 

@@ -202,7 +202,7 @@ def test_what_a_tower_or_a_text_encoder_gives_must_have_the_right_axes():
         VQAModel(VQA, vision=Tower(), text=nn.Identity())
     with pytest.raises(UserError, match="the config describes neither this part nor was a module given"):
         VQAModel(VQA)
-    with pytest.raises(ValueError, match="fusion reads words of width 16"):
+    with pytest.raises(ValueError, match="fusion takes text of width 16"):
         VQAModel(VQA, vision=Tower(), text=Text(16))
     with pytest.raises(
         UserError, match="a TextTransformer cannot be the text of a model that takes BERTConfig or OwnText"
@@ -227,7 +227,7 @@ def test_ready_modules_alone_are_short_for_a_config_of_them(tmp_path):
         ImageCaptioningModel(Tower(), nn.Identity(), 300)
     with pytest.raises(UserError, match="vocab_size is 300, but the language model knows 40 tokens"):
         ImageCaptioningModel(Tower(), language, 300)
-    with pytest.raises(ValueError, match="fusion reads words of width 24"):
+    with pytest.raises(ValueError, match="fusion takes text of width 24"):
         VQAModel(Tower(), Text(), fusion_dim=64)
 
 
