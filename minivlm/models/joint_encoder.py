@@ -116,6 +116,12 @@ def check_boxes(boxes: Tensor) -> None:
         )
 
 
+def embed_regions(model: Model, found: Regions, hidden: Tensor | None = None) -> Tensor:
+    """The regions (B, R, E) as they enter the encoder, normalised. hidden (B, R): True = without its features."""
+    features = withhold(found.features, hidden).to(model.dtype)
+    return model.bert.dropout(model.regions(features, found.boxes))
+
+
 def withhold(features: Tensor, hidden: Tensor | None) -> Tensor:
     """features (B, R, C) with zeros in place of the hidden regions (B, R)."""
     return features if hidden is None else features.masked_fill(hidden[..., None], 0.0)
@@ -225,11 +231,15 @@ def losses(
     region_mask: Tensor | None = None,
     **targets: Tensor,
 ) -> dict[str, Tensor]:
-    """The training losses of the `Targets` that are given, by head."""
+    """The training losses of the `Targets` that are given, by head, and those that a model alone has (`further_losses`)."""
     given = Targets(**targets)
     regions = dict(boxes=boxes, region_mask=region_mask, hidden=given.hidden)
     out = model(images, tokens, mask, heads=given.heads, **regions)
-    return losses_of(out, given, model.config.answer_loss)
+    return losses_of(out, given, model.config.answer_loss) | model.further_losses(out, given)
+
+
+def no_further_losses(model: Model, out: JointOutput, targets: Targets) -> dict[str, Tensor]:
+    return {}
 
 
 def losses_of(out: JointOutput, targets: Targets, kind: AnswerLoss) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from minivlm.layers.tower import Images
 from minivlm.losses import AnswerLoss
 from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
-from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Regions, Targets
+from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Targets
 from minivlm.models.own_modules import describe
 
 
@@ -49,7 +49,8 @@ class UNITER(Model):
     takes_images = property(joint.takes_images)
     image_attention = "bert.transformer.*.attention"
     image_features, answer, match = joint.image_features, joint.answer, joint.match
-    counts, chance_losses = joint.counts, joint.chance_losses
+    losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
+    embed_regions = joint.embed_regions
 
     def __init__(self, config: UNITERConfig, *, vision: nn.Module | None = None, seed: int = 0):
         super().__init__(describe(config, vision=vision))
@@ -83,30 +84,12 @@ class UNITER(Model):
         logits = joint.logits_of(self, heads, text=text, regions=regions, pooled=pooled)
         return JointOutput(logits, text, regions, pooled, mask, found)
 
-    def embed_regions(self, found: Regions, hidden: Tensor | None = None) -> Tensor:
-        """(B, R, D), normalised."""
-        features = joint.withhold(found.features, hidden).to(self.dtype)
-        return self.bert.dropout(self.regions(features, found.boxes))
-
-    def losses(
-        self,
-        images: Images,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        boxes: Tensor | None = None,
-        region_mask: Tensor | None = None,
-        **targets: Tensor,
-    ) -> dict[str, Tensor]:
-        """The training losses of the `Targets` that are given, by name; beside the match the alignment."""
-        given = Targets(**targets)
-        regions = dict(boxes=boxes, region_mask=region_mask, hidden=given.hidden)
-        out = self(images, tokens, mask, heads=given.heads, **regions)
-        losses = joint.losses_of(out, given, self.config.answer_loss)
-        if given.matches is not None and self.config.alignment:
-            distance = transport_distance(out.text, out.regions, out.mask, out.found.mask)
-            losses["alignment"] = self.config.alignment * alignment_loss(distance, given.matches)
-        return losses
+    def further_losses(self, out: JointOutput, targets: Targets) -> dict[str, Tensor]:
+        """Beside the match, the alignment of text and regions (§3.2, WRA)."""
+        if targets.matches is None or not self.config.alignment:
+            return {}
+        distance = transport_distance(out.text, out.regions, out.mask, out.found.mask)
+        return {"alignment": self.config.alignment * alignment_loss(distance, targets.matches)}
 
 
 # ---- alignment of words and regions ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from minivlm.layers.transformer import Transformer, TransformerConfig
 from minivlm.losses import AnswerLoss
 from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
-from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Regions
+from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput
 from minivlm.models.own_modules import describe
 
 
@@ -61,6 +61,7 @@ class ViLBERT(Model):
     image_attention = "connections.*.words.attention"
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
+    embed_regions, further_losses = joint.embed_regions, joint.no_further_losses
 
     def __init__(self, config: ViLBERTConfig, *, vision: nn.Module | None = None, seed: int = 0):
         super().__init__(describe(config, vision=vision))
@@ -94,11 +95,6 @@ class ViLBERT(Model):
         pooled = self.pool(text, regions, found.mask)
         logits = joint.logits_of(self, heads, text=text, regions=regions, pooled=pooled)
         return JointOutput(logits, text, regions, pooled, mask, found)
-
-    def embed_regions(self, found: Regions, hidden: Tensor | None = None) -> Tensor:
-        """(B, R, E), normalised."""
-        features = joint.withhold(found.features, hidden).to(self.dtype)
-        return self.bert.dropout(self.regions(features, found.boxes))
 
     def fuse(self, text: Tensor, mask: Tensor, regions: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, T, D), regions (B, R, E) → the same after all blocks of both streams."""

@@ -48,6 +48,7 @@ class VisualBERT(Model):
     image_attention = "bert.transformer.*.attention"
     image_features, answer, match = joint.image_features, joint.answer, joint.match
     losses, counts, chance_losses = joint.losses, joint.counts, joint.chance_losses
+    further_losses = joint.no_further_losses
 
     def __init__(self, config: VisualBERTConfig, *, vision: nn.Module | None = None, seed: int = 0):
         super().__init__(describe(config, vision=vision))
