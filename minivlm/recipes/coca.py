@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minivlm.checkpoint import load
@@ -13,6 +13,7 @@ from minivlm.layers.vit import VisionConfig
 from minivlm.metrics import Score
 from minivlm.models.coca import CoCa, CoCaConfig
 from minivlm.processor import Processor
+from minivlm.recipes.captioner import CaptionData
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, each_against
 from minivlm.recipes.parts import build, speaking
@@ -22,17 +23,11 @@ from minivlm.training import OptimiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoCaData:
-    directory: str = "data/shapes"
-    vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
-
-
-@dataclass(frozen=True, kw_only=True)
 class CoCaRecipe(Recipe):
     what = "a CoCa"
     learns_from = ("captions",)
     model: CoCaConfig  # vocab_size and end_tokens follow from the tokeniser
-    data: CoCaData = CoCaData()
+    data: CaptionData = field(default_factory=CaptionData)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         directory, size = self.data.directory, self.model.vision.image_size
