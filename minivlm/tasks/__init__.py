@@ -8,7 +8,7 @@ import importlib
 _HOME = {
     "TEMPLATE_SETS": "zero_shot",
     "Chat": "chat",
-    "ImageIndex": "image_index",
+    "ImageIndex": "index_files",
     "answer": "generate",
     "answer_all": "generate",
     "attention_maps": "attend",
@@ -20,7 +20,7 @@ _HOME = {
     "complete": "generate",
     "index_path": "image_index",
     "match_all": "match",
-    "open_image_index": "image_index",
+    "open_image_index": "index_files",
     "rank_answers": "choose",
     "rerank": "match",
     "search_images": "search",

@@ -19,7 +19,8 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
-from minivlm.tasks.image_index import ImageIndex, fingerprint, open_image_index
+from minivlm.tasks.image_index import fingerprint
+from minivlm.tasks.index_files import ImageIndex, open_image_index
 
 
 def search_images(
