@@ -6,9 +6,11 @@ import pytest
 from PIL import Image
 
 from minivlm import config
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 from minivlm.recipes import RECIPES, plan
 from minivlm.recipes.finish import no_options
+from minivlm.recipes.folders import next_training
 from minivlm.recipes.older_options import current_option, read_recipe
 from minivlm.recipes.options import Options, dotted_names, split_arguments
 
@@ -210,3 +212,21 @@ def test_a_recorded_option_that_is_gone_is_read_where_it_did_nothing_and_refused
     recorded["data"]["pack"] = True
     with pytest.raises(UserError, match=r"packed several texts into a row, .* \(--data\.pack\): train it anew"):
         read_recipe(RECIPES["lm"], recorded, "recipe")
+
+
+def test_how_a_folder_is_read_is_handed_to_all_that_is_trained_on_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    lines = [{"image": f"{i}.png", "caption": "a", "filepath": f"{i}.png", "title": "a"} for i in range(40)]
+    (tmp_path / "photos" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for i in range(40):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"{i}.png")
+    given = ["--data.caption_key", "title", "--data.image_key", "filepath", "--data.cache", "20GB"]
+    _, recipe, options = plan.command_line(["captioner", "--data", "photos", *given])
+    assert recipe.data.source == Source("photos", image_key="filepath", caption_key="title", cache="20GB")
+    _, recipe, options = plan.command_line(["llava", "--data", "photos", *given])
+    trained = plan.chain("llava", recipe, options)
+    assert len(trained) > 2 and all(part.data.source == recipe.data.source for _, part, _ in trained)
+    assert next_training("clip", recipe.data.source)[0].endswith(
+        " ".join(["--data photos", *given[2:4], *given[:2], *given[4:]])
+    )

@@ -6,6 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 from minivlm.files import open_regular
 
@@ -18,8 +19,12 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
     """{"cat/*.png": [files, bytes, checksum], "*.jsonl": [1, 7310, …]}, by sub-folder and ending.
 
     Texts count whole, of other files the name, the size and both ends. Hidden files are no data, nor is a README.md.
+    A file with the names of classes counts wherever it lies.
     """
-    root, groups = Path(directory), {}
+    source = Source.of(directory)
+    root, groups = source.path, {}
+    if source.class_names is not None and (content := ends_of(Path(source.class_names))) is not None:
+        groups["the names of classes"] = [1, content[0], zlib.crc32(content[1])]
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

@@ -11,6 +11,7 @@ from pathlib import Path
 from minivlm.command_line import Parser, check_sheet_name, whole
 from minivlm.datasets.contents import contents, split_notes, summary
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.source import add_options, source_of
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, retrieval, retrieval_sheet, shows, zero_shot
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m minivlm.evaluate", description=__doc__)
     parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
     parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
+    add_options(parser, "image_key", "caption_key", "class_names")
     parser.add_argument("--device", default="auto")
     shots = dict(type=whole, nargs="+", metavar="K")
     parser.add_argument("--shots", **shots, help="judge by new words instead, after so many examples in all: 0 1 2 4 8")
@@ -95,14 +97,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--picture", default="few-shot.png", help="--shots: where the curves are drawn (%(default)s)")
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
+    data = source_of(options.data, options)
     check_sheet_name(options.picture, option="--picture")
     model, processor = load(options.model, device=choose_device(options.device))
-    for note in split_notes(options.data, "test", few_shot=options.shots is not None):
+    for note in split_notes(data, "test", few_shot=options.shots is not None):
         print(note, file=sys.stderr)
     if options.shots is None:
-        scores = evaluate(model, processor, options.data)
+        scores = evaluate(model, processor, data)
     else:
-        scores = few_shot(model, processor, options.data, shots=options.shots, ways=options.ways)
+        scores = few_shot(model, processor, data, shots=options.shots, ways=options.ways)
         few_shot_picture(scores, Path(options.picture))
         print(f"wrote {options.picture}\n")
     print(table(scores))

@@ -30,7 +30,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, each_against
 from minivlm.recipes.parts import build, load_vision_model, take
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
@@ -56,8 +56,7 @@ class BLIPModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPData:
-    directory: str = "data/shapes"
+class BLIPData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on captions and questions
     wrong_captions: float = 0.0  # share of the captions that are another picture's, as on the web
     false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where there is one
@@ -81,7 +80,7 @@ class BLIPRecipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         check_queue(self)
         model, processor, pairs = open_parts(self, checkpoint, quiet=quiet)
-        check_fills_a_batch(len(pairs), self.batch_size, "training images", self.data.directory)
+        check_fills_a_batch(len(pairs), self.batch_size, "training images", self.data.source)
         return job(self, model, processor, pairs, ask=self.data.questions)
 
 
@@ -102,14 +101,14 @@ def open_parts(recipe: BLIPRecipe, checkpoint: Path | None, *, quiet: bool) -> t
     model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, clip, images)
     if recipe.freeze_vision:
         model.freeze("vision")
-    pairs = open_pairs(data.directory, "train", image_size=processor.image_size)
+    pairs = open_pairs(data.source, "train", image_size=processor.image_size)
     return model, processor, NoisyPairs(pairs, data.wrong_captions, seed=recipe.seed) if data.wrong_captions else pairs
 
 
 def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor | None) -> tuple[BLIP, Processor]:
     """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
     c, data = recipe.model, recipe.data
-    conversations = open_conversations(data.directory, "train", image_size=None)
+    conversations = open_conversations(data.source, "train", image_size=None)
     sizes = dict(vocab_size=data.vocab_size, image_size=c.vision.image_size, context=c.text.context)
     text = Processor.train(conversations.texts(), **sizes)
     text.tokenizer.add_special_tokens([DECODE, ENCODE])
@@ -142,7 +141,7 @@ def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor 
 
 def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, ask: bool) -> Job:
     """Captions and what is false of them, as in stage 1 of BLIP-2; beside them a question about every image."""
-    directory, wrong = recipe.data.directory, bool(recipe.data.wrong_captions)
+    directory, wrong = recipe.data.source, bool(recipe.data.wrong_captions)
     check_held_out(directory, processor.image_size)
     chance = model.chance_losses(recipe.batch_size)
     ask = ask and not wrong and model.config.answers and is_world(directory)

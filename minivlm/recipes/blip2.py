@@ -37,7 +37,7 @@ from minivlm.recipes.folders import (
 )
 from minivlm.recipes.job import Job, against, each_against
 from minivlm.recipes.parts import build, join_processors, load_vision_model, reading, take, with_image_token
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated, Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
@@ -66,8 +66,7 @@ class Stage1Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NegativesData:
-    directory: str = "data/shapes"
+class NegativesData(FolderData):
     false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where the data have some
 
 
@@ -87,7 +86,7 @@ class BLIP2Stage1Recipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
         model.freeze("vision")
-        directory, size = self.data.directory, processor.image_size
+        directory, size = self.data.source, processor.image_size
         open_world(self, size, quiet=quiet)
         pairs = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)
@@ -148,8 +147,7 @@ class NewQFormer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedData:
-    directory: str = "data/shapes"
+class AskedData(FolderData):
     holes: float = 0.75  # share of the samples in which a T5 that knows holes is asked all questions at once, not one
 
 
@@ -175,7 +173,7 @@ class BLIP2Recipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
         model.freeze("vision", "language_model")
-        encodes, directory = isinstance(model.language_model, T5), self.data.directory
+        encodes, directory = isinstance(model.language_model, T5), self.data.source
         problem = conversation_problem(processor, alone=encodes)
         conversations = open_training_conversations(self, processor.image_size, quiet=quiet, problem=problem)
 

@@ -29,6 +29,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.blip import BLIP_RECIPES, BLIPRecipe, MatchingAndCaptions, check_queue, job, open_parts
 from minivlm.recipes.folders import check_fills_a_batch
 from minivlm.recipes.job import Job
+from minivlm.recipes.recipe import FolderData
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.tasks.features import to_tokens
 from minivlm.tasks.generate import caption_all
@@ -42,8 +43,7 @@ LIKE_THE_TEACHER = ("optimiser", "steps", "batch_size", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilteredData:
-    directory: str = "data/shapes"
+class FilteredData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on captions and questions
     wrong_captions: float = 0.4  # share of the captions that are another picture's, before the filter
     false_captions: float = 0.75  # share of the samples that come with a nearly right caption, where there is one
@@ -141,7 +141,7 @@ def check_kept(recipe: CapFiltRecipe, kept: Bootstrapped, judged: Sequence[Judge
             f"the filter drops every caption: none matches with a probability of {recipe.data.threshold:g} (the "
             f"likeliest has {likeliest:.3f}); lower --data.threshold, or train {recipe.starts_from} for longer."
         )
-    check_fills_a_batch(len(kept), recipe.batch_size, "pairs that the filter kept", recipe.data.directory)
+    check_fills_a_batch(len(kept), recipe.batch_size, "pairs that the filter kept", recipe.data.source)
 
 
 class Filtered:

@@ -15,14 +15,13 @@ from minivlm.processor import Processor
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build, speaking
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.training import OptimiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionData:
-    directory: str = "data/shapes"
+class CaptionData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
 
 
@@ -37,7 +36,7 @@ class CaptionerRecipe(Recipe):
         return replace(self, summary=f"a captioner of {directory}")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        vision, directory = self.model.vision, self.data.directory
+        vision, directory = self.model.vision, self.data.source
         conversations = open_training_conversations(self, vision.image_size, quiet=quiet, captioned=True)
         if checkpoint is not None:
             _, processor = load(checkpoint)

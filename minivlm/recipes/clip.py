@@ -22,14 +22,13 @@ from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Retrieval
 from minivlm.training import OptimiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairData:
-    directory: str = "data/shapes"
+class PairData(FolderData):
     augment: bool = False  # crops, flips and colour jitter, where the caption stays true
     vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
     wrong_captions: float = 0.0  # share of the training captions that are put to another picture, as on the web
@@ -53,7 +52,7 @@ class CLIPRecipe(Recipe):
         return replace(PHOTOGRAPHS, summary=f"{what}, on {directory}", model=self.model)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        directory, size, context = self.data.directory, self.model.vision.image_size, self.model.text.context
+        directory, size, context = self.data.source, self.model.vision.image_size, self.model.text.context
         open_world(self, size, quiet=quiet)
         pairs = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)

@@ -30,7 +30,7 @@ class CoCaRecipe(Recipe):
     data: CaptionData = field(default_factory=CaptionData)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        directory, size = self.data.directory, self.model.vision.image_size
+        directory, size = self.data.source, self.model.vision.image_size
         open_world(self, size, quiet=quiet)
         pairs = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)

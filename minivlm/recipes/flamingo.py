@@ -43,7 +43,7 @@ from minivlm.recipes.parts import (
     resampling,
     take,
 )
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import VALIDATED, Generated, NewClasses
 from minivlm.recipes.text_scores import DocumentPerplexity
 from minivlm.recipes.vision_cache import VisionCache
@@ -64,8 +64,7 @@ class GatedLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LessonData:
-    directory: str = "data/shapes"
+class LessonData(FolderData):
     lessons: float = 0.2  # share of the samples that teach new words, where the data is the shapes world
 
 
@@ -101,7 +100,7 @@ class FlamingoRecipe(Recipe):
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         model, processor = load(checkpoint) if checkpoint is not None else self.new_model()
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
-        directory = self.data.directory
+        directory = self.data.source
         if is_interleaved(directory) or is_class_folder(directory):
             check_suits(self, directory)
             fed = documents(self, model, processor) if is_interleaved(directory) else classes(self, model, processor)
@@ -152,7 +151,7 @@ def gates_text(model: Flamingo) -> str:
 
 def documents(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> dict[str, Any]:
     """What follows the first image of a document is learnt; judged is how well that of held-out ones is expected."""
-    directory = recipe.data.directory
+    directory = recipe.data.source
     train = Interleaved(directory, "train", image_size=processor.image_size)
     train.leave_out(processor)
     scores = DocumentPerplexity(model, processor, directory, recipe.batch_size)
@@ -164,7 +163,7 @@ def documents(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> 
 
 def classes(recipe: FlamingoRecipe, model: Flamingo, processor: Processor) -> dict[str, Any]:
     """The names of classes are learnt, new in every lesson; judged are classes held out, one example each."""
-    directory = recipe.data.directory
+    directory = recipe.data.source
     known = read_classes(Path(directory), "train")
     if len(known) < WAYS:
         raise UserError(
@@ -187,7 +186,7 @@ def of_conversations(
     recipe: FlamingoRecipe, model: Flamingo, processor: Processor, conversations: Conversations
 ) -> dict[str, Any]:
     """Conversations are learnt and, in the shapes world, lessons; judged are answers, and new words from examples."""
-    directory, share = recipe.data.directory, recipe.data.lessons
+    directory, share = recipe.data.source, recipe.data.lessons
     world = is_world(directory)
     where = "" if Path(directory) == SHAPES else f" --data {quote(str(directory))}"
     shots = lambda out, _: [f"python -m minivlm.evaluate {out}{where} --shots 0 1 2 4 8"] if world else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,6 +14,7 @@ from minivlm.datasets.folder import SPLITS, open_pairs
 from minivlm.datasets.folder_conversations import read_entries
 from minivlm.datasets.judge import Problem
 from minivlm.datasets.shapes import is_world, make_shapes
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 from minivlm.processes import is_first_process
 from minivlm.recipes.recipe import Recipe
@@ -25,12 +26,16 @@ CALLED = {"clip-resnet": "clip"}  # the CLIP of a folder is clip to some recipes
 EPOCHS = 100  # the most that are proposed for a folder that is smaller than a batch, and soon known by heart
 
 
-def for_data(recipe: Recipe, directory: str | Path, out: str) -> Recipe:
+def for_data(recipe: Recipe, directory: str | Path | Source, out: str) -> Recipe:
     """The recipe on another folder: what it starts from is trained on that folder as well, beside `out`, and its batch is
     one that the folder can fill. UserError unless the folder has what the recipe learns from, and what it is judged by.
+
+    How the folder is read is what the `Source` says or, where it is a path alone, what the recipe's data say.
     """
+    if not isinstance(directory, Source):
+        directory = replace(recipe.data.source, directory=str(directory))
     recipe = recipe.on(directory)
-    changes: dict[str, Any] = {"directory": directory}
+    changes: dict[str, Any] = asdict(directory)
     if not is_world(directory) and any(field.name == "vocab_size" for field in fields(recipe.data)):
         changes["vocab_size"] = VOCABULARY
     beside = f"{Path(out).parent / Path(directory).resolve().name}"
@@ -93,7 +98,8 @@ def next_training(name: str, directory: str | Path, **taken: str | Path) -> list
     except UserError:
         return []
     given = {"data": directory} | taken
-    return [" ".join([f"python train.py {name}", *(f"--{key} {quote(str(value))}" for key, value in given.items())])]
+    options = " ".join([f"python train.py {name}", *(f"--{key} {quote(str(value))}" for key, value in given.items())])
+    return [options + Source.of(directory).flags()]
 
 
 def check_all_suit(name: str, directory: str | Path, taken: Iterable[str]) -> None:
@@ -115,8 +121,8 @@ def make_world_if_missing(directory: str | Path, image_size: int, *, quiet: bool
 
 def open_world(recipe: Recipe, image_size: int, *, quiet: bool) -> None:
     """The recipe's folder is there and suits it; the shapes world is made if it is missing."""
-    make_world_if_missing(recipe.data.directory, image_size, quiet=quiet)
-    check_suits(recipe, recipe.data.directory)
+    make_world_if_missing(recipe.data.source, image_size, quiet=quiet)
+    check_suits(recipe, recipe.data.source)
 
 
 def open_training_conversations(
@@ -127,7 +133,7 @@ def open_training_conversations(
     problem: of a conversation from which nothing can be learnt (datasets/judge.py), which is left out. captioned: samples
     without captions are left out, or with `problem` what is learnt are captions.
     """
-    directory = recipe.data.directory
+    directory = recipe.data.source
     open_world(recipe, image_size, quiet=quiet)
     conversations = open_conversations(directory, "train", image_size=image_size)
     if problem is not None:

@@ -39,7 +39,7 @@ from minivlm.recipes.clip import CLIP_RECIPES
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job
 from minivlm.recipes.parts import build, load_vision_model, take
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
@@ -50,8 +50,7 @@ CLASSES = {VisualBERTConfig: VisualBERT, UNITERConfig: UNITER, ViLBERTConfig: Vi
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuseData:
-    directory: str = "data/shapes"
+class FuseData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on questions, answers and captions
     most_answers: int = 3000  # the most frequent ones are to choose from
     captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
@@ -73,7 +72,7 @@ class FuseRecipe(Recipe):
         kind = CLASSES[type(self.model)]
         model, processor, conversations, asked = open_parts(self, self.model, kind, checkpoint, quiet=quiet)
         model.freeze("vision")
-        scores = Chosen(Generated(model, processor, self.data.directory, ask=True))
+        scores = Chosen(Generated(model, processor, self.data.source, ask=True))
         cache = VisionCache.of_conversations(model, processor, conversations)
         questions = list_questions(self, model.config, processor, conversations, asked, cache)
         captioned = [i for i in questions.samples if conversations.captions(i)]
@@ -86,7 +85,7 @@ class FuseRecipe(Recipe):
             )
             samples = Alternating(questions, masked, every)
         elif every:
-            questions.known_notes.append(f"{self.data.directory} has no captions: questions alone are learnt from")
+            questions.known_notes.append(f"{self.data.source} has no captions: questions alone are learnt from")
         origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 
@@ -151,7 +150,7 @@ def list_questions(
         )
     total = sum(map(len, known))
     told = [
-        *conversation_notes(conversations, recipe.data.directory),
+        *conversation_notes(conversations, recipe.data.source),
         f"{len(encoder.answers)} answers to choose from; {total - sum(map(sum, known))} of {total} questions that were "
         "looked at have none of them, and are not learnt from",
     ]

@@ -62,7 +62,7 @@ class Job:
 
     def stand_ins(self, *splits: str) -> list[str]:
         """Notes on splits that the data lack."""
-        return stand_ins(self.recipe.data.directory, *splits, few_shot=self.of_classes)
+        return stand_ins(self.recipe.data.source, *splits, few_shot=self.of_classes)
 
     def judged_on(self) -> str:
         """What `evaluate` judges on, in words."""

@@ -23,7 +23,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, next_training, open_world
 from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build, speaking
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.text_scores import Perplexity
 from minivlm.training import OptimiserConfig
 
@@ -32,8 +32,7 @@ IMAGE_SIZE = 48  # of the world, if it is made for its texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData:
-    directory: str = "data/shapes"
+class TextData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on the texts
 
 
@@ -50,7 +49,7 @@ class LanguageRecipe(Recipe):
         return replace(self, summary=f"{self.what} on the texts of {directory}")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        directory = self.data.directory
+        directory = self.data.source
         texts, processor = open_texts_of(self, checkpoint, quiet=quiet)
         model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
         if self.induction_heads:
@@ -60,8 +59,7 @@ class LanguageRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanData:
-    directory: str = "data/shapes"
+class SpanData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on the texts
     holes: float = 0.75  # share of the texts with spans to be generated; the others are cut in two, as when it is used
 
@@ -78,7 +76,7 @@ class T5Recipe(LanguageRecipe):
         model = build(T5, speaking(self.model, processor), seed=self.seed)
         if self.induction_heads:
             prepare_to_copy(model, seed=self.seed)
-        samples = SpanCorruption(Texts(texts, processor, self.data.directory), share=self.data.holes)
+        samples = SpanCorruption(Texts(texts, processor, self.data.source), share=self.data.holes)
         return job(self, model, processor, samples, endless=texts is None, next_recipe="blip2", option=" --lm t5")
 
 
@@ -86,7 +84,7 @@ def open_texts_of(
     recipe: LanguageRecipe, checkpoint: Path | None, *, quiet: bool
 ) -> tuple[list[str] | None, Processor]:
     """The training texts, None for those of the shapes world; and a checkpoint's tokeniser, or a new one."""
-    directory = recipe.data.directory
+    directory = recipe.data.source
     open_world(recipe, IMAGE_SIZE, quiet=quiet)
     texts = None if is_world(directory) else open_texts(directory, "train")
     if texts is not None:
@@ -107,7 +105,7 @@ def prepare_to_copy(model: LanguageModel | T5, *, seed: int) -> None:
 
 
 def job(recipe, model, processor: Processor, samples, *, endless: bool, next_recipe: str, option: str = "") -> Job:
-    directory = recipe.data.directory
+    directory = recipe.data.source
     more = lambda out: [f"{command}{option}" for command in next_training(next_recipe, directory)]
     scores = Perplexity(model, processor, directory, more)
     return Job(recipe, model, processor, samples, scores, against(f"unigrams {scores.chance:.2f}"), endless=endless)

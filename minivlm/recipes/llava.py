@@ -125,7 +125,7 @@ def job(
     recipe: Recipe, model: LLaVA, processor: Processor, origins: dict[str, str], *, captions: bool, quiet: bool
 ) -> Job:
     """Of stage 1, which learns captions, or of stage 2."""
-    directory, problem = recipe.data.directory, conversation_problem(processor)
+    directory, problem = recipe.data.source, conversation_problem(processor)
     conversations = open_training_conversations(
         recipe, processor.image_size, quiet=quiet, problem=problem, captioned=captions
     )

@@ -15,14 +15,13 @@ from minivlm.models.visualbert import VisualBERTConfig
 from minivlm.recipes.folders import check_fills_a_batch
 from minivlm.recipes.fuse import COMMON, SMALL, TEXT, Chosen, completed, list_questions, open_parts
 from minivlm.recipes.job import Job
-from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated, Retrieval
 from minivlm.recipes.vision_cache import VisionCache
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultitaskData:
-    directory: str = "data/shapes"
+class MultitaskData(FolderData):
     vocab_size: int = 512  # of the byte-level BPE that is trained on questions, answers and captions
     most_answers: int = 3000  # the most frequent ones are to choose from
 
@@ -43,7 +42,7 @@ class MultitaskRecipe(Recipe):
             self, self.model.encoder, MultitaskVLM, checkpoint, quiet=quiet
         )
         model.freeze("encoder.vision")
-        directory = self.data.directory
+        directory = self.data.source
         scores = Tasks(Generated(model, processor, directory, ask=True))
         cache = VisionCache.of_conversations(model, processor, conversations)
         questions = list_questions(self, model.config.encoder, processor, conversations, asked, cache)

@@ -75,7 +75,7 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
         if begun:
             inner = resumed_recipe(needed, directory, {}, part)
         else:
-            inner = for_data(RECIPES[needed], options.data, directory) if options.data else RECIPES[needed]
+            inner = for_data(RECIPES[needed], recipe.data.source, directory) if options.data else RECIPES[needed]
             share = max(1, inner.batch_size // processes())  # of a small folder, which processes may not divide
             inner = dataclasses.replace(inner, batch_size=share * processes())
         todo += [one for one in chain(needed, inner, part) if one not in todo]

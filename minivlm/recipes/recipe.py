@@ -6,15 +6,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from minivlm.datasets.source import Source
 from minivlm.recipes.job import Job
 from minivlm.training import OptimiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderData:
-    """A folder of which nothing is left to choose."""
+    """A folder, and how it is read (datasets/source.py). The data of a recipe add what they make of it."""
 
     directory: str = "data/shapes"
+    image_key: str | None = None  # the column or field that names the image; None: found by its name
+    caption_key: str | None = None  # that holds the caption; several are separated by commas
+    class_names: str | None = None  # a file that gives the folders of classes their names
+    cache: str | None = None  # the most that decoded images may take on disk, as 20GB; or off
+
+    @property
+    def source(self) -> Source:
+        return Source(self.directory, self.image_key, self.caption_key, self.class_names, self.cache)
 
 
 FOLDER = FolderData()

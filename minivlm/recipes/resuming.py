@@ -16,8 +16,8 @@ from minivlm.recipes.older_options import read_recipe
 from minivlm.recipes.recipe import Recipe
 from minivlm.run import Run, read_record
 
-MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.")  # and are reported
-DATA = ("data.directory",)  # judged by what is in it
+MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.", "data.cache")  # and are reported
+DATA = ("data.directory", "data.class_names")  # judged by what is in them
 WORDS = ("summary", "measured")
 
 
@@ -54,7 +54,7 @@ def facts(name: str, recipe: Recipe, device: torch.device, precision: torch.dtyp
     on = {"device": device.type, "precision": str(precision).removeprefix("torch.")}
     on |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     sizes = {"parameters": parameters(model), "trained": parameters(model, trained=True)}
-    return {"name": name, "data": fingerprint(recipe.data.directory), "on": on, **sizes}
+    return {"name": name, "data": fingerprint(recipe.data.source), "on": on, **sizes}
 
 
 def parameters(model: nn.Module, *, trained: bool = False) -> int:

@@ -21,6 +21,7 @@ from minivlm.datasets.class_episodes import class_episodes
 from minivlm.datasets.conversations import Conversations, open_conversations
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.source import Source
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.processes import is_first_process
 from minivlm.processor import Processor
@@ -194,4 +195,5 @@ class NewClasses:
 
     def next_commands(self, out: Path) -> list[str]:
         where, ways = quote(str(self.directory)), self.ways
-        return [f"python -m minivlm.evaluate {out} --data {where} --ways {ways} --shots 0 {ways}"]
+        options = Source.of(self.directory).flags()
+        return [f"python -m minivlm.evaluate {out} --data {where}{options} --ways {ways} --shots 0 {ways}"]
