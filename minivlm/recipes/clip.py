@@ -9,6 +9,7 @@ from pathlib import Path
 from minivlm.checkpoint import load
 from minivlm.datasets.batches import Captions
 from minivlm.datasets.folder import TEMPLATES, open_pairs
+from minivlm.datasets.label_captions import LabelCaptions
 from minivlm.datasets.noisy import NoisyPairs
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
@@ -32,6 +33,9 @@ class PairData(FolderData):
     augment: bool = False  # crops, flips and colour jitter, where the caption stays true
     vocab_size: int = 512  # of the byte-level BPE that is trained on the captions
     wrong_captions: float = 0.0  # share of the training captions that are put to another picture, as on the web
+    label_captions: float = (
+        0.0  # share of the time that "a photo of a LABEL" is the caption of a labelled training image
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class CLIPRecipe(Recipe):
         classes = pairs.classes or []
         if self.data.wrong_captions:
             pairs = NoisyPairs(pairs, self.data.wrong_captions, seed=self.seed)
+        if self.data.label_captions:
+            pairs = LabelCaptions(pairs, self.data.label_captions, directory)
         if checkpoint is not None:
             _, processor = load(checkpoint)
         else:
