@@ -19,7 +19,9 @@ from minivlm.recipes.finish import finish
 from minivlm.recipes.options import Options
 from minivlm.recipes.parts import parts_table
 from minivlm.recipes.recipe import Recipe
+from minivlm.recipes.vision_cache import Room
 from minivlm.run import Run, read_record, restore, restore_random
+from minivlm.sizes import bytes_in
 
 
 def main(argv: list[str]) -> None:
@@ -83,7 +85,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
     log = training_log.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
-    job.prepare(device, precision)
+    job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
     if options.compile:
         training.compile_parts(model)
     processes.meet()  # not all took the same time

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from minivlm.errors import UserError
 from minivlm.model import Model, batch_norms
 
 ENDED = "a process has ended"
+T, U = TypeVar("T"), TypeVar("U")
+_together: ContextVar[bool] = ContextVar("together", default=False)
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -66,6 +70,54 @@ def meet() -> None:
             sys.exit(2)
         time.sleep(0.05)
         arrived = store.add("arrived", 0)
+
+
+def on_this_machine() -> tuple[int, int]:
+    """(rank, number) among the processes of this machine."""
+    if not several():
+        return 0, 1
+    rank, world = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    return (int(rank), int(world)) if rank and world else (dist.get_rank(), dist.get_world_size())
+
+
+def from_first_here(value: T) -> T:
+    """The value that the first process of this machine gives. All call it."""
+    return gather([value])[(dist.get_rank() if several() else 0) - on_this_machine()[0]]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, all processes run the same lines, so that `each` may share its work among them."""
+    token = _together.set(True)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def each(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """[function(item) for item in items], of which each process computes its share, if they work `together`.
+
+    All get all results; tensors among them are on the CPU then.
+    """
+    if not (several() and _together.get()):
+        return [function(item) for item in items]
+    return gather([function(item) for item in share(items)])
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of this process: every so many-th. Alone: all."""
+    return items[dist.get_rank() :: dist.get_world_size()] if several() else items
+
+
+def gather(mine: list[T]) -> list[T]:
+    """What all processes made of their `share`, in the order of the whole. All of them call it; tensors come on the CPU."""
+    if not several():
+        return mine
+    meet()  # for as long as it takes; the collective would time out
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [one.cpu() if torch.is_tensor(one) else one for one in mine])
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 @contextmanager

@@ -45,12 +45,12 @@ def free_ports(n: int) -> list[str]:
     return ports
 
 
-def two(what: str, *words) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of two processes that do `what`."""
+def two(what: str, *words, script: str = __file__) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of two processes that do `what`, as the script has it."""
     ports = free_ports(3)
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports)}
     group["OMP_NUM_THREADS"] = "1"
-    command, pipes = [sys.executable, __file__, what, *map(str, words)], {"stdout": -1, "stderr": -1, "text": True}
+    command, pipes = [sys.executable, script, what, *map(str, words)], {"stdout": -1, "stderr": -1, "text": True}
     running = [
         subprocess.Popen(command, env={**os.environ, **group, "PYTHONPATH": str(ROOT), "RANK": rank}, **pipes)
         for rank in "01"

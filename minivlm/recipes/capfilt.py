@@ -30,7 +30,7 @@ from minivlm.recipes.blip import BLIP_RECIPES, BLIPRecipe, MatchingAndCaptions, 
 from minivlm.recipes.folders import check_fills_a_batch
 from minivlm.recipes.job import Job
 from minivlm.recipes.recipe import FolderData
-from minivlm.recipes.vision_cache import VisionCache
+from minivlm.recipes.vision_cache import ROOM, Room, VisionCache
 from minivlm.tasks.features import to_tokens
 from minivlm.tasks.generate import caption_all
 from minivlm.tasks.match import features_of_all, match_pairs
@@ -75,7 +75,7 @@ class CapFiltRecipe(BLIPRecipe):
         made.scores = scores = Filtered(made.scores, web)
         teachers = [(teacher, reads)]
 
-        def prepare(device: torch.device, precision: torch.dtype) -> None:
+        def prepare(device: torch.device, precision: torch.dtype, room: Room = ROOM) -> None:
             """Propose and judge. What results is a function of the recipe, so a run that is resumed does it again."""
             teacher, reads = teachers.pop()  # whose memory is wanted
             with autocast(device, precision):
@@ -83,7 +83,7 @@ class CapFiltRecipe(BLIPRecipe):
             made.samples.pairs = kept = Bootstrapped(web, scores.judged)
             check_kept(self, kept, scores.judged)
             made.samples.images = cache = VisionCache(model, processor, len(kept), kept.images)
-            cache.prepare(device, precision)
+            cache.prepare(device, precision, room)
 
         made.prepare = prepare
         return made

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minivlm.datasets.contents import stand_ins
@@ -24,7 +23,8 @@ class Job:
     scores         what judges it (see scores.py)
     progress       the losses of the last step by name → what the progress bar tells
     origins        part of the model (a dotted name) → where its weights come from, for the table of parts
-    prepare        called once before the first step, with device and precision, when the model is on its device
+    prepare        called once before the first step, with device, precision and the room for what is to be kept (see
+                   vision_cache.py), when the model is on its device
     finish         called once after training with the run's directory, before the model is saved there
     endless        there are more samples than anyone will read: they are taken one after the other
     of_classes     it is judged by lessons about classes
@@ -37,7 +37,7 @@ class Job:
     scores: Any
     progress: Callable[[Mapping[str, float]], str]
     origins: dict[str, str] = field(default_factory=dict)
-    prepare: Callable[[torch.device, torch.dtype], Any] = lambda device, precision: None
+    prepare: Callable[..., Any] = lambda device, precision, room=None: None
     finish: Callable[[Path], Any] = lambda out: None
     endless: bool = False
     of_classes: bool = False

@@ -13,6 +13,7 @@ from minivlm import config
 from minivlm.errors import UserError, as_started, nearest
 from minivlm.files import parse_json
 from minivlm.recipes.older_options import GONE, current_option
+from minivlm.sizes import bytes_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Options:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    feature_cache: str = "4GB"  # how much of a frozen vision tower's features may be kept; off: none
     stop_at: int | None = None  # stop after this step as Ctrl-C does, for machines that are lent by the hour
     list: bool = False
     help: bool = False
@@ -35,6 +37,11 @@ class Options:
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}, but must be at least 1")
 
+        try:
+            bytes_in(self.feature_cache)
+        except ValueError as error:
+            raise ValueError(f"feature_cache is {error}") from None
+
     def directory(self, name: str) -> str:
         """Where the run of this recipe goes."""
         return f"out/{name}" if self.out is None else self.out
@@ -42,8 +49,8 @@ class Options:
     def resume_command(self, name: str) -> str:
         """The command line that resumes an interrupted run; the recipe, with its data, is in the checkpoint."""
         flags = [] if self.out is None else ["--out", self.out]
-        for key in ("device", "precision"):
-            flags += [f"--{key}", value] if (value := getattr(self, key)) != "auto" else []
+        for key in ("device", "precision", "feature_cache"):
+            flags += [f"--{key}", value] if (value := getattr(self, key)) != getattr(Options, key) else []
         flags += ["--compile"] if self.compile else []
         return shlex.join([*launcher(), name, *flags, "--resume"])
 
