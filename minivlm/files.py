@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,18 @@ def read_bytes(path: str | os.PathLike) -> bytes:
             return file.read()
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def cache_folder(directory: Path) -> Path:
+    """Where the cache of `directory` belongs: inside it, or under the user's cache folder if it is marked read-only, or
+    brings along a link that leads elsewhere."""
+    directory = directory.resolve()
+    inside = directory / ".minivlm_cache"
+    anyone_may_write = directory.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    if anyone_may_write and os.access(directory, os.W_OK) and not inside.is_symlink():  # os.access alone: root may all
+        return inside
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "minivlm" / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

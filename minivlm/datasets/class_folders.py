@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minivlm.datasets.images import extensions
+from minivlm.datasets.tar_index import open_tar
 from minivlm.errors import UserError
 from minivlm.files import check_text, read_bytes, readable
 
@@ -31,7 +32,10 @@ SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called l
 
 @dataclass
 class Listing:
-    """The files below a folder, hidden files and folders left out; names are paths below it, with slashes."""
+    """The files below a folder, hidden files and folders left out; names are paths below it, with slashes.
+
+    Where there are no images but tar files, the members of those are listed as if they lay in folders.
+    """
 
     images: list[str] = field(default_factory=list)  # sorted, by their endings
     irregular: list[str] = field(default_factory=list)  # called like images, but pipes, devices, links to nowhere
@@ -65,6 +69,11 @@ def list_folder(directory: Path) -> Listing:
             else:
                 regular = os.path.isfile(entry.path) if link else entry.is_file()
                 (found.images if regular else found.irregular).append(name)
+    for tar in [] if found.images else [name for name in found.others if name.lower().endswith(".tar")]:
+        found.others.remove(tar)
+        for name in open_tar(directory / tar).all_names():
+            is_image = os.path.splitext(name)[1].lower() in extensions()
+            (found.images if is_image else found.others).append(f"{tar}/{name}")
     for names in (found.images, found.irregular, found.others):
         names.sort()
     return found

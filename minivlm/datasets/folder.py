@@ -21,10 +21,12 @@ import numpy as np
 
 from minivlm.datasets.folder_entries import read_folder
 from minivlm.datasets.folder_files import SPLITS, TEMPLATES, choose_split, skip_broken
-from minivlm.datasets.images import ImageCache, cache_folder, read_image
+from minivlm.datasets.image_cache import ImageCache
+from minivlm.datasets.images import read_image
 from minivlm.datasets.judge import check_headers, check_images
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
+from minivlm.files import cache_folder
 
 __all__ = ["SPLITS", "TEMPLATES", "FolderPairs", "open_pairs"]
 

@@ -22,8 +22,10 @@ from minivlm.datasets.folder_entries import (
     read_entries,
 )
 from minivlm.datasets.folder_files import choose_split, skip_broken
-from minivlm.datasets.images import ImageCache, cache_folder, read_image
+from minivlm.datasets.image_cache import ImageCache
+from minivlm.datasets.images import read_image
 from minivlm.datasets.judge import Problem, check_headers, check_images, leave_out
+from minivlm.files import cache_folder
 
 
 class FolderEntries:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.datasets.class_folders import SPLIT_NAMES
+from minivlm.datasets.tar_index import is_member
 from minivlm.errors import UserError
 from minivlm.files import parse_json, read_bytes, readable
 
@@ -191,6 +192,8 @@ def find_image(image: str, directory: Path) -> str:
 
 def on_disk(path: str, directory: Path) -> str | None:
     """`path` as the disk spells it, if there is such a file: an accent may be one character or two (NFC, NFD)."""
+    if is_member(directory / path):
+        return Path(path).as_posix()
     found = Path()
     for part in Path(path).parts:
         spellings = dict.fromkeys((part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part)))

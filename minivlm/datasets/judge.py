@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, template_of, with_images
-from minivlm.datasets.images import check_header, in_parallel, read_image
+from minivlm.datasets.image_cache import in_parallel
+from minivlm.datasets.images import check_header, read_image
 from minivlm.errors import UserError
 from minivlm.special_tokens import without_placeholders
 

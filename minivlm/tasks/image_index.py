@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.images import VERSION, extensions
+from minivlm.datasets.tar_index import member
 from minivlm.errors import UserError
 from minivlm.files import locked
 from minivlm.image_preprocessing import Picture
@@ -182,6 +183,9 @@ def stamps(directory: Path, found: Listing) -> dict[str, Stamp]:
     stamped = {}
     for name in sorted(found.images + found.irregular):
         file = directory / name
+        if (inside := member(file)) is not None:
+            stamped[name] = inside[2:]
+            continue
         status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is skipped later
         stamped[name] = (status.st_size, status.st_mtime_ns)
     return stamped

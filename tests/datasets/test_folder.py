@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.datasets import TEMPLATES, images, open_pairs
+from minivlm.datasets import TEMPLATES, image_cache, open_pairs
 from minivlm.datasets.folder_files import hashed_split
 from minivlm.errors import UserError
 
@@ -88,7 +88,7 @@ def test_training_images_are_cached_shrunk_and_evaluation_images_are_the_origina
 
 def test_the_second_opening_decodes_nothing(captions, monkeypatch):
     first = pairs_of(captions).images([0, 1])
-    monkeypatch.setattr(images, "read_image", None)  # nothing to call: decoding would fail
+    monkeypatch.setattr(image_cache, "read_image", None)  # nothing to call: decoding would fail
     again = pairs_of(captions).images([0, 1])
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert (captions / ".minivlm_cache").is_dir()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from minivlm.datasets import images
-from minivlm.datasets.images import ImageCache, cache_folder, check_header, read_image
+from minivlm.datasets import image_cache, images
+from minivlm.datasets.image_cache import ImageCache
+from minivlm.datasets.images import check_header, read_image
 from minivlm.errors import UserError
-from minivlm.files import read_bytes
+from minivlm.files import cache_folder, read_bytes
 
 
 def photo(height=40, width=60, seed=0):
@@ -151,7 +152,9 @@ def open_cache(folder, keys=KEYS):
 def count_reads(monkeypatch):
     """A list that grows by the name of each file that is decoded."""
     names = []
-    monkeypatch.setattr(images, "read_image", lambda path, *rest: names.append(path.name) or read_image(path, *rest))
+    monkeypatch.setattr(
+        image_cache, "read_image", lambda path, *rest: names.append(path.name) or read_image(path, *rest)
+    )
     return names
 
 
@@ -205,7 +208,7 @@ def test_a_build_that_fails_leaves_the_old_cache_and_no_litter(folder, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images.os, "replace", full)
+    monkeypatch.setattr(image_cache.os, "replace", full)
     with pytest.raises(
         UserError, match=r"cache of decoded images in .* could not be written .No space left on device."
     ):
