@@ -249,9 +249,7 @@ def notes_on(tar: Path, passed_over: list[str], names: list[bytes], *, rest: byt
     notes = []
     if passed_over:
         shown = ", ".join(map(readable, passed_over[:3])) + (", …" if len(passed_over) > 3 else "")
-        notes.append(
-            f"{tar}: members that are links or sparse, no regular files, are passed over ({len(passed_over)}: {shown})."
-        )
+        notes.append(f"{tar}: {len(passed_over)} members that are links or sparse files are passed over ({shown}).")
     if not rest:
         keys = {key_of(os.fsdecode(name))[0] for name in names}
         notes.append(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.datasets import TEMPLATES, image_cache, open_pairs
+from minivlm.datasets import TEMPLATES, image_cache, images, open_pairs
 from minivlm.datasets.folder_files import hashed_split
 from minivlm.errors import UserError
 
