@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from minivlm import processes, training, training_log
+from minivlm.activation_checkpointing import checkpoint_activations
 from minivlm.errors import UserError, run_command_line
 from minivlm.precision import as_stored, hold_for_training
 from minivlm.recipes import plan, resuming
@@ -86,6 +87,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         say(f"the earlier run was moved to {previous}")
     log = training_log.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
     job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
+    if options.activation_checkpointing:
+        checkpoint_activations(model, compiled=options.compile)
     if options.compile:
         training.compile_parts(model)
     processes.meet()  # not all took the same time

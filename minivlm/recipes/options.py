@@ -26,6 +26,7 @@ class Options:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False  # what lies inside the blocks is computed again in the backward pass
     feature_cache: str = "4GB"  # how much of a frozen vision tower's features may be kept; off: none
     stop_at: int | None = None  # stop after this step as Ctrl-C does, for machines that are lent by the hour
     list: bool = False
@@ -51,7 +52,7 @@ class Options:
         flags = [] if self.out is None else ["--out", self.out]
         for key in ("device", "precision", "feature_cache"):
             flags += [f"--{key}", value] if (value := getattr(self, key)) != getattr(Options, key) else []
-        flags += ["--compile"] if self.compile else []
+        flags += [f"--{key}" for key in ("compile", "activation_checkpointing") if getattr(self, key)]
         return shlex.join([*launcher(), name, *flags, "--resume"])
 
 

@@ -148,6 +148,7 @@ def help_text(name: str, recipe: Recipe) -> str:
             "  --device D        auto, cpu, cuda, mps",
             "  --precision P     auto, fp32, bf16",
             "  --compile         torch.compile the stacks of blocks",
+            "  --activation_checkpointing   less memory, for one more forward pass a step",
             "  --feature_cache S how much of a frozen vision tower's features may be kept (4GB; off: none)",
             "  --stop_at N       stop after step N as Ctrl-C does",
             "  --list            every recipe, a line each",
