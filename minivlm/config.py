@@ -70,6 +70,8 @@ def complete(cls: type, values: Any) -> Any:
                     new[field.name] = complete(kind, inner)
         elif field.default is not dataclasses.MISSING:
             new[field.name] = to_dict(field.metadata.get("before", field.default))
+        elif field.default_factory is dict:
+            new[field.name] = {}
     return new
 
 
@@ -77,6 +79,19 @@ def field_types(cls: type) -> dict[str, Any]:
     """Field name → its type, for the dataclass `cls`."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def value_at(config: Any, dotted: str) -> Any:
+    """The value of "vision.depth"; None below a part that is left out."""
+    for part in dotted.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def with_value(config: Any, dotted: str, value: Any) -> Any:
+    """A copy in which "vision.depth" has another value."""
+    name, _, rest = dotted.partition(".")
+    return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
 
 
 def alternatives(hint: Any) -> tuple:
@@ -111,6 +126,9 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
             if args[-1] is Ellipsis or len(args) == len(value):
                 inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
                 return tuple(coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(inner, value, strict=True)))
+        elif typing.get_origin(option) is dict and isinstance(value, dict):
+            kind = typing.get_args(option)[1]
+            return {key: coerce(kind, inner, f"{where}.{key}") for key, inner in value.items()}
         elif typing.get_origin(option) is typing.Literal:
             if value in typing.get_args(option):
                 return value

@@ -22,6 +22,7 @@ from minivlm.errors import UserError, nearest
 from minivlm.files import read_bytes, read_json
 from minivlm.models import own_modules
 from minivlm.older_names import current_names
+from minivlm.origins import mark_published
 from minivlm.precision import FLOATS, dtype_called, main_dtype
 from minivlm.pretrained import generation_config
 from minivlm.pretrained.files import open_weights
@@ -109,6 +110,7 @@ def build(
         module.to(device)  # buffers that are not saved as well
     if described.defaults:
         model.defaults = described.defaults
+    mark_published(model, described.pretrained if binding else None)
     return model.eval()
 
 
@@ -165,6 +167,7 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
     if not isinstance(how := values.get("generation", {}), dict):
         raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")
     given = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
+    given["pretrained"] = configs.coerce(tuple[str, ...], values.get("pretrained", []), f"{path}: pretrained")
     described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **given)
     if "base" not in values:
         return described

@@ -3,7 +3,7 @@ two verbs that read and write a directory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -19,6 +19,7 @@ from minivlm.errors import UserError
 from minivlm.generation.options import Options, with_defaults
 from minivlm.generation.rules import Decode
 from minivlm.losses import alone, backward, per_process
+from minivlm.origins import mark_published, published_parts
 
 Batch = dict[str, Any]  # what `losses` takes, by name: tensors, and `ImageFeatures` in place of images
 
@@ -66,6 +67,17 @@ class Model(nn.Module):
         | few-shot | its images stand anywhere in the text, so that examples may precede a query                        |
         """
         return frozenset()
+
+    @property
+    def pretrained(self) -> frozenset[str]:
+        """The parts (dotted names) whose weights come from a published checkpoint, directly or over runs of ours."""
+        return published_parts(self)
+
+    @pretrained.setter
+    def pretrained(self, parts: Iterable[str]) -> None:
+        for name in published_parts(self):
+            self.get_submodule(name).published = False
+        mark_published(self, parts)
 
     @property
     def language_config(self) -> Any:

@@ -16,6 +16,7 @@ from minivlm.atomic_writing import write_all, write_tensors
 from minivlm.empty_model import config_describes_lora
 from minivlm.errors import UserError
 from minivlm.models import own_modules
+from minivlm.origins import published_parts
 from minivlm.precision import HALF
 from minivlm.pretrained import generation_config
 from minivlm.pretrained.names import tied
@@ -74,6 +75,7 @@ def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any
         "processor": configs.to_dict(processor.config) if processor else None,
         **({"dtype": str(model.stored).removeprefix("torch.")} if getattr(model, "stored", None) in HALF else {}),
         **({"base": base} if base else {}),
+        **({"pretrained": sorted(parts)} if (parts := published_parts(model)) else {}),
     }
     if defaults := getattr(model, "defaults", {}):
         values["generation"] = generation_config.write({}, defaults)

@@ -79,7 +79,7 @@ def test_a_layer_imports_torch_and_other_layers(path):
     Ids that the table of tokens has no row for, and pictures that no grid of patches fits, are a user's."""
     speaks = {"model", "generation", "losses"}
     more = {"language_model.py": speaks, "t5.py": speaks, "bert.py": {"model"}}
-    more |= {"vocabulary.py": {"errors", "precision"}, "vit.py": {"errors"}, "resnet.py": {"errors"}}
+    more |= {"vocabulary.py": {"errors", "origins", "precision"}, "vit.py": {"errors"}, "resnet.py": {"errors"}}
     more = more.get(path.name, set())
     assert {m.partition(".")[0] for m in imports(path, inside_functions=True)} <= {"layers"} | more
 
@@ -111,8 +111,13 @@ def test_a_model_imports_layers_and_losses(path):
 def test_the_base_of_all_models_reaches_for_directories_only_when_asked_to():
     [path] = files("model.py")
     top = lambda **how: {m.partition(".")[0] for m in imports(path, **how)}
-    assert top(inside_functions=False) == {"errors", "generation", "losses"}  # which know no model
-    assert top(inside_functions=True) == {"errors", "generation", "losses"}  # it asks the package for `load` and `save`
+    assert top(inside_functions=False) == {"errors", "generation", "losses", "origins"}  # which know no model
+    assert top(inside_functions=True) == {
+        "errors",
+        "generation",
+        "losses",
+        "origins",
+    }  # it asks the package for `load` and `save`
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name)

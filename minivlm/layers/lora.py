@@ -33,6 +33,11 @@ class LoRAConfig:
             raise ValueError(f"the dropout of LoRA is {self.dropout}, but must be at least 0 and less than 1")
 
 
+@dataclass(frozen=True)
+class LoRAParts(LoRAConfig):
+    parts: tuple[str, ...] = ()  # of a model, by dotted names ("language_model", "vision.transformer.blocks.0-5")
+
+
 class LoRALinear(nn.Module):
     """base(x) + alpha/rank · B A x.  x (…, I) → (…, O).  Only A and B learn.
 

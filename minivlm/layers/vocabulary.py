@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.origins import copy_marks
 from minivlm.precision import cast
 
 
@@ -40,4 +41,5 @@ def with_vocabulary(model: nn.Module, size: int) -> nn.Module:
         row = state[name].mean(dim=0, keepdim=True)
         state[name] = torch.cat([state[name], row.expand(size - len(state[name]), -1)])
     grown.load_state_dict(state)
+    copy_marks(model, grown)
     return grown

@@ -77,6 +77,7 @@ class Published:
     dtype: torch.dtype | None = None  # that the weights are said to be of
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of `generate`
     needs_base: bool = False  # are there parts that lie elsewhere?
+    pretrained: tuple[str, ...] = ()  # of a directory of ours: its parts that are published (see minivlm/origins.py)
 
 
 def recognise(directory: Path) -> str:

@@ -16,7 +16,6 @@ from shlex import quote
 from typing import Any
 
 from minivlm import evaluate
-from minivlm.checkpoint import load
 from minivlm.datasets.class_episodes import class_lessons, is_class_folder, read_classes
 from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
@@ -39,6 +38,7 @@ from minivlm.recipes.parts import (
     join_processors,
     load_language_model,
     load_vision_model,
+    opened,
     reading,
     resampling,
     take,
@@ -75,7 +75,6 @@ class FlamingoRecipe(Recipe):
     judged_by = ("documents", "classes", "questions", "captions")
     vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
     language_from: str = "out/lm"  # likewise, a language model
-    starts_from: str | None = None  # a Flamingo that continues to learn, in place of both and of what is new
     model: GatedLayers = GatedLayers()
     data: LessonData = LessonData()
     freeze_vision: bool = True  # False: the tower learns as well, for images unlike those that it was trained on
@@ -84,7 +83,7 @@ class FlamingoRecipe(Recipe):
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
 
     def builds_on(self) -> dict[str, str]:
-        return {} if self.starts_from is not None else {"vision_from": "clip-resnet", "language_from": "lm"}
+        return {"vision_from": "clip-resnet", "language_from": "lm"}
 
     def external_weights(self) -> dict[str, str]:
         if self.store_frozen:
@@ -93,12 +92,12 @@ class FlamingoRecipe(Recipe):
         return {part: self.origins()[part] for part in frozen}
 
     def origins(self) -> dict[str, str]:
-        if self.starts_from is not None:
+        if self.starts_from:
             return dict.fromkeys(("vision", "resampler", "gated", "language_model"), self.starts_from)
         return {"vision": self.vision_from, "language_model": self.language_from}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        model, processor = load(checkpoint) if checkpoint is not None else self.new_model()
+        model, processor = opened(self, Flamingo, checkpoint) or self.compose()
         model.freeze("language_model", *(["vision"] if self.freeze_vision else []))
         directory = self.data.source
         if is_interleaved(directory) or is_class_folder(directory):
@@ -111,16 +110,6 @@ class FlamingoRecipe(Recipe):
         loss = against(f"uniform {log(processor.vocab_size):.2f}")
         progress = lambda line: f"{loss(line)}, gates {gates_text(model)}"
         return Job(self, model, processor, progress=progress, origins=self.origins(), **fed)
-
-    def new_model(self) -> tuple[Flamingo, Processor]:
-        if self.starts_from is None:
-            return self.compose()
-        model, processor = load(self.starts_from)
-        if not isinstance(model, Flamingo):
-            raise UserError(
-                f"--starts_from {self.starts_from} holds a {type(model).__name__}, but a Flamingo is wanted."
-            )
-        return model, processor
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Vision tower and language model put together, with a new resampler and new gated layers between them."""

@@ -94,7 +94,6 @@ class LLaVARecipe(Recipe):
     learns_from = ("conversations",)
     judged_by = ("questions", "captions")
     starts_from: str = "out/llava-stage1"  # a LLaVA that went through stage 1
-    lora: LoRAConfig | None = None  # None: the language model itself is trained
     data: FolderData = FOLDER
     chat: str | None = None  # how turns are written, by name; None: as the LLaVA has it
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
@@ -113,9 +112,10 @@ class LLaVARecipe(Recipe):
         model, processor = load(self.starts_from)
         if not isinstance(model, LLaVA):
             raise UserError(f"--starts_from {self.starts_from} holds a {type(model).__name__}, but a LLaVA is wanted.")
-        if self.lora is not None:
-            add_lora(model.language_model, self.lora, generator=torch.Generator().manual_seed(self.seed))
-            model.config = replace(model.config, lora=self.lora)
+        if (lora := self.lora) is not None:
+            lora = LoRAConfig(lora.rank, lora.alpha, lora.dropout, lora.targets)
+            add_lora(model.language_model, lora, generator=torch.Generator().manual_seed(self.seed))
+            model.config = replace(model.config, lora=lora)
         processor = with_chat(processor, self.chat, self.system)
         template_of(processor)
         return model, processor

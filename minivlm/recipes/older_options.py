@@ -82,6 +82,10 @@ def read_recipe(recipe: Any, recorded: dict, where: str) -> Any:
             raise UserError(
                 f"{where}: this run {did}, which no longer exists (--{option}): train it anew, without --resume."
             )
+    if recorded.get("stage") == "align" or values.get("starts_from", "") is None:
+        values.pop("starts_from", None)  # not read, or none
+    if isinstance(lora := values.get("lora"), dict):
+        values["lora"] = {**lora, "type": "LoRAParts"}
     for part, fields in parts.items():
         if part not in hints:
             values.pop(part, None)

@@ -78,7 +78,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], dict[str, str | bool]]:
             words.append(word)
             continue
         name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
+        name = re.sub(r"(?<!\d)-|-(?!\d)", "_", name)  # not in rates.text.blocks.0-5
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         if options.setdefault(name, value) != value:
@@ -101,8 +101,9 @@ def read_value(text: str | bool) -> Any:
 def override(value: Any, names: dict[str, str | bool]) -> Any:
     """A copy of a (nested) dataclass with fields replaced: {"model.vision.depth": "8"}. A misspelt name is an error."""
     known = dotted_names(value)
+    tables = tuple(f"{name}." for name in known if isinstance(config.value_at(value, name), dict))
     for name in names:
-        if name not in known:
+        if name not in known and not name.startswith(tables or " "):
             if (now := current_option(name)) in known:
                 raise UserError(f"--{name} is called --{now} now.")
             if name in GONE:
@@ -123,6 +124,9 @@ def set_fields(value: Any, changes: dict[tuple[str, ...], str | bool], prefix: s
             if typed is True and bool not in config.alternatives(hints[field_name]):
                 raise UserError(f"--{name} has no value behind it: give it one, or leave it out.")
             new[field_name] = config.read_field(field_name, hints[field_name], typed, f"--{name}")
+        elif isinstance(entries := getattr(value, field_name), dict):
+            read = {".".join(path): as_typed(text, float) for path, text in inner.items()}
+            new[field_name] = entries | config.coerce(hints[field_name], read, f"--{name}")
         else:
             new[field_name] = set_fields(part_of(value, field_name), inner, f"{name}.")
     try:
@@ -139,7 +143,9 @@ def as_typed(text: str | bool, hint: Any) -> Any:
     if text in choices:
         return text  # one of the words may be "none"
     value, kinds = read_value(text), config.alternatives(hint)
-    if isinstance(text, str) and any(get_origin(kind) is tuple for kind in kinds):
+    if isinstance(text, str) and (tuples := [kind for kind in kinds if get_origin(kind) is tuple]):
+        if get_args(tuples[0])[0] is str and not isinstance(value, list) and (value is not None or len(kinds) == 1):
+            return [part.strip() for part in text.split(",")]  # one of the words may be "none"
         whole = isinstance(value, (list, dict, type(None)))
         return value if whole else [read_value(part) for part in text.split(",")]  # caption,search
     if str in kinds and not isinstance(value, (str, bool, type(None))):
@@ -163,6 +169,8 @@ def part_of(value: Any, name: str) -> Any:
 def dotted_names(value: Any, prefix: str = "") -> list[str]:
     names, hints = [], config.field_types(type(value))
     for f in dataclasses.fields(value):
+        if not f.metadata.get("option", True):
+            continue
         inner = part_of(value, f.name)
         if dataclasses.is_dataclass(inner):
             names += dotted_names(inner, f"{prefix}{f.name}.")

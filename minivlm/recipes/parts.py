@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from minivlm.checkpoint import load
+from minivlm.config import shown, value_at, with_value
 from minivlm.conversation import template_of, with_chat
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
@@ -16,9 +18,12 @@ from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, learned_positions
 from minivlm.layers.vit import VisionConfig
 from minivlm.layers.vocabulary import with_vocabulary
+from minivlm.origins import copy_marks
 from minivlm.precision import cast, main_dtype
 from minivlm.processor import Processor
+from minivlm.recipes.recipe import Recipe
 
+CHOSEN_ANEW = ("dropout", "label_smoothing", "caption_weight")  # of a model that is there: its weights stay as they are
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
 
 
@@ -42,10 +47,53 @@ def load_language_model(
     return with_image_token(model, processor)
 
 
+def opened(
+    recipe: Recipe, kind: type[nn.Module] | tuple[type[nn.Module], ...], checkpoint: Path | None = None
+) -> tuple[nn.Module, Processor] | None:
+    """The model and processor of a checkpoint, or of --starts_from; None where neither is given, and a new one is to be built.
+
+    UserError for a model that is no `kind`, and for an option --model.X that says otherwise than the model.
+    """
+    if checkpoint is not None:
+        return load(checkpoint)
+    if not recipe.starts_from:
+        return None
+    model, processor = load(recipe.starts_from)
+    if not isinstance(model, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(f"{'an' if one.__name__[0] in 'AEI' else 'a'} {one.__name__}" for one in kinds)
+        found = f"--starts_from {recipe.starts_from} holds a {type(model).__name__}"
+        raise UserError(f"{found}, but {wanted} is wanted.")
+    if processor is None:
+        raise UserError(f"--starts_from {recipe.starts_from} has no processor beside its weights: save it with one.")
+    return as_chosen(model, recipe), processor
+
+
+def as_chosen(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model that a recipe starts from, with what the user chose by --model.X: of that only what leaves its weights as they
+    are, such as dropout, can be another."""
+    config = model.config
+    for name in (name for name in recipe.given if name.startswith("model.")):
+        field = name.removeprefix("model.")
+        wanted, has = value_at(recipe, name), value_at(config, field)
+        if wanted != has and (has is None or field.rpartition(".")[2] not in CHOSEN_ANEW):
+            raise UserError(
+                f"--{name} is {shown(wanted)}, but {shown(has)} in the model of --starts_from {recipe.starts_from}, which "
+                "stays as it is: leave one of the two out."
+            )
+        config = config if wanted == has else with_value(config, field, wanted)
+    if config == model.config:
+        return model
+    made = build(type(model), config, seed=recipe.seed)
+    take(made, model)
+    return made.eval()
+
+
 def take(part: nn.Module, source: nn.Module) -> None:
     """The weights of `source`, in the precision in which it has them, become those of a part."""
     cast(part, main_dtype(source.parameters()))
     part.load_state_dict(source.state_dict())
+    copy_marks(source, part)
 
 
 def with_image_token(model: LanguageModel | T5, processor: Processor) -> tuple[LanguageModel | T5, Processor]:

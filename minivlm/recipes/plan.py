@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from minivlm.config import value_at
 from minivlm.errors import UserError, nearest
 from minivlm.recipes import RECIPES
 from minivlm.recipes.folders import for_data
@@ -38,7 +39,12 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
         return name, resumed_recipe(name, options.directory(name), changes, options), options
     if options.data:
         recipe = for_data(override(recipe, changes), options.data, options.directory(name))
-    return name, override(recipe, changes), options
+    return name, dataclasses.replace(override(recipe, changes), given=remembered(changes)), options
+
+
+def remembered(changes: dict[str, str | bool]) -> tuple[str, ...]:
+    """Of the options that were given those of which `start` has to know that they were."""
+    return tuple(name for name in changes if name.startswith("model.") or name == "optimiser.learning_rate")
 
 
 def resumed_recipe(name: str, directory: str, changes: dict[str, str | bool], options: Options) -> Recipe:
@@ -50,7 +56,8 @@ def resumed_recipe(name: str, directory: str, changes: dict[str, str | bool], op
             f"{directory} holds a run of {record.get('name', kind)}, not of {name}: resume it as what it is."
         )
     recorded = read_recipe(base, record["recipe"], f"{latest / 'training.json'}: recipe")
-    recipe = override(recorded, changes)
+    given = tuple(dict.fromkeys([*recorded.given, *remembered(changes)]))
+    recipe = dataclasses.replace(override(recorded, changes), given=given)
     if options.data:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, directory=options.data))
     refuse_changes(record, recorded, recipe)
@@ -156,9 +163,3 @@ def help_text(name: str, recipe: Recipe) -> str:
             *fields,
         ]
     )
-
-
-def value_at(value, dotted: str):
-    for part in dotted.split("."):
-        value = getattr(value, part, None)  # of a part that is left out
-    return value

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 from minivlm.datasets.source import Source
+from minivlm.layers.lora import LoRAParts
 from minivlm.recipes.job import Job
 from minivlm.training import OptimiserConfig
 
@@ -53,6 +55,13 @@ class Recipe:
     bucket_steps: int = 1  # the samples of so many steps are sorted by length, and each batch is of like length; 1: not
     micro_batch: int | None = None  # samples whose activations are held at a time; None: the whole batch
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    starts_from: str = ""  # a model of this kind: a directory of ours, a published one, or a hub id; "": a new one
+    freeze: tuple[str, ...] = ()  # parts that do not learn, besides the recipe's own; "none" first: those do
+    rates: dict[str, float] = field(default_factory=dict)  # part → its learning rate (see rates.py)
+    lora: LoRAParts | None = None  # adapters on some parts, in place of their weights
+    given: tuple[str, ...] = field(
+        default=(), metadata={"option": False}
+    )  # what the user has chosen, where that matters
     seed: int = 0
     save_every: int = 200  # steps between checkpoints, each with its score on the validation split
     keep: int = 2  # checkpoints kept besides the best
@@ -63,6 +72,9 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
+        for part, rate in self.rates.items():
+            if not 0 <= rate < inf:
+                raise ValueError(f"rates.{part} is {rate}, but must be a finite number from 0 upwards")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, but must be from 0 to {2**63 - 1}")
 
@@ -76,7 +88,10 @@ class Recipe:
 
     def needs(self) -> dict[str, str]:
         """What it builds on: recipe → the directory where that recipe's model is looked for."""
-        return {base: getattr(self, option) or f"out/{base}" for option, base in self.builds_on().items()}
+        bases = self.builds_on()
+        if self.starts_from and not type(self).starts_from:
+            return {}  # all is there
+        return {base: getattr(self, option) or f"out/{base}" for option, base in bases.items()}
 
     def external_weights(self) -> dict[str, str]:
         """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""

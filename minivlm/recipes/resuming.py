@@ -18,7 +18,7 @@ from minivlm.run import Run, read_record
 
 MAY_CHANGE = ("steps", "save_every", "keep", "micro_batch", "optimiser.", "data.cache")  # and are reported
 DATA = ("data.directory", "data.class_names")  # judged by what is in them
-WORDS = ("summary", "measured")
+WORDS = ("summary", "measured", "given")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
