@@ -37,6 +37,7 @@ class Model(nn.Module):
     # What else `tasks/` needs to know.
     takes_images: bool = True  # False: text alone, or the features of regions that a detector has found
     one_image: bool = False  # with each text it takes exactly one
+    predicts_text: bool = False  # `losses(tokens, labels, images)` is the mean surprise (nats) of the labelled tokens
     image_placeholders: int | None = None  # tokens of a text that stand for an image; None: an image has no place in it
     caption_token: int | None = None  # what a caption begins with; None: the start token of the tokeniser
     # Whose attention over an image is drawn: "pooling", "queries", "answer", or the names of the modules in which the text

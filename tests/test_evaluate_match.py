@@ -5,8 +5,9 @@ import torch
 
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.evaluate import match as evaluation
-from minivlm.evaluate.match import hard_negatives, matching, most_similar, recall_at_1, told_apart
+from minivlm.evaluate.match import closest, first_is_right, hard_negatives, matching, told_apart
 from minivlm.metrics import Score
+from minivlm.metrics.retrieval import by_lists
 from tests.matchers import Oracle, WordProcessor
 
 ATTRIBUTES = ("colour", "shape", "size", "place")
@@ -57,11 +58,20 @@ def test_true_and_false_captions_count_alike():
 
 def test_what_is_beyond_the_first_k_is_not_found():
     similar = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.3, 0.4]])
-    assert most_similar(similar, 2).tolist() == [[True, True, False], [False, True, True]]
-    assert most_similar(similar, 16).all()
-    right = torch.tensor([[True, False, False], [True, False, False]])
-    matched = torch.tensor([[0.7, 0.1, -torch.inf], [-torch.inf, 0.2, 0.1]])
-    assert recall_at_1(matched, right) == Score(0.5, pytest.approx(1 / 3))
+    right, _ = by_lists([[0], [0]], 3)
+    score, best = closest(similar, torch.eye(3), right, torch.matmul, 2)
+    assert best.tolist() == [[0, 1], [2, 1]] and score == Score(0.5, pytest.approx(1 / 3))
+    matched = torch.tensor([[0.7, 0.1], [0.1, 0.2]])
+    assert first_is_right(matched, best, right) == 0.5
+    assert (
+        first_is_right(torch.tensor([[0.7, 0.7], [0.1, 0.2]]), best, right) == 0
+    )  # a wrong one that ties stands before
+
+
+def test_blocks_change_nothing(world, oracle, monkeypatch):
+    whole = matching(oracle, oracle.processor, world)
+    monkeypatch.setattr(evaluation, "AT_A_TIME", 7)
+    assert matching(oracle, oracle.processor, world) == whole
 
 
 def test_a_folder_without_scenes_is_judged_by_retrieval(world, oracle, tmp_path):

@@ -48,17 +48,17 @@ def test_it_agrees_with_brute_force(block, coarse):
         assert got[f"{direction} {name}"].value == pytest.approx(want[direction][name], abs=1e-12), (direction, name)
 
 
-def test_a_matrix_says_what_no_ids_can():
+def test_lists_say_what_no_ids_can():
     """Images 0 and 1 share caption 0, and each has one of its own: caption 1 is still wrong for image 1."""
     images, texts = torch.eye(3), torch.tensor([[0.6, 0.7, 0.0], [0.1, 0.9, 0.0], [0.0, 0.5, 0.0]])
-    relevant = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 1]]).bool()
+    relevant = [[0, 1], [0, 2], [2]]
     got = retrieval(images, texts, relevant=relevant, ks=(1, 2))
     # image 1 ranks captions 1 (wrong), 0 (right), 2 (right); image 2 has none above zero: ties count against it
     assert got["image→text R@1"].value == pytest.approx(1 / 3)
     assert got["image→text R@2"].value == pytest.approx(2 / 3)
     assert got["text→image R@1"].value == pytest.approx(2 / 3)
     same = retrieval(images, texts, torch.tensor([0, 1, 2]), ks=(1, 2))
-    assert retrieval(images, texts, relevant=torch.eye(3).bool(), ks=(1, 2)) == same
+    assert retrieval(images, texts, relevant=[[0], [1], [2]], ks=(1, 2)) == same
 
 
 def test_a_case_worked_out_by_hand():

@@ -158,8 +158,8 @@ class WithQuestions:
 class CaptionsToGenerate:
     """An image and one of its captions, all of which is to be generated: images, tokens and labels (B, T)."""
 
-    def __init__(self, conversations: Conversations, processor: Processor, directory: str):
-        self.conversations, self.processor, self.directory = conversations, processor, directory
+    def __init__(self, conversations: Conversations, processor: Processor, images: ImagesOf, directory: str):
+        self.conversations, self.processor, self.images, self.directory = conversations, processor, images, directory
         self.key = conversations.key
 
     def __len__(self) -> int:
@@ -168,8 +168,7 @@ class CaptionsToGenerate:
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         captions = [one_caption(self.conversations, index, rng) for index, rng in zip(indices, rngs, strict=True)]
         rows = [self.processor.cut(row) for row in self.processor.encode(captions)]
-        images = self.processor.images([image for [image] in self.conversations.images(indices)])
-        return {"images": images, **collate([Sample(row, row, []) for row in rows], self.processor.pad_token)}
+        return self.images(indices) | collate([Sample(row, row, []) for row in rows], self.processor.pad_token)
 
     def length(self, index: int, rng: np.random.Generator) -> int:
         return len(one_caption(self.conversations, index, rng).split())

@@ -14,6 +14,7 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.source import add_options, source_of
 from minivlm.errors import UserError
 from minivlm.evaluate.compare import contrast, retrieval, retrieval_sheet, shows, zero_shot
+from minivlm.evaluate.expectation import text_perplexity
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
 from minivlm.evaluate.generation import (
     FREE_ANSWERS,
@@ -50,6 +51,7 @@ __all__ = [
     "retrieval_sheet",
     "shows",
     "table",
+    "text_perplexity",
     "words_right",
     "zero_shot",
 ]

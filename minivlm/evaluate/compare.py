@@ -9,24 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes.text import parse
+from minivlm.evaluate.expectation import some_of
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
 from minivlm.pictures import Row, sheet
 from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.zero_shot import PLAIN, class_features
 
+AT_A_TIME = 250  # images in memory
+
 
 def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
     """All scores of a CLIP on the held-out part of a dataset, by name, in the order of the table."""
     test = open_pairs(directory, "test", image_size=processor.image_size)
     if not isinstance(test, ShapesWorld):
-        classes = zero_shot(model, processor, test, TEMPLATES) if test.classes else {}
-        return classes | retrieval(model, processor, test)
+        images = encode_split(model, processor, test, range(len(test)))
+        classes = zero_shot(model, processor, test, TEMPLATES, images) if test.classes else {}
+        return classes | retrieval(model, processor, test, images=images)
     scores = {}
     for split, name in (("single_seen", "seen pairs"), ("single_unseen", "never-seen pairs")):
         top = zero_shot(model, processor, ShapesWorld(directory, split), PLAIN)
@@ -34,31 +39,38 @@ def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
     return scores | retrieval(model, processor, test)
 
 
-def retrieval(model, processor, pairs: Pairs, *, batch_size: int = 250) -> dict[str, Score]:
-    """Both directions between a split's images and its distinct captions. One caption may be right for several images."""
-    captions = [pairs.all_captions(i) for i in range(len(pairs))]
+def retrieval(
+    model, processor, pairs: Pairs, *, most: int | None = None, images: Tensor | None = None
+) -> dict[str, Score]:
+    """Both directions between a split's images, or `most` of them, and their distinct captions. images: of `encode_split`."""
+    indices = some_of(len(pairs), most or len(pairs))
+    texts, relevant = distinct_captions(pairs, indices)
+    features = encode_split(model, processor, pairs, indices) if images is None else images
+    return retrieval_scores(features, encode_texts(texts, model, processor, cut=True), relevant=relevant)
+
+
+def distinct_captions(pairs: Pairs, indices: Sequence[int]) -> tuple[list[str], list[list[int]]]:
+    """The captions of these images, each once, and which of them are right for each image: one may be for several."""
+    captions = [pairs.all_captions(i) for i in indices]
     number = {text: j for j, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
-    relevant = torch.zeros(len(captions), len(number), dtype=torch.bool)
-    for i, known in enumerate(captions):
-        relevant[i, [number[text] for text in known]] = True
-    texts = encode_texts(list(number), model, processor, cut=True)
-    images = encode_split(model, processor, pairs, batch_size)
-    return retrieval_scores(images, texts, relevant=relevant)
+    return list(number), [[number[text] for text in known] for known in captions]
 
 
-def zero_shot(model, processor, pairs: Pairs, templates: Sequence[str]) -> dict[str, Score]:
-    """Does each labelled image of a split find its class among all classes?"""
+def zero_shot(
+    model, processor, pairs: Pairs, templates: Sequence[str], images: Tensor | None = None
+) -> dict[str, Score]:
+    """Does each labelled image of a split find its class among all classes? images: the features of the whole split."""
     labelled = np.flatnonzero(pairs.labels >= 0)
     classes = class_features([name.replace("_", " ") for name in pairs.classes], model, processor, templates)
-    images = encode_split(model, processor, pairs, 250)[torch.from_numpy(labelled).to(classes.device)]
+    features = encode_split(model, processor, pairs, range(len(pairs))) if images is None else images
+    images = features[torch.from_numpy(labelled).to(classes.device)]
     scores = zero_shot_accuracy(images, classes, torch.from_numpy(pairs.labels[labelled]))
     return {f"zero-shot, {name}": score for name, score in scores.items()}
 
 
-def encode_split(model, processor, pairs: Pairs, batch_size: int) -> torch.Tensor:
-    """(N, D): the features of every image of a split, in its order, decoded a batch at a time."""
-    starts = range(0, len(pairs), batch_size)
-    parts = [np.arange(len(pairs))[i : i + batch_size] for i in starts]
+def encode_split(model, processor, pairs: Pairs, indices: Sequence[int]) -> Tensor:
+    """(N, D): the features of these images of a split, decoded a few at a time."""
+    parts = [np.asarray(indices[i : i + AT_A_TIME]) for i in range(0, len(indices), AT_A_TIME)]
     return torch.cat([encode_images(list(pairs.images(part)), model, processor) for part in parts])
 
 
@@ -73,7 +85,7 @@ def retrieval_sheet(model, processor, directory: str | Path, path: Path, *, top:
         known = dict.fromkeys(test.all_captions(i)[0] for i in range(len(test)))  # each caption once
         some = list(known)[:: max(1, len(known) // 8)][:8]
         rows = [(caption, "", has_caption(caption)) for caption in some]
-    features = torch.cat([encode_split(model, processor, split, 250) for split in splits])
+    features = torch.cat([encode_split(model, processor, split, range(len(split))) for split in splits])
     queries = encode_texts([query for query, _, _ in rows], model, processor, cut=True)
     where = [(split, i) for split in splits for i in range(len(split))]
     sheet_rows = []

@@ -6,13 +6,14 @@ another question (blind): an answer that is right even then does not come from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minivlm.datasets.conversations import Conversations, Question, open_conversations
 from minivlm.datasets.judge import ANSWER, question_problem
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
+from minivlm.evaluate.expectation import text_perplexity
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
@@ -30,18 +31,20 @@ SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 def answers_and_captions(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
     """All scores on the held-out part of a dataset, by name, in the order of the table."""
     ask_questions = ask_questions and answers_questions(model, processor)
-    describes = "caption" in model.abilities
+    describes, world = "caption" in model.abilities, is_world(directory)
     scores = {}
-    for split, name in SHAPES_SPLITS.items() if is_world(directory) else [("test", "")]:
+    for split, name in SHAPES_SPLITS.items() if world else [("test", "")]:
         conversations = open_conversations(directory, split, image_size=processor.image_size)
+        found = {}
         if ask_questions and (questions := conversations.questions()):
-            scores |= {
-                f"{name}{key}": score for key, score in answers(model, processor, conversations, questions).items()
-            }
+            found |= answers(model, processor, conversations, questions)
+            if conversations.free_answers and model.predicts_text:
+                found["perplexity of answers"] = text_perplexity(model, processor, conversations, captions=False)
         if describes and captioned(conversations):
-            scores |= {
-                f"{name}{key}": score for key, score in captions(model, processor, conversations, directory).items()
-            }
+            found |= captions(model, processor, conversations, directory)
+            if not world and model.predicts_text:
+                found["perplexity of captions"] = text_perplexity(model, processor, conversations, captions=True)
+        scores |= {f"{name}{key}": score for key, score in found.items()}
     return scores
 
 
@@ -60,11 +63,14 @@ def answers(model, processor, conversations: Conversations, questions: Sequence[
     check_questions(model, processor, conversations)
     if conversations.free_answers:
         questions = questions[:CAPTIONS]
-    texts = ask(model, processor, conversations, questions)
-    blind = ask(model, processor, conversations, questions, shift=len(questions) // 2)
-    words = {FREE_ANSWERS: words_right(questions, texts)} if conversations.free_answers else {}
-    alone = vqa_accuracy(questions, blind)["accuracy"]
-    return {**words, **vqa_accuracy(questions, texts), "accuracy, blind": alone}
+    others = [questions[(i + len(questions) // 2) % len(questions)].index for i in range(len(questions))]
+    asked = [(question.index, question) for question in questions]
+    blind = list(zip(others, questions, strict=True))
+    given = ask_about(model, processor, conversations, asked + blind)
+    texts, unseen = given[: len(questions)], given[len(questions) :]
+    if conversations.free_answers:
+        return {FREE_ANSWERS: words_right(questions, texts), f"{FREE_ANSWERS}, blind": words_right(questions, unseen)}
+    return {**vqa_accuracy(questions, texts), "accuracy, blind": vqa_accuracy(questions, unseen)["accuracy"]}
 
 
 def words_right(questions: Sequence[Question], texts: Sequence[str]) -> Score:
@@ -72,21 +78,43 @@ def words_right(questions: Sequence[Question], texts: Sequence[str]) -> Score:
     return word_overlap(texts, [question.answers for question in questions])
 
 
-def ask(model, processor, conversations: Conversations, questions: Sequence[Question], *, shift: int = 0) -> list[str]:
-    """The model's answers. shift: each question is asked about the image of the question so many further."""
-    n, texts = len(questions), []
-    longest = SHORT
+def ask(model, processor, conversations: Conversations, questions: Sequence[Question]) -> list[str]:
+    """The model's answers."""
+    return ask_about(model, processor, conversations, [(question.index, question) for question in questions])
+
+
+def ask_about(model, processor, conversations: Conversations, asked: Sequence[tuple[int, Question]]) -> list[str]:
+    """The answers to questions about the images of these samples: each image is decoded and encoded once, however often it is
+    asked about."""
+    longest, questions = SHORT, [question for _, question in asked]
     if conversations.free_answers and "choose" not in model.abilities:
         longest_prompt = max(
             len(question_tokens(q.text, conversations.image_count(q.index), processor)) for q in questions
         )
         longest = max(SHORT, min(LONG, model.language_config.context - longest_prompt))
-    for start in range(0, n, AT_A_TIME):
-        part = range(start, min(start + AT_A_TIME, n))
-        images = conversations.images([questions[(i + shift) % n].index for i in part])
-        samples = [(some, questions[i].text) for some, i in zip(images, part, strict=True)]
-        texts += answer_all(samples, model, processor, max_new_tokens=longest)
+    texts = [""] * len(asked)
+    for part in by_image([index for index, _ in asked]):
+        indices = list(dict.fromkeys(asked[i][0] for i in part))
+        images = dict(zip(indices, conversations.images(indices), strict=True))
+        samples = [(images[asked[i][0]], asked[i][1].text) for i in part]
+        for i, text in zip(
+            part, answer_all(samples, model, processor, max_new_tokens=longest, batch_size=len(part)), strict=True
+        ):
+            texts[i] = text
     return texts
+
+
+def by_image(indices: Sequence[int]) -> Iterator[list[int]]:
+    """Places in `indices`, those of one image together, at most twice AT_A_TIME at once; and no more of one image than that."""
+    part: list[int] = []
+    for i in sorted(range(len(indices)), key=lambda i: indices[i]):
+        full = len(part) >= 2 * AT_A_TIME
+        if full or (len(part) >= AT_A_TIME and indices[i] != indices[part[-1]]):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def check_questions(model, processor, conversations: Conversations) -> None:

@@ -8,7 +8,7 @@ R@1 re-ranked      the first of the RERANK most similar ones after sorting them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.datasets.shapes.negatives import one_attribute_negatives
+from minivlm.evaluate.compare import distinct_captions
+from minivlm.evaluate.expectation import some_of
 from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Score
-from minivlm.metrics.retrieval import rank_block, recall_at_k
+from minivlm.metrics.retrieval import Relevance, by_lists, rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.tasks.features import inference, to_tokens
 from minivlm.tasks.match import RERANK, features_of_all, match_all, match_pairs
@@ -44,19 +46,22 @@ def matching(model, processor, directory: str | Path) -> dict[str, Score]:
     return scores
 
 
-def features_of_split(model, processor, pairs: Pairs) -> Tensor:
-    """(N, L, C): the features of every image of a split."""
-    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // AT_A_TIME))
+def features_of_split(model, processor, pairs: Pairs, indices: Sequence[int] | None = None) -> Tensor:
+    """(N, L, C): the features of every image of a split, or of these."""
+    indices = np.arange(len(pairs)) if indices is None else np.asarray(indices)
+    parts = np.array_split(indices, -(-len(indices) // AT_A_TIME))
     return torch.cat([features_of_all(list(pairs.images(part)), model, processor) for part in parts])
 
 
-def matching_accuracy(model, processor, directory: str | Path) -> float:
-    """Of the validation split, one number: on the shapes world the hard negatives, elsewhere text→image R@1 re-ranked."""
+def matching_accuracy(model, processor, directory: str | Path, *, most: int | None = None) -> float:
+    """Of the validation split, one number: on the shapes world the hard negatives, elsewhere text→image R@1 re-ranked, of
+    `most` images."""
     pairs = open_pairs(directory, "val", image_size=processor.image_size)
-    features = features_of_split(model, processor, pairs)
     if isinstance(pairs, ShapesWorld):
-        return hard_negatives(model, processor, pairs, features)["matching"].value
-    return reranking(model, processor, pairs, features)["text→image R@1 re-ranked"].value
+        return hard_negatives(model, processor, pairs, features_of_split(model, processor, pairs))["matching"].value
+    indices = some_of(len(pairs), most or len(pairs))
+    features = features_of_split(model, processor, pairs, indices)
+    return reranking(model, processor, pairs, features, indices=indices)["text→image R@1 re-ranked"].value
 
 
 def matching_sheet(model, processor, directory: str | Path, path: Path) -> None:
@@ -109,47 +114,67 @@ def told_apart(wrong: Sequence[str], odds: Tensor) -> dict[str, Score]:
 # ---- retrieval -------------------------------------------------------------------------------------------------------
 
 
-def reranking(model, processor, pairs: Pairs, features: Tensor, *, k: int = RERANK) -> dict[str, Score]:
-    """Recall@1 in both directions, by comparing alone and with the k most similar put in order by matching."""
-    captions = [pairs.all_captions(i) for i in range(len(pairs))]
-    number = {text: j for j, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
-    relevant = torch.zeros(len(captions), len(number), dtype=torch.bool)
-    for i, known in enumerate(captions):
-        relevant[i, [number[text] for text in known]] = True
-    tokens, mask = to_tokens(list(number), processor, cut=True)
-    similar = similarities(model, features, tokens, mask)  # (N, M)
-    to_text, to_image = most_similar(similar, k), most_similar(similar.T, k).T
-    matched = torch.full_like(similar, -torch.inf)
-    wanted = to_text | to_image  # a pair that both directions ask for is matched once
-    matched[wanted] = match_pairs(wanted.nonzero(), features, tokens, mask, model)
+def reranking(
+    model, processor, pairs: Pairs, features: Tensor, *, indices: Sequence[int] | None = None, k: int = RERANK
+) -> dict[str, Score]:
+    """Recall@1 in both directions, by comparing alone and with the k most similar put in order by matching.
+
+    features: of the images of `indices`, all of the split if None. Similarities are held a block at a time.
+    """
+    texts, relevant = distinct_captions(pairs, range(len(pairs)) if indices is None else indices)
+    tokens, mask = to_tokens(texts, processor, cut=True)
+    images, vectors = encoded(model, features, tokens, mask)
+    N, M = len(images), len(texts)
+    to_texts, to_images = by_lists(relevant, M)
+    text_alone, best = closest(vectors, images, to_images, lambda t, i: model.similarity(i, t).T, k)
+    of_texts = best * M + torch.arange(M)[:, None]  # a pair is image · M + text
+    image_alone, best = closest(images, vectors, to_texts, model.similarity, k)
+    of_images = torch.arange(N)[:, None] * M + best
+    wanted = torch.cat([of_texts.flatten(), of_images.flatten()]).unique()  # what both ask for is matched once
+    odds = match_pairs(torch.stack([wanted // M, wanted % M], dim=1), features, tokens, mask, model)
     scores = {}
-    for direction, first, second, right in (
-        ("text→image", similar.T, matched.masked_fill(~to_image, -torch.inf).T, relevant.T),
-        ("image→text", similar, matched.masked_fill(~to_text, -torch.inf), relevant),
+    for direction, alone, asked, candidates, right in (
+        ("text→image", text_alone, of_texts, of_texts // M, to_images),
+        ("image→text", image_alone, of_images, of_images % M, to_texts),
     ):
-        scores[f"{direction} R@1"] = recall_at_1(first, right)
-        scores[f"{direction} R@1 re-ranked"] = recall_at_1(second, right)
+        matched = odds[torch.searchsorted(wanted, asked)]  # (Q, k)
+        scores[f"{direction} R@1"] = alone
+        scores[f"{direction} R@1 re-ranked"] = Score(first_is_right(matched, candidates, right), alone.chance)
     return scores
 
 
-def similarities(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size: int = 128) -> Tensor:
-    """(N, M): how similar each image, in its best query, is to each text."""
+def encoded(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+    """The vectors of images (N, [Q,] D), several of one with a Q-Former, and of texts (M, D). In double precision and on the
+    CPU, where a tie is a tie at whatever place of a block."""
     with inference(model):
-        images = [model.encode_image(ImageFeatures(part)).float() for part in features.split(batch_size)]
+        images = [model.encode_image(ImageFeatures(part)) for part in features.split(batch_size)]
         texts = [
-            model.encode_text(t.to(model.device), m.to(model.device)).float()
+            model.encode_text(t.to(model.device), m.to(model.device))
             for t, m in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
         ]
-        texts = torch.cat(texts)
-        return torch.cat([model.similarity(part, texts).float().cpu() for part in images])
+    return torch.cat(images).cpu().double(), torch.cat(texts).cpu().double()
 
 
-def most_similar(similar: Tensor, k: int) -> Tensor:
-    """True for the k highest of each row of (N, M)."""
-    best = similar.topk(min(k, similar.shape[1]), dim=1).indices
-    return torch.zeros_like(similar, dtype=torch.bool).scatter_(1, best, True)
+def closest(
+    queries: Tensor, candidates: Tensor, right: Relevance, similarity: Callable, k: int
+) -> tuple[Score, Tensor]:
+    """Recall@1, and the k most similar candidates of each query, (Q, k)."""
+    ranks, counts, best = [], [], []
+    for start in range(0, len(queries), AT_A_TIME):
+        rows = slice(start, start + AT_A_TIME)
+        similar = similarity(queries[rows], candidates).float()  # (q, G)
+        first, _, count = rank_block(similar.contiguous(), right.rows(rows))
+        ranks, counts = [*ranks, first], [*counts, count]
+        best.append(similar.topk(min(k, similar.shape[1]), dim=1).indices)
+    return recall_at_k(torch.cat(ranks), torch.cat(counts), len(candidates), 1), torch.cat(best)
 
 
-def recall_at_1(scores: Tensor, right: Tensor) -> Score:
-    ranks, _, count = rank_block(scores.contiguous(), right.contiguous())
-    return recall_at_k(ranks, count, scores.shape[1], 1)
+def first_is_right(scores: Tensor, candidates: Tensor, right: Relevance) -> float:
+    """Of candidates (Q, k) with these scores: the share of queries whose highest one is right and alone at the top."""
+    hits = 0
+    for start in range(0, len(candidates), AT_A_TIME):
+        rows = slice(start, start + AT_A_TIME)
+        is_right = right.rows(rows).gather(1, candidates[rows])
+        true = scores[rows].masked_fill(~is_right, -torch.inf).amax(dim=1)
+        hits += int((true > scores[rows].masked_fill(is_right, -torch.inf).amax(dim=1)).sum())
+    return hits / len(candidates)

@@ -35,7 +35,7 @@ def retrieval(
     image_of_text: Tensor | None = None,
     *,
     image_ids: Tensor | None = None,
-    relevant: Tensor | None = None,
+    relevant: Sequence[Sequence[int]] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     block: int = BLOCK,
 ) -> dict[str, Score]:
@@ -44,11 +44,11 @@ def retrieval(
     image_features (N, D), text_features (M, D), unit length; image_ids (N,) int names what each image shows and
     image_of_text (M,) int what each text describes: equal ids are right for each other. Without image_ids, image i is i;
     without image_of_text, text i is i. Where a caption stands under several images that have other captions as well,
-    no ids can say so: relevant (N, M) bool then says which text is right for which image.
+    no ids can say so: relevant then lists, for each image, the texts that are right.
     R@K is the share of queries with a right answer among the first K; mAP the mean over queries of the average precision.
     """
     if relevant is not None:
-        forward, backward = by_matrix(relevant), by_matrix(relevant.T)
+        forward, backward = by_lists(relevant, len(text_features))
     else:
         images = torch.arange(len(image_features)) if image_ids is None else torch.as_tensor(image_ids)
         texts = torch.arange(len(text_features)) if image_of_text is None else torch.as_tensor(image_of_text)
@@ -70,8 +70,23 @@ def by_ids(query_ids: Tensor, candidate_ids: Tensor) -> Relevance:
     return Relevance((len(query_ids), len(candidate_ids)), lambda rows: query_ids[rows, None] == candidate_ids)
 
 
-def by_matrix(relevant: Tensor) -> Relevance:
-    return Relevance(tuple(relevant.shape), lambda rows: relevant[rows])
+def by_lists(right: Sequence[Sequence[int]], G: int) -> tuple[Relevance, Relevance]:
+    """right: for each of Q queries the candidates, of G, that are right for it. And the same the other way round."""
+    back: list[list[int]] = [[] for _ in range(G)]
+    for query, candidates in enumerate(right):
+        for candidate in candidates:
+            back[candidate].append(query)
+
+    def rows_of(lists: Sequence[Sequence[int]], width: int) -> Callable[[slice], Tensor]:
+        def rows(some: slice) -> Tensor:
+            dense = torch.zeros(len(part := lists[some]), width, dtype=torch.bool)
+            for row, places in zip(dense, part, strict=True):
+                row[list(places)] = True
+            return dense
+
+        return rows
+
+    return Relevance((len(right), G), rows_of(right, G)), Relevance((G, len(right)), rows_of(back, len(right)))
 
 
 def zero_shot_accuracy(

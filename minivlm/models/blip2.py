@@ -57,6 +57,7 @@ class BLIP2(Model):
     """
 
     config_class = BLIP2Config
+    predicts_text = True
     image_attention = "queries"
 
     def __init__(self, config: BLIP2Config, *, seed: int = 0):

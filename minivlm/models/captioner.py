@@ -58,6 +58,7 @@ class ImageCaptioningModel(Model):
     """
 
     config_class = ImageCaptioningConfig
+    predicts_text = True
     abilities = frozenset({"caption", "attend"})
     image_attention = "answer"
 

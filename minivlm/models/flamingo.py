@@ -86,6 +86,7 @@ class Flamingo(Model):
     """
 
     config_class = FlamingoConfig
+    predicts_text = True
     abilities = frozenset({"caption", "answer", "chat", "complete", "few-shot"})
     trained_parts: ClassVar[tuple[str, ...]] = ("resampler", "gated")  # the others come from elsewhere, and stay frozen
 

@@ -92,6 +92,7 @@ class LLaVA(Model):
     """
 
     config_class = LLaVAConfig
+    predicts_text = True
     abilities = frozenset({"caption", "answer", "chat", "complete", "attend", "few-shot"})
     image_attention = "answer"
 

@@ -173,8 +173,8 @@ class MatchingAndCaptions:
         self.describes = any(map(self.val.captions, range(len(self.val))))
         self.name = "matching and captions" if self.describes else "text→image Recall@1 re-ranked"
 
-    def validate(self) -> float:
-        matching = self.matching.validate()
+    def validate(self, most: int) -> float:
+        matching = self.matching.validate(most)
         if not self.describes:
             return matching
         captions = evaluate.captions(self.model, self.processor, self.val, self.directory, most=DESCRIBED)

@@ -17,6 +17,7 @@ from minivlm.recipes.job import Job, against
 from minivlm.recipes.parts import build, speaking
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
+from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
 
@@ -49,8 +50,10 @@ class CaptionerRecipe(Recipe):
         config = replace(self.model, language=language, start_token=processor.start_token)
         model = build(ImageCaptioningModel, config, seed=self.seed)
         scores = Generated(model, processor, directory, ask=False, options=" --num_beams 3")
-        samples = CaptionsToGenerate(conversations, processor, directory)
-        return Job(self, model, processor, samples, scores, against(f"uniform {log(processor.vocab_size):.2f}"))
+        cache = VisionCache.of_conversations(model, processor, conversations)
+        samples = CaptionsToGenerate(conversations, processor, cache, directory)
+        progress = against(f"uniform {log(processor.vocab_size):.2f}")
+        return Job(self, model, processor, samples, scores, progress, prepare=cache.prepare)
 
 
 CAPTIONER_RECIPES = {

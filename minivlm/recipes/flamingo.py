@@ -204,8 +204,8 @@ class AnswersAndNewWords:
         self.name = "accuracy of answers and of new words" if taught else generated.name
         self.shots: dict[str, Score] = {}  # scores by the number of examples, once it has been judged
 
-    def validate(self) -> float:
-        of, answers = self.generated, self.generated.validate()
+    def validate(self, most: int) -> float:
+        of, answers = self.generated, self.generated.validate(most)
         if not self.taught:
             return answers
         episodes = shot_episodes(VALIDATED, shots=2, seed=1, image_size=of.processor.image_size)

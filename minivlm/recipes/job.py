@@ -70,7 +70,7 @@ class Job:
         return "held-out data:" if not told else f"what there is. {' '.join(told)}"
 
     def validate(self) -> float:
-        return self.scores.validate()
+        return self.scores.validate(self.recipe.validate_on)
 
     def evaluate(self) -> dict[str, Score]:
         """All scores on held-out data."""

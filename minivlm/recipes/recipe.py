@@ -65,11 +65,12 @@ class Recipe:
     seed: int = 0
     save_every: int = 200  # steps between checkpoints, each with its score on the validation split
     keep: int = 2  # checkpoints kept besides the best
+    validate_on: int = 1000  # validation images, at most, that a checkpoint is judged by
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_size", 1), ("bucket_steps", 1), ("save_every", 1), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        for name in ("steps", "batch_size", "bucket_steps", "save_every", "keep", "validate_on"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, but must be at least 1, or none")
         for part, rate in self.rates.items():

@@ -3,7 +3,7 @@
 Every class has
 
     name                 of what `validate` returns, in words
-    validate()           one number from 0 to 1 to choose the best checkpoint by; higher is better
+    validate(most)       one number from 0 to 1 to choose the best checkpoint by, of so many images; higher is better
     evaluate()           all scores on held-out data
     figure(path)         draws what was learnt
     next_commands(out)   what to try on the model in `out`
@@ -22,11 +22,14 @@ from minivlm.datasets.conversations import Conversations, open_conversations
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.source import Source
+from minivlm.evaluate.expectation import some_of
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.processes import is_first_process
 from minivlm.processor import Processor
 
 VALIDATED = 200  # captions, episodes, or answers in whole sentences, that a checkpoint is judged by
+
+EXPECTED = "1 / perplexity"
 
 Commands = Callable[[Path, str], list[str]]  # of the run's directory and an image
 
@@ -43,9 +46,9 @@ class Retrieval:
     def __init__(self, model, processor: Processor, directory: str):
         self.model, self.processor, self.directory = model, processor, directory
 
-    def validate(self) -> float:
+    def validate(self, most: int) -> float:
         pairs = open_pairs(self.directory, "val", image_size=self.processor.image_size)
-        return evaluate.retrieval(self.model, self.processor, pairs)["text→image R@1"].value
+        return evaluate.retrieval(self.model, self.processor, pairs, most=most)["text→image R@1"].value
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.contrast(self.model, self.processor, self.directory)
@@ -74,8 +77,8 @@ class Matching:
         """more: commands besides those that match and search, for the run's directory and an image."""
         self.model, self.processor, self.directory, self.more = model, processor, directory, more
 
-    def validate(self) -> float:
-        return evaluate.matching_accuracy(self.model, self.processor, self.directory)
+    def validate(self, most: int) -> float:
+        return evaluate.matching_accuracy(self.model, self.processor, self.directory, most=most)
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.matching(self.model, self.processor, self.directory)
@@ -108,10 +111,14 @@ class Generated:
         self.ask, self.options = ask, options
         self.val = self.open("val")
         self.questions = self.val.questions()
-        self.captions_name = "captions, object recall" if is_world(directory) else "captions, words in common"
+        own = "captions, object recall" if is_world(directory) else "captions, words in common"
+        expected = model.predicts_text and not is_world(directory)
+        self.captions_name = EXPECTED if expected else own
         described = any(map(self.val.captions, range(len(self.val))))
         self.answers = bool(self.questions) and (ask or not described)
-        self.answers_name = evaluate.FREE_ANSWERS if self.val.free_answers else "accuracy of answers"
+        self.answers_name = "accuracy of answers"
+        if self.val.free_answers:
+            self.answers_name = EXPECTED if expected else evaluate.FREE_ANSWERS
         self.name = self.answers_name if self.answers else self.captions_name
         self.check_held_out()
 
@@ -126,22 +133,30 @@ class Generated:
                 if self.answers:
                     evaluate.check_questions(self.model, self.processor, conversations)
 
-    def validate(self) -> float:
-        return self.answers_score() if self.answers else self.captions_score()
+    def validate(self, most: int) -> float:
+        return self.answers_score(most) if self.answers else self.captions_score(most)
 
-    def captions_score(self) -> float:
-        """Of 200 validation images."""
-        scores = evaluate.captions(self.model, self.processor, self.val, self.directory, most=VALIDATED)
+    def captions_score(self, most: int) -> float:
+        """On the shapes world, and of a model whose loss is not that of the text alone, of 200 validation images."""
+        if self.captions_name == EXPECTED:
+            return self.expected(most, captions=True)
+        scores = evaluate.captions(self.model, self.processor, self.val, self.directory, most=min(most, VALIDATED))
         return scores[self.captions_name].value
 
-    def answers_score(self) -> float:
-        """Of the validation questions; of those in conversations, 200."""
-        free = self.val.free_answers
-        questions = self.questions[: VALIDATED if free else None]
+    def answers_score(self, most: int) -> float:
+        """Of the questions about `most` validation images; of those in conversations, 200, unless they are expected."""
+        if self.answers_name == EXPECTED:
+            return self.expected(most, captions=False)
+        known = {*some_of(len(self.val), most)}
+        questions = [question for question in self.questions if question.index in known]
+        if self.val.free_answers:
+            questions = questions[:VALIDATED]
+            return evaluate.words_right(questions, evaluate.ask(self.model, self.processor, self.val, questions)).value
         answers = evaluate.ask(self.model, self.processor, self.val, questions)
-        return (
-            evaluate.words_right(questions, answers) if free else vqa_accuracy(questions, answers)["accuracy"]
-        ).value
+        return vqa_accuracy(questions, answers)["accuracy"].value
+
+    def expected(self, most: int, *, captions: bool) -> float:
+        return 1 / evaluate.text_perplexity(self.model, self.processor, self.val, captions=captions, most=most).value
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.answers_and_captions(self.model, self.processor, self.directory, ask_questions=self.answers)
@@ -181,8 +196,8 @@ class NewClasses:
         self.name = f"new words, {ways} ways, an example each"
         self.scores: dict[str, Score] = {}  # once it has been judged
 
-    def validate(self) -> float:
-        episodes = class_episodes(self.directory, VALIDATED, shots=self.ways, ways=self.ways, split="val")
+    def validate(self, most: int) -> float:
+        episodes = class_episodes(self.directory, min(most, VALIDATED), shots=self.ways, ways=self.ways, split="val")
         return evaluate.few_shot_accuracy(self.model, self.processor, episodes, ways=self.ways).value
 
     def evaluate(self) -> dict[str, Score]:

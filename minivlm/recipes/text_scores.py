@@ -47,8 +47,8 @@ class Perplexity:
         self.held_out = held_out_texts(directory)
         self.chance = unigram_entropy(self.held_out[:VALIDATED], processor)
 
-    def validate(self) -> float:
-        return 1 / perplexity(self.model, self.processor, self.held_out[:VALIDATED]).value
+    def validate(self, most: int) -> float:
+        return 1 / perplexity(self.model, self.processor, self.held_out[: min(most, VALIDATED)]).value
 
     def evaluate(self) -> dict[str, Score]:
         return evaluate.language(self.model, self.processor, self.directory)
@@ -92,12 +92,13 @@ class DocumentPerplexity:
     def open(self, split: str) -> Interleaved:
         return Interleaved(self.directory, split, image_size=self.processor.image_size)
 
-    def perplexity(self, documents: Interleaved) -> Score:
-        """chance: unigrams fitted to these very tokens."""
+    def perplexity(self, documents: Interleaved, most: int | None = None) -> Score:
+        """Of the first `most` documents. chance: unigrams fitted to these very tokens."""
         total, counted = 0.0, []
         with inference(self.model):
-            for i in range(0, len(documents), self.batch_size):
-                indices = list(range(i, min(i + self.batch_size, len(documents))))
+            n = min(len(documents), most or len(documents))
+            for i in range(0, n, self.batch_size):
+                indices = list(range(i, min(i + self.batch_size, n)))
                 batch = document_batch(documents, indices, [*map(documents.text, indices)], self.processor)
                 tokens = learnt(batch["labels"])
                 losses = self.model.losses(**{name: tensor.to(self.model.device) for name, tensor in batch.items()})
@@ -105,8 +106,8 @@ class DocumentPerplexity:
                 counted += tokens
         return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
 
-    def validate(self) -> float:
-        return 1 / self.perplexity(self.val).value
+    def validate(self, most: int) -> float:
+        return 1 / self.perplexity(self.val, most).value
 
     def evaluate(self) -> dict[str, Score]:
         return {"perplexity": self.perplexity(self.open("test"))}

@@ -12,7 +12,7 @@ from typing import Any
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture, as_list
 from minivlm.tasks.abilities import require, require_answers
-from minivlm.tasks.features import finite, inference, to_tokens
+from minivlm.tasks.features import finite, image_inputs, inference, to_tokens
 
 
 def choose_all(
@@ -33,9 +33,9 @@ def choose_all(
         if not all(question.strip() for question in questions):
             raise UserError("the question is empty; say what you would like to know.")
         tokens, mask = to_tokens(questions, processor)
-        pixels = processor.images([image for [image] in images]).to(model.device, model.dtype)
         with inference(model):
-            logits = finite(model.answer(pixels, tokens.to(model.device), mask.to(model.device)), model)
+            shown = image_inputs([image for [image] in images], model, processor)
+            logits = finite(model.answer(shown, tokens.to(model.device), mask.to(model.device)), model)
         chosen += [model.config.answers[best] for best in logits.argmax(dim=1).tolist()]
     return chosen
 

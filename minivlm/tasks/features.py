@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.layers.tower import ImageFeatures, Images
 
 
 @contextmanager
@@ -60,6 +61,18 @@ def to_tokens(texts: Sequence[str], processor, *, cut: bool = False) -> tuple[Te
 def encode_pixels(pixels: Tensor, model) -> Tensor:
     """(B, 3, H, W) as the processor made it → (B, D) float32, for weights of any precision on any device."""
     return finite(model.encode_image(pixels.to(model.device, model.dtype)).float(), model)
+
+
+def image_inputs(images: Sequence[Any], model, processor) -> Images:
+    """M images as the model takes them, on its device: pixels, or where an image occurs several times (the same object), its
+    features, computed once."""
+    distinct = {id(image): image for image in images}
+    pixels = processor.images(list(distinct.values())).to(model.device, model.dtype)
+    if len(distinct) == len(images):
+        return pixels
+    place = {key: i for i, key in enumerate(distinct)}
+    features = model.image_features(pixels).unflatten(0, (len(distinct), -1))  # (m, views, N, C)
+    return ImageFeatures(features[[place[id(image)] for image in images]].flatten(0, 1))
 
 
 def finite(numbers: Tensor, model) -> Tensor:

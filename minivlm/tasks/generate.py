@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, endings, template_of, with_images
 from minivlm.errors import UserError
 from minivlm.generation import Options
 from minivlm.image_preprocessing import Picture, as_list
+from minivlm.layers.tower import Images
 from minivlm.special_tokens import Text, as_text
 from minivlm.tasks.abilities import can_answer, check_one_image, check_processor, require, require_answers
 from minivlm.tasks.choose import choose_all
-from minivlm.tasks.features import inference
+from minivlm.tasks.features import image_inputs, inference
 
 MAX_NEW_TOKENS = 64  # unless the context has room for fewer
 
@@ -142,14 +142,14 @@ def generate_tokens(
     """B prompts of any lengths, each with its images → the new tokens of each, without the one that ends them."""
     how = fitting(model, max(map(len, prompts)), max(map(len, images)), processor, options)
     flat = [image for some in images for image in some]
-    pixels = processor.images(flat) if flat else None
     with inference(model):
-        inputs = model_inputs(prompts, pixels, model, processor)
+        shown = image_inputs(flat, model, processor) if flat else None
+        inputs = model_inputs(prompts, shown, model, processor)
         rows = model.generate(*inputs, decode=processor.decode, **vars(how)).tolist()
     return [until_end(row, how.end_tokens) for row in rows]
 
 
-def model_inputs(prompts: Sequence[list[int]], pixels: Tensor | None, model, processor) -> tuple[Tensor | None, ...]:
+def model_inputs(prompts: Sequence[list[int]], images: Images | None, model, processor) -> tuple[Images | None, ...]:
     """The arguments of `generate` and `stream`: (images,) tokens (B, T), mask (B, T), on the model's device."""
     T = max(map(len, prompts))
     tokens = torch.tensor([row + [processor.pad_token] * (T - len(row)) for row in prompts])
@@ -157,7 +157,7 @@ def model_inputs(prompts: Sequence[list[int]], pixels: Tensor | None, model, pro
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     if not model.takes_images:
         return tokens, mask
-    return None if pixels is None else pixels.to(model.device, model.dtype), tokens, mask
+    return None if images is None else images.to(model.device, model.dtype), tokens, mask
 
 
 def fitting(model, length: int, images: int, processor, given: dict[str, Any]) -> Options:
