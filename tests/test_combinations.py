@@ -63,9 +63,10 @@ def captioner(vision, words):
     return ImageCaptioningModel, ImageCaptioningConfig(vision=vision, language=words, vision_layer=-2)
 
 
-def llava(projector):
+def llava(projector, **changes):
     def build(vision, words):
-        return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, projector=projector)
+        changed = dict(projector=projector, **changes)
+        return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, **changed)
 
     return build
 
@@ -74,6 +75,13 @@ def llava_of_latents(vision, words):
     positions = learned_positions(vision, LAYERS)
     sizes = dict(width=16, depth=1, heads=2, latents=3, context_width=width_of(vision), positions=positions)
     changes = dict(projector="resampler", resampler=PerceiverConfig(**sizes))
+    return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, **changes)
+
+
+def llava_of_queries(vision, words):
+    positions = learned_positions(vision, LAYERS)
+    sizes = dict(width=16, depth=2, heads=2, queries=3, context_width=width_of(vision), positions=positions)
+    changes = dict(projector="qformer", qformer=QFormerConfig(**sizes))
     return LLaVA, LLaVAConfig(vision=vision, language=words, image_token=PLACEHOLDER, **changes)
 
 
@@ -94,7 +102,9 @@ CONNECTORS = {
     "in front": captioner,
     "linear": llava("linear"),
     "mlp": llava("mlp"),
+    "pixel shuffle": llava("pixel_shuffle", pixel_shuffle=2),
     "resampler": llava_of_latents,
+    "queries": llava_of_queries,
     "q-former": blip2,
     "gated": flamingo,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,14 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LM
 from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
 from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
-from minivlm.layers.projector import LinearProjector, MLPProjector, ResamplerProjector
+from minivlm.layers.projector import (
+    LinearProjector,
+    MLPProjector,
+    QFormerProjector,
+    ResamplerProjector,
+    pixel_shuffle,
+)
+from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.tower import (
     ImageFeatures,
     Images,
@@ -31,9 +39,12 @@ from minivlm.layers.tower import (
     make_tower,
     tower_features,
 )
+from minivlm.layers.vit import VisionConfig
 from minivlm.model import Batch, Model
 from minivlm.models.own_modules import OwnTower, describe, either
 from minivlm.models.placeholders import cut_by_placeholders, expand, fill
+
+SOME_WORDS = 4096  # of a vocabulary, the most frequent first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,31 +52,43 @@ class LLaVAConfig:
     vision: TowerConfig | OwnTower | None  # None: it is given ready, as vision=my_tower
     language: LanguageModelConfig
     image_token: int  # the placeholder's id; an image takes as many of them as it has features, or latents
-    projector: Literal["linear", "mlp", "resampler"] = "mlp"
+    projector: Literal["linear", "mlp", "pixel_shuffle", "resampler", "qformer"] = "mlp"
+    pixel_shuffle: int = 1  # features of so many a side are one token: of "pixel_shuffle", or before "linear" and "mlp"
     resampler: PerceiverConfig | None = None  # of projector="resampler"
+    qformer: QFormerConfig | None = None  # of projector="qformer"
     projector_activation: Activation = "gelu"
     projector_bias: bool = True  # of the MLP
     vision_layers: tuple[int, ...] = (-2,)  # whose features are used (several: side by side); −2: the last but one
     class_token: bool = False  # True: the class token is used as well
+    vision_norm: bool = False  # True: the last norm of a ViT is applied to its features
     tiles: int = 1  # n: an image is encoded whole, and again in n × n tiles (LLaVA-NeXT's AnyRes)
     lora: LoRAConfig | None = None  # on the language model, while it is trained so
 
     def __post_init__(self):
         check_decoder(self.language, "LLaVA")
-        if (self.projector == "resampler") != (self.resampler is not None):
-            raise ValueError(f"projector is {self.projector!r}, but resampler is {self.resampler}: the two go together")
+        for kind, queried in (("resampler", self.resampler), ("qformer", self.qformer)):
+            if (self.projector == kind) != (queried is not None):
+                raise ValueError(f"projector is {self.projector!r}, but {kind} is {queried}: the two go together")
         if self.vision is None:  # what is given in its place is checked when it is there
             return
+        if self.vision_norm and (not isinstance(self.vision, VisionConfig) or len(self.vision_layers) > 1):
+            raise ValueError("vision_norm needs a ViT and a single layer of it: set it to False")
         width = self.feature_width
-        if (r := self.resampler) is not None:
-            check_reader(width, r.context_width or r.width, "resampler", "resampler.context_width")
+        if (c := self.queried) is not None:
+            check_reader(width, c.context_width or c.width, self.projector, f"{self.projector}.context_width")
+        check_pixel_shuffle(self)
+
+    @property
+    def queried(self) -> PerceiverConfig | QFormerConfig | None:
+        """Of the projector, where it gives as many tokens as it has queries."""
+        return self.resampler or self.qformer
 
     @property
     def features_per_view(self) -> int:
         """Placeholders that one view of an image takes."""
-        if self.resampler is not None:
-            return self.resampler.latents
-        return features_of(self.vision, self.vision_layers)[0] + int(self.class_token)
+        if self.queried is not None:
+            return self.resampler.latents if self.resampler is not None else self.qformer.queries
+        return features_of(self.vision, self.vision_layers)[0] // self.pixel_shuffle**2 + int(self.class_token)
 
     @property
     def feature_width(self) -> int:
@@ -148,10 +171,14 @@ class LLaVA(Model):
         return fill(x, tokens == self.config.image_token, image_tokens.flatten(0, -2))
 
     def image_features(self, images: Images) -> Tensor:
-        """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower computes, before the projector."""
+        """images (B, [I,] 3, H, W) → (B · I, N, C): what the vision tower computes, and what of it is one token side by
+        side; all that is before the first weight of the projector."""
         if isinstance(images, ImageFeatures):
             return images.tensor
-        return tower_features(self.vision, images, self.config.vision_layers, class_token=self.config.class_token)
+        c = self.config
+        x = tower_features(self.vision, images, c.vision_layers, class_token=c.class_token)
+        x = self.vision.norm(x) if c.vision_norm else x
+        return pixel_shuffle(x, c.pixel_shuffle) if c.pixel_shuffle > 1 else x
 
     def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
         return cut_by_placeholders(super().cut(batch, size), batch, size, self.config.image_token)
@@ -177,15 +204,57 @@ class LLaVA(Model):
         self.config = replace(self.config, lora=None)
 
 
+def check_pixel_shuffle(config: LLaVAConfig) -> None:
+    """ValueError where the features cannot be folded into squares."""
+    c, side = config, config.pixel_shuffle
+    least = 2 if c.projector == "pixel_shuffle" else 1
+    if side < least:
+        raise ValueError(f"pixel_shuffle is {side}, but must be at least {least} for projector={c.projector!r}")
+    if side == 1:
+        return
+    if c.queried is not None or c.class_token:
+        what = "class_token" if c.class_token else f"projector={c.projector!r}"
+        raise ValueError(f"pixel_shuffle folds a grid of features, which does not go together with {what}")
+    n = features_of(c.vision, c.vision_layers)[0]
+    grid = isqrt(n)
+    if grid * grid != n:
+        raise ValueError(f"pixel_shuffle needs a square grid of features, but the vision tower gives {n}")
+    if grid % side:
+        fitting = [str(d) for d in range(2, grid + 1) if grid % d == 0]
+        raise ValueError(
+            f"pixel_shuffle {side} does not divide the vision tower's grid of {grid} × {grid} features: choose "
+            f"{', '.join(fitting) or 'another projector'}"
+        )
+
+
 def make_projector(config: LLaVAConfig, generator: torch.Generator, *, seed: int) -> nn.Module:
-    """Features (M, N, C) → tokens (M, N, D), or as many as there are latents. A resampler initialises itself, by the seed."""
-    sizes = (config.feature_width, config.language.width)
-    if config.projector == "resampler":
-        projector = ResamplerProjector(config.resampler, sizes[1], seed=seed)
+    """Features (M, N, C) → tokens (M, N, D), or as many as there are queries. What has some initialises itself, by the seed."""
+    c, sizes = config, (config.feature_width * config.pixel_shuffle**2, config.language.width)
+    if c.queried is not None:
+        kind = ResamplerProjector if c.resampler is not None else QFormerProjector
+        projector = kind(c.queried, sizes[1], seed=seed)
         initialise_linears(projector.linear, generator)
         return projector
-    mlp = config.projector == "mlp"
-    options = dict(activation=config.projector_activation, bias=config.projector_bias)
-    projector = MLPProjector(*sizes, **options) if mlp else LinearProjector(*sizes)
+    if c.projector == "mlp":
+        projector = MLPProjector(*sizes, activation=c.projector_activation, bias=c.projector_bias)
+    else:
+        projector = LinearProjector(*sizes, bias=c.projector == "linear")
     initialise_linears(projector, generator)
     return projector
+
+
+@torch.no_grad()
+def scale_projector(model: LLaVA, images: Images) -> float:
+    """Scale a new projector so that its tokens of these images are as long as the language model's words are on average.
+
+    A language model adds to what it is given. Tokens of many times the length of its words drown what its blocks add, and
+    the gradient that reaches a projector through the first norm is as many times smaller. Returns the factor.
+    """
+    tokens = model.projector(model.image_features(images)).flatten(0, -2).float()
+    words = model.language_model.embed(
+        torch.arange(min(SOME_WORDS, model.config.language.vocab_size), device=model.device)
+    )
+    factor = (words.float().norm(dim=-1).mean() / tokens.norm(dim=-1).mean()).item()
+    for parameter in model.projector.output.parameters():
+        parameter.mul_(factor)
+    return factor

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from minivlm import checkpoint
-from minivlm.layers import ImageFeatures, ResNetConfig, VisionConfig
+from minivlm.layers import ImageFeatures, PerceiverConfig, QFormerConfig, ResNetConfig, VisionConfig
 from minivlm.layers.lora import LoRAConfig, lora_parameters
-from minivlm.models.llava import LLaVA, LLaVAConfig
+from minivlm.layers.projector import pixel_shuffle
+from minivlm.models.llava import LLaVA, LLaVAConfig, scale_projector
+from minivlm.models.own_modules import OwnTower
 from minivlm.testing import (
     assert_causal,
     assert_frozen,
@@ -318,3 +320,63 @@ def test_the_seed_alone_says_what_the_weights_are():
     assert all(torch.equal(first[name], same[name]) for name in first)
     names = ("vision.class_embedding", "projector.up_proj.weight", "language_model.token_embedding.weight")
     assert not any(torch.equal(first[name], other[name]) for name in names)
+
+
+class TestPixelShuffle:
+    """Squares of neighbouring features become one token."""
+
+    def test_a_square_is_one_token_its_features_row_by_row(self):
+        x = torch.arange(16.0).reshape(1, 16, 1)  # a grid of 4 × 4
+        assert pixel_shuffle(x, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+    @pytest.mark.parametrize("projector", ["pixel_shuffle", "linear", "mlp"])
+    @pytest.mark.parametrize("tiles", [1, 2])
+    def test_fewer_tokens_stand_in_the_text_whatever_projects_them(self, projector, tiles):
+        model = llava(projector=projector, pixel_shuffle=2, tiles=tiles)
+        c, images = model.config, pictures(2, model.config.views)
+        assert c.features_per_view == 1 and c.image_tokens == c.views
+        x = model.embed(images, torch.full((2, c.views), PLACEHOLDER))
+        alone = model.vision.features(images[1, :1], layer=-2)[:, 1:].reshape(1, 1, -1)  # its four patches in a row
+        assert_same(x[1, :1], model.projector(alone)[0])
+        features = ImageFeatures(model.image_features(images))
+        assert features.tensor.shape == (2 * c.views, 1, 4 * VISION.width)
+        tokens = torch.full((2, c.views), PLACEHOLDER)
+        assert torch.equal(model.embed(features, tokens), model.embed(images, tokens))
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"pixel_shuffle": 3}, r"3 does not divide the vision tower's grid of 2 × 2 features: choose 2"),
+            ({"pixel_shuffle": 1}, "must be at least 2 for projector='pixel_shuffle'"),
+            ({"pixel_shuffle": 0, "projector": "mlp"}, "must be at least 1"),
+            ({"pixel_shuffle": 2, "class_token": True}, "does not go together with class_token"),
+            ({"pixel_shuffle": 2, "vision": OwnTower(module="m", image_size=16, layers=(-2,), counts=(6,), widths=(8,))},
+             "needs a square grid of features, but the vision tower gives 6"),
+            ({"pixel_shuffle": 2, "projector": "resampler", "resampler": PerceiverConfig(width=16)},
+             "does not go together with projector='resampler'"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_folded_is_a_sentence(self, changes, said):
+        with pytest.raises(ValueError, match=said):
+            llava_config(**{"projector": "pixel_shuffle", **changes})
+
+
+CONNECTORS = {
+    "linear": {"projector": "linear"},
+    "mlp": {"projector": "mlp"},
+    "pixel shuffle": {"projector": "pixel_shuffle", "pixel_shuffle": 2},
+    "resampler": {"projector": "resampler", "resampler": PerceiverConfig(width=16, depth=2, heads=2, latents=3)},
+    "q-former": {"projector": "qformer", "qformer": QFormerConfig(width=16, depth=2, heads=2, queries=3)},
+}
+
+
+class TestScale:
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_a_new_connector_can_start_at_the_length_of_words(self, connector):
+        model, images = llava(**CONNECTORS[connector]), pictures(4)
+        before = model.projector(model.image_features(images))
+        factor = scale_projector(model, images)
+        after = model.projector(model.image_features(images))
+        assert_same(after, factor * before)
+        words = model.language_model.token_embedding.weight.norm(dim=-1).mean()
+        assert_same(after.norm(dim=-1).mean(), words)
