@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 _HOME = {
     "BERT": "layers",
@@ -45,6 +45,8 @@ _HOME = {
     "UserError": "errors",
     "VQAConfig": "models.vqa",
     "VQAModel": "models.vqa",
+    "VisionConfig": "layers",
+    "VisionTransformer": "layers",
     "ViLBERT": "models.vilbert",
     "ViLBERTConfig": "models.vilbert",
     "VisualBERT": "models.visualbert",

@@ -405,12 +405,16 @@ def test_a_folder_with_questions_is_answered(built, photos, tmp_path, capsys):
             r"--starts_from \S+ holds a LanguageModel, but stage 1 of a BLIP-2 is wanted: ",
         ),
         ("blip2", {"starts_from": "blip2-lm"}, r"--starts_from \S+ holds a BLIP2, but stage 1 of a BLIP-2 is wanted: "),
-        ("blip2-stage1", {"vision_from": "lm"}, r"--vision_from \S+ holds a LanguageModel, but a CLIP is wanted\."),
-        ("blip2-stage1", {"vision_from": "blip2-t5"}, r"--vision_from \S+ holds a BLIP2, but a CLIP is wanted\."),
+        (
+            "blip2-stage1",
+            {"vision_from": "lm"},
+            r"--vision_from \S+ holds a LanguageModel, which has no vision tower: ",
+        ),
+        ("blip2-stage1", {"vision_from": "bert"}, r"--vision_from \S+ holds a BERT, which has no vision tower: "),
         (
             "blip2",
             {"vision_from": "t5", "from_scratch": "true"},
-            r"--vision_from \S+ holds a T5, but a CLIP is wanted\.",
+            r"--vision_from \S+ holds a T5, which has no vision tower: ",
         ),
         ("blip2-stage1", {"bert_from": "lm"}, r"--bert_from \S+ holds a LanguageModel, but a BERT is wanted\."),
         (

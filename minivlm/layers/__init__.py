@@ -1,4 +1,4 @@
-"""The bricks. They import torch and each other; the language model and T5, which are models as well, a little more."""
+"""The bricks. They import torch and each other; those that are models as well (language model, T5, ViT) a little more."""
 
 from minivlm.layers.attention import Attention, CrossAttention, attend, set_attention_backend
 from minivlm.layers.bert import BERT, BERTConfig

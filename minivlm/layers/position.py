@@ -97,7 +97,7 @@ def add_positions(features: Tensor, table: Tensor | None) -> Tensor:
     return features + table.to(features.dtype)
 
 
-def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0) -> Tensor:
+def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int = 0, antialias: bool = False) -> Tensor:
     """Position embeddings (leading + n·n, D) of a square grid, interpolated to another grid (h, w) of patches.
 
     The first `leading` rows (the class token's) stay as they are. Bicubic, as in Dosovitskiy et al. 2021, §3.2.
@@ -110,7 +110,8 @@ def resize_position_table(table: Tensor, grid: tuple[int, int], *, leading: int 
     if (h, w) == (side, side):
         return table
     patches = table[leading:].T.reshape(1, -1, side, side)  # (1, D, n, n)
-    patches = F.interpolate(patches.float(), size=(h, w), mode="bicubic", align_corners=False).to(table.dtype)
+    how = dict(mode="bicubic", align_corners=False, antialias=antialias)
+    patches = F.interpolate(patches.float(), size=(h, w), **how).to(table.dtype)
     return torch.cat([table[:leading], patches.flatten(2)[0].T])
 
 

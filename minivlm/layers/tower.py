@@ -72,7 +72,8 @@ def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
 
     | tensor                     | normal, mean 0, standard deviation     |
     |----------------------------|----------------------------------------|
-    | class token, pool query    | 1/√width                               |
+    | class token, pool query,   | 1/√width                               |
+    | registers                  |                                        |
     | positions                  | 1/√width, or 0.5 after a stem          |
     | stem of convolutions       | √(2 / fan in)  (He et al. 2015)        |
 
@@ -88,7 +89,7 @@ def initialise_tower(tower: nn.Module, generator: torch.Generator) -> None:
             module.expand.norm.weight.zero_()
     stem = getattr(tower.config, "stem", "patch") == "convolutions"
     for name, parameter in tower.named_parameters():
-        if name.endswith(("class_embedding", "query", "position_embedding")):
+        if name.endswith(("class_embedding", "query", "position_embedding", "register_tokens")):
             positions = name.endswith("position_embedding")
             normal(parameter, 0.5 if stem and positions else parameter.shape[-1] ** -0.5, generator)
 
@@ -118,9 +119,13 @@ def learned_positions(config: TowerConfig, layers: Sequence[int]) -> int:
 def tower_features(tower: nn.Module, images: Tensor, layers: Sequence[int], *, class_token: bool = False) -> Tensor:
     """images (…, 3, H, W) → (M, N, C): the features of each image after these layers, several side by side.
 
-    class_token: keep it, in front of the patches. A frozen tower keeps no activations, since nothing asks for gradients.
+    class_token: keep it, in front of the patches. Registers are never kept (Darcet et al. 2024, §2.2). A frozen tower keeps
+    no activations, since nothing asks for gradients.
     """
     pixels = images.flatten(0, -4)
     states = [tower.features(pixels, layer=layer) for layer in layers]
     x = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-    return x if class_token else x[:, getattr(tower, "leading", 0) :]
+    leading = getattr(tower, "leading", 0)
+    if class_token and leading > 1:
+        return torch.cat([x[:, :1], x[:, leading:]], dim=1)
+    return x if class_token else x[:, leading:]

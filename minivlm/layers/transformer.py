@@ -98,15 +98,25 @@ def bound(x: Tensor) -> Tensor:
     return x.clamp(*(limit * torch.where(x.isinf().any(), largest - 1000, largest) for limit in (-1, 1)))
 
 
-class Block(nn.Module):
-    """Self-attention, optionally cross-attention, MLP; each with its norm and its residual. x (B, T, D) → (B, T, D)."""
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x (B, T, D) · scale (D,), in the precision of x."""
+    return x if scale is None else x * scale.to(x.dtype)
 
-    def __init__(self, config: TransformerConfig, *, cross_attention: bool = False):
+
+class Block(nn.Module):
+    """Self-attention, optionally cross-attention, MLP; each with its norm and its residual. x (B, T, D) → (B, T, D).
+
+    layer_scale: what each branch's learned scale of its channels starts at (LayerScale: Touvron et al. 2021, CaiT, §2.1).
+    """
+
+    def __init__(self, config: TransformerConfig, *, cross_attention: bool = False, layer_scale: float | None = None):
         super().__init__()
         c = config
         self.pre_norm, self.parallel = c.norm_place == "pre", c.parallel_residual
         if self.parallel and (cross_attention or not self.pre_norm):
             raise ValueError("parallel_residual is for pre-norm blocks without cross-attention")
+        if layer_scale is not None and (self.parallel or cross_attention):
+            raise ValueError("layer_scale is for blocks of one residual each, without cross-attention")
         self.bounded = c.relative_buckets > 0  # a T5's activations pass what fp16 can hold
         self.attention_norm = make_norm(c)
         self.attention = Attention(
@@ -140,6 +150,8 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(c)
         self.mlp = MLP(c.width, c.hidden_width, c.activation, gated=c.gated_mlp, bias=c.mlp_bias)
         self.dropout = nn.Dropout(c.dropout)
+        new = lambda: None if layer_scale is None else nn.Parameter(torch.full((c.width,), layer_scale))
+        self.attention_layer_scale, self.mlp_layer_scale = new(), new()
 
     def forward(
         self,
@@ -154,15 +166,17 @@ class Block(nn.Module):
         if self.parallel:
             attended = self.dropout(attend(self.attention_norm(x)))
             return self.residual(x, self.mlp_norm, self.mlp) + attended
-        x = self.residual(x, self.attention_norm, attend)
+        x = self.residual(x, self.attention_norm, attend, self.attention_layer_scale)
         if self.cross_attention is not None and context is not None:
             cross = lambda h: self.cross_attention(h, context, mask=context_mask)
             x = self.residual(x, self.cross_attention_norm, cross)
-        return self.residual(x, self.mlp_norm, self.mlp)
+        return self.residual(x, self.mlp_norm, self.mlp, self.mlp_layer_scale)
 
-    def residual(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + f(norm(x)), or norm(x + f(x))."""
-        x = x + self.dropout(f(norm(x) if self.pre_norm else x))
+    def residual(
+        self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor], scale: Tensor | None = None
+    ) -> Tensor:
+        """x + scale · f(norm(x)), or norm(x + scale · f(x))."""
+        x = x + self.dropout(scaled(f(norm(x) if self.pre_norm else x), scale))
         x = bound(x) if self.bounded else x
         return x if self.pre_norm else norm(x)
 
@@ -170,8 +184,8 @@ class Block(nn.Module):
         """`forward` for one token a row: x (B, T, D), positions at (B,) → (B, 1, D). Pre-norm self-attention only."""
         h = self.attention_norm(x)
         x, query = take(x, at), take(h, at)
-        x = x + self.dropout(self.attention(query, h, mask=mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(scaled(self.attention(query, h, mask=mask), self.attention_layer_scale))
+        return x + self.dropout(scaled(self.mlp(self.mlp_norm(x)), self.mlp_layer_scale))
 
 
 class RelativePositions(nn.Module):
@@ -230,12 +244,12 @@ class Transformer(nn.Module):
     between(i, x) → x, what block i gets in place of x: the layers of another model between these (Flamingo).
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, *, layer_scale: float | None = None):
         super().__init__()
         self.config = config
-        every = config.cross_attention_every
+        every, more = config.cross_attention_every, dict(layer_scale=layer_scale)
         self.blocks = nn.ModuleList(
-            Block(config, cross_attention=bool(every) and i % every == 0) for i in range(config.depth)
+            Block(config, cross_attention=bool(every) and i % every == 0, **more) for i in range(config.depth)
         )
         self.relative = RelativePositions(config) if config.relative_buckets else None
         if config.alibi:

@@ -2,12 +2,13 @@
 
     (B, 3, H, W) ─ patches ─→ (B, N, D) ─ + class token, positions ─→ blocks ─→ norm ─→ pool ─→ (B, D)
 
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"; attention pooling as in Zhai et al. 2023 (SigLIP), §A.
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"; attention pooling as in Zhai et al. 2023 (SigLIP), §A; LayerScale,
+SwiGLU and registers as in DINOv2 (Oquab et al. 2024, §4; Darcet et al. 2024, §2.2).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from minivlm.layers.attention import CrossAttention
 from minivlm.layers.mlp import MLP
 from minivlm.layers.position import resize_position_table
 from minivlm.layers.transformer import Transformer, TransformerConfig, make_norm
+from minivlm.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,13 @@ class VisionConfig(TransformerConfig):
     patch_bias: bool = False
     stem: Literal["patch", "convolutions"] = "patch"
     drop_border: bool = False  # pixels beyond the last whole patch are dropped (SigLIP so400m: 384 = 27·14 + 6)
+    layer_scale: float | None = None  # what the learned scales of both halves of a block start at; None: there are none
+    registers: int = 0  # learned tokens between class token and patches, without positions and never read
+    antialias_positions: bool = False  # when the position table is interpolated
 
     def __post_init__(self):
+        if self.registers and self.pool != "class":
+            raise ValueError(f"registers stand behind the class token, but pool is {self.pool!r}")
         if self.image_size % self.patch_size and not self.drop_border:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -67,27 +74,31 @@ VIT_SIZES = {
 }
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Model):
     """images (B, 3, H, W) → one vector an image (B, D); `features` gives all tokens.
 
     H and W may differ from image_size in any multiple of the patch size: the position table is interpolated.
+    A part of many models; as a model of its own it is what DINOv2 and the plain ViT are.
     """
 
+    config_class = VisionConfig
+
     def __init__(self, config: VisionConfig):
-        super().__init__()
-        c = self.config = config
-        self.leading = int(c.pool == "class")  # tokens in front of the patches
+        super().__init__(config)
+        c, placed = config, int(config.pool == "class")  # tokens in front of the patches that have a position
+        self.leading = placed + c.registers  # tokens in front of the patches
         self.output_width = self.feature_width = c.width
         if c.stem == "patch":
             self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=c.patch_bias)
         else:
             self.patch_embedding = ConvolutionStem(c.width, c.patch_size)
-        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=0.02)) if self.leading else None
-        self.position_embedding = nn.Parameter(
-            nn.init.normal_(torch.empty(self.leading + c.patches, c.width), std=0.02)
-        )
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(c.width), std=0.02)) if placed else None
+        self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(placed + c.patches, c.width), std=0.02))
+        self.register_tokens = None
+        if c.registers:
+            self.register_tokens = nn.Parameter(nn.init.normal_(torch.empty(c.registers, c.width), std=0.02))
         self.embedding_norm = make_norm(c) if c.embedding_norm else nn.Identity()
-        self.transformer = Transformer(c)
+        self.transformer = Transformer(c, layer_scale=c.layer_scale)
         self.norm = make_norm(c)
         self.attention_pool = AttentionPool(c) if c.pool == "attention" else None
 
@@ -100,14 +111,14 @@ class VisionTransformer(nn.Module):
         return x.mean(dim=1) if self.attention_pool is None else self.attention_pool(x)
 
     def features(self, images: Tensor, *, layer: int = -1) -> Tensor:
-        """(B, 3, H, W) → (B, 1 + N, D), class token first where there is one; the last norm is not applied.
+        """(B, 3, H, W) → (B, 1 + R + N, D), class token and registers first where there are any; the last norm is not applied.
 
         layer: −1 after the last block, −2 after the one before (which is then the last one to run), 0 before the first.
         """
         return self.transformer(self.embed(images), layer=layer)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, 1 + N, D): patches, class token, positions."""
+        """(B, 3, H, W) → (B, 1 + R + N, D): patches, class token, positions, registers."""
         H, W = images.shape[-2:]
         P = self.config.patch_size
         if (H % P or W % P) and not self.config.drop_border:
@@ -120,8 +131,30 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) → (B, N, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        positions = resize_position_table(self.position_embedding, (H // P, W // P), leading=self.leading)
-        return self.embedding_norm(x + positions.to(x.dtype))
+        x = x + self.positions((H // P, W // P)).to(x.dtype)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        return self.embedding_norm(x)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table (1 + h·w, D) of a grid of patches."""
+        placed = int(self.class_embedding is not None)
+        return resize_position_table(
+            self.position_embedding, grid, leading=placed, antialias=self.config.antialias_positions
+        )
+
+    @torch.no_grad()
+    def for_images_of(self, image_size: int) -> VisionTransformer:
+        """The same tower, whose position table has been interpolated to images of so many pixels a side, once and for all."""
+        side = image_size // self.config.patch_size
+        self.position_embedding = nn.Parameter(self.positions((side, side)), self.position_embedding.requires_grad)
+        self.config = replace(
+            self.config,
+            image_size=image_size,
+            drop_border=self.config.drop_border or image_size % self.config.patch_size != 0,
+        )
+        return self
 
 
 class ConvolutionStem(nn.Sequential):

@@ -36,6 +36,9 @@ from minivlm.pretrained.files import WEIGHTS
 MODULES = {  # model_type → module; or an architecture, where one type has several
     "clip": "hf_clip",
     "siglip": "siglip",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "vit": "vit",
     "align": "align",
     "open_clip": "open_clip",
     "gpt2": "gpt2",
@@ -249,10 +252,13 @@ def kind_of(config: Any) -> str:
         return "align" if type(config.text).__name__ == "BERTConfig" else contrast
     if name == "LanguageModelConfig":
         return language.kind_of(config)
+    if name == "VisionConfig":
+        dinov2 = "dinov2_with_registers" if config.registers else "dinov2"
+        return "vit" if config.layer_scale is None else dinov2
     if name not in WRITTEN:
         raise UserError(
-            f"layout='hf' writes CLIP, SigLIP, ALIGN, language models, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2 "
-            f"and IDEFICS; a {name} has no published form here."
+            f"layout='hf' writes CLIP, SigLIP, ALIGN, DINOv2, ViT, language models, T5, BERT, VisualBERT, LLaVA, BLIP, "
+            f"BLIP-2 and IDEFICS; a {name} has no published form here."
         )
     return WRITTEN[name]
 

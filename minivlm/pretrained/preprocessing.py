@@ -33,6 +33,7 @@ CLIP_IMAGES = {
     "image_std": CLIP_STD,
 }
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIGLIP_IMAGES = {**CLIP_IMAGES, "square": True, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
 BLIP_IMAGES = {**SIGLIP_IMAGES, **{k: CLIP_IMAGES[k] for k in ("image_mean", "image_std")}}
 VIT_IMAGES = {**SIGLIP_IMAGES, "resample": 2}

@@ -29,7 +29,7 @@ from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, each_against
-from minivlm.recipes.parts import build, load_vision_model, take
+from minivlm.recipes.parts import build, load_vision_tower, take
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Matching
 from minivlm.recipes.vision_cache import VisionCache
@@ -68,7 +68,7 @@ class BLIPRecipe(Recipe):
     what = "a BLIP"
     learns_from = ("pairs",)
     vision_from: str | None = (
-        "out/clip"  # a CLIP of ours, a published one, or a hub id; None: model.vision, from scratch
+        "out/clip"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id; None: model.vision, new
     )
     freeze_vision: bool = False  # then it sees every picture once
     model: BLIPModel = BLIPModel()
@@ -96,17 +96,17 @@ def check_queue(recipe: BLIPRecipe) -> None:
 def open_parts(recipe: BLIPRecipe, checkpoint: Path | None, *, quiet: bool) -> tuple[BLIP, Processor, Pairs]:
     """Model, processor, and the captions that are trained on."""
     source, data = recipe.vision_from, recipe.data
-    clip, images = (None, None) if source is None or checkpoint else load_vision_model(source)
+    tower, images = (None, None) if source is None or checkpoint else load_vision_tower(source)
     open_world(recipe, images.image_size if images else recipe.model.vision.image_size, quiet=quiet)
-    model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, clip, images)
+    model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, tower, images)
     if recipe.freeze_vision:
         model.freeze("vision")
     pairs = open_pairs(data.source, "train", image_size=processor.image_size)
     return model, processor, NoisyPairs(pairs, data.wrong_captions, seed=recipe.seed) if data.wrong_captions else pairs
 
 
-def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor | None) -> tuple[BLIP, Processor]:
-    """The tower of a CLIP, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
+def compose(recipe: BLIPRecipe, tower: torch.nn.Module | None, images: Processor | None) -> tuple[BLIP, Processor]:
+    """A tower that was trained, or a new one; a new text model, and a tokeniser for captions, questions and answers."""
     c, data = recipe.model, recipe.data
     conversations = open_conversations(data.source, "train", image_size=None)
     sizes = dict(vocab_size=data.vocab_size, image_size=c.vision.image_size, context=c.text.context)
@@ -115,7 +115,7 @@ def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor 
     texts = dict(context=c.text.context, pad_token=0, pad_to_context=False, chat="encoder")
     processor = Processor(text.tokenizer, replace(images.config if images else text.config, **texts))
 
-    vision = clip.config.vision if clip else c.vision
+    vision = c.vision if tower is None else tower.config
     whole = isinstance(vision, VisionConfig) and c.vision_layers == (-1,)
     width = features_of(vision, c.vision_layers)[1]
     config = BLIPConfig(
@@ -134,8 +134,8 @@ def compose(recipe: BLIPRecipe, clip: torch.nn.Module | None, images: Processor 
         label_smoothing=c.label_smoothing,
     )
     model = build(BLIP, config, seed=recipe.seed)
-    if clip:
-        take(model.vision, clip.vision)
+    if tower is not None:
+        take(model.vision, tower)
     return model, processor
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from minivlm.checkpoint import load
 from minivlm.conversation import template_of, with_chat
 from minivlm.datasets.batches import CaptionsWithNegatives
+from minivlm.datasets.conversations import open_conversations
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.sequence_batches import ConversationTurns, QuestionsToEncoder
@@ -23,7 +24,7 @@ from minivlm.layers.bert import BERT
 from minivlm.layers.language_model import LanguageModel
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.t5 import T5
-from minivlm.layers.tower import features_of, learned_positions
+from minivlm.layers.tower import TowerConfig, features_of, learned_positions
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.vision_features import VisionFeaturesConfig
@@ -36,19 +37,19 @@ from minivlm.recipes.folders import (
     open_world,
 )
 from minivlm.recipes.job import Job, against, each_against
-from minivlm.recipes.parts import build, join_processors, load_vision_model, reading, take, with_image_token
+from minivlm.recipes.parts import build, join_processors, load_vision_tower, reading, take, with_image_token
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated, Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
 DECODE = "<decode>"  # stands where a text begins that is to be generated; elsewhere texts begin with <start>
+VOCABULARY = 512  # of the byte-level BPE that is trained where the tower has no tokeniser
 QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, norm_eps=1e-5)
 
 
-def querying(clip, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict[str, Any]:
-    """The fields of a `BLIP2Config`, or of stage 1's, for the tower of a CLIP, whose features before the last norm are read."""
-    vision = clip.config.vision
+def querying(vision: TowerConfig, qformer: QFormerConfig, layers: tuple[int, ...], **text) -> dict[str, Any]:
+    """The fields of a `BLIP2Config`, or of stage 1's, for a tower, whose features before the last norm are read."""
     width, positions = features_of(vision, layers)[1], learned_positions(vision, layers)
     qformer = replace(qformer, context_width=width, positions=positions, **text)
     return dict(**reading(vision, layers), qformer=qformer)
@@ -75,7 +76,7 @@ class BLIP2Stage1Recipe(Recipe):
     what = "stage 1 of a BLIP-2"
     learns_from = ("pairs",)
     taken_by = "--starts_from"
-    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id
     bert_from: str | None = None  # published BERT weights to start the Q-Former from; its tokeniser comes along
     model: Stage1Model = Stage1Model()
     data: NegativesData = NegativesData()
@@ -105,19 +106,22 @@ class BLIP2Stage1Recipe(Recipe):
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def compose(self) -> tuple[BLIP2Stage1, Processor]:
-        """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token."""
-        clip, processor = load_vision_model(self.vision_from)
+        """The tower of a CLIP, a new Q-Former, and the CLIP's tokeniser with one more token. For a tower without texts a
+        tokeniser is trained on the captions."""
+        tower, processor = load_vision_tower(self.vision_from)
         bert, c = None, self.model
         if self.bert_from is not None:
             bert, read = load(self.bert_from)
             if not isinstance(bert, BERT):
                 raise UserError(f"--bert_from {self.bert_from} holds a {type(bert).__name__}, but a BERT is wanted.")
             processor = Processor(read.tokenizer, replace(processor.config, pad_token=read.pad_token))
+        elif processor.source is None:
+            processor = self.train_tokenizer(processor)
         processor.tokenizer.add_special_tokens([DECODE])
         context = min(c.qformer.context, processor.context)
         processor = Processor(processor.tokenizer, replace(processor.config, context=context, pad_to_context=False))
         config = BLIP2Stage1Config(
-            **querying(clip, c.qformer, c.vision_layers, vocab_size=processor.vocab_size),
+            **querying(tower.config, c.qformer, c.vision_layers, vocab_size=processor.vocab_size),
             embed_width=c.embed_width,
             label_smoothing=c.label_smoothing,
             start_token=processor.start_token,
@@ -126,13 +130,22 @@ class BLIP2Stage1Recipe(Recipe):
             pad_token=processor.pad_token,
         )
         model = build(BLIP2Stage1, config, seed=self.seed)
-        take(model.vision, clip.vision)
+        take(model.vision, tower)
         if bert is not None:
             try:
                 model.qformer.load_bert(bert)
             except ValueError as error:
                 raise UserError(f"--bert_from {self.bert_from} does not fit: {error}.") from None
         return model, processor
+
+    def train_tokenizer(self, images: Processor) -> Processor:
+        """The images as they were, and a tokeniser of the captions."""
+        conversations = open_conversations(self.data.source, "train", image_size=None)
+        context = self.model.qformer.context
+        text = Processor.train(
+            conversations.texts(), vocab_size=VOCABULARY, image_size=images.image_size, context=context
+        )
+        return Processor(text.tokenizer, replace(images.config, context=context, pad_token=text.pad_token))
 
 
 # ---- stage 2 ---------------------------------------------------------------------------------------------------------
@@ -192,8 +205,8 @@ class BLIP2Recipe(Recipe):
     def compose(self) -> tuple[BLIP2, Processor]:
         """Vision tower, Q-Former and language model put together, with a new projection between the last two."""
         if self.from_scratch:
-            source, images = load_vision_model(self.vision_from)
-            parts = querying(source, self.model.qformer, self.model.vision_layers)
+            tower, images = load_vision_tower(self.vision_from)
+            parts = querying(tower.config, self.model.qformer, self.model.vision_layers)
         else:
             source, images = load(self.starts_from)
             if not isinstance(source, BLIP2Stage1):
@@ -201,13 +214,13 @@ class BLIP2Recipe(Recipe):
                     f"--starts_from {self.starts_from} holds a {type(source).__name__}, but stage 1 of a BLIP-2 is "
                     "wanted: train one with `python train.py blip2-stage1`, or do without by --from_scratch."
                 )
-            c = source.config
+            c, tower = source.config, source.vision
             parts = {field.name: getattr(c, field.name) for field in fields(VisionFeaturesConfig)}
             parts["qformer"] = replace(c.qformer, vocab_size=None)
         language, text = self.load_language_model()
         config = BLIP2Config(**parts, language=language.config, image_token=text.image_token_id)
         model = build(BLIP2, config, seed=self.seed)
-        take(model.vision, source.vision)
+        take(model.vision, tower)
         take(model.language_model, language)
         if not self.from_scratch:
             if model.standardise is not None:

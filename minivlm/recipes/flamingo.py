@@ -37,7 +37,7 @@ from minivlm.recipes.parts import (
     build,
     join_processors,
     load_language_model,
-    load_vision_model,
+    load_vision_tower,
     opened,
     reading,
     resampling,
@@ -73,7 +73,7 @@ class FlamingoRecipe(Recipe):
     what = "a Flamingo"
     learns_from = ("documents", "classes", "conversations")
     judged_by = ("documents", "classes", "questions", "captions")
-    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id
     language_from: str = "out/lm"  # likewise, a language model
     model: GatedLayers = GatedLayers()
     data: LessonData = LessonData()
@@ -113,9 +113,9 @@ class FlamingoRecipe(Recipe):
 
     def compose(self) -> tuple[Flamingo, Processor]:
         """Vision tower and language model put together, with a new resampler and new gated layers between them."""
-        clip, images = load_vision_model(self.vision_from)
+        tower, images = load_vision_tower(self.vision_from)
         language, text = load_language_model(self.language_from, chat=self.chat, system=self.system)
-        c, vision = self.model, clip.config.vision
+        c, vision = self.model, tower.config
         config = FlamingoConfig(
             **reading(vision, c.vision_layers),
             language=language.config,
@@ -125,7 +125,7 @@ class FlamingoRecipe(Recipe):
             every=c.every,
         )
         model = build(Flamingo, config, seed=self.seed)
-        take(model.vision, clip.vision)
+        take(model.vision, tower)
         take(model.language_model, language)
         return model, join_processors(images, text, image_tokens=config.image_tokens, context=language.config.context)
 

@@ -38,7 +38,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.clip import CLIP_RECIPES
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job
-from minivlm.recipes.parts import build, load_vision_model, take
+from minivlm.recipes.parts import build, load_vision_tower, take
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
@@ -61,7 +61,7 @@ class FuseData(FolderData):
 class FuseRecipe(Recipe):
     what = "a model that chooses answers"
     learns_from = ("questions about one image each",)
-    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id
     model: EncoderConfig  # tower, vocabulary and answers follow from vision_from and the data
     data: FuseData = FuseData()
 
@@ -102,21 +102,21 @@ class FuseRecipe(Recipe):
 def open_parts(
     recipe: Recipe, encoder: EncoderConfig, model_class: type[nn.Module], checkpoint: Path | None, *, quiet: bool
 ) -> tuple[nn.Module, Processor, Conversations, list[list[Question]]]:
-    """Model, processor, the training samples, and some questions about each. Without a checkpoint: the tower of a CLIP, a
+    """Model, processor, the training samples, and some questions about each. Without a checkpoint: a trained tower, a
     tokeniser of the data's questions, answers and captions, and all else new."""
-    model, processor = load(checkpoint) if checkpoint is not None else load_vision_model(recipe.vision_from)
+    model, processor = load(checkpoint) if checkpoint is not None else load_vision_tower(recipe.vision_from)
     conversations = open_training_conversations(recipe, processor.image_size, quiet=quiet)
     asked = [conversations.asked(i, np.random.default_rng(i)) for i in range(len(conversations))]
     if checkpoint is not None:
         return model, processor, conversations, asked
-    clip, answers = model, most_frequent((q for some in asked for q in some), recipe.data.most_answers)
+    tower, answers = model, most_frequent((q for some in asked for q in some), recipe.data.most_answers)
     sizes = dict(vocab_size=recipe.data.vocab_size, image_size=processor.image_size, context=encoder.text.context)
     read = Processor.train(conversations.texts(), **sizes)
     read.tokenizer.add_special_tokens([MASK])
     texts = dict(context=read.context, pad_token=read.pad_token, pad_to_context=False)
     processor = Processor(read.tokenizer, replace(processor.config, **texts))
-    model = build(model_class, recipe.complete(clip.config.vision, answers, processor, conversations), seed=recipe.seed)
-    take(model.vision, clip.vision)
+    model = build(model_class, recipe.complete(tower.config, answers, processor, conversations), seed=recipe.seed)
+    take(model.vision, tower)
     return model, processor, conversations, asked
 
 

@@ -27,7 +27,7 @@ from minivlm.models.llava import LLaVA, LLaVAConfig
 from minivlm.processor import Processor
 from minivlm.recipes.folders import next_training, open_training_conversations
 from minivlm.recipes.job import Job, against
-from minivlm.recipes.parts import LATENTS, join_processors, load_language_model, load_vision_model, resampling, take
+from minivlm.recipes.parts import LATENTS, join_processors, load_language_model, load_vision_tower, resampling, take
 from minivlm.recipes.recipe import FOLDER, FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
@@ -51,7 +51,7 @@ class LLaVAStage1Recipe(Recipe):
     what = "LLaVA"
     learns_from = ("conversations",)
     judged_by = ("questions", "captions")
-    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id
     language_from: str = "out/lm"  # likewise, a language model
     model: Projection = Projection()
     data: FolderData = FOLDER
@@ -69,9 +69,9 @@ class LLaVAStage1Recipe(Recipe):
 
     def compose(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
-        clip, images = load_vision_model(self.vision_from)
+        tower, images = load_vision_tower(self.vision_from)
         language, text = load_language_model(self.language_from, chat=self.chat, system=self.system)
-        c, vision = self.model, clip.config.vision
+        c, vision = self.model, tower.config
         config = LLaVAConfig(
             vision=vision,
             language=language.config,
@@ -82,7 +82,7 @@ class LLaVAStage1Recipe(Recipe):
             tiles=c.tiles,
         )
         model = LLaVA(config, seed=self.seed)
-        take(model.vision, clip.vision)
+        take(model.vision, tower)
         take(model.language_model, language)
         shown = dict(image_tokens=config.image_tokens, tiles=c.tiles)
         return model, join_processors(images, text, context=language.config.context, **shown)

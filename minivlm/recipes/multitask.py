@@ -30,7 +30,7 @@ class MultitaskData(FolderData):
 class MultitaskRecipe(Recipe):
     what = "the multitask model"
     learns_from = ("captions and questions",)
-    vision_from: str = "out/clip-resnet"  # a CLIP of ours, a published one, or a hub id: its vision tower
+    vision_from: str = "out/clip-resnet"  # a CLIP or a tower alone (DINOv2), ours, published or a hub id
     model: MultitaskConfig  # tower, vocabulary and answers follow from vision_from and the data
     data: MultitaskData = MultitaskData()
 

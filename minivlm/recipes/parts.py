@@ -16,7 +16,7 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, learned_positions
-from minivlm.layers.vit import VisionConfig
+from minivlm.layers.vit import VisionConfig, VisionTransformer
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.origins import copy_marks
 from minivlm.precision import cast, main_dtype
@@ -27,12 +27,29 @@ CHOSEN_ANEW = ("dropout", "label_smoothing", "caption_weight")  # of a model tha
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
 
 
-def load_vision_model(source: str) -> tuple[nn.Module, Processor]:
-    """A model that compares pictures with texts, for its vision tower."""
-    clip, processor = load(source)
-    if not hasattr(clip, "encode_image") or not hasattr(clip, "vision"):
-        raise UserError(f"--vision_from {source} holds a {type(clip).__name__}, but a CLIP is wanted.")
-    return clip, processor
+def load_vision_tower(source: str) -> tuple[nn.Module, Processor]:
+    """The vision tower of a model (CLIP, SigLIP, BLIP, LLaVA …) or one that stands alone (DINOv2, ViT), and the processor
+    that prepares its images.
+
+    The tower's config is that of the images that come out of the processor: a position table that was made for others
+    (DINOv2: 518 pixels, shown 224) is interpolated to them. The processor has the tokeniser of a model that compares images
+    with texts, and otherwise none. UserError where there is no such tower.
+    """
+    model, processor = load(source)
+    tower = model if isinstance(model, VisionTransformer) else getattr(model, "vision", None)
+    if not isinstance(getattr(tower, "config", None), TowerConfig):
+        raise UserError(
+            f"--vision_from {source} holds a {type(model).__name__}, which has no vision tower: a CLIP, a SigLIP, a BLIP or "
+            "a tower alone (DINOv2, ViT) is wanted."
+        )
+    if processor is None:
+        raise UserError(f"--vision_from {source} has no processor, so nobody knows how its images are prepared.")
+    size = processor.image_size
+    if isinstance(tower, VisionTransformer) and tower.config.image_size != size:
+        tower.for_images_of(size)
+    compares = hasattr(model, "encode_text")
+    config = replace(processor.config, tiles=1, image_tokens=0, image_fence=None)
+    return tower, Processor(processor.source if compares else None, config)
 
 
 def load_language_model(
@@ -114,8 +131,9 @@ def join_processors(of_images: Processor, of_texts: Processor, **fields) -> Proc
 
 
 def reading(vision: TowerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a `VisionFeaturesConfig` for these layers of a CLIP's tower, before its last norm. A ResNet's features,
-    which come out of no norm, are standardised."""
+    """The fields of a `VisionFeaturesConfig` for these layers of a tower: its patches, before the last norm, as LLaVA reads
+    CLIP (Liu et al. 2023) and Prismatic DINOv2 (Karamcheti et al. 2024, §4.2). A ResNet's features, which come out of no
+    norm, are standardised."""
     standardise = not isinstance(vision, VisionConfig)
     return dict(vision=vision, vision_layers=layers, class_token=False, vision_norm=False, standardise=standardise)
 

@@ -176,7 +176,8 @@ def test_in_every_table_queries_are_queries_and_gates_are_gates():
             r"(q|k|v|gate|up|down)_(?:proj|norm)$", re.sub(r"\.(weight|bias)$", "", row.ours).rpartition(".")[2]
         )
         if row.parts > 1 and ours is not None:
-            assert ours[1] == ("qkv" if row.parts == 3 else "kv")[row.part], row
+            gated = ours[1] in ("gate", "up")
+            assert ours[1] == (("gate", "up") if gated else "qkv" if row.parts == 3 else "kv")[row.part], row
         elif ours is not None:
             for theirs in row.theirs:
                 assert roles_of(theirs) <= {ours[1]}, row

@@ -1,0 +1,89 @@
+"""Vision towers that stand alone (DINOv2, a plain ViT) are what models with texts are built on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_recipes import small_job, small_recipe, small_world
+
+import minivlm
+from minivlm import VisionConfig, VisionTransformer
+from minivlm.errors import UserError
+from minivlm.layers.tower import tower_features
+from minivlm.processor import Processor, ProcessorConfig
+from minivlm.recipes.parts import load_vision_tower
+
+DINO = VisionConfig(
+    width=16, depth=2, heads=2, image_size=48, patch_size=8, embedding_norm=False, patch_bias=True, layer_scale=0.5,
+    registers=2,
+)  # fmt: skip
+SHOWN = 32  # pixels a side of the images, which are fewer than those of the position table
+TAKE_A_TOWER = (
+    "vqa",
+    "visualbert",
+    "uniter",
+    "vilbert",
+    "multitask",
+    "llava-stage1",
+    "flamingo",
+    "blip",
+    "blip2-stage1",
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A world, and in "dino" a tower alone."""
+    directory = small_world(tmp_path_factory.mktemp("towers"), train=60)
+    torch.manual_seed(0)
+    processor = Processor(None, ProcessorConfig(image_size=SHOWN))
+    minivlm.save(directory / "dino", VisionTransformer(DINO), processor)
+    return directory
+
+
+@pytest.mark.parametrize("name", TAKE_A_TOWER)
+def test_every_recipe_with_a_tower_learns_on_one_that_stands_alone(built, name):
+    job = small_job(name, built, vision_from=built / "dino", batch_size=4)
+    batch = job.batch(0)
+    loss = sum(job.model.losses(**batch).values())
+    loss.backward()
+    assert loss.isfinite()
+    tower = job.model.get_submodule("encoder.vision" if name == "multitask" else "vision")
+    assert torch.equal(tower.register_tokens, minivlm.load(built / "dino")[0].register_tokens)
+    assert tower.config == replace(DINO, image_size=SHOWN) and job.processor.image_size == SHOWN
+
+
+def test_a_tower_is_fitted_to_the_images_that_it_will_be_shown(built):
+    whole, processor = minivlm.load(built / "dino")
+    tower, of_images = load_vision_tower(str(built / "dino"))
+    image = processor.images([np.full((40, 50, 3), 90, np.uint8)])
+    assert tower.config.patches == 16 and of_images.source is None
+    assert torch.equal(tower(image), whole(image))
+    assert torch.equal(tower.features(image, layer=-2), whole.features(image, layer=-2))
+
+
+def test_features_of_patches_come_without_class_token_and_registers(built):
+    tower, _ = minivlm.load(built / "dino")
+    image = torch.randn(2, 3, 32, 32)
+    everything = tower.features(image, layer=1)
+    assert everything.shape == (2, 1 + 2 + 16, 16)
+    assert torch.equal(tower_features(tower, image, (1,)), everything[:, 3:])
+    kept = tower_features(tower, image, (1,), class_token=True)
+    assert torch.equal(kept, torch.cat([everything[:, :1], everything[:, 3:]], dim=1))
+    assert torch.allclose(tower(image), tower.norm(tower.features(image))[:, 0], atol=1e-6)
+
+
+def test_the_tower_of_a_whole_model_is_taken_without_its_texts(built):
+    job = small_recipe("llava-stage1", built, vision_from=built / "dino").start(quiet=True)
+    minivlm.save(built / "llava", job.model, job.processor)
+    tower, processor = load_vision_tower(str(built / "llava"))
+    assert tower.config.image_size == SHOWN and processor.source is None and processor.config.image_tokens == 0
+
+
+def test_a_model_without_a_tower_is_refused_in_a_sentence(built):
+    small_recipe("llava-stage1", built)
+    with pytest.raises(UserError, match=r"holds a LanguageModel, which has no vision tower: a CLIP, .* is wanted"):
+        load_vision_tower(str(built / "lm"))
+    with pytest.raises(UserError, match=r"--language_from \S+ holds a VisionTransformer, no language model"):
+        small_recipe("llava-stage1", built, language_from=built / "dino").start(quiet=True)
