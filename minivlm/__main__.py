@@ -17,12 +17,14 @@ PROGRAMS = {
     "evaluate": "score a model on held-out data: minivlm evaluate out/clip",
     "check": "read a folder of your own before training on it: minivlm check my_photos",
     "info": "say what a directory or a hub id holds: minivlm info out/clip",
+    "convert": "write a model as transformers reads it: minivlm convert out/clip DIR",
     "bench": "measure speed beside other libraries: minivlm bench clip",
 }
 MODULES = {
     "evaluate": "minivlm.evaluate",
     "check": "minivlm.datasets.check",
     "info": "minivlm.info",
+    "convert": "minivlm.convert",
     "bench": "minivlm.bench",
 }
 
