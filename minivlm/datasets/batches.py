@@ -49,11 +49,7 @@ class Captions:
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         captions = [*map(self.caption, indices, rngs)]
         pixels = self.pairs.images(indices)
-        if self.augment:
-            samples = zip(pixels, captions, rngs, strict=True)
-            images = torch.cat([self.transform([image], [caption], rng) for image, caption, rng in samples])
-        else:
-            images = self.transform(pixels, captions, None)
+        images = self.transform(pixels, captions, rngs)
         tokens, mask = self.processor.text(captions, cut=True)
         return {"images": images, "tokens": tokens, "mask": mask}
 

@@ -314,13 +314,13 @@ def draw_sheet(samples: list[tuple[Item, str]], read: Reader, processor, seed: i
 
     config = processor.config
     transform = TrainTransform(config.image_size, config.mean, config.std)
-    rng = np.random.default_rng(seed)
     sheet = Image.new("RGB", ((1 + VIEWS) * (TILE + 4) + 8, len(samples) * (TILE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (item, caption) in enumerate(samples):
         top = row * (TILE + CAPTION)
         small = read(item, ceil(1.25 * config.image_size))  # what the cache holds
-        views = [processor.images([read(item, None)])[0], *transform([small] * VIEWS, [caption] * VIEWS, rng)]
+        rngs = [np.random.default_rng((seed, row, i)) for i in range(VIEWS)]
+        views = [processor.images([read(item, None)])[0], *transform([small] * VIEWS, [caption] * VIEWS, rngs)]
         for column, view in enumerate(views):
             left = column * (TILE + 4) + (8 if column else 0)  # a gap behind the evaluation view
             sheet.paste(to_image(view, config), (left, top))

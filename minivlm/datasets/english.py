@@ -70,7 +70,9 @@ def is_english(caption: str, more: set[str]) -> bool:
     """`more`: further words that count as English. What TEMPLATES say around a class is English, whatever its name."""
     caption = caption.lower().strip()
     words = re.findall("[a-z]+", caption)
-    if any(letter.isalpha() and not letter.isascii() for letter in caption) or SIDES_ELSEWHERE.search(caption):
+    if not caption.isascii() and any(letter.isalpha() and not letter.isascii() for letter in caption):
+        return False
+    if SIDES_ELSEWHERE.search(caption):
         return False
     if not words or not VETO.isdisjoint(words):
         return False

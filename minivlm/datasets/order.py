@@ -32,6 +32,7 @@ class Order:
         self.count, self.length, self.endless = count, length, endless
         self.batch_size, self.seed, self.bucket_steps = batch_size, seed, bucket_steps
         self.window: tuple[int, list[list[Draw]]] = (-1, [])  # the last one that was sorted
+        self.epoch: tuple[tuple[int, int], np.ndarray] = ((-1, 0), np.zeros(0, dtype=np.int64))  # the last one's order
 
     def indices(self, step: int) -> np.ndarray:
         """The samples of a step before any are sorted by length."""
@@ -39,7 +40,11 @@ class Order:
         if self.endless:
             return np.arange(B) + B * step + self.seed * 10**7
         epoch, position = divmod(step, n // B)
-        return np.random.default_rng((self.seed, epoch)).permutation(n)[position * B : (position + 1) * B]
+        known, order = self.epoch  # taken at once, as the window is
+        if known != (epoch, n):
+            order = np.random.default_rng((self.seed, epoch)).permutation(n)
+            self.epoch = (epoch, n), order
+        return order[position * B : (position + 1) * B]
 
     def share(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, np.random.Generator]]:
         """The samples of process `rank` of `world`, each with its own random numbers."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm.datasets.transforms import TrainTransform, change_colours, words
+from minivlm.datasets.transforms import COLOURS, PLACES, SIDES, TrainTransform, change_colours, words
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 STILL = (0.0, 0.0, 0.0, 0.0)
@@ -22,7 +22,17 @@ def plain_transform(size=32, **options):
 
 
 def run(transform, images, caption, seed=0):
-    return transform(images, [caption] * len(images), np.random.default_rng(seed))
+    return transform(images, [caption] * len(images), generators(len(images), seed))
+
+
+def generators(count, seed=0):
+    return [np.random.default_rng((seed, i)) for i in range(count)]
+
+
+def boxes_of(images, **options):
+    rng, n = np.random.default_rng(0), len(images)
+    sizes = [image.shape[:2] for image in images]
+    return plain_transform(**options).crop_boxes(sizes, rng.random((n, 10)), rng.random((n, 10)), rng.random((n, 2)))
 
 
 def as_tensor(images):
@@ -84,8 +94,8 @@ def test_threads_do_not_disturb_each_other():
 
 def test_a_caption_changes_only_its_own_image():
     transform, images = plain_transform(), noise(2)
-    one = transform(images, ["a dog", "a dog"], np.random.default_rng(0))
-    two = transform(images, ["a red dog at the left", "a dog"], np.random.default_rng(0))
+    one = transform(images, ["a dog", "a dog"], generators(2))
+    two = transform(images, ["a red dog at the left", "a dog"], generators(2))
     assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
 
 
@@ -108,7 +118,7 @@ def test_every_kind_of_augmentation_happens():
 
 def test_crops_keep_their_share_and_ratio_and_lie_inside():
     images = [np.zeros((90, 120, 3), dtype=np.uint8)] * 500
-    boxes = plain_transform().crop_boxes(images, np.random.default_rng(0))
+    boxes = boxes_of(images)
     top, left, h, w = boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= 90).all() and (left + w <= 120).all()
     share = h * w / (90 * 120)
@@ -119,8 +129,58 @@ def test_crops_keep_their_share_and_ratio_and_lie_inside():
 
 def test_a_panorama_gets_the_largest_centred_box():
     wide, tall = np.zeros((30, 300, 3), dtype=np.uint8), np.zeros((300, 30, 3), dtype=np.uint8)
-    boxes = plain_transform().crop_boxes([wide, tall], np.random.default_rng(0))
+    boxes = boxes_of([wide, tall])
     assert boxes.tolist() == [[0, 130, 30, 40], [130, 0, 40, 30]]
+
+
+# ------------------------------------------------------------------------------------------------- beside torchvision's
+
+
+def by_torchvision(transform, image, caption, rng):
+    """The plain way: each draw a call, a function of torchvision for each step, a copy for each."""
+    from minivlm._torchvision import functional as F
+
+    named = words(caption)
+    H, W = image.shape[:2]
+    areas = H * W * rng.uniform(*transform.scale, 10)
+    ratios = np.exp(rng.uniform(*np.log(transform.ratio), 10))
+    where, mirrored, jitter = rng.random(2), rng.random() < 0.5, rng.uniform(-1, 1, 4) * transform.colour_jitter
+    sides = [(round(float(np.sqrt(a / r))), round(float(np.sqrt(a * r)))) for a, r in zip(areas, ratios, strict=True)]
+    h, w = next((h, w) for h, w in sides if h <= H and w <= W)
+    box = int(where[0] * (H - h + 1)), int(where[1] * (W - w + 1)), h, w
+    pixels, size = torch.from_numpy(image).permute(2, 0, 1), [transform.image_size] * 2
+    how = {"interpolation": F.InterpolationMode.BICUBIC, "antialias": True}
+    pixels = F.resize(pixels, size, **how) if named & PLACES else F.resized_crop(pixels, *box, size, **how)
+    pixels = F.horizontal_flip(pixels) if mirrored and not named & SIDES else pixels
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).div(255)
+    brightness, contrast, saturation, hue = jitter.tolist()
+    pixels = F.adjust_contrast(F.adjust_brightness(pixels, 1 + brightness), 1 + contrast)
+    if not named & COLOURS:
+        pixels = F.adjust_hue(F.adjust_saturation(pixels, 1 + saturation), hue)
+    return (pixels - transform.mean) / transform.std
+
+
+@pytest.mark.parametrize("size", [30, 64])
+def test_every_step_is_torchvisions_to_the_bit(size):
+    transform = TrainTransform(size, MEAN, STD, colour_jitter=(0.2, 0.2, 0.1, 0.05))
+    captions = ["a dog runs", "a red dog", "a dog on the left", "the dog at the top", "the red dog at the top left"] * 4
+    images = [noise(1, 70 + i, 90 - i, seed=i)[0] for i in range(len(captions))]
+    batch = transform(images, captions, generators(len(images)))
+    for one, *how in zip(batch, images, captions, generators(len(images)), strict=True):
+        assert torch.equal(one, by_torchvision(transform, *how))
+
+
+def test_a_batch_that_somebody_holds_is_not_written_over():
+    transform, images = plain_transform(), noise()
+    first = run(transform, images, "a dog", seed=1)
+    copy, row = first.clone(), run(transform, images, "a dog", seed=2)[3]
+    kept = row.clone()
+    for seed in range(6):
+        run(transform, images, "a dog", seed=seed)
+    assert torch.equal(first, copy) and torch.equal(row, kept)  # whole, or a view of it
+    place = first.data_ptr()
+    del first
+    assert place in [run(transform, images, "a dog").data_ptr() for _ in range(2)]  # and what nobody holds is
 
 
 # ------------------------------------------------------------------------------------------------------- true captions
@@ -180,12 +240,12 @@ def test_hue_turns_only_when_asked():
 def test_each_jitter_is_what_its_name_says():
     """At −1 brightness is black, contrast one gray, saturation gray in every pixel; a third of a turn makes red green."""
     image = as_tensor(noise(1))[0]
-    black, flat, gray = (change_colours(image, set(), np.array(jitter)) for jitter in -np.eye(4)[:3])
+    black, flat, gray = (change_colours(image.clone(), jitter) for jitter in (-np.eye(4)[:3]).tolist())
     assert torch.equal(black, torch.zeros_like(image))
     assert torch.allclose(flat, flat.mean().expand_as(flat), atol=1e-5) and 0.3 < flat.mean() < 0.7
     assert torch.allclose(gray, gray.mean(0, keepdim=True).expand_as(gray), atol=1e-5) and gray.std() > 0.1
     red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].repeat(1, 4, 4)
-    green = change_colours(red, set(), np.array([0, 0, 0, 1 / 3]))
+    green = change_colours(red.clone(), [0, 0, 0, 1 / 3])
     assert torch.allclose(green, red[[1, 0, 2]], atol=1e-5)
 
 
