@@ -14,6 +14,7 @@ from tqdm import tqdm
 from minivlm import processes, training, training_log
 from minivlm.activation_checkpointing import checkpoint_activations
 from minivlm.errors import UserError, run_command_line
+from minivlm.losses import backward, scaled
 from minivlm.precision import as_stored, hold_for_training
 from minivlm.recipes import plan, resuming
 from minivlm.recipes.finish import finish
@@ -68,6 +69,9 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         job = recipe.start(resumed, quiet=rank > 0)  # data, processor, model
     model = processes.whole_batch_norm(job.model.to(device).train(), device, world)
     model.check_parts(recipe.batch_size // world, recipe.micro_batch or recipe.batch_size)
+    precision, reason = training.suited(precision, model, asked=options.precision)
+    if reason:
+        say(reason)
     hold_for_training(model, precision)
     optimiser = training.make_optimiser(model, recipe.optimiser)
     torch.manual_seed(recipe.seed + rank)
@@ -85,7 +89,10 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *report]))
     elif rank == 0 and (previous := run.set_aside()):
         say(f"the earlier run was moved to {previous}")
-    log = training_log.Log(run.directory / "log.jsonl", first_step=step, write=rank == 0)
+    scaler = training.loss_scaler(device, precision)
+    if resumed and scaler.is_enabled():
+        scaler.load_state_dict(read_record(resumed).get("loss_scale") or scaler.state_dict())
+    log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, skips=scaler.is_enabled())
     job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
     if options.activation_checkpointing:
         checkpoint_activations(model, compiled=options.compile)
@@ -106,6 +113,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
                 raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
             run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 3)
             random[0] = processes.random_state(device)  # validation may have drawn from it
+            run.about |= {"loss_scale": scaler.state_dict()} if scaler.is_enabled() else {}
             run.save(step, model, job.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
         processes.meet()
@@ -118,15 +126,14 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training_log.BAR_FORMAT)
     with processes.polite_interrupt() as interrupted:
         for batch in training.batches(lambda s: job.batch(s, rank, world), step, stop, device):
-            with training.autocast(device, precision):
+            with training.autocast(device, precision), scaled(scaler.scale):
                 if recipe.micro_batch is None:
-                    losses = forward(batch)
-                    sum(losses.values()).backward()
+                    losses = backward(forward(batch))
                 else:
                     losses = model.backward_in_parts(batch, recipe.micro_batch)
                     processes.average_gradients(model)
             rate = training.learning_rate(recipe.optimiser, step, recipe.steps)
-            norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm)
+            norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm, scaler)
             log.add(step, losses, norm, rate)
             step += 1
             bar.update()
@@ -141,6 +148,10 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         if step > saved:
             save()
         bar.close()
+    if log.skipped:
+        say(
+            f"{log.skipped} of {step} steps were skipped: their gradients overflowed in float16, and the loss scale fell."
+        )
     if step < recipe.steps:
         say(f"stopped after step {step} of {recipe.steps}.")
         return False

@@ -17,6 +17,8 @@ from minivlm.processes import several
 
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}"
 
+MOST_SKIPPED = 20  # steps in a row: the scale of the loss, 65,536 at first, is below one then
+
 
 def log_every(device: torch.device) -> int:
     """Steps between looks at the loss: each on a CPU, where looking is free; every tenth where it makes the host wait."""
@@ -27,12 +29,16 @@ class Log:
     """`log.jsonl`, one line a step. Numbers stay on the device until `flush`, so that the loop never waits for them.
 
     `flush` stops the run at the first non-finite loss: the weights before it are in the last checkpoint.
+    skips: the loss is scaled, and a step whose gradients overflow was skipped. It is written without their norm, and the
+    lines count those steps; only when MOST_SKIPPED follow each other does the run stop.
     """
 
-    def __init__(self, path: Path, first_step: int, *, write: bool = True):
-        self.path, self.write, self.waiting = path, write, []
+    def __init__(self, path: Path, first_step: int, *, write: bool = True, skips: bool = False):
+        self.path, self.write, self.waiting, self.skips = path, write, [], skips
+        self.skipped, self.in_a_row = 0, 0
         if write:
             kept = [line for line in read_log(path) if line["step"] < first_step]
+            self.skipped = max((line.get("skipped", 0) for line in kept), default=0)
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -54,13 +60,18 @@ class Log:
             *numbers, norm = (next(values) for _ in range(len(losses) + 1))
             named = dict(zip(losses, numbers, strict=True))
             line = {"step": step, "loss": sum(numbers), **named, "gradient_norm": norm, "learning_rate": rate}
-            if not math.isfinite(line["loss"]) or not math.isfinite(norm):
+            if self.skips:
+                self.in_a_row = 0 if (done := math.isfinite(norm)) else self.in_a_row + 1
+                self.skipped += not done
+                line |= {"gradient_norm": norm if done else None, "skipped": self.skipped}
+            overflows = self.skips and self.in_a_row <= MOST_SKIPPED
+            if not math.isfinite(line["loss"]) or not (math.isfinite(norm) or overflows):
                 samples = ids(step)
                 shown = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
                 raise UserError(
                     f"the loss is not finite at step {step}: loss {line['loss']}, learning rate {rate:.2e}, gradient norm "
-                    f"{norm}, samples {shown}. Lower --optimiser.learning_rate or look at these samples; "
-                    "the last checkpoint is from before."
+                    f"{norm}, samples {shown}. Lower --optimiser.learning_rate or look at these samples"
+                    f"{', or take --precision fp32' if self.skips else ''}; the last checkpoint is from before."
                 )
             lines.append(line)
         self.waiting.clear()

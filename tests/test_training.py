@@ -85,7 +85,7 @@ def test_precision_follows_the_hardware_and_says_why(monkeypatch):
     assert training.choose_precision(cpu)[0] == torch.float32
     assert training.choose_precision(cpu, "bf16")[0] == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert training.choose_precision(torch.device("cuda"))[0] == torch.float32
+    assert training.choose_precision(torch.device("cuda"))[0] == torch.float16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert training.choose_precision(torch.device("cuda"))[0] == torch.bfloat16
 

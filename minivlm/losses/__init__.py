@@ -20,6 +20,7 @@ from minivlm.losses.parts import (
     mean,
     per_process,
     processes,
+    scaled,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "next_token_loss",
     "per_process",
     "processes",
+    "scaled",
     "sigmoid_loss",
     "softmax_loss",
 ]

@@ -63,6 +63,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, smoothing: float) -> Tensor:
         w = weight.to(x.dtype)
+        # Slopes add up to the gradient of a weight, and are divided so that half precision holds the sum. In fp16, whose
+        # smallest number is 6e-8, they are divided by less: the slopes of rare words would be zero.
+        ctx.divisor = min(len(x), 32) if x.dtype == torch.float16 else len(x)
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -75,7 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             slope.scatter_add_(1, gold, torch.full_like(gold, smoothing - 1, dtype=torch.float32))
             if smoothing:
                 slope -= smoothing / logits.shape[1]
-            slope = (slope / len(x)).to(x.dtype)  # so small that half precision holds what it adds up to
+            slope = (slope / ctx.divisor).to(x.dtype)
             grad_x[part] = slope @ w
             if grad_weight is not None:
                 grad_weight += slope.T @ x[part]
@@ -86,7 +89,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        grad = grad * len(grad_x)
+        grad = grad * ctx.divisor
         if grad_weight is not None:
             grad_weight = grad_weight * grad
+        if grad_x.dtype == torch.float16:  # which the scale of the loss alone may be too large for
+            return (grad_x.float() * grad).half(), grad_weight, None, None, None
         return grad_x * grad.to(grad_x.dtype), grad_weight, None, None, None

@@ -36,9 +36,22 @@ def in_parts(function: Callable, *tensors: Tensor | None, size: int | None) -> T
     return join(found) if torch.is_tensor(found[0]) else tuple(map(join, zip(*found, strict=True)))
 
 
+_scale: ContextVar[Callable[[Tensor], Tensor]] = ContextVar("scale", default=lambda loss: loss)
+
+
+@contextmanager
+def scaled(scale: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, gradients are those of scale(loss), as fp16 needs them larger (see `training.loss_scaler`); losses stay."""
+    token = _scale.set(scale)
+    try:
+        yield
+    finally:
+        _scale.reset(token)
+
+
 def backward(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """Backpropagates the sum of the losses; returns them detached."""
-    sum(losses.values()).backward()
+    _scale.get()(sum(losses.values())).backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -52,7 +65,7 @@ def backward_with_gradient_cache(
     """loss(*(encode(*x) for encode, x in zip(encoders, inputs))).backward(), with activations of only `chunk` rows at a time,
     for one more forward pass. Every input tensor is (B, …). Returns the loss, detached. See `in_parts`."""
     value = loss(*(in_parts(encode, *x, size=chunk) for encode, x in zip(encoders, inputs, strict=True)))
-    value.backward()
+    _scale.get()(value).backward()
     return value.detach()
 
 

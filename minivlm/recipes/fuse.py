@@ -163,7 +163,7 @@ def by_name(model: nn.Module) -> Callable[[Mapping[str, float]], str]:
 
     def progress(line: Mapping[str, float]) -> str:
         chance, told = model.chance_losses(), []
-        for name in line.keys() - {"step", "loss", "gradient_norm", "learning_rate"}:
+        for name in line.keys() - {"step", "loss", "gradient_norm", "learning_rate", "skipped"}:
             told.append(f"{name} {line[name]:.2f}" + (f" (chance {chance[name]:.2f})" if name in chance else ""))
         return ", ".join(sorted(told))
 

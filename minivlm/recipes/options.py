@@ -24,7 +24,7 @@ class Options:
     data: str | None = None
     resume: bool = False
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False  # what lies inside the blocks is computed again in the backward pass
     feature_cache: str = "4GB"  # how much of a frozen vision tower's features may be kept; off: none

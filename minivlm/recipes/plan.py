@@ -153,7 +153,7 @@ def help_text(name: str, recipe: Recipe) -> str:
             "  --data DIR        your own folder: captions.jsonl, or one sub-folder a class",
             "  --resume          go on from the last checkpoint in --out",
             "  --device D        auto, cpu, cuda, mps",
-            "  --precision P     auto, fp32, bf16",
+            "  --precision P     auto, fp32, bf16, fp16",
             "  --compile         torch.compile the stacks of blocks",
             "  --activation_checkpointing   less memory, for one more forward pass a step",
             "  --feature_cache S how much of a frozen vision tower's features may be kept (4GB; off: none)",
