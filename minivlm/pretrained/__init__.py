@@ -60,6 +60,10 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "openflamingo": "openflamingo",
 }
 
+REFUSED = {  # model_type → why, and what to take in its place
+    "siglip2": "is a SigLIP 2 with NaFlex, which reads images in their own shapes; the SigLIP 2 for images of one size is "
+    "supported, such as google/siglip2-base-patch16-224",
+}
 MOST_LAYERS = 10_000
 # What comes of files that someone else wrote, or broke, where they are read without checking each field.
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -102,6 +106,8 @@ def recognise(directory: Path) -> str:
     if (directory / "checkpoint.pt").exists():
         return "openflamingo"
     known = ", ".join(sorted(MODULES))
+    if kind in REFUSED:
+        raise UserError(f"{directory} {REFUSED[kind]}.")
     if kind:
         raise UserError(f"{directory} holds a model of type {kind!r}, which is not supported; there are {known}.")
     raise UserError(f"{directory} is no model directory: it has no config.json that says what it is ({known}).")

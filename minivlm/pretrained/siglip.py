@@ -1,4 +1,5 @@
-"""SigLIP as Hugging Face transformers stores it (SiglipModel): google/siglip-base-patch16-224 and kin."""
+"""SigLIP as Hugging Face transformers stores it (SiglipModel): google/siglip-base-patch16-224 and kin; SigLIP 2 for images of
+one size (google/siglip2-base-patch16-224), which is the same model with Gemma's tokeniser."""
 
 from __future__ import annotations
 

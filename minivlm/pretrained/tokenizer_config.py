@@ -2,7 +2,7 @@
 reads the two.
 
     do_lower_case, strip_accents, tokenize_chinese_chars    BERT's normaliser is made of them
-    do_lower_case                                           SigLIP's
+    do_lower_case                                           SigLIP's, and Gemma's beside a SigLIP 2
     add_prefix_space                                        of byte-level BPE (GPT-2, GPT-NeoX, Qwen2) and of LLaMA's
     added_tokens_decoder                                    tokens that tokenizer.json lacks
     add_bos_token, add_eos_token                            without effect beside a tokenizer.json: its post-processor counts
@@ -95,6 +95,23 @@ def siglip(values: Values, about: Mapping[str, Any]) -> None:
     frame(values, None, spelt(about, "eos_token", "</s>"))
 
 
+def gemma(values: Values, about: Mapping[str, Any]) -> None:
+    """SigLIP 2 has Gemma's tokeniser and was trained on texts in lower case. Its files say do_lower_case, which transformers
+    follows where they name the class Siglip2Tokenizer (its issue 43054)."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    fill(values, "normalizer", space)
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    fill(values, "pre_tokenizer", split)
+    words = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    fill(values, "decoder", {"type": "Sequence", "decoders": [words, {"type": "ByteFallback"}, {"type": "Fuse"}]})
+    if about.get("do_lower_case") and "Lowercase" not in json.dumps(values["normalizer"]):
+        values["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, values["normalizer"]]}
+
+
+def siglip2(values: Values, about: Mapping[str, Any]) -> None:
+    gemma(values, {**about, "do_lower_case": True})
+
+
 def gpt2(values: Values, about: Mapping[str, Any]) -> None:
     fill(values, "pre_tokenizer", byte_level())
     fill(values, "decoder", byte_level())
@@ -132,6 +149,8 @@ CLASSES: dict[str, Callable[[Values, Mapping[str, Any]], None]] = {
     "CLIPTokenizer": clip,
     "T5Tokenizer": t5,
     "SiglipTokenizer": siglip,
+    "Siglip2Tokenizer": siglip2,
+    "GemmaTokenizer": gemma,
     "GPT2Tokenizer": gpt2,
     "Qwen2Tokenizer": gpt2,
     "GPTNeoXTokenizer": gpt_neox,

@@ -8,6 +8,7 @@ from minivlm.empty_model import empty_model
 from minivlm.errors import UserError
 from minivlm.models.clip import CLIP
 from minivlm.pretrained import names, siglip
+from tests.pretrained.test_tokenizer_config import gemma, write
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/requirements.txt)")
 
@@ -74,6 +75,31 @@ def test_saved_by_us_loaded_by_transformers(variant, tmp_path, images, close):
     theirs, info = transformers.SiglipModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     compare(ours, theirs.eval(), images, close)
+
+
+@pytest.mark.parametrize("family", ["Siglip2Tokenizer", "GemmaTokenizer"])
+def test_siglip_2_of_one_size_has_gemmas_tokens_padded_to_the_context(family, tmp_path, images, close):
+    theirs = reference({"text": {"vocab_size": 300}})
+    theirs.save_pretrained(tmp_path)
+    frame = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write(tmp_path, gemma(), tokenizer_class=family, padding_side="right", add_eos_token=True, **frame)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, processor = minivlm.load(tmp_path)
+    texts = ["a cat", " Two  cafés! 你", "a\ncat.", ""]
+    texts = texts if family == "Siglip2Tokenizer" else [text.lower() for text in texts]
+    texts = [text[:4] for text in texts]  # that the ten tokens of the context hold
+    tokens, mask = processor.text(texts)
+    expected = tokenizer(texts, padding="max_length", max_length=10, return_tensors="pt")["input_ids"]
+    assert tokens.tolist() == expected.tolist()
+    pixels = images(len(texts), 32)
+    with torch.no_grad():
+        close(ours(pixels, tokens, mask).logits_per_image, theirs(expected, pixels).logits_per_image)
+
+
+def test_siglip_2_with_naflex_is_refused_in_a_sentence(tmp_path):
+    transformers.Siglip2Config(text_config=TEXT, vision_config={}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"NaFlex, .* google/siglip2-base-patch16-224\.$"):
+        minivlm.load(tmp_path)
 
 
 def test_a_model_without_pooling_head_is_refused():

@@ -34,6 +34,21 @@ def bert():
     return tokenizer
 
 
+def gemma():
+    """Gemma's kind of tokeniser, as SigLIP 2 has it: text <eos>."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdtADT.!", "at", "cat"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab, [("a", "t"), ("c", "at")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("about", "expected"),
     [
@@ -121,6 +136,17 @@ def test_siglip_may_keep_capitals(tmp_path):
     for lower, letter in ((True, "a"), (False, "A")):
         write(tmp_path, tokenizer, tokenizer_class="SiglipTokenizer", do_lower_case=lower)
         assert words(tmp_path, "SiglipTokenizer", "A") == [letter, "</s>"]
+
+
+def test_siglip_2_reads_lower_case_where_its_files_say_so(tmp_path):
+    for about, letter in (
+        ({"tokenizer_class": "GemmaTokenizer", "do_lower_case": True}, "a"),
+        ({"tokenizer_class": "GemmaTokenizerFast", "do_lower_case": True}, "a"),
+        ({"tokenizer_class": "GemmaTokenizer"}, "A"),
+        ({"tokenizer_class": "Siglip2Tokenizer"}, "a"),
+    ):
+        write(tmp_path, gemma(), **about)
+        assert words(tmp_path, "SiglipTokenizer", "A a") == [letter, "▁", "a", "<eos>"]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
