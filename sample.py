@@ -7,9 +7,7 @@ Each task is a function below, under its summary, an example, and its arguments.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from minivlm.chat_templates import DESCRIBE
@@ -27,11 +25,19 @@ from minivlm.command_line import (
     load_generator,
     load_model,
     positive,
-    report_passed_over,
-    report_skipped,
-    save_sheet,
     write_sheet,
 )
+from minivlm.command_line_rows import (
+    IMAGES,
+    QUESTION,
+    ROW_ARGUMENTS,
+    TEXT,
+    read_rows,
+    read_texts,
+    run_rows,
+    split_text,
+)
+from minivlm.command_line_vectors import run_embed, run_search
 from minivlm.errors import UserError, as_started, nearest, run_command_line
 
 
@@ -69,6 +75,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     whose = "what an adapter, or [vision=] or [language_model=] of MODEL, was trained on: a directory or hub id"
     parser.add_argument("--base", metavar="DIR", action="append", help=f"{whose} (the one that it names)")
+    parser.set_defaults(task=name)
     TASKS[name].run(parser.parse_args(argv[1:]))
 
 
@@ -79,7 +86,6 @@ def overview() -> str:
     return as_started("\n".join(lines[:-1]))
 
 
-IMAGES = argument("images", metavar="IMAGE", nargs="+", help="one image or more")
 TOP = argument("--top", type=positive, default=5, help="how many to show (5)")
 
 
@@ -88,7 +94,7 @@ TOP = argument("--top", type=positive, default=5, help="how many to show (5)")
     "which of these labels fits the image?",
     'out/clip photo.png --labels "red circle" "blue square"',
     IMAGES,
-    argument("--labels", nargs="+", required=True, help="what it may be, two or more"),
+    argument("--labels", nargs="+", required=True, help="what it may be, two or more; or a .txt with one a line"),
     argument(
         "--templates",
         nargs="+",
@@ -97,123 +103,129 @@ TOP = argument("--top", type=positive, default=5, help="how many to show (5)")
         "for the label or {a} for the label with a or an (plain)",
     ),
     TOP,
+    *ROW_ARGUMENTS,
 )
 def zero_shot(options: argparse.Namespace) -> None:
-    from minivlm.tasks.zero_shot import TEMPLATE_SETS, check, check_labels, zero_shot_classify
+    from minivlm.tasks.row_tasks import label_task
+    from minivlm.tasks.zero_shot import TEMPLATE_SETS, check, check_labels, read_labels
 
+    options.labels = read_labels(options.labels)
     check_labels(options.labels)  # what can be refused without the model is refused before it is loaded
     templates = check(TEMPLATE_SETS.get(options.templates[0], options.templates))
-    check_images(options.images)
+    inputs = read_rows(options)
     model, processor = load_model(options)
-    answers = zero_shot_classify(
-        options.images, options.labels, model, processor, templates=templates, top_k=options.top
-    )
+    classify = label_task(options.labels, model, processor, templates=templates, top_k=options.top)
     width = max(map(len, options.labels))
-    for path, answer in zip(options.images, answers, strict=True):
-        print(path)
-        for label, probability in answer:
-            print(f"  {label:{width}}  {bar(probability)}  {probability:6.1%}")
+    bars = lambda shares: (f"  {label:{width}}  {bar(share)}  {share:6.1%}" for label, share in shares.items())
+    show = lambda row, result: "\n".join([row.shown, *bars(result["labels"])])
+    run_rows(inputs, classify, model, processor, options, ["label", "probability", "labels"], show)
 
 
 @task(
     "search",
     "which images of this folder fit the text (or the image)?",
     'out/clip DIR "a small red circle at the top" --top 8 --save sheet.png',
-    argument("directory", metavar="DIR", help="a folder of images, sub-folders included"),
+    argument("directory", metavar="DIR", help="a folder of images, sub-folders included; or what embed wrote"),
     argument("query", metavar="QUERY", help="a text, or the path of an image"),
     TOP,
     argument("--rerank", metavar="K", type=positive, help="put the K closest in order by how well they match"),
     argument("--save", metavar="FILE", help="draw the images that are found on one sheet"),
 )
 def search(options: argparse.Namespace) -> None:
-    from minivlm import tasks
-    from minivlm.datasets.class_folders import passed_over
-    from minivlm.tasks.abilities import require
-    from minivlm.tasks.image_index import list_files
+    run_search(options)
 
-    if options.save:
-        check_sheet_name(options.save)
-    report_passed_over(passed_over([list_files(Path(options.directory))], irregular=False))
-    named = os.path.exists(options.query) and not os.path.isdir(options.query)
-    query = Path(options.query) if named else options.query
-    if options.rerank and isinstance(query, Path):
-        raise UserError("--rerank matches texts with images, but the query is an image: leave it out.")
-    model, processor = load_model(options)
-    if options.rerank:
-        require(model, processor, "match")
-    # The index belongs to the model's folder; a hub id, or a folder that is read-only, has it in the user's cache.
-    writable = Path(options.model).is_dir() and os.access(options.model, os.W_OK)
-    place = tasks.index_path(options.directory, options.model) if writable else None
-    index = tasks.build_image_index(options.directory, model, processor, path=place)
-    report_skipped({name: why for name, (_, why) in index.skipped.items()})
-    found = tasks.search_images(query, index, model, processor, top_k=max(options.top, options.rerank or 0))
-    shown = [(path, f"{score:6.3f}") for path, score in found]
-    if options.rerank:
-        ordered = tasks.rerank(query, found, model, processor)
-        shown = [(path, f"{probability:6.1%}  {score:6.3f}") for path, score, probability in ordered]
-    for rank, (path, scores) in enumerate(shown[: options.top], start=1):
-        print(f"{rank:3}  {scores}  {os.path.join(options.directory, path.relative_to(index.directory))}")
-    if options.save:
-        save_sheet(options.save, options.query, shown[: options.top])
+
+@task(
+    "embed",
+    "the vectors of images and texts, as .npy files",
+    "out/clip my_photos --save embeddings",
+    argument("images", metavar="IMAGE", nargs="*", help=IMAGES[1]["help"]),
+    argument("--texts", metavar="FILE", help="texts to embed as well: a .txt with one a line, a .csv or .jsonl"),
+    argument(
+        "--save", metavar="DIR", required=True, help="a folder: img_emb/, metadata/, text_emb/; again: continue it"
+    ),
+    argument("--dtype", choices=["float32", "float16"], default="float32", help="of the vectors (%(default)s)"),
+    argument("--part", metavar="N", type=positive, default=10_000, help="rows of a file (%(default)s)"),
+    *ROW_ARGUMENTS[1:],
+)
+def embed(options: argparse.Namespace) -> None:
+    run_embed(options)
 
 
 @task(
     "match",
     "how probable is it that the text describes the image?",
     'out/blip2-stage1 photo.png "a red circle and a blue star"',
-    IMAGES,
-    argument("text", metavar="TEXT", help="what may be in them"),
+    argument(
+        "images", metavar="IMAGE", nargs="+", help=IMAGES[1]["help"] + "; last the text, unless a list has one for each"
+    ),
+    *ROW_ARGUMENTS,
 )
 def match(options: argparse.Namespace) -> None:
-    from minivlm import tasks
+    from minivlm.tasks.row_tasks import match_task
 
-    check_images(options.images)
-    probabilities = tasks.match_all(options.images, [options.text], *load_model(options))[:, 0].tolist()
-    width = max(map(len, options.images))
-    for path, probability in zip(options.images, probabilities, strict=True):
-        print(f"{path:{width}}  {bar(probability)}  {probability:6.1%}")
+    inputs = read_rows(options, split_text(options, TEXT))
+    model, processor = load_model(options)
+    width = max(len(row.shown) for row in inputs.rows)
+    show = lambda row, result: f"{row.shown:{width}}  {bar(p := result['probability'])}  {p:6.1%}"
+    run_rows(inputs, match_task(model, processor), model, processor, options, ["probability"], show)
 
 
 @task(
     "caption",
     "what is in the image?",
-    "out/llava photo.png",
-    argument("images", metavar="IMAGE", nargs="+", help="one image or more, each described by itself"),
+    "out/llava my_photos --save captions.jsonl",
+    IMAGES,
     argument("--prompt", help=f"what the model is asked ({DESCRIBE})"),
+    *ROW_ARGUMENTS,
     *CHAT_ARGUMENTS,
     *GENERATION_ARGUMENTS,
 )
 def caption(options: argparse.Namespace) -> None:
-    from minivlm import tasks
+    from minivlm.tasks.row_tasks import caption_task
 
-    how = check_generation(options)
+    how, inputs = check_generation(options), read_rows(options)
     model, processor = load_generator(options)
-    texts = tasks.caption_all([[path] for path in options.images], model, processor, prompt=options.prompt, **how)
-    for path, text in zip(options.images, texts, strict=True):
-        print(text if len(texts) == 1 else f"{path}: {text}")
+    task = caption_task(model, processor, how, prompt=options.prompt, alone=bool(options.save))
+    one = len(inputs.rows) == 1
+    show = lambda row, result: result["caption"] if one else f"{row.shown}: {result['caption']}"
+    run_rows(inputs, task, model, processor, options, ["caption"], show)
 
 
 @task(
     "answer",
-    "the answer to a question about an image, or about several",
+    "the answer to a question about an image, or about several; to many questions",
     'out/llava photo.png "how many red shapes are there?" --num_beams 3',
-    argument("images", metavar="IMAGE", nargs="+", help="the image, or several that belong to one question"),
-    argument("question", metavar="QUESTION"),
+    argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="the image, or several that belong to one question, and last the QUESTION; a folder or list of images, each asked "
+        "by itself, as all are with --save; or, without a question, a list of questions (.jsonl, .csv, VQA's .json)",
+    ),
     argument("--candidates", nargs="+", metavar="TEXT", help="answers that a BLIP ranks instead"),
+    *ROW_ARGUMENTS,
     *CHAT_ARGUMENTS,
     *GENERATION_ARGUMENTS,
 )
 def answer(options: argparse.Namespace) -> None:
     from minivlm import tasks
+    from minivlm.tasks.row_tasks import answer_task
 
-    how, question = check_generation(options), (options.images, options.question)
-    if options.candidates:
-        if how:
-            raise UserError(f"--candidates are ranked and not generated: leave out --{', --'.join(how)}.")
-        for text, score in tasks.rank_answers(*question, options.candidates, *load_generator(options)):
-            print(f"{score:7.2f}  {text}")
+    how, question = check_generation(options), split_text(options, QUESTION)
+    if options.candidates and how:
+        raise UserError(f"--candidates are ranked and not generated: leave out --{', --'.join(how)}.")
+    inputs = read_rows(options, question)
+    model, processor = load_generator(options)
+    if options.save or not all(row.named for row in inputs.rows):
+        task = answer_task(model, processor, how, candidates=options.candidates, alone=bool(options.save))
+        show = lambda row, result: f"{row.shown}: {row.values['question']} {result['answer']}"
+        run_rows(inputs, task, model, processor, options, ["answer"], show)
+    elif options.candidates:
+        ranked = tasks.rank_answers(options.images, question.given, options.candidates, model, processor)
+        print("\n".join(f"{score:7.2f}  {text}" for text, score in ranked))
     else:
-        print(tasks.answer(*question, *load_generator(options), **how))
+        print(tasks.answer(options.images, question.given, model, processor, **how))
 
 
 @task(
@@ -246,6 +258,7 @@ def chat(options: argparse.Namespace) -> None:
     from minivlm.tasks.chat import chat
 
     how = check_generation(options)
+    check_images(options.images)
     converse(chat(*load_generator(options), *options.images, **how))
 
 
@@ -253,7 +266,7 @@ def chat(options: argparse.Namespace) -> None:
     "attend",
     "which parts of the image does the model attend to?",
     "out/blip2 photo.png other.png --save maps.png",
-    IMAGES,
+    argument("images", metavar="IMAGE", nargs="+", help="one image or more"),
     argument("--prompt", help="what a model that answers is asked, or a text for BLIP"),
     argument("--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s)"),
 )
@@ -269,14 +282,19 @@ def attend(options: argparse.Namespace) -> None:
     "complete",
     "how does the text continue?",
     'out/lm "is there a"',
-    argument("text", metavar="TEXT", help="how it begins"),
+    argument(
+        "text", metavar="TEXT", help="how it begins; or a .txt with one a line, a .jsonl or .csv with a column text"
+    ),
+    *ROW_ARGUMENTS[:2],
     *GENERATION_ARGUMENTS,
 )
 def complete(options: argparse.Namespace) -> None:
-    from minivlm import tasks
+    from minivlm.tasks.row_tasks import complete_task
 
-    how = check_generation(options)
-    print(tasks.complete(options.text, *load_generator(options), **how))
+    how, inputs = check_generation(options), read_texts(options)
+    model, processor = load_generator(options)
+    task = complete_task(model, processor, how, alone=bool(options.save))
+    run_rows(inputs, task, model, processor, options, ["completion"], lambda _, result: result["completion"])
 
 
 if __name__ == "__main__":

@@ -156,7 +156,6 @@ def check_generation(options: argparse.Namespace) -> dict:
     how = {name: value for name in GENERATION if (value := getattr(options, name)) is not None}
     Options(**how)
     check_chat_name(getattr(options, "chat", None))
-    check_images(getattr(options, "images", []))
     return how
 
 

@@ -71,15 +71,15 @@ class Processor:
     def images(self, images: Picture | Sequence[Picture]) -> Tensor:
         """PIL images, paths or (H, W, 3) uint8 arrays → (B, 3, S, S) float32; with tiles (B, 1 + n², 3, S, S).
 
-        One image makes a batch of one. Raises UserError for a file that holds no image, and where images that are not
-        cropped differ in size.
+        One image makes a batch of one. What this has returned before, for an image each, is put together as it is.
+        Raises UserError for a file that holds no image, and where images that are not cropped differ in size.
         """
-        n, S = self.config.tiles, self.image_size
-        arrays = [array for image in as_list(images) for array in views(open_image(image), self.config)]
-        shapes = {array.shape[:2] for array in arrays}
-        if len(shapes) > 1:
-            sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
-            raise UserError(f"without a crop these images have different sizes ({sizes}): give them one at a time.")
+        n, S, images = self.config.tiles, self.image_size, list(as_list(images))
+        if images and all(isinstance(image, Tensor) for image in images):
+            check_sizes({tuple(image.shape[-2:]) for image in images})
+            return torch.cat(images)
+        arrays = [array for image in images for array in views(open_image(image), self.config)]
+        check_sizes({array.shape[:2] for array in arrays})
         pixels = torch.from_numpy(normalise(np.stack(arrays), self.config)) if arrays else torch.empty(0, 3, S, S)
         return pixels if n == 1 else pixels.view(-1, 1 + n * n, *pixels.shape[1:])
 
@@ -287,6 +287,12 @@ class Processor:
         tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
         config = ProcessorConfig(image_size=image_size, context=context, mean=mean, std=std, pad_token=0)
         return cls(tokenizer, config)
+
+
+def check_sizes(shapes: set[tuple[int, int]]) -> None:
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{h}×{w}" for h, w in sorted(shapes)[:4])
+        raise UserError(f"without a crop these images have different sizes ({sizes}): give them one at a time.")
 
 
 MARKS = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}

@@ -117,13 +117,20 @@ def sample(logits: Tensor, uniform: Tensor, options: Options) -> Tensor:
 
 def draw(seed: int | Sequence[int], B: int, n: int) -> Tensor:
     """(B, n) numbers in (0, 1], on the CPU. A row's seed alone decides on its numbers, n only on how many there are."""
+    return torch.stack([1 - torch.rand(n, generator=torch.Generator().manual_seed(s)) for s in row_seeds(seed, B)])
+
+
+def row_seeds(seed: int | Sequence[int], B: int) -> Sequence[int]:
+    """The seed of each row.
+
+    Row 0 has the seed itself, the others lie far apart: torch's generator takes the lower 32 bits of a seed, and
+    seed + row would give row 1 of seed 0 the numbers of row 0 of seed 1.
+    """
     if not isinstance(seed, Sequence):
-        # Row 0 has the seed itself, the others lie far apart: torch's generator takes the lower 32 bits of a seed, and
-        # seed + row would give row 1 of seed 0 the numbers of row 0 of seed 1.
-        seed = [(seed + row * 0x9E3779B1) % 2**32 for row in range(B)]
+        return [(seed + row * 0x9E3779B1) % 2**32 for row in range(B)]
     if len(seed) != B:
         raise ValueError(f"there are {len(seed)} seeds for {B} rows; give one for each, or a single number")
-    return torch.stack([1 - torch.rand(n, generator=torch.Generator().manual_seed(s)) for s in seed])
+    return seed
 
 
 def trim(tokens: Tensor, end_tokens: Sequence[int]) -> Tensor:

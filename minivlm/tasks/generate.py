@@ -15,7 +15,7 @@ import torch
 
 from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, endings, template_of, with_images
 from minivlm.errors import UserError
-from minivlm.generation import Options
+from minivlm.generation import Options, row_seeds
 from minivlm.image_preprocessing import Picture, as_list
 from minivlm.layers.tower import Images
 from minivlm.special_tokens import Text, as_text
@@ -89,16 +89,21 @@ def answer_all(
 
 def complete(text: str, model, processor, **options) -> str:
     """The text and its continuation, by a language model, or by a model that needs no image."""
+    return complete_all([text], model, processor, **options)[0]
+
+
+def complete_all(texts: Sequence[str], model, processor, **options) -> list[str]:
+    """`complete` for a batch of texts."""
     require_answers(model, processor, ability="complete")
-    prompt = prompt_tokens(as_text(text), model, processor)
-    if not prompt:
+    prompts = [prompt_tokens(as_text(text), model, processor) for text in texts]
+    if not all(prompts):
         raise UserError("there is no text to continue: give at least one word.")
-    [new] = generate_tokens([prompt], [[]], model, processor, options)
+    rows = generate_tokens(prompts, [[]] * len(prompts), model, processor, options)
+    begins, stop = processor.decode(prompts), options.get("stop", ())
     if not model.continues_prompt:
-        begin, rest = processor.decode([prompt, new])
-        return f"{begin} {until_stop(rest, options.get('stop', ()))}"
-    begin, whole = processor.decode([prompt, prompt + new])
-    return begin + until_stop(whole[len(begin) :], options.get("stop", ()))
+        return [f"{a} {until_stop(b, stop)}" for a, b in zip(begins, processor.decode(rows), strict=True)]
+    wholes = processor.decode([prompt + new for prompt, new in zip(prompts, rows, strict=True)])
+    return [a + until_stop(whole[len(a) :], stop) for a, whole in zip(begins, wholes, strict=True)]
 
 
 def prompt_tokens(text: Text, model, processor) -> list[int]:
@@ -140,13 +145,32 @@ def generate_tokens(
     options: dict[str, Any],
 ) -> list[list[int]]:
     """B prompts of any lengths, each with its images → the new tokens of each, without the one that ends them."""
-    how = fitting(model, max(map(len, prompts)), max(map(len, images)), processor, options)
+    lengths, counts = [len(prompt) for prompt in prompts], [len(some) for some in images]
+    how = fitting(model, max(lengths), max(counts), processor, options)
+    if how != fitting(model, min(lengths), min(counts), processor, options):
+        return generate_apart(prompts, images, model, processor, options)
     flat = [image for some in images for image in some]
     with inference(model):
         shown = image_inputs(flat, model, processor) if flat else None
         inputs = model_inputs(prompts, shown, model, processor)
         rows = model.generate(*inputs, decode=processor.decode, **vars(how)).tolist()
     return [until_end(row, how.end_tokens) for row in rows]
+
+
+def generate_apart(prompts: Sequence, images: Sequence, model, processor, options: dict[str, Any]) -> list[list[int]]:
+    """`generate_tokens`, where the context leaves a shorter prompt more room: what a row generates does not depend on which
+    rows are beside it, so only those with the same room are."""
+    rooms = [
+        fitting(model, len(prompt), len(some), processor, options).max_new_tokens
+        for prompt, some in zip(prompts, images, strict=True)
+    ]
+    seeds, rows = row_seeds(options.get("seed", 0), len(prompts)), {}
+    for room in dict.fromkeys(rooms):
+        ours = [i for i, own in enumerate(rooms) if own == room]
+        how = {**options, "max_new_tokens": room, "seed": [seeds[i] for i in ours]}
+        some = ([prompts[i] for i in ours], [images[i] for i in ours])
+        rows.update(zip(ours, generate_tokens(*some, model, processor, how), strict=True))
+    return [rows[i] for i in range(len(prompts))]
 
 
 def model_inputs(prompts: Sequence[list[int]], images: Images | None, model, processor) -> tuple[Images | None, ...]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from minivlm.tasks.index_files import (
     open_if_valid,
     open_image_index,
 )
+from minivlm.tasks.read_ahead import group_by, read_ahead
 
 
 def build_image_index(
@@ -125,11 +124,12 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
 
     total = len(writer.stamps)
     bar = tqdm(total=total, initial=total - len(names), desc="indexing", unit=" img", disable=not progress)
-    with inference(model), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
-        for batch in read_ahead(pool, read, names, batch_size):
+    with inference(model), bar:
+        for batch in read_ahead(read, names, batch_size):
             pixels = {name: image for name, image in batch if not isinstance(image, UserError)}
+            shapes = {name: image.shape for name, image in pixels.items()}
             writer.skip({name: str(error) for name, error in batch if isinstance(error, UserError)})
-            for names in by_shape(pixels):
+            for names in group_by(shapes.get, list(pixels)):  # without a crop they differ in size
                 try:
                     features = encode_pixels(torch.cat([pixels[name] for name in names]), model).flatten(1)
                 except UserError as error:  # no size that the model can read
@@ -137,27 +137,6 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
                 else:
                     writer.add(names, features.cpu().numpy())  # (B, D), or (B, Q · D)
             bar.update(len(batch))
-
-
-def by_shape(pixels: dict[str, Tensor]) -> list[list[str]]:
-    """The names of images that can be one batch: without a crop, they differ in size."""
-    groups: dict[tuple, list[str]] = {}
-    for name, image in pixels.items():
-        groups.setdefault(image.shape, []).append(name)
-    return list(groups.values())
-
-
-def read_ahead(pool: ThreadPoolExecutor, read: Callable, names: list[str], batch_size: int) -> Iterator[list[tuple]]:
-    """Batches of (name, read(name)); threads read the next one while the caller is busy with this one."""
-    reading = deque()
-    for start in range(0, len(names), batch_size):
-        batch = names[start : start + batch_size]
-        reading.append((batch, pool.map(read, batch)))
-        if len(reading) > 1:
-            batch, results = reading.popleft()
-            yield list(zip(batch, results, strict=True))
-    for batch, results in reading:
-        yield list(zip(batch, results, strict=True))
 
 
 def list_images(directory: Path) -> dict[str, Stamp]:

@@ -38,15 +38,27 @@ def match_all(
 
     UserError: a model that does not match, an empty text or one beyond its context, an image that cannot be read.
     """
-    require(model, processor, "match")
-    for text in texts:
-        if not text.strip():
-            raise UserError("a text to match is empty; say what may be in the image.")
+    check_texts(texts, model, processor)
     N, M = len(images), len(texts)
     tokens, mask = to_tokens(texts, processor, cut=cut)
     features = features_of_all(images, model, processor, batch_size=batch_size)
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(M)).view(-1, 2)
     return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().view(N, M)
+
+
+def match_each(images: Sequence[Any], texts: Sequence[str], model, processor, *, batch_size: int = 64) -> list[float]:
+    """The probability that each text describes the image of the same index. UserError: see `match_all`."""
+    check_texts(texts, model, processor)
+    tokens, mask = to_tokens(texts, processor)
+    features = features_of_all(images, model, processor, batch_size=batch_size)
+    pairs = torch.arange(len(images))[:, None].expand(-1, 2)
+    return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().tolist()
+
+
+def check_texts(texts: Sequence[str], model, processor) -> None:
+    require(model, processor, "match")
+    if not all(text.strip() for text in texts):
+        raise UserError("a text to match is empty; say what may be in the image.")
 
 
 def rerank(

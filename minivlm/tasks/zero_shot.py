@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.files import read_text
 from minivlm.image_preprocessing import Picture, as_list
 from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
@@ -58,13 +59,27 @@ def zero_shot_classify(
     require(model, processor, "encode")
     classes = class_features(labels, model, processor, templates)
     features = encode_images(several, model, processor)
+    answers = likeliest_labels(features, classes, labels, model, top_k)
+    return answers if several is images else answers[0]
+
+
+def read_labels(words: Sequence[str]) -> list[str]:
+    """The labels themselves, or the lines of the one .txt file that they name."""
+    if len(words) == 1 and words[0].lower().endswith(".txt"):
+        return [line.strip() for line in read_text(words[0]).splitlines() if line.strip()]
+    return list(words)
+
+
+def likeliest_labels(
+    features: Tensor, classes: Tensor, labels: Sequence[str], model, top_k: int
+) -> list[list[tuple[str, float]]]:
+    """features (N, D) of images, classes (C, D) → the `top_k` likeliest labels of each, as (label, probability)."""
     probabilities = model.probabilities(features, classes).detach()  # (N, C)
     best = probabilities.cpu().sort(dim=1, descending=True, stable=True)
-    answers = [
+    return [
         [(labels[c], p) for c, p in zip(order[:top_k], values[:top_k], strict=True)]
         for order, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    return answers if several is images else answers[0]
 
 
 def class_features(labels: Sequence[str], model, processor, templates: Sequence[str] = PLAIN) -> Tensor:
