@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.command_line import argument, check_images, positive, report_passed_over, report_skipped
+from minivlm.datasets.tar_index import is_member
 from minivlm.errors import UserError
 from minivlm.tasks.input_tables import Row, Text, is_table, text_rows
 from minivlm.tasks.rows import Inputs, read_inputs
@@ -86,7 +87,7 @@ def check_rows(inputs: Inputs, options: argparse.Namespace) -> None:
         if options.task != "embed":
             check_result_name(options.save, inputs.tables)
             check_made_by(Path(options.save), {"task": options.task, "options": relevant(options)})
-        if gone := [image for image in named if not os.path.exists(image)]:
+        if gone := [image for image in named if not (os.path.exists(image) or is_member(image))]:
             raise UserError(f"{gone[0]} is missing" + (f", and so are {len(gone) - 1} others." if gone[1:] else "."))
     else:
         check_images(named)

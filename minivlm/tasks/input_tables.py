@@ -16,6 +16,7 @@ from typing import Any
 
 from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.folder_files import on_disk
+from minivlm.datasets.tar_index import is_member
 from minivlm.errors import UserError
 from minivlm.files import parse_json, read_bytes, read_text, readable
 
@@ -149,21 +150,16 @@ def table_roots(word: str) -> list[str]:
 
 
 def place(name: str, roots: list[str]) -> str | None:
-    """The path of an image that a table names, if it is there. A member of a tar file is named like a file below it."""
+    """The path of an image, or member of a tar file, that a table names, if it is there."""
     for root in roots:
         for path in dict.fromkeys((os.path.join(root, name), os.path.join(root, name.replace("\\", "/")))):
-            if os.path.isfile(path) or in_tar(path):
+            if os.path.isfile(path) or is_member(path):
                 return os.path.normpath(path)
         if not os.path.isabs(name) and (
             found := on_disk(os.path.normpath(name), Path(root))
         ):  # an accent, as it is spelt
             return os.path.normpath(os.path.join(root, found))
     return None
-
-
-def in_tar(path: str) -> bool:
-    head, tar, _ = path.partition(".tar" + os.sep)
-    return bool(tar) and os.path.isfile(head + ".tar")
 
 
 def by_number(roots: list[str]) -> dict[int, str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from minivlm.datasets.class_folders import list_folder, passed_over
 from minivlm.datasets.folder_files import choose_split
+from minivlm.datasets.images import extensions
+from minivlm.datasets.tar_index import open_tar
 from minivlm.errors import UserError
 from minivlm.tasks.input_tables import Row, Text, is_table, table_rows, values_of
 
@@ -47,7 +49,7 @@ def read_inputs(
         if is_table(word):
             inputs.tables.append(word)
             inputs.rows += table_rows(word, text, image_folder, image_key, inputs.notes)
-        elif os.path.isdir(word):
+        elif os.path.isdir(word) or word.lower().endswith(".tar"):
             inputs.folders.append(word)
             inputs.rows += folder_rows(word, text, split, inputs.notes)
         elif text is not None and text.given is None:
@@ -62,6 +64,9 @@ def read_inputs(
 
 def folder_rows(directory: str, text: Text | None, split: str | None, notes: list[str]) -> list[Row]:
     """All images below a folder; of a folder of data those of a split, or its questions where none is given."""
+    if directory.lower().endswith(".tar") and not os.path.isdir(directory):
+        images = [name for name in open_tar(Path(directory)).all_names() if is_image(name)]
+        return [Row((f"{directory}/{name}",), values_of(text)) for name in sorted(images)]
     if split is not None or (text is not None and text.given is None):
         return data_rows(directory, text, split)
     found = list_folder(Path(directory))
@@ -71,6 +76,10 @@ def folder_rows(directory: str, text: Text | None, split: str | None, notes: lis
     if note := passed_over([found]):
         notes.append(f"{directory}: {note}")
     return [Row((os.path.join(directory, name),), values_of(text)) for name in found.images]
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in extensions()
 
 
 def data_rows(directory: str, text: Text | None, split: str | None) -> list[Row]:
