@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from minivlm import processes, training, training_log
+from minivlm import memory, processes, training, training_log
 from minivlm.activation_checkpointing import checkpoint_activations
 from minivlm.errors import UserError, run_command_line
 from minivlm.losses import backward, scaled
@@ -93,7 +93,9 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if resumed and scaler.is_enabled():
         scaler.load_state_dict(read_record(resumed).get("loss_scale") or scaler.state_dict())
     log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, skips=scaler.is_enabled())
-    job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
+    advice = memory.what_to_lower(recipe, options, model, world)
+    with memory.explained(advice, run.directory):
+        job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
     if options.activation_checkpointing:
         checkpoint_activations(model, compiled=options.compile)
     if options.compile:
@@ -124,7 +126,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     stop = min(options.stop_at or recipe.steps, recipe.steps)
     first, saved, started = step, step, time.perf_counter()
     bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training_log.BAR_FORMAT)
-    with processes.polite_interrupt() as interrupted:
+    ten = memory.FirstSteps(device)
+    with processes.polite_interrupt() as interrupted, memory.explained(advice, run.directory):
         for batch in training.batches(lambda s: job.batch(s, rank, world), step, stop, device):
             with training.autocast(device, precision), scaled(scaler.scale):
                 if recipe.micro_batch is None:
@@ -137,9 +140,12 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
             log.add(step, losses, norm, rate)
             step += 1
             bar.update()
+            ten.count()
             if step % training_log.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
                 line = log.flush(job.ids)  # the one place where the device is waited for
                 speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
+                if told := ten.report(recipe.steps, advice):
+                    bar.write(told)
                 bar.set_postfix_str(f"{job.progress(line)}, {speed:.0f} samples/s")
                 if interrupted():
                     break
@@ -158,7 +164,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
 
     # evaluate, and leave a model behind
     if rank == 0:
-        finish(run, job)
+        with memory.explained(advice, run.directory):
+            finish(run, job)
     processes.meet()
     return True
 
