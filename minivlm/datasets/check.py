@@ -27,10 +27,10 @@ from minivlm.datasets.contents import available
 from minivlm.datasets.conversations import has_conversations
 from minivlm.datasets.folder_entries import find_conversations, read_entries, read_folder
 from minivlm.datasets.folder_files import SPLITS, Item, choose_split
-from minivlm.datasets.image_cache import in_parallel
 from minivlm.datasets.images import read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem
+from minivlm.datasets.parallel import in_parallel
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import readable

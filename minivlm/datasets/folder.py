@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 
 import numpy as np
 
 from minivlm.datasets.folder_entries import read_folder
 from minivlm.datasets.folder_files import SPLITS, TEMPLATES, choose_split, skip_broken
-from minivlm.datasets.image_cache import ImageCache
-from minivlm.datasets.images import read_image
+from minivlm.datasets.image_cache import decode, open_cache
 from minivlm.datasets.judge import check_headers, check_images
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
-from minivlm.files import cache_folder
 
 __all__ = ["SPLITS", "TEMPLATES", "FolderPairs", "open_pairs"]
 
@@ -40,9 +37,8 @@ def open_pairs(
     cache       where decoded images are kept; by default DIR/.minivlm_cache, or the user's cache folder if DIR is
                 read-only
     """
-    directory = Path(directory)
     if is_world(directory):
-        return ShapesWorld(directory, split)
+        return ShapesWorld(Path(directory), split)
     return FolderPairs(directory, split, image_size=image_size, cache=cache)
 
 
@@ -54,7 +50,9 @@ class FolderPairs(Pairs):
     `notes` also names splits that were drawn, or that stand in for others.
     """
 
-    def __init__(self, directory: Path, split: str, *, image_size: int, cache: str | os.PathLike | None = None):
+    def __init__(
+        self, directory: str | os.PathLike, split: str, *, image_size: int, cache: str | os.PathLike | None = None
+    ):
         self.directory, self.split = Path(directory), split
         notes: list[str] = []
         everything = read_folder(self.directory, notes=notes)
@@ -63,12 +61,11 @@ class FolderPairs(Pairs):
         self.skipped: dict[str, str] = {}
         self.cache = None
         if split == "train":
-            folder = Path(cache) if cache else cache_folder(self.directory)
-            self.cache = ImageCache(
-                self.directory, [i.image for i in items], folder, shorter_side=ceil(1.25 * image_size)
-            )
+            images = [item.image for item in items]
+            self.cache = open_cache(directory, images, image_size=image_size, folder=cache)
             self.skipped = self.cache.errors
             items = skip_broken(items, self.skipped, self.notes)
+            self.notes += self.cache.notes
         else:
             check_headers(self.directory, [item.image for item in items], split)
         self.items = items
@@ -83,8 +80,8 @@ class FolderPairs(Pairs):
     def images(self, indices: Sequence[int]) -> list[np.ndarray]:
         keys = [self.items[i].image for i in indices]
         if self.cache is not None:
-            return [self.cache[key] for key in keys]
-        return [np.array(read_image(self.directory / key)) for key in keys]  # a copy: torch wants writable memory
+            return self.cache.images(keys)
+        return decode([self.directory / key for key in keys])
 
     def check_images(self) -> None:
         check_images(self.directory, [item.image for item in self.items], self.split)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,8 @@ from minivlm.datasets.folder_entries import (
     read_entries,
 )
 from minivlm.datasets.folder_files import choose_split, skip_broken
-from minivlm.datasets.image_cache import ImageCache
-from minivlm.datasets.images import read_image
+from minivlm.datasets.image_cache import decode, open_cache
 from minivlm.datasets.judge import Problem, check_headers, check_images, leave_out
-from minivlm.files import cache_folder
 
 
 class FolderEntries:
@@ -36,17 +33,17 @@ class FolderEntries:
     """
 
     def __init__(self, directory: Path, split: str, entries: Sequence[Entry], *, image_size: int | None):
-        self.directory, self.split = directory, split
+        self.directory, self.split = Path(directory), split
         entries, self.notes = choose_split(entries, split, directory)
         self.skipped: dict[str, str] = {}
         self.cache = None
         images = list(dict.fromkeys(image for entry in entries for image in entry.images)) if image_size else []
         if split == "train":
-            side = ceil(1.25 * image_size) if image_size else 0
             if images:
-                self.cache = ImageCache(self.directory, images, cache_folder(self.directory), shorter_side=side)
+                self.cache = open_cache(directory, images, image_size=image_size)
                 self.skipped = self.cache.errors
                 entries = skip_broken(entries, self.skipped, self.notes)
+                self.notes += self.cache.notes
         else:
             check_headers(self.directory, images, split)
         self.entries = entries
@@ -56,10 +53,9 @@ class FolderEntries:
         return len(self.entries)
 
     def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
-        return [[self.read(image) for image in self.entries[i].images] for i in indices]
-
-    def read(self, image: str) -> np.ndarray:
-        return np.array(read_image(self.directory / image)) if self.cache is None else self.cache[image]
+        keys = [image for i in indices for image in self.entries[i].images]
+        flat = iter(self.cache.images(keys) if self.cache else decode([self.directory / key for key in keys]))
+        return [[next(flat) for _ in self.entries[i].images] for i in indices]
 
     def key(self, index: int) -> str:
         return self.entries[index].key

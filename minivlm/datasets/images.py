@@ -139,8 +139,10 @@ def from_integers(image: Image.Image) -> Image.Image:
 
 def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
     """Scaled down so that the shorter side is `shorter_side`, the longer one rounded; never enlarged."""
-    scale = shorter_side / min(image.size)
-    if scale >= 1:
-        return image
-    size = [max(shorter_side, round(side * scale)) for side in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    size = shrunk_size(image.size, shorter_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def shrunk_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    scale = shorter_side / min(size)
+    return size if scale >= 1 else tuple(max(shorter_side, round(side * scale)) for side in size)

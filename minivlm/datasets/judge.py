@@ -6,12 +6,18 @@ held-out split the same is an error, which is raised before the first step.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from minivlm.atomic_writing import write_atomically
 from minivlm.conversation import PLACEHOLDER, Turn, encode_conversation, template_of, with_images
-from minivlm.datasets.image_cache import in_parallel
-from minivlm.datasets.images import check_header, read_image
+from minivlm.datasets.images import VERSION, check_header, read_image
+from minivlm.datasets.parallel import in_parallel
+from minivlm.datasets.stamps import stamp_all
 from minivlm.errors import UserError
+from minivlm.files import cache_folder, is_own_file
 from minivlm.special_tokens import without_placeholders
 
 # Tokens, and what a chat template writes: a text that is so much shorter than its room need not be tokenised.
@@ -89,14 +95,46 @@ def leave_out(entries: Sequence, judge: Callable, notes: list[str]) -> list:
 
 
 def check_images(directory, images: Sequence[str], split: str) -> None:
-    """UserError unless every image of a held-out split can be decoded: a score is of all of them."""
+    """UserError unless every image of a held-out split can be decoded: a score is of all of them.
+
+    That it can is kept beside the cached pixels, and not looked into again before a file changes.
+    """
+    directory, images = Path(directory), list(dict.fromkeys(images))
+    if was_readable(directory, images, split):
+        return
     read = lambda image: why_not(read_image, directory / image)
-    refuse_unreadable(in_parallel(read, list(dict.fromkeys(images)), f"decoding {split} images"), split)
+    refuse_unreadable(in_parallel(read, images, f"decoding {split} images"), split)
+    with suppress(UserError):  # of a disk that is full, or may only be read: they are decoded again next time
+        path, content = readable_file(directory, split), state_of(directory, images)
+        write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def check_headers(directory, images: Iterable[str], split: str) -> None:
     """UserError unless the headers of the files can be read, which is quick."""
-    refuse_unreadable((why_not(check_header, directory / image) for image in images), split)
+    directory, images = Path(directory), list(dict.fromkeys(images))
+    if not was_readable(directory, images, split):
+        refuse_unreadable((why_not(check_header, directory / image) for image in images), split)
+
+
+def readable_file(directory: Path, split: str) -> Path:
+    return cache_folder(directory) / f"readable-{split}.txt"
+
+
+def state_of(directory: Path, images: Sequence[str]) -> str:
+    """Names, sizes and times of files in short."""
+    names = zlib.crc32("\n".join(images).encode("utf-8", "surrogateescape"))
+    return f"{VERSION} {len(images)} {names:08x} {zlib.crc32(stamp_all(directory, images).tobytes()):08x}\n"
+
+
+def was_readable(directory: Path, images: Sequence[str], split: str) -> bool:
+    """Whether all of them could be decoded, and none has changed since."""
+    path = readable_file(directory, split)
+    if not is_own_file(path):
+        return False
+    try:
+        return path.read_bytes() == state_of(directory, images).encode()
+    except (UserError, OSError):  # one is missing, which whoever looks at it reports
+        return False
 
 
 def why_not(read: Callable, path) -> str | None:

@@ -11,6 +11,8 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from minivlm.datasets.sizes import most_bytes
+
 HELP = {
     "image_key": "the column or field of a table that names the image, where it is not found by its name",
     "caption_key": "the column or field that holds the caption (several: separated by commas)",
@@ -34,6 +36,7 @@ class Source(os.PathLike):
 
     def __post_init__(self):
         object.__setattr__(self, "directory", os.fspath(self.directory))
+        most_bytes(self.cache)
 
     @classmethod
     def of(cls, source: str | os.PathLike) -> Source:

@@ -113,6 +113,14 @@ def member(path: str | os.PathLike) -> tuple[Path, int, int, int] | None:
     return tar, int(index.offsets[i]), int(index.sizes[i]), os.stat(tar).st_mtime_ns
 
 
+def members_below(tar: Path) -> dict[str, tuple[int, int]]:
+    """The members of a tar file: name → size and the tar file's time (ns). Nothing where it is no file."""
+    if not tar.is_file():
+        return {}
+    index, modified = open_tar(tar), tar.stat().st_mtime_ns
+    return {name: (size, modified) for name, size in zip(index.all_names(), index.sizes.tolist(), strict=True)}
+
+
 def is_member(path: str | os.PathLike) -> bool:
     parts = split_member(path)
     return parts is not None and open_tar(Path(parts[0])).find(parts[1]) is not None

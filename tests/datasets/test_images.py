@@ -12,6 +12,8 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from minivlm.datasets import image_cache, images
 from minivlm.datasets.image_cache import ImageCache
 from minivlm.datasets.images import check_header, read_image
+from minivlm.datasets.sizes import most_bytes
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 from minivlm.files import cache_folder, read_bytes
 
@@ -145,8 +147,8 @@ def folder(tmp_path):
 KEYS = ["0.png", "1.png", "broken.png", "2.png"]
 
 
-def open_cache(folder, keys=KEYS):
-    return ImageCache(folder, keys, folder / "cache", shorter_side=40)
+def open_cache(folder, keys=KEYS, **limit):
+    return ImageCache(folder, keys, folder / "cache", shorter_side=40, **limit)
 
 
 def count_reads(monkeypatch):
@@ -209,11 +211,113 @@ def test_a_build_that_fails_leaves_the_old_cache_and_no_litter(folder, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_cache.os, "replace", full)
-    with pytest.raises(
-        UserError, match=r"cache of decoded images in .* could not be written .No space left on device."
-    ):
-        open_cache(folder, ["0.png"])
+    cache = open_cache(folder, ["0.png"])
+    assert "cache of decoded images in" in cache.notes[0]
+    assert "could not be written (No space left on device): free some space there" in cache.notes[0]
+    assert np.array_equal(cache["0.png"], np.asarray(read_image(folder / "0.png", 40)))  # which goes on without it
     assert sorted(p.name for p in (folder / "cache").iterdir()) == files
+
+
+# ------------------------------------------------------------------------------------------------------ its limit
+
+SIZES = {"0.png": 40 * 60 * 3, "1.png": 80 * 40 * 3, "2.png": 20 * 30 * 3}
+
+
+@pytest.mark.parametrize("limit", [0, 100, SIZES["0.png"], SIZES["0.png"] + SIZES["2.png"], 10**6])
+def test_the_pixels_are_the_same_whatever_is_kept(folder, limit):
+    for cache in (open_cache(folder, limit=limit), open_cache(folder, limit=limit)):  # built, then found
+        assert cache.pixels.nbytes <= limit
+        for key, image in zip(SIZES, cache.images(list(SIZES)), strict=True):
+            assert np.array_equal(image, np.asarray(read_image(folder / key, 40)))
+            assert np.array_equal(image, cache[key]) and image.flags.writeable
+        assert list(cache.errors) == ["broken.png"]
+    kept = sum(cache.rows[:, image_cache.OFFSET] >= 0)
+    told = f"{3 - kept} of 4 training images are decoded anew in every epoch: the cache of decoded images is "
+    told += f"{'off' if limit == 0 else f'limited to {limit / 1000:.1f} KB'} (--data.cache)."
+    assert cache.notes == ([] if kept == 3 else [told])
+
+
+def test_more_room_keeps_more_and_decodes_only_that(folder, monkeypatch):
+    open_cache(folder, limit=SIZES["0.png"])
+    names = count_reads(monkeypatch)
+    open_cache(folder, limit=SIZES["0.png"])
+    open_cache(folder, limit=0)  # takes what is there
+    assert names == []
+    assert open_cache(folder, limit=10**6).notes == []
+    assert sorted(names) == ["1.png", "2.png"]
+
+
+def test_the_size_is_told_before_anything_is_written(folder, capsys):
+    open_cache(folder, limit=10_000)
+    assert "decoding images (cache: 10.0 KB of about 18.6 KB)" in capsys.readouterr().err
+    open_cache(folder, ["0.png"], limit=0)
+    assert "decoding images (cache: off)" in capsys.readouterr().err
+
+
+def test_by_default_half_of_the_free_disk_is_taken_and_some_is_always_left(folder, monkeypatch):
+    monkeypatch.setattr(image_cache, "free_bytes", lambda _: 2**30 + 10_000)
+    assert open_cache(folder).made_for == (2**30 + 10_000) // 2
+    assert open_cache(folder, ["0.png"], limit=10**12).made_for == 10_000
+
+
+def test_a_disk_that_fills_up_keeps_what_it_had_room_for(folder, monkeypatch):
+    class File:
+        """A disk with room for so many bytes."""
+
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, content):
+            if len(content) > self.room:
+                raise OSError(28, "No space left on device")
+            self.room -= len(content)
+            return self.file.write(content)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    enter = image_cache.Pixels.__enter__
+
+    def small(self):
+        enter(self)
+        self.file = File(self.file, SIZES["0.png"] + 10)
+        return self
+
+    monkeypatch.setattr(image_cache.Pixels, "__enter__", small)
+    cache = open_cache(folder)
+    assert "could not be written (No space left on device)" in cache.notes[0]
+    assert cache.notes[1].startswith("2 of 4 training images are decoded anew in every epoch")
+    for key in SIZES:
+        assert np.array_equal(cache[key], np.asarray(read_image(folder / key, 40)))
+    assert cache.pixels.nbytes == SIZES["0.png"]
+    assert sorted(path.suffix for path in (folder / "cache").iterdir()) == ["", ".bin", ".json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_told_and_done_without(folder):
+    (folder / "cache").mkdir(mode=0o555)
+    cache = open_cache(folder)
+    assert "Permission denied" in cache.notes[0] and np.array_equal(cache["0.png"], read_image(folder / "0.png", 40))
+
+
+def test_where_the_cache_belongs_lies_a_file(folder):
+    (folder / "cache").write_text("")
+    cache = open_cache(folder)
+    assert "could not be written" in cache.notes[0]
+    assert np.array_equal(cache["0.png"], np.asarray(read_image(folder / "0.png", 40)))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("20GB", 20 * 10**9), ("500 mb", 5 * 10**8), ("1.5T", 15 * 10**11), ("off", 0), ("123", 123), (None, None)],
+)
+def test_a_limit_is_a_size(text, size):
+    assert most_bytes(text) == size
+
+
+def test_what_is_no_size_is_refused_before_anything_is_read():
+    with pytest.raises(UserError, match=r"--data\.cache lots is no size: give the most .* as 20GB, or off"):
+        Source("nowhere", cache="lots")
 
 
 def test_no_images_make_an_empty_cache(folder):
@@ -232,6 +336,7 @@ def test_the_index_can_be_read_by_people(folder):
     open_cache(folder)
     index = json.loads((folder / "cache" / "train-40.json").read_text())
     row = index["rows"]["1.png"]
+    row = dict(zip(index["columns"], row, strict=True))
     assert (row["height"], row["width"], row["bytes"]) == (80, 40, (folder / "1.png").stat().st_size)
     assert row["modified"] == os.stat(folder / "1.png").st_mtime_ns
 
@@ -372,7 +477,11 @@ STRANGE = [None, -1, -(2**70), 2**70, 1.5, float("nan"), "7", [], {}, True, "", 
 
 
 @pytest.mark.parametrize(
-    "path", [("pixels",), ("bytes",), ("rows",), ("rows", "1.png"), *[(..., k) for k in ("offset", "height", "error")]]
+    "path",
+    [
+        *[(key,) for key in ("pixels", "bytes", "rows", "errors", "limit")],
+        *[("rows", "1.png"), (..., 2), (..., 3), ("errors", "broken.png"), ("errors", "1.png")],
+    ],
 )
 def test_an_index_that_no_build_wrote_is_made_anew(folder, path):
     want = open_cache(folder)["1.png"].copy()
@@ -381,7 +490,10 @@ def test_an_index_that_no_build_wrote_is_made_anew(folder, path):
     for value in STRANGE:
         index.write_text(json.dumps(changed(json.loads(whole), path, value)))
         cache = open_cache(folder)
-        assert np.array_equal(cache["1.png"], want) and list(cache.errors) in (["broken.png"], ["1.png", "broken.png"])
+        assert np.array_equal(cache["1.png"], want) and sorted(cache.errors) in (
+            ["broken.png"],
+            ["1.png", "broken.png"],
+        )
     for text in ("[]", "1", "null", "{}", "[" * 100_000, "9" * 10_000, "\x00"):
         index.write_text(text)
         assert np.array_equal(open_cache(folder)["1.png"], want)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from minivlm.conversation import Turn
-from minivlm.datasets import check, open_conversations
+from minivlm.datasets import check, judge, open_conversations
 from minivlm.datasets.contents import contents
 from minivlm.datasets.interleaved import Interleaved
 from minivlm.datasets.judge import conversation_problem
@@ -177,3 +177,24 @@ def test_half_a_surrogate_pair_is_one_sentence_wherever_it_stands(folder, name, 
     read = Interleaved if name == "interleaved.jsonl" else open_conversations
     with pytest.raises(UserError, match="is no valid text: it holds half a surrogate pair"):
         read(folder, "train", image_size=16)
+
+
+def test_held_out_images_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch):
+    names = [f"{i}.png" for i in range(3)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    judge.check_images(tmp_path, names, "val")
+    reads = []
+    read = judge.read_image
+    monkeypatch.setattr(judge, "read_image", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    monkeypatch.setattr(judge, "check_header", None)  # nothing to call
+    judge.check_images(tmp_path, names, "val")
+    judge.check_headers(tmp_path, names, "val")
+    assert reads == []
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:50])
+    with pytest.raises(UserError, match=r"1 of the val images cannot be read, and a score is of all of them: .*1\.png"):
+        judge.check_images(tmp_path, names, "val")
+    assert sorted(reads) == names
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match=r"2\.png is missing"):
+        judge.check_images(tmp_path, ["2.png"], "val")
