@@ -20,7 +20,7 @@ from minivlm.tasks.rows import Inputs
 
 
 def run_search(options: argparse.Namespace) -> None:
-    from minivlm.tasks.abilities import require
+    from minivlm.tasks.abilities import require, require_vectors
     from minivlm.tasks.embeddings import is_embeddings
     from minivlm.tasks.match import rerank
 
@@ -34,6 +34,7 @@ def run_search(options: argparse.Namespace) -> None:
     if options.rerank and isinstance(query, Path):
         raise UserError("--rerank matches texts with images, but the query is an image: leave it out.")
     model, processor = load_model(options)
+    require_vectors(model, processor, texts=not named)
     if options.rerank:
         require(model, processor, "match")
     top_k = max(options.top, options.rerank or 0)
@@ -80,6 +81,7 @@ def search_vectors(options: argparse.Namespace, query: str | Path, model, proces
 
 
 def run_embed(options: argparse.Namespace) -> None:
+    from minivlm.tasks.abilities import require_vectors
     from minivlm.tasks.embeddings import check_embeddings, embed, has_pyarrow
     from minivlm.tasks.image_index import fingerprint
 
@@ -91,6 +93,7 @@ def run_embed(options: argparse.Namespace) -> None:
     if options.texts:
         kinds["texts"].rows = text_rows(options.texts, Text("caption", ("caption", "text", "title")))
     model, processor = load_model(options)
+    require_vectors(model, processor, texts=bool(kinds["texts"].rows))
     made_by["model"] = fingerprint(model, processor)
     check_embeddings(directory, made_by)
     if not has_pyarrow():

@@ -110,7 +110,8 @@ def reading(model: nn.Module, processor) -> dict[str, str]:
         tokens = config.image_tokens or getattr(model.config, "image_tokens", 0)
         about["images"] = f"{config.image_size} × {config.image_size} pixels"
         about |= {"image tokens": f"{tokens} in the text for each"} if tokens else {}
-    about["context"] = f"{config.context} tokens"
+    if processor.source is not None or not model.takes_images:
+        about["context"] = f"{config.context} tokens"
     if processor.source is not None:
         about["vocabulary"] = f"{processor.vocab_size:,} tokens"
     if model.abilities & {"answer", "chat"}:

@@ -57,6 +57,7 @@ class Model(nn.Module):
         | word     | promises                                                                                           |
         |----------|----------------------------------------------------------------------------------------------------|
         | encode   | `encode_image(images)`, `encode_text(tokens, mask)`: unit vectors, which `probabilities` compares  |
+        | compare  | `encode_image(images)` alone, of a vision tower                                                    |
         | match    | `match(images, tokens, mask)` → (B, 2), logits of no and yes: does the text describe the image?    |
         | caption  | `generate(images, tokens, mask)` describes an image                                                |
         | answer   | `generate([images,] tokens, mask)` answers a question in words of its own                          |

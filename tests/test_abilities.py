@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from minivlm.layers import VisionTransformer
 from minivlm.model import Model
 from minivlm.models.clip import CLIP
 from minivlm.models.multitask import MultitaskVLM
@@ -20,9 +21,10 @@ from tests.models.test_joint_encoder import CLASSES, CONFIGS
 from tests.models.test_multitask import CONFIG as MULTITASK
 from tests.models.test_vqa import CONFIG as VQA
 
-WORDS = {"encode", "match", "caption", "answer", "choose", "rank", "chat", "complete", "attend", "few-shot"}
+WORDS = {"encode", "compare", "match", "caption", "answer", "choose", "rank", "chat", "complete", "attend", "few-shot"}
 METHODS = {
     "encode": ("encode_image", "encode_text", "probabilities"),
+    "compare": ("encode_image",),
     "match": ("match",),
     "choose": ("answer",),
     "rank": ("rank",),
@@ -44,6 +46,7 @@ MODELS = {
     },
     "uniter of a detector": (lambda: UNITER(replace(CONFIGS[1], vision=None, heads=())), {"choose"}),
     "uniter without answers": (lambda: UNITER(replace(CONFIGS[1], answers=())), {"match"}),
+    "vision tower": (lambda: VisionTransformer(CLIPS["vit"].vision), {"compare"}),
     "vqa": (lambda: VQAModel(VQA), {"choose", "attend"}),
     "multitask": (lambda: MultitaskVLM(MULTITASK), {"caption", "choose", "attend", "encode"}),
     "multitask, search": (lambda: MultitaskVLM(replace(MULTITASK, tasks=("search",))), {"encode"}),

@@ -8,8 +8,10 @@ import torch
 from small_recipes import small_job, small_recipe, small_world
 
 import minivlm
+import sample
 from minivlm import VisionConfig, VisionTransformer
 from minivlm.errors import UserError
+from minivlm.info import info
 from minivlm.layers.tower import tower_features
 from minivlm.processor import Processor, ProcessorConfig
 from minivlm.recipes.parts import load_vision_tower
@@ -87,3 +89,26 @@ def test_a_model_without_a_tower_is_refused_in_a_sentence(built):
         load_vision_tower(str(built / "lm"))
     with pytest.raises(UserError, match=r"--language_from \S+ holds a VisionTransformer, no language model"):
         small_recipe("llava-stage1", built, language_from=built / "dino").start(quiet=True)
+
+
+def test_images_are_searched_with_an_image_by_a_tower_alone(built, tmp_path, capsys):
+    folder = built / "world" / "test"
+    first, *_ = sorted(folder.glob("*.png"))
+    sample.main(["search", str(built / "dino"), str(folder), str(first), "--top", "2"])
+    best = capsys.readouterr().out.splitlines()[0]
+    assert best.split()[:2] == ["1", "1.000"] and best.endswith(first.name)
+    with pytest.raises(
+        UserError, match=r"VisionTransformer takes images alone, and no text: give the path of an image"
+    ):
+        sample.main(["search", str(built / "dino"), str(folder), "a red circle"])
+    sample.main(["embed", str(built / "dino"), str(first), "--save", str(tmp_path / "vectors")])
+    vector = np.load(tmp_path / "vectors/img_emb/img_emb_0.npy")
+    assert vector.shape == (1, 16) and abs(np.linalg.norm(vector) - 1) < 1e-5
+    with pytest.raises(UserError, match=r"VisionTransformer cannot describe images; it can compare images with images"):
+        sample.main(["caption", str(built / "dino"), str(first)])
+
+
+def test_what_a_tower_alone_holds_is_told(built):
+    told = info(built / "dino")
+    assert "VisionTransformer, saved by minivlm" in told and "images          32 × 32 pixels" in told
+    assert "can             compare" in told and "context" not in told

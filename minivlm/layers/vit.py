@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
@@ -82,6 +83,7 @@ class VisionTransformer(Model):
     """
 
     config_class = VisionConfig
+    abilities = frozenset({"compare"})
 
     def __init__(self, config: VisionConfig):
         super().__init__(config)
@@ -109,6 +111,10 @@ class VisionTransformer(Model):
             return self.norm(self.transformer.state_at(x, first))
         x = self.norm(self.features(images))
         return x.mean(dim=1) if self.attention_pool is None else self.attention_pool(x)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, D), unit length: what images are compared by."""
+        return F.normalize(self(images), dim=-1)
 
     def features(self, images: Tensor, *, layer: int = -1) -> Tensor:
         """(B, 3, H, W) → (B, 1 + R + N, D), class token and registers first where there are any; the last norm is not applied.

@@ -10,6 +10,7 @@ from minivlm.errors import UserError
 
 ABILITIES = {  # of `Model.abilities`, in the order in which a sentence names them
     "encode": "compare texts and images as vectors",
+    "compare": "compare images with images as vectors",
     "match": "match texts with images",
     "caption": "describe images",
     "answer": "answer questions",
@@ -31,6 +32,14 @@ def require(model, processor, *abilities: str) -> None:
         raise UserError(f"this {name} cannot {' or '.join(ABILITIES[word] for word in abilities)}; {instead}.")
     if processor is None:
         raise UserError(f"there is no processor beside this {name}, so it can be given neither images nor texts.")
+
+
+def require_vectors(model, processor, *, texts: bool = False) -> None:
+    """UserError unless the model gives vectors of images, and of texts where those are wanted."""
+    tower = "compare" in model.abilities
+    if tower and texts:
+        raise UserError(f"this {type(model).__name__} takes images alone, and no text: give the path of an image.")
+    require(model, processor, "compare" if tower else "encode")
 
 
 def require_answers(model, processor, images: int = 0, ability: str = "answer") -> None:

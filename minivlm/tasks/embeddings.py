@@ -27,7 +27,7 @@ from minivlm.atomic_writing import write_atomically
 from minivlm.datasets.official import as_json
 from minivlm.errors import UserError
 from minivlm.files import hold, open_lock, read_bytes, read_json
-from minivlm.tasks.abilities import require
+from minivlm.tasks.abilities import require_vectors
 from minivlm.tasks.batches_to_files import Images, Task, Written, results
 from minivlm.tasks.features import encode_pixels, encode_texts, inference
 from minivlm.tasks.input_tables import Row
@@ -42,7 +42,7 @@ KINDS = {  # of rows → the folder of their vectors, that of their metadata, an
 
 def embed_task(kind: str, model, processor) -> Task:
     """The vector of each image, or of each text, for batches_to_files.py."""
-    require(model, processor, "encode")
+    require_vectors(model, processor, texts=kind == "texts")
 
     def vectors(images: Images, values: Sequence[Mapping[str, Any]]) -> list[dict]:
         if kind == "texts":

@@ -19,7 +19,7 @@ from minivlm.datasets.tar_index import member
 from minivlm.errors import UserError
 from minivlm.files import locked
 from minivlm.image_preprocessing import Picture
-from minivlm.tasks.abilities import require
+from minivlm.tasks.abilities import require_vectors
 from minivlm.tasks.features import encode_images, encode_pixels, inference
 from minivlm.tasks.index_files import (
     ImageIndex,
@@ -50,7 +50,7 @@ def build_image_index(
     loses the last `save_every` seconds; interrupted with Ctrl-C, nothing. Images that cannot be read are in `.skipped`,
     with the reason. UserError: no folder, no images, none readable; of a list, any that cannot be read.
     """
-    require(model, processor, "encode")
+    require_vectors(model, processor)
     if not isinstance(images, (str, os.PathLike)):
         return index_of_list(images, model, processor, path, batch_size)
     directory = Path(images)

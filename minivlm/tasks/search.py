@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tasks.abilities import require
+from minivlm.tasks.abilities import require_vectors
 from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.image_index import fingerprint
 from minivlm.tasks.index_files import ImageIndex, open_image_index
@@ -37,7 +37,7 @@ def search_images(
         raise UserError(f"top_k is {top_k}, but at least one image has to be found.")
     if isinstance(query, str) and not query.strip():
         raise UserError("the query is empty; say what to look for.")
-    require(model, processor, "encode")
+    require_vectors(model, processor, texts=isinstance(query, str))
     in_memory = isinstance(index, Tensor)
     if not isinstance(index, (ImageIndex, Tensor)):
         index = open_image_index(index)
