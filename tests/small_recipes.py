@@ -43,6 +43,8 @@ SIZES = {
     "t5": SPEAKS | under("model", **SIZE),
     "llava-stage1": ON_RESNET | {"language_from": "lm"},
     "llava": {"starts_from": "llava-stage1"},
+    "vlm-stage1": {"vision_from": "clip", "language_from": "lm"},
+    "vlm": {"starts_from": "vlm-stage1"},
     "blip": BLIP,
     "blip-noisy": BLIP,
     "blip-capfilt": BLIP | {"starts_from": "blip-noisy", "data.threshold": 0},

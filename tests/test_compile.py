@@ -21,6 +21,8 @@ GRAPHS = {
     "t5": 4,
     "llava-stage1": 2,
     "llava": 2,
+    "vlm-stage1": 2,
+    "vlm": 2,
     "blip": 8,
     "blip2-stage1": 6,
     "blip2": 3,

@@ -73,6 +73,7 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
     """
     todo, proposed = [], with_proposed_bases(name, recipe, options)
     for needed, directory in {} if options.resume else recipe.needs().items():
+        refuse_others(recipe, directory)
         if directory != proposed.needs()[needed] or (Path(directory) / "config.json").exists():
             continue
         begun = bool(found := Run(directory).all())
@@ -84,9 +85,22 @@ def chain(name: str, recipe: Recipe, options: Options) -> list[tuple[str, Recipe
         else:
             inner = for_data(RECIPES[needed], recipe.data.source, directory) if options.data else RECIPES[needed]
             share = max(1, inner.batch_size // processes())  # of a small folder, which processes may not divide
-            inner = dataclasses.replace(inner, batch_size=share * processes())
+            inner = dataclasses.replace(inner, batch_size=share * processes(), **recipe.hands_on())
         todo += [one for one in chain(needed, inner, part) if one not in todo]
     return [*todo, (name, recipe, options)]
+
+
+def refuse_others(recipe: Recipe, directory: str) -> None:
+    """UserError where a model that is there was made of others than the recipe would hand on to its training."""
+    if not (handed := recipe.hands_on()) or not Path(directory).exists():
+        return
+    was = read_record(found[-1])["recipe"] if (found := Run(directory).all()) else {}
+    for option, source in handed.items():
+        if (before := was.get(option)) != source:
+            raise UserError(
+                f"--{option} {source} is for a model that is trained first, but {directory} is there"
+                f"{f', made from {before}' if before else ''}: leave --{option} out, or move {directory} away."
+            )
 
 
 def with_proposed_bases(name: str, recipe: Recipe, options: Options) -> Recipe:

@@ -94,6 +94,10 @@ class Recipe:
             return {}  # all is there
         return {base: getattr(self, option) or f"out/{base}" for option, base in bases.items()}
 
+    def hands_on(self) -> dict[str, str]:
+        """The options that are those of what it builds on, where that is trained first."""
+        return {}
+
     def external_weights(self) -> dict[str, str]:
         """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""
         return {}
