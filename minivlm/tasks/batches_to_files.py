@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minivlm.errors import UserError
 from minivlm.tasks.input_tables import KEPT, Row, number_of
-from minivlm.tasks.read_ahead import group_by, read_ahead
+from minivlm.tasks.read_ahead import batches_of, group_by, read_ahead
 from minivlm.tasks.result_files import ERROR, ResultFile, read_made_by
 
 Images = Sequence[Sequence[Tensor]]  # of each row, as `processor.images` prepares them, (1, …) each
@@ -30,22 +30,21 @@ Outcome = tuple[Row, Mapping[str, Any] | UserError]
 def results(
     rows: Sequence[Row], processor, task: Task, *, batch_size: int, proven: bool = False
 ) -> Iterator[list[Outcome]]:
-    """The result of each row, or why there is none, in batches.
+    """The result of each row, or why there is none, in batches. Rows about one image share its tensor.
 
     proven: the task has given a result before. Until it has, an error of all rows of a batch is one of the task: UserError.
     """
 
-    def read(row: Row) -> list[Tensor] | UserError:
-        if row.missing:
-            return UserError(f"{row.shown} is missing.")
+    def read(image: str) -> Tensor | UserError:
         try:
-            return [processor.images([image]) for image in row.images]
+            return processor.images([image])
         except UserError as error:
             return error
 
-    for batch in read_ahead(read, rows, batch_size):
-        outcomes = {i: why for i, (_, why) in enumerate(batch) if isinstance(why, UserError)}
-        readable = [(i, *one) for i, one in enumerate(batch) if i not in outcomes]
+    batches = list(batches_of(rows, batch_size))
+    for batch, images in zip(batches, read_ahead(read, map(images_of, batches)), strict=True):
+        outcomes = {i: why for i, row in enumerate(batch) if (why := refusal(row, images)) is not None}
+        readable = [(i, row, [images[one] for one in row.images]) for i, row in enumerate(batch) if i not in outcomes]
         for group in group_by(size, readable):
             numbers, *asked = zip(*group, strict=True)
             outcomes.update(zip(numbers, ask(*asked, task), strict=True))
@@ -53,7 +52,18 @@ def results(
         if failed and len(failed) == len(readable) and not proven:
             raise failed[0]
         proven = proven or bool(readable)
-        yield [(row, outcomes[i]) for i, (row, _) in enumerate(batch)]
+        yield [(row, outcomes[i]) for i, row in enumerate(batch)]
+
+
+def images_of(rows: Sequence[Row]) -> list[str]:
+    return [image for row in rows if not row.missing for image in row.images]
+
+
+def refusal(row: Row, images: Mapping[str, Tensor | UserError]) -> UserError | None:
+    """Why its images cannot be read."""
+    if row.missing:
+        return UserError(f"{row.shown} is missing.")
+    return next((images[one] for one in row.images if isinstance(images[one], UserError)), None)
 
 
 def size(one: tuple[int, Row, list[Tensor]]) -> Hashable:

@@ -29,7 +29,7 @@ from minivlm.tasks.index_files import (
     open_if_valid,
     open_image_index,
 )
-from minivlm.tasks.read_ahead import group_by, read_ahead
+from minivlm.tasks.read_ahead import batches_of, group_by, read_ahead
 
 
 def build_image_index(
@@ -125,10 +125,10 @@ def encode_files(names: list[str], writer: IndexWriter, model, processor, *, bat
     total = len(writer.stamps)
     bar = tqdm(total=total, initial=total - len(names), desc="indexing", unit=" img", disable=not progress)
     with inference(model), bar:
-        for batch in read_ahead(read, names, batch_size):
-            pixels = {name: image for name, image in batch if not isinstance(image, UserError)}
+        for batch in read_ahead(read, batches_of(names, batch_size)):
+            pixels = {name: image for name, image in batch.items() if not isinstance(image, UserError)}
             shapes = {name: image.shape for name, image in pixels.items()}
-            writer.skip({name: str(error) for name, error in batch if isinstance(error, UserError)})
+            writer.skip({name: str(error) for name, error in batch.items() if isinstance(error, UserError)})
             for names in group_by(shapes.get, list(pixels)):  # without a crop they differ in size
                 try:
                     features = encode_pixels(torch.cat([pixels[name] for name in names]), model).flatten(1)

@@ -50,8 +50,10 @@ def match_each(images: Sequence[Any], texts: Sequence[str], model, processor, *,
     """The probability that each text describes the image of the same index. UserError: see `match_all`."""
     check_texts(texts, model, processor)
     tokens, mask = to_tokens(texts, processor)
-    features = features_of_all(images, model, processor, batch_size=batch_size)
-    pairs = torch.arange(len(images))[:, None].expand(-1, 2)
+    distinct = list({id(image): image for image in images}.values())
+    place = {id(image): i for i, image in enumerate(distinct)}
+    features = features_of_all(distinct, model, processor, batch_size=batch_size)
+    pairs = torch.tensor([(place[id(image)], i) for i, image in enumerate(images)])
     return match_pairs(pairs, features, tokens, mask, model, batch_size=batch_size).sigmoid().tolist()
 
 

@@ -2,12 +2,14 @@
 
 import importlib
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import minivlm
 import sample
 from minivlm.errors import UserError
 from minivlm.recipes import plan
@@ -77,6 +79,48 @@ def test_each_task_is_answered_or_refused_in_a_sentence(model, pictures, tmp_pat
         except UserError as refused:
             assert "\n" not in str(refused) and str(refused).endswith((".", ")"))
     assert answered
+
+
+def test_a_file_has_for_each_row_what_it_has_alone(model, pictures, tmp_path, monkeypatch):
+    """Whatever is beside it in a batch: images of other sizes, and questions of other lengths about the same image."""
+    monkeypatch.chdir(tmp_path)
+    questions = [
+        (f"{pictures}/{i}.png", text) for i in (2, 0, 0, 1) for text in ("what is it?", "is the cat red or blue?")
+    ]
+    lines = [
+        json.dumps({"image": image, "question": text, "question_id": i}) for i, (image, text) in enumerate(questions)
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    asked = [
+        ["caption", pictures, *SHORT],
+        ["answer", "q.jsonl", *SHORT],
+        ["match", "q.jsonl", "a red cat"],
+        ["match", "q.jsonl"],
+        ["zero-shot", pictures, "--labels", "red", "blue"],
+    ]
+    written = 0
+    for i, (task, *rest) in enumerate(asked):
+        for batch in (8, 1):
+            try:
+                sample.main([task, str(model), *map(str, rest), "--save", f"{i}-{batch}.jsonl", "--batch", str(batch)])
+            except UserError as refused:
+                assert "\n" not in str(refused)
+                break
+        else:
+            together, alone = (
+                [json.loads(line) for line in (tmp_path / f"{i}-{n}.jsonl").read_text().splitlines()] for n in (8, 1)
+            )
+            assert len(together) == len(alone) >= 3 and not any("error" in row for row in together)
+            for a, b in zip(together, alone, strict=True):
+                numbers = {name: a.pop(name) for name in ("probability", "labels") if name in a}
+                assert a == {name: value for name, value in b.items() if name not in numbers}
+                if numbers:
+                    assert numbers["probability"] == pytest.approx(b["probability"], abs=1e-5)
+            written += 1
+    loaded, _ = minivlm.load(model)
+    assert bool(written) == bool(
+        loaded.takes_images and loaded.abilities & {"encode", "match", "caption", "answer", "choose"}
+    )
 
 
 def test_an_encoder_scores_candidates_as_its_decoder_would_say_them(folders, bases, pictures):  # noqa: F811
