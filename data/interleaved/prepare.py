@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlparse
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without being installed
 
-from minivlm.datasets.folder_files import read_lines  # noqa: E402, RUF100
 from minivlm.datasets.images import extensions  # noqa: E402, RUF100
 from minivlm.datasets.interleaved import FILE, PLACEHOLDER  # noqa: E402, RUF100
 from minivlm.datasets.official import command_line, place, write_lines  # noqa: E402, RUF100
+from minivlm.datasets.own_files import read_lines  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
 from minivlm.files import parse_json, read_bytes  # noqa: E402, RUF100
 

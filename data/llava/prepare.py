@@ -14,8 +14,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that a checkout works without being installed
 
 from minivlm.atomic_writing import write_atomically  # noqa: E402, RUF100
-from minivlm.datasets.folder_entries import read_conversation  # noqa: E402, RUF100
 from minivlm.datasets.official import as_json, command_line, place, read_official  # noqa: E402, RUF100
+from minivlm.datasets.rows import read_conversation  # noqa: E402, RUF100
 from minivlm.errors import UserError, run_command_line  # noqa: E402, RUF100
 
 

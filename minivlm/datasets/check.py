@@ -3,6 +3,7 @@
     python -m minivlm.datasets.check photos                        counts, classes, caption lengths, problems, samples
     python -m minivlm.datasets.check photos --model out/clip       with that model's tokeniser, context and image size
     python -m minivlm.datasets.check photos --context 96           with such a context, without a model
+    python -m minivlm.datasets.check photos --caption_key title    where several columns may hold the caption (--image_key)
     python -m minivlm.datasets.check photos --save sheet.png       an image: the evaluation view beside augmented views
 
 A sample that training leaves out is a problem, and so is one on which evaluation would stop: both by the same judgement
@@ -25,13 +26,16 @@ from minivlm.command_line import Parser
 from minivlm.datasets.class_folders import list_folder
 from minivlm.datasets.contents import available
 from minivlm.datasets.conversations import has_conversations
-from minivlm.datasets.folder_entries import find_conversations, read_entries, read_folder
-from minivlm.datasets.folder_files import SPLITS, Item, choose_split
+from minivlm.datasets.entries import Item
+from minivlm.datasets.folder_entries import has_captions, has_questions, read_entries, read_folder
+from minivlm.datasets.folder_files import SPLITS, choose_split
+from minivlm.datasets.forms import recognised
 from minivlm.datasets.images import read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem
 from minivlm.datasets.parallel import in_parallel
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.source import Source, add_options, source_of
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import readable
 
@@ -47,6 +51,7 @@ def main(argv: list[str]) -> None:
     else:
         items = read_folder(args.directory, problems, notes) if has_pairs(args.directory) else []
         read = folder_reader(args.directory)
+        notes = [*seen_as(args.directory), *notes]
         notes += unnamed(args.directory, items)
         items = without_broken(items, args.directory, problems)
         judge_conversations(args, problems)
@@ -87,32 +92,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the samples and their augmentation")
     parser.add_argument("--save", type=Path, metavar="PNG", help="write an image of the samples")
-    return parser.parse_args(argv)
+    add_options(parser, "image_key", "caption_key", "class_names")
+    args = parser.parse_args(argv)
+    args.directory = source_of(args.directory, args)
+    return args
 
 
-def has_pairs(directory: Path) -> bool:
+def seen_as(directory: Source) -> list[str]:
+    """Sentences on what form the folder is taken for, and which keys are used."""
+    if found := recognised(directory):
+        return [f"read as {one}" for one in found]
+    return [] if is_interleaved(directory) else ["read as classes: sub-folders of images, one a class"]
+
+
+def has_pairs(directory: Source) -> bool:
     """Whether there are images with texts; conversations and documents may do without."""
     if is_interleaved(directory) and not has_conversations(directory):
         return False
-    if not find_conversations(directory) or (directory / "captions.jsonl").exists():
+    if not has_questions(directory) or has_captions(directory):
         return True
     return any(len(entry.images) == 1 for entry in read_entries(directory, []))
 
 
-def unnamed(directory: Path, items: list[Item]) -> list[str]:
+def unnamed(directory: Source, items: list[Item]) -> list[str]:
     """A sentence on images that lie in the folder without a line about them; those beside class folders are in their notes."""
-    if is_interleaved(directory) or not (find_conversations(directory) or (directory / "captions.jsonl").exists()):
+    if is_interleaved(directory) or not recognised(directory):
         return []
-    entries = read_entries(directory, []) if find_conversations(directory) else []
+    entries = read_entries(directory, []) if has_questions(directory) else []
     named = {image for one in (*items, *entries) for image in one.images}
-    left = [name for name in list_folder(directory).images if name not in named]
+    left = [name for name in list_folder(directory.path).images if name not in named]
     shown = ", ".join(map(readable, left[:3])) + (" …" if len(left) > 3 else "")
     return [f"Images that no line names, and that are not used: {len(left)} ({shown})."] if left else []
 
 
 def judge_conversations(args: argparse.Namespace, problems: list[str]) -> None:
     """Adds what keeps questions and conversations from being learned from, or judged by, to `problems`."""
-    if not find_conversations(args.directory):
+    if not has_questions(args.directory):
         return
     found: list[str] = []
     entries = read_entries(args.directory, found)
@@ -140,7 +155,7 @@ def judge_documents(args: argparse.Namespace, problems: list[str]) -> None:
     """Adds the documents of interleaved.jsonl without a text behind the first image to `problems`."""
     if not is_interleaved(args.directory):
         return
-    documents, without = read_documents(args.directory)
+    documents, without = read_documents(args.directory.path)
     texts = ["".join(document.pieces) for document in documents]
     _, processor = choose_reader(args, texts)
     broken = [Item(image, []) for image in dict.fromkeys(image for one in documents for image in one.images)]
@@ -186,11 +201,11 @@ def load_model(directory: str) -> tuple:
 Reader = Callable[[Item, int | None], np.ndarray]  # (item, shorter side or None for the original) → (H, W, 3) uint8
 
 
-def folder_reader(directory: Path) -> Reader:
+def folder_reader(directory: Source) -> Reader:
     return lambda item, shorter_side: np.array(read_image(directory / item.image, shorter_side))
 
 
-def read_world(directory: Path) -> tuple[list[Item], Reader]:
+def read_world(directory: Source) -> tuple[list[Item], Reader]:
     """The shapes world as items; its images are all of one size."""
     from minivlm.datasets.shapes import ShapesWorld
 
@@ -209,7 +224,7 @@ def read_world(directory: Path) -> tuple[list[Item], Reader]:
     return items, read
 
 
-def without_broken(items: list[Item], directory: Path, problems: list[str]) -> list[Item]:
+def without_broken(items: list[Item], directory: Source, problems: list[str]) -> list[Item]:
     """Decode every image, whatever its split; the items that can be read. The others are added to `problems`."""
 
     def attempt(item: Item) -> str | None:

@@ -21,15 +21,16 @@ from minivlm.datasets.class_folders import (
     SPLIT_NAMES,
     Listing,
     list_folder,
-    read_names,
     refuse_other_layouts,
     subfolders,
 )
-from minivlm.datasets.folder_entries import find_conversations
+from minivlm.datasets.class_names import read_names
 from minivlm.datasets.folder_files import choose_split
+from minivlm.datasets.forms import recognised
 from minivlm.datasets.images import read_image
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.shots import Lessons, Shot, ShotEpisode
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 
 
@@ -42,16 +43,15 @@ class ImageClass:
 
 def is_class_folder(directory: str | os.PathLike) -> bool:
     """Whether the folder has images in sub-folders, and no file that describes them."""
-    directory = Path(directory)
-    described = is_world(directory) or find_conversations(directory) or (directory / "captions.jsonl").is_file()
-    return not described and directory.is_dir() and bool(subfolders(directory))
+    path = Source.of(directory).path
+    return path.is_dir() and not is_world(path) and not recognised(directory) and bool(subfolders(path))
 
 
 def class_episodes(
     directory: str | os.PathLike, n: int, *, shots: int, ways: int = 5, seed: int = 0, split: str = "test"
 ) -> list[ShotEpisode]:
     """`n` episodes of `shots` examples in all, in held-out words. UserError: too few classes, or images of one."""
-    classes = read_classes(Path(directory), split)
+    classes = read_classes(directory, split)
     check_enough(classes, Path(directory), split, shots=shots, ways=ways)
     lessons, images = class_lessons(classes)
     rng = np.random.default_rng([seed, ways, shots])
@@ -69,13 +69,14 @@ def class_lessons(classes: list[ImageClass]) -> tuple[Lessons, list[Path]]:
     return Lessons(numbers), [image for one in classes for image in one.images]
 
 
-def read_classes(directory: Path, split: str) -> list[ImageClass]:
+def read_classes(directory: str | os.PathLike, split: str) -> list[ImageClass]:
     """The classes of a split, in the order of their names. UserError: no folder, or none with images."""
     return choose_split(find_classes(directory), split, directory)[0]
 
 
-def find_classes(directory: Path) -> list[ImageClass]:
+def find_classes(source: str | os.PathLike) -> list[ImageClass]:
     """The classes of all splits."""
+    directory = Source.of(source).path
     if not directory.is_dir():
         raise UserError(f"There is no folder {directory}.")
     listing = list_folder(directory)
@@ -90,7 +91,7 @@ def find_classes(directory: Path) -> list[ImageClass]:
     for name in listing.others:
         if (folder := os.path.dirname(name)) in holds:
             holds[folder].others.append(os.path.basename(name))
-    if not read_names(directory):
+    if not read_names(source):
         refuse_other_layouts(directory, holds, named=False)
     if not found:
         raise UserError(f"{directory} has no sub-folders of images, one a class.")

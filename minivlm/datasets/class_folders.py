@@ -2,7 +2,7 @@
 
     DIR/<class>/…/*.jpg                   "_" in a class name reads as a space
     DIR/train/<class>/…, DIR/test/…       the same with the split given; val (or valid, validation) beside them
-    DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench"
+    DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench" (class_names.py)
 
 Images also lie in folders that are no classes: a year of photographs, a shard of a download. To learn "an image of
 a 2023" helps nobody, so those are refused unless class_names.txt names their classes.
@@ -18,13 +18,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minivlm.datasets.class_names import NAMES, names_file, read_names
 from minivlm.datasets.images import extensions
+from minivlm.datasets.source import Source
 from minivlm.datasets.tar_index import open_tar
 from minivlm.errors import UserError
-from minivlm.files import check_text, read_bytes, readable
+from minivlm.files import check_text, readable
 
-NAMES = "class_names.txt"
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# What rows and files call the splits beside that; Karpathy's "restval" is trained on.
+SPLIT_VALUES = SPLIT_NAMES | {"dev": "val", "restval": "train", "testing": "test"}
 SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called like it: its text
 
 # ------------------------------------------------------------------------------------------------- what a folder holds
@@ -114,18 +117,19 @@ class ClassFolder:
         return [f"{self.path}/{name}" for name in self.found.images]
 
 
-def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
+def read_class_folders(source: str | os.PathLike) -> tuple[list[ClassFolder], list[str]]:
     """The classes that have images, in the order of their names, and notes on what is passed over.
 
     UserError where the folders hold something else than the images of a class each.
     """
+    directory = Source.of(source).path
     folders = subfolders(directory)
     splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
     if len(splits) == len(folders) or any(split == "train" and subfolders(f) for f, split in splits.items()):
         candidates = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
     else:
         splits, candidates = {}, [(None, folder) for folder in folders]
-    named = read_names(directory)
+    named = read_names(source)
     classes, empty = [], []
     for split, folder in candidates:
         found = list_folder(folder)
@@ -139,7 +143,7 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     if not named:
         refuse_other_layouts(directory, {one.path: one.found for one in classes})
     for one in classes:
-        check_name(one, directory)
+        check_name(one, source)
     read = {*splits, *(folder for _, folder in candidates)}
     beside = [path for parent in (directory, *splits) for path in sorted(parent.iterdir()) if path not in read]
     names = [path.relative_to(directory).as_posix() for path in beside if not expected(path.name)]
@@ -151,13 +155,13 @@ def read_class_folders(directory: Path) -> tuple[list[ClassFolder], list[str]]:
     return classes, [note for note in notes if note]
 
 
-def check_name(one: ClassFolder, directory: Path) -> None:
+def check_name(one: ClassFolder, source: str | os.PathLike) -> None:
     if not one.name:
-        raise UserError(f"{directory / NAMES} does not name the class of the folder {os.path.basename(one.path)!r}.")
+        raise UserError(f"{names_file(source)} does not name the class of the folder {os.path.basename(one.path)!r}.")
     try:
         check_text(one.name)
     except ValueError as error:
-        raise UserError(f"a class in {directory} cannot be called so: {error}. Rename its folder.") from None
+        raise UserError(f"a class in {source} cannot be called so: {error}. Rename its folder.") from None
 
 
 def expected(name: str) -> bool:
@@ -177,28 +181,6 @@ def subfolders(directory: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror or error}.") from None
     return [directory / name for name in names if not name.startswith((".", "__")) and os.path.isdir(directory / name)]
-
-
-def read_names(directory: Path) -> dict[str, str]:
-    """Folder → class, of class_names.txt; empty if there is none. A line is a folder, a tab or a space, and a name."""
-    if not os.path.lexists(path := directory / NAMES):
-        return {}
-    try:
-        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text.") from None
-    names = {}
-    for number, line in enumerate(lines, 1):
-        folder, _, name = line.partition("\t" if "\t" in line else " ")
-        if line and not name.strip():
-            raise UserError(
-                f"{path}, line {number}: a line is a folder and the name of its class, as in 'n01440764 tench'."
-            )
-        names[unicodedata.normalize("NFC", folder.strip())] = name.strip()
-    names.pop("", None)
-    if not names:
-        raise UserError(f"{path} is empty: a line is a folder and the name of its class, as in 'n01440764 tench'.")
-    return names
 
 
 # ------------------------------------------------------------------------------------------------------ other layouts
@@ -224,7 +206,7 @@ SYNSETS = {r"n\d{8}": "WordNet's numbers, as ImageNet's folders are called"}
 def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
     """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learned."""
     names = sorted({os.path.basename(path) for path in folders})
-    remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME)"
+    remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME) or in a file of --data.class_names"
     for pattern, kind in (NO_CLASSES | (SYNSETS if named else {})).items():
         like = [name for name in names if re.fullmatch(pattern, name)]
         if pattern == PREFIXES and any(all(re.fullmatch(one, name) for name in names) for one in COUNTED):

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 
 from minivlm.datasets.class_episodes import find_classes, is_class_folder
 from minivlm.datasets.conversations import has_conversations
-from minivlm.datasets.folder_entries import Conversation, Quiz, read_entries
+from minivlm.datasets.entries import Conversation, Quiz
+from minivlm.datasets.folder_entries import has_captions, read_entries
 from minivlm.datasets.folder_files import SPLITS, choose_split
+from minivlm.datasets.forms import stamps
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 
 # What can be learned from, and how it is called in a sentence. Several may be true of one folder.
@@ -46,22 +49,23 @@ Contents = dict[str, Counter[str]]  # split → kind → number of samples
 
 def contents(directory: str | os.PathLike) -> Contents:
     """How many samples of each kind each split has. UserError: no folder, none that is recognised, or broken files."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"There is no folder {directory}.")
-    return read_contents(directory.resolve(), stamps(directory))[0]
+    return of_splits(directory)[0]
+
+
+def of_splits(directory: str | os.PathLike) -> tuple[Contents, dict[str, list[str]]]:
+    source = Source.of(directory)
+    if not source.path.is_dir():
+        raise UserError(f"There is no folder {source}.")
+    return read_contents(replace(source, directory=source.path.resolve()), stamps(source.path))
 
 
 def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = False) -> list[str]:
     """Sentences on splits that the files do not give: which samples (few_shot: classes) are taken for them."""
-    directory = Path(directory)
     if is_world(directory):
         return []
     if few_shot and is_class_folder(directory):
         return choose_split(find_classes(directory), split, directory)[1]
-    if not directory.is_dir():
-        raise UserError(f"There is no folder {directory}.")
-    return read_contents(directory.resolve(), stamps(directory))[1][split]
+    return of_splits(directory)[1][split]
 
 
 def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False) -> list[str]:
@@ -70,20 +74,8 @@ def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False
     return [note for note in dict.fromkeys(found) if "stand in for them" in note]
 
 
-def stamps(directory: Path) -> tuple:
-    """Times that change when a folder does: a command asks several times about one folder."""
-    try:
-        entries = [
-            e for e in os.scandir(directory) if e.is_dir() or (e.is_file() and e.name.endswith((".json", ".jsonl")))
-        ]
-        times = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if not e.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror or error}.") from None
-    return tuple(sorted(times))
-
-
 @lru_cache(maxsize=4)
-def read_contents(directory: Path, _: tuple) -> tuple[Contents, dict[str, list[str]]]:
+def read_contents(directory: Source, _: tuple) -> tuple[Contents, dict[str, list[str]]]:
     """And the notes on each split."""
     notes: dict[str, list[str]] = {split: [] for split in SPLITS}
     if is_world(directory):
@@ -115,13 +107,13 @@ def available(items: list) -> list[str]:
     return [split for split in SPLITS if split != "train" or any(item.split in (None, "train") for item in items)]
 
 
-def count(entries: list, directory: Path, split: str) -> Counter[str]:
+def count(entries: list, directory: Source, split: str) -> Counter[str]:
     """Count the entries of one split, from `read_entries`."""
     captions = {entry.key for entry in entries if entry.captions}
     single = {entry.key for entry in entries if len(entry.images) == 1}
     asked = [entry for entry in entries if isinstance(entry, (Quiz, Conversation)) and entry.questions()]
     numbers = {
-        "pairs": len(captions) if (directory / "captions.jsonl").is_file() else len(single),
+        "pairs": len(captions) if has_captions(directory) else len(single),
         "captions": len(captions),
         "questions": len(asked),
         "questions about one image each": len(asked) if all(len(e.images) == 1 for e in entries) else 0,
@@ -133,7 +125,7 @@ def count(entries: list, directory: Path, split: str) -> Counter[str]:
     return +Counter(numbers)
 
 
-def count_classes(directory: Path, found: Contents) -> None:
+def count_classes(directory: Source, found: Contents) -> None:
     """Folders of images, however deep, whose names a lesson does not read."""
     try:
         classes = find_classes(directory)
@@ -143,7 +135,7 @@ def count_classes(directory: Path, found: Contents) -> None:
         found[split]["classes"] = len(choose_split(classes, split, directory)[0])
 
 
-def world_contents(directory: Path) -> Contents:
+def world_contents(directory: Source) -> Contents:
     """All but documents and class folders; its texts and lessons have no end."""
     n = len(ShapesConversations(directory, "train"))
     kinds = [kind for kind in KINDS if kind not in ("documents", "classes")]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from minivlm.datasets.conversation_base import Conversations, Question
 from minivlm.datasets.folder_conversations import FolderConversations
+from minivlm.datasets.forms import recognised
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
@@ -15,13 +15,12 @@ __all__ = ["Conversations", "Question", "has_conversations", "open_conversations
 
 
 def open_conversations(directory: str | os.PathLike, split: str, *, image_size: int | None) -> Conversations:
-    """One split of a folder that holds the shapes world; or conversations.json, vqa.jsonl, questions.jsonl, captions.jsonl,
+    """One split of a folder that holds the shapes world; or files with conversations, questions or captions in any form,
     of which all that are there are read; or images in class folders.
 
     image_size  the model's; training images are cached with a shorter side of 1.25 times it. None: no image is used, so
                 none is decoded
     """
-    directory = Path(directory)
     if is_world(directory):
         return ShapesConversations(directory, split)
     return FolderConversations(directory, split, image_size=image_size)
@@ -29,8 +28,7 @@ def open_conversations(directory: str | os.PathLike, split: str, *, image_size: 
 
 def has_conversations(directory: str | os.PathLike) -> bool:
     """Whether a folder holds conversations, questions or captions."""
-    files = ("world.json", "conversations.json", "vqa.jsonl", "questions.jsonl", "captions.jsonl")
-    return any((Path(directory) / name).is_file() for name in files)
+    return is_world(directory) or bool(recognised(directory))
 
 
 def open_texts(directory: str | os.PathLike, split: str) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
+from minivlm.datasets.class_names import names_file
 from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 from minivlm.files import open_regular
@@ -23,7 +24,7 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
     """
     source = Source.of(directory)
     root, groups = source.path, {}
-    if source.class_names is not None and (content := ends_of(Path(source.class_names))) is not None:
+    if source.class_names is not None and (content := ends_of(names_file(source))) is not None:
         groups["the names of classes"] = [1, content[0], zlib.crc32(content[1])]
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

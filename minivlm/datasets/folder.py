@@ -1,9 +1,8 @@
-"""One's own images: a folder with captions.jsonl, or with one sub-folder a class, as train, val and test pairs.
+"""One's own images: a folder in any form that forms.py recognises, or with one sub-folder a class, as train, val, test pairs.
 
-    DIR/captions.jsonl      {"image": "a.jpg", "captions": ["…"]}   the image in DIR or DIR/images; or "caption": "…"
-                            optional: "split": "train" | "val" | "test", "label": "pink primrose"
-    DIR/<class>/*.jpg       captions from TEMPLATES; see class_folders.py
-    DIR/vqa.jsonl, DIR/conversations.json   the texts about an image are its captions (folder_entries.py)
+    captions                    of captions.jsonl, a table, COCO's JSON, a text beside each image, …
+    questions, conversations    the texts about an image are its captions (folder_entries.py)
+    DIR/<class>/*.jpg           captions from TEMPLATES; see class_folders.py
 
 Splits that the files do not give are drawn (folder_files.py). Training images come from a cache of shrunk pixels
 (images.py); val and test images are decoded from the original file each time, so that what is measured is what the
@@ -31,7 +30,7 @@ __all__ = ["SPLITS", "TEMPLATES", "FolderPairs", "open_pairs"]
 def open_pairs(
     directory: str | os.PathLike, split: str, *, image_size: int, cache: str | os.PathLike | None = None
 ) -> Pairs:
-    """One split ("train", "val", "test") of a folder: the shapes world, captions.jsonl, questions, conversations or classes.
+    """One split ("train", "val", "test") of a folder: the shapes world, captions, questions, conversations or classes.
 
     image_size  the model's; training images are cached with a shorter side of 1.25 times it, room for a random crop
     cache       where decoded images are kept; by default DIR/.minivlm_cache, or the user's cache folder if DIR is
@@ -55,7 +54,7 @@ class FolderPairs(Pairs):
     ):
         self.directory, self.split = Path(directory), split
         notes: list[str] = []
-        everything = read_folder(self.directory, notes=notes)
+        everything = read_folder(directory, notes=notes)
         items, self.notes = choose_split(everything, split, self.directory)
         self.notes = [*notes, *self.notes]
         self.skipped: dict[str, str] = {}

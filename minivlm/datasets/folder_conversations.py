@@ -11,15 +11,8 @@ import numpy as np
 
 from minivlm.conversation import DESCRIBE, Turn
 from minivlm.datasets.conversation_base import Conversations, Question
-from minivlm.datasets.folder_entries import (
-    Captioned,
-    Conversation,
-    Entry,
-    Quiz,
-    caption_turns,
-    fitting,
-    read_entries,
-)
+from minivlm.datasets.entries import Captioned, Conversation, Entry, Quiz, caption_turns, fitting
+from minivlm.datasets.folder_entries import read_entries
 from minivlm.datasets.folder_files import choose_split, skip_broken
 from minivlm.datasets.image_cache import decode, open_cache
 from minivlm.datasets.judge import Problem, check_headers, check_images, leave_out
@@ -32,7 +25,7 @@ class FolderEntries:
     in val and test it is an error. Training images come from a cache with a shorter side of 1.25 times image_size.
     """
 
-    def __init__(self, directory: Path, split: str, entries: Sequence[Entry], *, image_size: int | None):
+    def __init__(self, directory: str | os.PathLike, split: str, entries: Sequence[Entry], *, image_size: int | None):
         self.directory, self.split = Path(directory), split
         entries, self.notes = choose_split(entries, split, directory)
         self.skipped: dict[str, str] = {}
@@ -72,8 +65,10 @@ class FolderConversations(Conversations):
     """
 
     def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
-        self.folder = FolderEntries(Path(directory), split, read_entries(Path(directory)), image_size=image_size)
-        self.split, self.notes, self.skipped = split, self.folder.notes, self.folder.skipped
+        told: list[str] = []
+        entries = read_entries(directory, notes=told)
+        self.folder = FolderEntries(directory, split, entries, image_size=image_size)
+        self.split, self.notes, self.skipped = split, [*told, *self.folder.notes], self.folder.skipped
         self.one_image_each = self.folder.one_image_each
         self.free_answers = any(isinstance(entry, Conversation) for entry in self.entries)
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minivlm.conversation import IGNORED, PLACEHOLDER, Sample
+from minivlm.datasets.entries import Entry
 from minivlm.datasets.folder_conversations import FolderEntries
-from minivlm.datasets.folder_entries import Entry
-from minivlm.datasets.folder_files import find_image, read_lines
 from minivlm.datasets.judge import leave_out
+from minivlm.datasets.own_files import read_lines
+from minivlm.datasets.tree import Tree
 from minivlm.errors import UserError
 from minivlm.processor import Processor
 
@@ -45,7 +45,7 @@ class Interleaved(FolderEntries):
 
     def __init__(self, directory: str | os.PathLike, split: str, *, image_size: int | None):
         documents, without = read_documents(Path(directory))
-        super().__init__(Path(directory), split, documents, image_size=image_size)
+        super().__init__(directory, split, documents, image_size=image_size)
         if without:
             of = len(documents) + without
             self.notes = [*self.notes, f"{without} of {of} documents are skipped because they have no image."]
@@ -131,7 +131,7 @@ def read_documents(directory: Path) -> tuple[list[Document], int]:
     """The documents with images, and how many have none."""
     if not is_interleaved(directory):
         raise UserError(f"{directory} holds no documents of images and texts: looked for {FILE}.")
-    find = cache(partial(find_image, directory=directory))
+    find = Tree(directory).image
     read: list[Document] = []
     read_lines(directory / FILE, lambda values: read.append(read_document(values, find)), EXAMPLE)
     shown = [document for document in read if document.images]

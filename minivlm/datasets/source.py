@@ -47,6 +47,9 @@ class Source(os.PathLike):
     def path(self) -> Path:
         return Path(self.directory)
 
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
     def __fspath__(self) -> str:
         return self.directory
 

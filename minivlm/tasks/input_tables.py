@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.datasets.class_folders import list_folder
-from minivlm.datasets.folder_files import on_disk
 from minivlm.datasets.tar_index import is_member
+from minivlm.datasets.tree import on_disk
 from minivlm.errors import UserError
 from minivlm.files import parse_json, read_bytes, read_text, readable
 

@@ -430,14 +430,19 @@ def test_names_that_are_short_numbers_or_words_are_classes(tmp_path, names):
     assert set(names) <= set(pairs_of(tmp_path).classes)
 
 
-def test_texts_beside_the_pictures_are_no_class_folder(tmp_path):
-    """As img2dataset leaves a download, or a tool for annotations its boxes."""
+def test_annotations_beside_the_pictures_are_no_class_folder(tmp_path):
+    """As a tool for annotations leaves its boxes."""
     for folder in ("mine", "yours"):
         for i in range(3):
             save(tmp_path / folder / f"{i:09}.jpg")
-            (tmp_path / folder / f"{i:09}.txt").write_text("a caption")
-            (tmp_path / folder / f"{i:09}.json").write_text("{}")
-    with pytest.raises(UserError, match=r"mine holds texts beside its images \(000000000\.json\).* captions\.jsonl"):
+            (tmp_path / folder / f"{i:09}.json").write_text('{"shapes": []}')
+    with pytest.raises(
+        UserError, match=r"mine/000000000\.json has the fields shapes, and none is known to hold a caption"
+    ):
+        pairs_of(tmp_path)
+    for path in tmp_path.glob("*/*.json"):
+        path.rename(path.with_suffix(".xml"))
+    with pytest.raises(UserError, match=r"mine holds texts beside its images \(000000000\.xml\).* captions\.jsonl"):
         pairs_of(tmp_path)
 
 

@@ -1,0 +1,374 @@
+"""Files of rows: CSV and TSV, JSON lines, and JSON that is a list of objects, or one object from images to captions.
+
+captions.csv ──open_table──> columns, first rows ──find_keys──> image: filepath, caption: title ──read_table──> samples
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minivlm.datasets.class_folders import SPLIT_VALUES
+from minivlm.datasets.entries import Conversation, Item, Quiz
+from minivlm.datasets.folder_files import TEMPLATES
+from minivlm.datasets.keys import Keys, NoTable
+from minivlm.datasets.rows import (
+    CAPTION_EXAMPLE,
+    CONVERSATION_EXAMPLE,
+    QUESTION_EXAMPLE,
+    Find,
+    add_item,
+    caption_item,
+    read_conversation,
+    read_question,
+    several,
+    split_of,
+)
+from minivlm.errors import UserError
+from minivlm.files import check_texts, open_regular, parse_json, read_bytes
+
+CSV, LINES, JSON = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson"), (".json",)
+DELIMITERS = (",", "\t", ";", "|")
+HEAD = 1 << 16  # bytes by which a file of lines is recognised
+FIRST = 20  # rows that say which fields there are
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and the first row of a file; `rows` reads all of it. delimiter: of CSV; "": it is JSON, in lines or a list."""
+
+    path: Path
+    columns: tuple[str, ...]
+    first: dict[str, Any]
+    delimiter: str = ""
+    lines: bool = False
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where, row); where a line is broken, the ValueError that says how."""
+        if self.delimiter:
+            return read_csv(self)
+        return read_json_lines(self.path) if self.lines else read_json_list(self.path)
+
+    def __str__(self) -> str:
+        kinds = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
+        return kinds.get(self.delimiter) or ("JSON lines" if self.lines else "JSON")
+
+
+def open_table(path: Path) -> Table:
+    """The table in a file. NoTable: it is none, and why."""
+    ending = path.suffix.lower()
+    with open_regular(path) as file:
+        head = file.read(HEAD)
+    if ending in CSV:
+        return open_csv(path, head)
+    if ending in LINES or are_objects(head.splitlines()[:2]):
+        return open_lines(path, head)
+    first = first_of_list(head) or [row for _, (_, row) in zip(range(FIRST), read_json_list(path), strict=False)]
+    return Table(path, columns_of(first), next((row for row in first if isinstance(row, dict)), {}))
+
+
+def first_byte(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def first_of_list(head: bytes) -> list[Any]:
+    """The first elements of a JSON list, of which `head` is the beginning; none where it holds no whole one."""
+    text, found = head.decode("utf-8-sig", "ignore").lstrip(), []
+    decoder = json.JSONDecoder()
+    while text[:1] in ("[", ",") and len(found) < FIRST:
+        try:
+            value, end = decoder.raw_decode(text := text[1:].lstrip())
+        except (ValueError, RecursionError):
+            break
+        found.append(value)
+        text = text[end:].lstrip()
+    return found
+
+
+def columns_of(rows: Sequence[Any]) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+    if not found:
+        raise NoTable("it holds no objects with named fields")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def open_csv(path: Path, head: bytes) -> Table:
+    text = decoded(head if len(head) < HEAD else head[: head.rfind(b"\n") + 1])
+    best: list[list[str]] = []
+    delimiter = ""
+    for one in DELIMITERS:
+        try:
+            rows = [
+                row for _, row in zip(range(2), csv.reader(io.StringIO(text, newline=""), delimiter=one), strict=False)
+            ]
+        except csv.Error as error:
+            raise NoTable(f"it is no table: {error}") from None
+        if rows and len(rows[0]) > max(1, len(best[0]) if best else 1):
+            best, delimiter = rows, one
+    if not best:
+        raise NoTable("its first line has one column only, not one for the image and one for its caption")
+    columns = [name.strip() for name in best[0]]
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise NoTable(f"two of its columns are called {twice[0]!r}")
+    if looks_like_data(best[0]):
+        line, names = delimiter.join(best[0])[:80], f"filepath{delimiter}title"
+        raise NoTable(f"its first line, {line!r}, is no line of names: put {names!r} above it")
+    first = dict(zip(columns, best[1], strict=False)) if len(best) > 1 else {}
+    return Table(path, tuple(columns), first, delimiter)
+
+
+def looks_like_data(cells: Sequence[str]) -> bool:
+    """A name of a file where the names of columns should be."""
+    from minivlm.datasets.images import extensions
+
+    return any(Path(cell.strip()).suffix.lower().partition("#")[0] in extensions() for cell in cells)
+
+
+def decoded(data: bytes) -> str:
+    """NoTable where it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "UTF-16" if wide else "Latin-1 or Windows-1252, as Excel writes it"
+        raise NoTable(f"it is not UTF-8 text (it may be {kind}): save it as 'CSV UTF-8'") from None
+
+
+def read_csv(table: Table) -> Iterator[tuple[str, Any]]:
+    reader = csv.reader(io.StringIO(decoded(read_bytes(table.path)), newline=""), delimiter=table.delimiter)
+    start = 1
+    try:
+        for number, cells in enumerate(reader):
+            where, start = f"line {start}", reader.line_num + 1
+            if number == 0 or not any(cell.strip() for cell in cells):
+                continue
+            width = len(table.columns)
+            if len(cells) < width or any(cell.strip() for cell in cells[width:]):
+                yield (
+                    where,
+                    ValueError(
+                        f"it has {len(cells)} columns, but the first line names {width}: a text that holds a "
+                        f'{table.delimiter!r} stands in "quotes"'
+                    ),
+                )
+                continue
+            yield where, {name: cell.strip() for name, cell in zip(table.columns, cells, strict=False) if cell.strip()}
+    except csv.Error as error:
+        yield f"line {reader.line_num}", ValueError(f"it is no line of a table ({error})")
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def are_objects(lines: Sequence[bytes]) -> bool:
+    """Two lines, of which the first is an object of JSON: lines of JSON in a file of another ending."""
+    try:
+        return len(lines) == 2 and isinstance(parse_json(lines[0], texts=False), dict)
+    except ValueError:
+        return False
+
+
+def open_lines(path: Path, head: bytes) -> Table:
+    first = []
+    for line in head.splitlines()[: FIRST + 1][: None if len(head) < HEAD else -1] or head.splitlines()[:1]:
+        try:
+            first.append(parse_json(line, texts=False))
+        except ValueError:
+            continue
+    return Table(path, columns_of(first), next(row for row in first if isinstance(row, dict)), lines=True)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", parse_json(line)
+        except json.JSONDecodeError as error:
+            yield f"line {number}", ValueError(f"it is not JSON ({error.msg} at character {error.pos + 1})")
+        except ValueError as error:
+            yield f"line {number}", error
+
+
+def read_json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a list; of an object, those of its only list; or its names as images, each with what it says."""
+    values = json_values(path)
+    if isinstance(values, dict):
+        lists = [value for value in values.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        values = lists[0] if len(lists) == 1 else as_rows(values) or [values]
+    if not isinstance(values, list) or not values:
+        raise NoTable("it holds no list of objects")
+    for number, value in enumerate(values, 1):
+        yield f"entry {number}", value
+
+
+def json_values(path: Path) -> Any:
+    try:
+        return parse_json(read_bytes(path), texts=False)
+    except ValueError as error:
+        raise NoTable(f"it is not JSON ({error})") from None
+
+
+def as_rows(values: dict[str, Any]) -> list[dict]:
+    """{"a.jpg": "a red kite"} or {"a.jpg": {"caption": …}} as rows; none where its names are those of no images."""
+    if not values or not looks_like_data(list(values)[:FIRST]):
+        return []
+    return [
+        {"image": name, **(value if isinstance(value, dict) else {"caption": value})} for name, value in values.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_table(
+    table: Table,
+    keys: Keys,
+    find: Find,
+    problems: list[str] | None,
+    notes: list[str],
+    *,
+    split: str | None = None,
+    names: dict[str, str] | None = None,
+) -> list:
+    """The samples: Items, Quizzes or Conversations, as the keys say. What is wrong raises, or goes to `problems`.
+
+    split: of rows that name none. names: label → the name of its class.
+    """
+    kinds = {"captions": CaptionRows, "questions": QuestionRows, "conversations": ConversationRows}
+    reader = kinds[keys.gives](keys, find, split, names or {})
+    for where, row in table.rows():
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not (table.delimiter or table.lines):  # of a list each entry is judged by itself
+                check_texts(row)
+            reader.add(row, where)
+        except (ValueError, UserError) as error:
+            message = f"{table.path}, {reader.name(row, where)}: {str(error).rstrip('.')}."
+            if problems is None:
+                raise UserError(message) from error
+            problems.append(message)
+    samples = reader.samples()
+    if not samples and not problems:
+        raise UserError(f"{table.path} is empty: it needs one row a sample, with {keys}.")
+    notes += reader.notes(table.path.name)
+    return samples
+
+
+class Rows:
+    """Collects the samples of a table."""
+
+    def __init__(self, keys: Keys, find: Find, split: str | None, names: dict[str, str]):
+        self.keys, self.find, self.split, self.names = keys, find, split, names
+        self.without = 0
+
+    def values(self, row: Any, example: str) -> dict[str, Any]:
+        """The row by our own names. ValueError: it is none, or names no image."""
+        keys = self.keys
+        if not isinstance(row, dict):
+            raise ValueError(f"it is no object with named fields, as in {example}")
+        image = row.get(keys.image) if keys.image else None
+        image = f"{image}" if isinstance(image, int) and not isinstance(image, bool) else image
+        if keys.gives != "conversations" and not (isinstance(image, str) and image):
+            raise ValueError(f'it names no image: its "{keys.image}" is empty')
+        split = row.get(keys.split) if keys.split else None
+        split = split_of({"split": split}, SPLIT_VALUES) if split is not None and str(split).strip() else self.split
+        return {"image": image, "split": split}
+
+    def name(self, row: Any, where: str) -> str:
+        return where
+
+    def notes(self, file: str) -> list[str]:
+        return []
+
+
+class CaptionRows(Rows):
+    """Several rows about one image become one item with all their captions."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.items: dict[tuple[str, str | None], Item] = {}
+        self.labels: dict[str, list[str]] = {}  # shared by all images of a class
+
+    def add(self, row: Any, where: str) -> None:
+        values = self.values(row, CAPTION_EXAMPLE)
+        label = row.get(self.keys.label) if self.keys.label else None
+        if label is not None and str(label) in self.names:
+            label = self.names[str(label)]
+        captions = [one for key in self.keys.captions for one in several(row.get(key))]
+        captions = [one.get("raw", one.get("caption")) if isinstance(one, dict) else one for one in captions]
+        if not self.keys.captions and label is not None:
+            captions = self.labels.setdefault(str(label), [template.format(label) for template in TEMPLATES])
+        if not captions:
+            raise ValueError(f'it has no caption: its "{" and ".join(self.keys.captions) or self.keys.label}" is empty')
+        item = caption_item({**values, "captions": captions, "label": label}, self.find)
+        if (item.image, item.split) in self.items and self.keys.label is None:
+            item.label = self.items[item.image, item.split].label
+        one = {item.image: known} if (known := self.items.get((item.image, item.split))) else {}
+        add_item(one, item)
+        self.items[item.image, item.split] = one[item.image]
+
+    def samples(self) -> list[Item]:
+        return list(self.items.values())
+
+
+class QuestionRows(Rows):
+    """One sample for each image and split: in some datasets an image has questions to train on, and others to test."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.quizzes: dict[tuple[str, str | None], Quiz] = {}
+
+    def add(self, row: Any, where: str) -> None:
+        values, keys = self.values(row, QUESTION_EXAMPLE), self.keys
+        answer = row.get(keys.answer) if keys.answer else None
+        answers = row.get(keys.answers) if keys.answers else None
+        if isinstance(answer, list) and answers is None:  # ALBEF's and BLIP's files: "answer" holds all of them
+            answer, answers = None, answer
+        answers = [one.get("answer") if isinstance(one, dict) else one for one in several(answers)] or None
+        asked = read_question(
+            {"question": row.get(keys.question), "answer": answer, "answers": answers, "kind": row.get(keys.kind or "")}
+        )
+        image = self.find(values["image"])
+        self.quizzes.setdefault((image, values["split"]), Quiz([image], values["split"], image)).asked.append(asked)
+
+    def samples(self) -> list[Quiz]:
+        return list(self.quizzes.values())
+
+
+class ConversationRows(Rows):
+    """LLaVA's conversations, or OpenAI's messages. A first turn of the assistant's is dropped, as LLaVA's own code does."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read: list[Conversation] = []
+
+    def name(self, row: Any, where: str) -> str:
+        return where + (f" (id {row['id']})" if isinstance(row, dict) and "id" in row else "")
+
+    def add(self, row: Any, where: str) -> None:
+        values = self.values(row, CONVERSATION_EXAMPLE)
+        turns = row.get(self.keys.turns)
+        first = turns[0] if isinstance(turns, list) and len(turns) > 1 and isinstance(turns[0], dict) else {}
+        if first.get("from", first.get("role")) in ("gpt", "assistant"):
+            turns, self.without = turns[1:], self.without + 1
+        entry = {**values, "conversations": turns}
+        entry |= {"id": row["id"]} if "id" in row else {}
+        self.read.append(read_conversation(entry, self.find, self.name(row, where)))
+
+    def samples(self) -> list[Conversation]:
+        return self.read
+
+    def notes(self, file: str) -> list[str]:
+        n = self.without
+        return [f"{n} conversations of {file} start with the assistant: that turn is left out."] if n else []
