@@ -7,26 +7,21 @@ Each task is a function below, under its summary, an example, and its arguments.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import NamedTuple
 
 from minivlm.chat_templates import DESCRIBE
 from minivlm.command_line import (
     CHAT_ARGUMENTS,
     GENERATION_ARGUMENTS,
-    Argument,
-    Parser,
     argument,
     bar,
     check_generation,
     check_images,
-    check_sheet_name,
     converse,
     load_generator,
     load_model,
     positive,
-    write_sheet,
 )
+from minivlm.command_line_files import run_attend, run_embed, run_search
 from minivlm.command_line_rows import (
     IMAGES,
     QUESTION,
@@ -37,53 +32,10 @@ from minivlm.command_line_rows import (
     run_rows,
     split_text,
 )
-from minivlm.command_line_vectors import run_embed, run_search
-from minivlm.errors import UserError, as_started, nearest, run_command_line
+from minivlm.command_line_tasks import TASKS, main, task
+from minivlm.errors import UserError, run_command_line
 
-
-class Task(NamedTuple):
-    summary: str
-    example: str
-    arguments: tuple[Argument, ...]
-    run: Callable[[argparse.Namespace], None]
-
-
-TASKS: dict[str, Task] = {}
-
-
-def task(name: str, summary: str, example: str, *arguments: Argument) -> Callable:
-    def add(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-        TASKS[name] = Task(summary, f"python sample.py {name} {example}", arguments, run)
-        return run
-
-    return add
-
-
-def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
-        return
-    name = argv[0]
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}.{nearest(name, TASKS)}")
-    parser = Parser(
-        prog=f"python sample.py {name}", description=TASKS[name].summary, epilog=f"e.g. {TASKS[name].example}"
-    )
-    parser.add_argument("model", metavar="MODEL", help="a directory of ours, a published one, or a hub id")
-    for names, settings in TASKS[name].arguments:
-        parser.add_argument(*names, **settings)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    whose = "what an adapter, or [vision=] or [language_model=] of MODEL, was trained on: a directory or hub id"
-    parser.add_argument("--base", metavar="DIR", action="append", help=f"{whose} (the one that it names)")
-    parser.set_defaults(task=name)
-    TASKS[name].run(parser.parse_args(argv[1:]))
-
-
-def overview() -> str:
-    lines = ["usage: python sample.py TASK MODEL …      python sample.py TASK --help", ""]
-    for name, entry in TASKS.items():
-        lines += [f"{name:10} {entry.summary}", f"{'':10} {entry.example}", ""]
-    return as_started("\n".join(lines[:-1]))
+__all__ = ["TASKS", "main"]
 
 
 TOP = argument("--top", type=positive, default=5, help="how many to show (5)")
@@ -233,17 +185,29 @@ def answer(options: argparse.Namespace) -> None:
     "how does the text continue, after examples of how it does?",
     'out/flamingo --examples a.png "this is a dax" b.png "this is a wug" --query c.png "this is a"',
     argument("--examples", nargs="*", default=[], metavar="IMAGE TEXT", help='such as a.png "this is a dax" …'),
-    argument("--query", nargs=2, required=True, metavar=("IMAGE", "TEXT"), help='c.png "this is a", to be continued'),
+    argument(
+        "--query",
+        nargs=2,
+        required=True,
+        metavar=("IMAGE", "TEXT"),
+        help='c.png "this is a", to be continued; for IMAGE also a folder or list, each continued by itself',
+    ),
     argument("--candidates", nargs="+", metavar="TEXT", help="the answer is one of these"),
+    *ROW_ARGUMENTS,
     *GENERATION_ARGUMENTS,
 )
 def few_shot(options: argparse.Namespace) -> None:
-    from minivlm.tasks.few_shot import few_shot, pair_up
+    from minivlm.tasks.few_shot import pair_up
+    from minivlm.tasks.row_tasks import few_shot_task
 
-    how = check_generation(options)
-    examples = pair_up(options.examples)
-    check_images([image for image, _ in [*examples, options.query]])
-    print(few_shot(*load_generator(options), examples, options.query, candidates=options.candidates, **how))
+    how, examples = check_generation(options), pair_up(options.examples)
+    check_images([image for image, _ in examples])
+    options.images = options.query
+    inputs = read_rows(options, split_text(options, TEXT))
+    model, processor = load_generator(options)
+    more = {"examples": examples, "candidates": options.candidates, "alone": bool(options.save)}
+    show = lambda row, result: result["continuation"] if row.named else f"{row.shown}: {result['continuation']}"
+    run_rows(inputs, few_shot_task(model, processor, how, **more), model, processor, options, ["continuation"], show)
 
 
 @task(
@@ -266,16 +230,15 @@ def chat(options: argparse.Namespace) -> None:
     "attend",
     "which parts of the image does the model attend to?",
     "out/blip2 photo.png other.png --save maps.png",
-    argument("images", metavar="IMAGE", nargs="+", help="one image or more"),
+    IMAGES,
     argument("--prompt", help="what a model that answers is asked, or a text for BLIP"),
-    argument("--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s)"),
+    argument(
+        "--save", metavar="FILE", default="maps.png", help="where the maps are drawn (%(default)s); DIR: a sheet each"
+    ),
+    *ROW_ARGUMENTS[2:],
 )
 def attend(options: argparse.Namespace) -> None:
-    from minivlm import tasks
-
-    check_sheet_name(options.save)
-    check_images(options.images)
-    write_sheet(tasks.attention_sheet(options.images, *load_model(options), prompt=options.prompt), options.save)
+    run_attend(options)
 
 
 @task(

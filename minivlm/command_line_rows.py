@@ -84,7 +84,7 @@ def check_rows(inputs: Inputs, options: argparse.Namespace) -> None:
 
     named = [image for row in inputs.rows if row.named for image in row.images]
     if options.save:
-        if options.task != "embed":
+        if options.task not in ("embed", "attend"):  # which write no rows
             check_result_name(options.save, inputs.tables)
             check_made_by(Path(options.save), {"task": options.task, "options": relevant(options)})
         if gone := [image for image in named if not (os.path.exists(image) or is_member(image))]:
@@ -158,5 +158,6 @@ def write_rows(
 def report_written(path: Path, done: Written) -> None:
     report_skipped(done.errors)
     before = f", {done.before} of them before" if done.before else ""
-    errors = f"; {len(done.errors)} have an error in place of a result" if done.errors else ""
+    has = "1 has" if done.failed == 1 else f"{done.failed} have"
+    errors = f"; {has} an error in place of a result" if done.failed else ""
     print(f"wrote {path}: {done.rows} {'row' if done.rows == 1 else 'rows'}{before}{errors}")

@@ -36,8 +36,12 @@ def models(tmp_path_factory):
     speakers.colour_llava().save_pretrained(folder / "llava", processor=speakers.processor())
     speakers.llava().save_pretrained(folder / "other", processor=speakers.processor())
     speakers.language_model().save_pretrained(folder / "lm", processor=speakers.processor(image_tokens=0))
+    speakers.colour_flamingo().save_pretrained(folder / "flamingo", processor=speakers.processor(image_tokens=1))
     model, processor = clip()
     model.save_pretrained(folder / "clip", processor=processor)
+    for weights in model.parameters():
+        weights.data.mul_(1.1)
+    model.save_pretrained(folder / "clip2", processor=processor)
     return folder
 
 
@@ -74,7 +78,7 @@ def test_a_folder_goes_in_and_a_file_comes_out(capsys):
     alone = [tasks.caption(f"photos/{i}.png", *minivlm.load("llava")) for i in range(3)]
     assert [row.get("caption") for row in found[:3]] == alone == [f"a picture of {colour}" for colour in COLOURS]
     assert "cannot be read as an image" in found[5]["error"] and "caption" not in found[5]
-    assert out == "wrote captions.jsonl: 7 rows; 1 have an error in place of a result\n"
+    assert out == "wrote captions.jsonl: 7 rows; 1 has an error in place of a result\n"
     assert "skipped, because they cannot be read (1):" in err
 
 
@@ -191,6 +195,24 @@ def test_zero_shot_and_completion_to_files():
         assert [(row["text"], row["completion"]) for row in csv.DictReader(file)] == [
             (text, tasks.complete(text, *lm, max_new_tokens=4)) for text in ("a picture", "which colours")
         ]
+
+
+def test_examples_are_followed_for_every_image_of_a_folder():
+    examples = ["--examples", "photos/0.png", "a picture of red", "photos/1.png", "a picture of green"]
+    run("few-shot", "flamingo", *examples, "--query", "photos", "a picture of", "--save", "f.jsonl", "--batch", 4)
+    assert [row.get("continuation") for row in rows("f.jsonl")] == [*COLOURS, "red", "green", None, "blue"]
+    assert rows("f.jsonl")[0]["text"] == "a picture of"
+
+
+def test_attention_is_drawn_for_every_image_of_a_folder(capsys):
+    run("attend", "clip", "photos", "--save", "maps")
+    assert sorted(p.relative_to("maps").as_posix() for p in Path("maps").rglob("*.png")) == [
+        *(f"{i}.png.png" for i in range(5)),
+        "sub/0.png.png",
+    ]
+    assert "broken.jpg cannot be read" in capsys.readouterr().err
+    run("attend", "clip", "photos", "--save", "maps")
+    assert "wrote" not in capsys.readouterr().out
 
 
 def test_a_folder_is_printed_without_save(capsys):
@@ -317,7 +339,7 @@ class TestEmbed:
             (["embed", "x", "photos", "--save", "theirs"], "an img_emb that sample.py did not write"),
             (["embed", "x", "photos", "--save", "e", "--part", 3], "with --part 10000, and now there is --part 3"),
             (["embed", "llava", "photos", "--save", "f"], "cannot compare texts and images"),
-            (["search", "llava", "e", "red"], "made with another model"),
+            (["search", "clip2", "e", "red"], "made with another model"),
         ],
     )
     def test_a_mistake_is_one_sentence(self, argv, message):

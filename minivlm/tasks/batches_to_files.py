@@ -9,6 +9,7 @@ own, recorded in its place, and ends nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tasks.input_tables import KEPT, Row, number_of
+from minivlm.tasks.input_tables import KEPT, Row
 from minivlm.tasks.read_ahead import batches_of, group_by, read_ahead
 from minivlm.tasks.result_files import ERROR, ResultFile, read_made_by
 
@@ -88,7 +89,8 @@ def ask(rows: Sequence[Row], images: Images, task: Task) -> list[Mapping[str, An
 class Written:
     rows: int  # of the command
     before: int  # were in the file already
-    errors: dict[str, str] = field(default_factory=dict)  # image → why there is no result, of this run
+    failed: int = 0  # have an error in place of a result, those before included
+    errors: dict[str, str] = field(default_factory=dict)  # image → the error, of this run
 
 
 def to_file(
@@ -120,6 +122,7 @@ def to_file(
                 file.append([entry(row, outcome, outputs, path) for row, outcome in batch])
                 written.errors |= {row.shown: str(why) for row, why in batch if isinstance(why, UserError)}
                 bar.update(len(batch))
+        written.failed = file.errors
     return written
 
 
@@ -139,8 +142,8 @@ def columns(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """The columns that say which row it is, and their values for each row.
 
-    In a .json file it is question_id for answers and image_id for captions, if all rows have one: the form in which VQA and
-    COCO take results.
+    In a .json file it is question_id for answers and image_id for captions, if all rows have one of their own: the form in
+    which VQA and COCO take results. An image that is called as COCO's are has the id that is in its name.
     """
     identities = []
     for row in rows:
@@ -149,13 +152,17 @@ def columns(
         identities[-1] |= {name: as_number(value) if name in KEPT else value for name, value in row.values.items()}
     if path.suffix.lower() == ".json":
         if list(outputs) == ["caption"]:
-            numbers = [one.get("image_id", number_of(str(one["image"]))) for one in identities]
-            identities = [{**one, "image_id": number} for one, number in zip(identities, numbers, strict=True)]
+            identities = [{**coco_id(str(one["image"])), **one} for one in identities]
         official = {("answer",): "question_id", ("caption",): "image_id"}.get(tuple(outputs))
-        if official and all(one.get(official) is not None for one in identities):
+        if len({one[official] for one in identities if official in one}) == len(identities):
             return [official], [{official: one[official]} for one in identities]
-        identities = [{name: value for name, value in one.items() if value is not None} for one in identities]
     return list(dict.fromkeys(name for one in identities for name in one)), identities
+
+
+def coco_id(name: str) -> dict[str, int]:
+    """{"image_id": 42} of COCO_val2014_000000000042.jpg and 000000000042.jpg; {} of 42.jpg, which anything may be called."""
+    match = re.search(r"(?:^|_|/)(\d{12})$", os.path.splitext(name)[0])
+    return {"image_id": int(match[1])} if match else {}
 
 
 def as_number(value: Any) -> Any:

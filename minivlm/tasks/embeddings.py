@@ -85,6 +85,7 @@ def embed(
                 folder.add([name_of(row) for row, _ in fine], [vector for _, vector in fine])
                 written.errors |= errors
                 bar.update(len(batch))
+        written.failed = len(rows) - folder.total
     return written
 
 

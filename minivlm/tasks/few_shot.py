@@ -57,19 +57,33 @@ def few_shot(
     UserError: a model whose images have no place in a text, a text with an <image> of its own, a candidate that no example
     has, and examples that do not fit the context.
     """
+    return few_shot_all(model, processor, examples, [query], candidates=candidates, **options)[0]
+
+
+def few_shot_all(
+    model,
+    processor,
+    examples: Sequence[tuple[Picture, str]],
+    queries: Sequence[tuple[Picture, str]],
+    *,
+    candidates: Sequence[str] | None = None,
+    **options,
+) -> list[str]:
+    """`few_shot` for a batch of queries after the same examples."""
     require_answers(model, processor, images=1, ability="few-shot")
-    examples, query = [Example(*example) for example in examples], Example(*query)
-    check_texts([*examples, query])
-    prompt = few_shot_prompt(examples, query, processor)
+    examples, queries = [Example(*example) for example in examples], [Example(*query) for query in queries]
     if candidates is not None:
         check_candidates(candidates, examples)
-        check_room(examples, query, candidates, model, processor)
-        return likeliest(model, processor, [prompt], [candidates])[0]
-    check_room(examples, query, options.get("max_new_tokens", 1), model, processor)
+    for query in queries:
+        check_texts([*examples, query])
+        check_room(examples, query, candidates or options.get("max_new_tokens", 1), model, processor)
+    prompts = [few_shot_prompt(examples, query, processor) for query in queries]
+    if candidates is not None:
+        return likeliest(model, processor, prompts, [candidates] * len(prompts))
     options = {"stop": (END,), **options}
-    prompts = [prompt_tokens(prompt.text, model, processor)]
-    rows = generate_tokens(prompts, [prompt.images], model, processor, options)
-    return until_stop(processor.decode(rows)[0], options["stop"])
+    tokens = [prompt_tokens(prompt.text, model, processor) for prompt in prompts]
+    rows = generate_tokens(tokens, [prompt.images for prompt in prompts], model, processor, options)
+    return [until_stop(text, options["stop"]) for text in processor.decode(rows)]
 
 
 def few_shot_prompt(examples: Sequence[Example], query: Example, processor) -> Prompt:

@@ -14,6 +14,7 @@ from minivlm.tasks.abilities import require
 from minivlm.tasks.batches_to_files import Images, Task
 from minivlm.tasks.choose import rank_answers
 from minivlm.tasks.features import encode_pixels, inference
+from minivlm.tasks.few_shot import few_shot_all
 from minivlm.tasks.generate import answer_all, caption_all, complete_all
 from minivlm.tasks.match import match_each
 from minivlm.tasks.zero_shot import class_features, likeliest_labels
@@ -67,6 +68,18 @@ def answer_task(model, processor, how: dict[str, Any], *, candidates: Sequence[s
         return [{"answer": text} for text in answer_all(asked, model, processor, **settings)]
 
     return answers
+
+
+def few_shot_task(model, processor, how: dict[str, Any], *, examples, candidates=None, alone: bool) -> Task:
+    """How the text of an image continues, after examples (image, text), whose images are prepared once."""
+    examples = [(processor.images([image]), text) for image, text in examples]
+
+    def continuations(images: Images, values: Values) -> list[dict]:
+        queries = [(image, one["text"]) for [image], one in zip(images, values, strict=True)]
+        settings = {"candidates": candidates, **seeds(how, len(queries), model, alone)}
+        return [{"continuation": text} for text in few_shot_all(model, processor, examples, queries, **settings)]
+
+    return continuations
 
 
 def complete_task(model, processor, how: dict[str, Any], *, alone: bool) -> Task:

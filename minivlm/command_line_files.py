@@ -1,4 +1,4 @@
-"""What `sample.py search` and `sample.py embed` do: vectors of images, kept as an index, or written as files."""
+"""What the tasks of sample.py do whose results are no rows: search, embed (vectors as files) and attend (sheets)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import os
 from pathlib import Path
 
 from minivlm.command_line import (
+    check_images,
     check_sheet_name,
     load_model,
     report_passed_over,
     report_skipped,
     save_sheet,
+    write_sheet,
 )
 from minivlm.command_line_rows import read_rows, report_written
 from minivlm.errors import UserError
 from minivlm.tasks.input_tables import Row, Text, text_rows
 from minivlm.tasks.rows import Inputs
+
+MOST = 64  # images of one sheet of attention maps
 
 
 def run_search(options: argparse.Namespace) -> None:
@@ -78,6 +82,47 @@ def search_vectors(options: argparse.Namespace, query: str | Path, model, proces
     names, vectors = read_embeddings(options.directory, fingerprint(model, processor))
     found = tasks.search_images(query, vectors, model, processor, top_k=top_k)
     return [(Path(names[row]), score) for row, score in found]
+
+
+def run_attend(options: argparse.Namespace) -> None:
+    """One sheet of all images; or, where --save is a folder, a sheet for each, in which those that are there are left out."""
+    from minivlm import tasks
+
+    place, single = Path(options.save), Path(options.save).suffix != ""
+    if single:
+        check_sheet_name(options.save)
+    elif not place.absolute().parent.is_dir() or (place.exists() and not place.is_dir()):
+        raise UserError(f"--save {place} is no folder, and none can be made there.")
+    inputs = read_rows(options)
+    images = [row.images[0] for row in inputs.rows]
+    if single and len(images) > MOST:
+        raise UserError(
+            f"{len(images)} images are too many for one sheet: with --save DIR each has a sheet of its own."
+        )
+    check_images(images if single else [])
+    model, processor = load_model(options)
+    if single:
+        write_sheet(tasks.attention_sheet(images, model, processor, prompt=options.prompt), options.save)
+        return
+    skipped = {}
+    for image in images:
+        sheet = place / f"{below(inputs.folders, image)}.png"
+        if not sheet.exists():
+            try:
+                page = tasks.attention_sheet([image], model, processor, prompt=options.prompt)
+            except UserError as error:
+                skipped[image] = str(error)
+            else:
+                sheet.parent.mkdir(parents=True, exist_ok=True)
+                write_sheet(page, str(sheet))
+    report_skipped(skipped)
+
+
+def below(folders: list[str], image: str) -> Path:
+    """The path of an image below the one folder that is read, or below all of them: no two images have the same."""
+    path = Path(os.path.abspath(image))
+    start = Path(os.path.abspath(folders[0])) if len(folders) == 1 else Path(path.anchor)
+    return path.relative_to(start if path.is_relative_to(start) else path.anchor)
 
 
 def run_embed(options: argparse.Namespace) -> None:
