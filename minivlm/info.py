@@ -24,6 +24,7 @@ from minivlm.models.own_modules import brought
 from minivlm.older_names import current_name
 from minivlm.peft_config import read_config
 from minivlm.pretrained.files import open_weights
+from minivlm.pretrained.gguf_file import GGUF
 from minivlm.pretrained.hub import locate
 from minivlm.run import Run, open_tensors, read_record
 
@@ -50,7 +51,7 @@ def info(source: str | Path, above: tuple[Path, ...] = ()) -> str:
     ours = kind == "minivlm"
     described = read_ours(directory) if ours else pretrained.read(directory, kind)
     try:
-        file, weights = open_weights(directory, described.weights)
+        file, weights = pretrained.open_tensors(directory, described)
     except UserError as error:  # what the configs tell is told all the same
         file, weights, missing = None, {}, str(error) if Path(source).is_dir() else "not downloaded"
     config = pretrained.settle(described, weights) if not described.needs_base else described.config
@@ -93,8 +94,8 @@ def parts(model: nn.Module, external: Mapping[str, Any], trained: set[str] | Non
 
 def precisions(weights: Mapping[str, Tensor], file: Path) -> str:
     """float32, 9.2 MB in model.safetensors; of several precisions each with its share."""
-    sizes: Counter[str] = Counter()
-    for tensor in weights.values():
+    sizes: Counter[str] = Counter(weights.sizes() if isinstance(weights, GGUF) else {})
+    for tensor in () if isinstance(weights, GGUF) else weights.values():
         if tensor.is_floating_point():
             sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
     of = lambda size: f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"

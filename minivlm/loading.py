@@ -25,7 +25,6 @@ from minivlm.older_names import current_names
 from minivlm.origins import mark_published
 from minivlm.precision import FLOATS, dtype_called, main_dtype
 from minivlm.pretrained import generation_config
-from minivlm.pretrained.files import open_weights
 from minivlm.pretrained.hub import locate
 from minivlm.pretrained.names import listed, to_ours
 from minivlm.processor import Processor, ProcessorConfig
@@ -49,8 +48,9 @@ def load(
     """The model in `source`, in eval mode, and its processor, if there is one.
 
     source: a directory of ours, a published one (transformers' CLIP, SigLIP, ALIGN, GPT-2, GPT-NeoX, OPT, LLaMA, Mistral,
-    Qwen2, MPT, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS; open_clip; OpenFlamingo with its base beside it), or
-    the id of such a one on the Hugging Face hub, which is downloaded behind a progress bar.
+    Qwen2, MPT, T5, BERT, VisualBERT, LLaVA, BLIP, BLIP-2, IDEFICS, DINOv2, ViT; open_clip; OpenFlamingo with its base beside
+    it), a GGUF file of the LLaMA family, or the id of such a one on the Hugging Face hub, which is
+    downloaded behind a progress bar.
     A directory that holds an adapter alone: the base that it names, with the adapter on it. dtype None: as stored; where a
     file has several precisions, the one that its config names, or that most of its numbers have.
     base: a directory or hub id in place of the base that `source` names; of several parts: {"language_model": "out/lm"}.
@@ -93,7 +93,7 @@ def build(
     modules: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> nn.Module:
     """The model with its tensors."""
-    opened = lambda: open_weights(directory, described.weights)
+    opened = lambda: pretrained.open_tensors(directory, described)
     described = replace(described, config=own_modules.fit(described.config, modules, str(directory)))
     model = skeleton(directory, described, lambda: len(described.prepare(opened()[1])), **modules)
     path, weights = opened()

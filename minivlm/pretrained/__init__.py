@@ -26,7 +26,7 @@ from minivlm.files import read_json
 from minivlm.precision import dtype_called, main_dtype
 from minivlm.pretrained import generation_config, names
 from minivlm.pretrained.fields import DERIVED, Known, check_config
-from minivlm.pretrained.files import WEIGHTS
+from minivlm.pretrained.files import WEIGHTS, open_weights
 
 # A module here has: model_class; read_config(values) → our config; rows, its table of names, or rows(config) → this table;
 # read_processor(directory, values, config) → Processor; known, the fields that a config may have (see `fields`), or
@@ -58,6 +58,7 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "mosaic_gpt": "mpt",
     "idefics": "idefics",
     "openflamingo": "openflamingo",
+    "gguf": "gguf",
 }
 
 REFUSED = {  # model_type → why, and what to take in its place
@@ -84,11 +85,16 @@ class Published:
     dtype: torch.dtype | None = None  # that the weights are said to be of
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of `generate`
     needs_base: bool = False  # are there parts that lie elsewhere?
+    file: tuple[Path, Mapping[str, Tensor]] | None = (
+        None  # the tensors, where what describes them lies in the same file
+    )
     pretrained: tuple[str, ...] = ()  # of a directory of ours: its parts that are published (see minivlm/origins.py)
 
 
 def recognise(directory: Path) -> str:
-    """The kind of a directory: "minivlm" if it is one of ours, a model_type, or "open_clip"."""
+    """The kind of a directory: "minivlm" if it is one of ours, a model_type, "open_clip", or "gguf", also of a file."""
+    if directory.is_file():
+        return "gguf"
     path = directory / "config.json"
     values = read_json(path) if path.exists() else {}
     if "minivlm" in values:
@@ -105,12 +111,19 @@ def recognise(directory: Path) -> str:
         return "open_clip"
     if (directory / "checkpoint.pt").exists():
         return "openflamingo"
+    if not path.exists() and any(directory.glob("*.gguf")):
+        return "gguf"
     known = ", ".join(sorted(MODULES))
     if kind in REFUSED:
         raise UserError(f"{directory} {REFUSED[kind]}.")
     if kind:
         raise UserError(f"{directory} holds a model of type {kind!r}, which is not supported; there are {known}.")
     raise UserError(f"{directory} is no model directory: it has no config.json that says what it is ({known}).")
+
+
+def open_tensors(directory: Path, described: Published) -> tuple[Path, Mapping[str, Tensor]]:
+    """The file that holds the tensors, and these by its names."""
+    return described.file or open_weights(directory, described.weights)
 
 
 def weight_patterns(directory: Path) -> tuple[str, ...]:
@@ -141,7 +154,7 @@ def known_fields(kind: str, values: Mapping[str, Any]) -> dict[str, Known]:
 def read(directory: Path, kind: str) -> Published:
     """Everything but the tensors. Raises UserError for a config that cannot be followed exactly."""
     module = module_of(kind)
-    if kind == "openflamingo":  # it has no config
+    if kind in ("openflamingo", "gguf"):  # they have no config
         return module.read(directory)
     path = directory / ("open_clip_config.json" if kind == "open_clip" else "config.json")
     values = read_json(path)

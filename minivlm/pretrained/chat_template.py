@@ -36,7 +36,12 @@ def with_chat_template(processor: Processor, directory: Path, *, framed: bool = 
     """
     if processor.source is None or (source := find_source(directory)) is None:
         return processor
-    tokenizer, tokens = processor.tokenizer, special_tokens(directory)
+    return with_template(processor, source, special_tokens(directory), framed=framed)
+
+
+def with_template(processor: Processor, source: str, tokens: Mapping[str, str], *, framed: bool = False) -> Processor:
+    """The processor with the chat template of this Jinja source, which may ask for these tokens (bos_token …)."""
+    tokenizer = processor.tokenizer
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     try:
         templates = derive(renderer(source, tokens, processor.config.image_token), added, tokens)

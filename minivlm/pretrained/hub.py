@@ -12,7 +12,7 @@ TEXT_FILES = ("*.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
 
 def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *, named_by: Path | None = None) -> Path:
-    """The directory of `source`, downloaded if it is a hub id.
+    """The directory of `source`, downloaded if it is a hub id, or a GGUF file.
 
     weights_of(directory): patterns of the weight files to download, best first. named_by: the directory that names the
     source as what it belongs to. No user asked for that, so it is only taken from where earlier downloads are kept.
@@ -26,6 +26,8 @@ def locate(source: str | Path, weights_of: Callable[[Path], tuple[str, ...]], *,
             f"{str(source)[:80]!r} is no name that a directory can have ({type(error).__name__})."
         ) from None
     if directory:
+        return path
+    if there and path.suffix == ".gguf":
         return path
     if there:
         raise UserError(f"{source} is a file; give the directory that holds it.")

@@ -123,5 +123,5 @@ def has_own_head(weights: Mapping[str, Tensor], rows: list[Row], prefix: str) ->
     """Does the file hold a head besides the embedding, and other numbers in it? Then the two are not tied, whatever the
     config says (transformers 5 decides likewise)."""
     names = [find(rows, f"{prefix}{name}.weight")[0] for name in ("token_embedding", "head")]
-    stored = [[weights[name] for name in spellings if name in weights][:1] for spellings in names]
-    return all(stored) and not torch.equal(stored[0][0], stored[1][0])
+    stored = [[name for name in spellings if name in weights][:1] for spellings in names]
+    return all(stored) and not torch.equal(*(weights[name] for [name] in stored))
