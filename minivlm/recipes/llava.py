@@ -224,7 +224,7 @@ LLAVA_RECIPES = {
         published=True,
         stage2="vlm",
         model=FOLDED,
-        optimiser=OptimiserConfig(learning_rate=1e-3, warmup=20, weight_decay=0.0),
+        optimiser=OptimiserConfig(learning_rate=5e-4, warmup=20, weight_decay=0.0),
         steps=300,
         batch_size=16,
         save_every=300,
