@@ -35,10 +35,7 @@ SIDECARS = (".txt", ".json", ".caption", ".xml")  # beside an image and called l
 
 @dataclass
 class Listing:
-    """The files below a folder, hidden files and folders left out; names are paths below it, with slashes.
-
-    Where there are no images but tar files, the members of those are listed as if they lay in folders.
-    """
+    """The files below a folder, hidden files and folders left out; names are paths below it, with slashes."""
 
     images: list[str] = field(default_factory=list)  # sorted, by their endings
     irregular: list[str] = field(default_factory=list)  # called like images, but pipes, devices, links to nowhere
@@ -47,7 +44,8 @@ class Listing:
     closed: int = 0  # folders that may not be read
 
 
-def list_folder(directory: Path) -> Listing:
+def list_folder(directory: Path, *, tars: bool = False) -> Listing:
+    """tars: where there are no images but tar files, their members are listed as if they lay in folders."""
     found, waiting = Listing(), [""]
     while waiting:
         parent = waiting.pop()
@@ -72,7 +70,7 @@ def list_folder(directory: Path) -> Listing:
             else:
                 regular = os.path.isfile(entry.path) if link else entry.is_file()
                 (found.images if regular else found.irregular).append(name)
-    for tar in [] if found.images else [name for name in found.others if name.lower().endswith(".tar")]:
+    for tar in [] if found.images or not tars else [name for name in found.others if name.lower().endswith(".tar")]:
         found.others.remove(tar)
         for name in open_tar(directory / tar).all_names():
             is_image = os.path.splitext(name)[1].lower() in extensions()

@@ -7,7 +7,9 @@ import zlib
 from pathlib import Path
 
 from minivlm.datasets.class_names import names_file
+from minivlm.datasets.forms import recognised
 from minivlm.datasets.source import Source
+from minivlm.datasets.tar_index import open_tar
 from minivlm.errors import UserError
 from minivlm.files import open_regular
 
@@ -26,11 +28,17 @@ def fingerprint(directory: str | os.PathLike) -> dict[str, list[int]]:
     root, groups = source.path, {}
     if source.class_names is not None and (content := ends_of(names_file(source))) is not None:
         groups["the names of classes"] = [1, content[0], zlib.crc32(content[1])]
+    shards = shards_that_count(source)
+    meant = None if source.shards is None else shards
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
-            if is_data(path) and (content := ends_of(path)) is not None:
+            if (
+                is_data(path)
+                and (meant is None or path in meant)
+                and (content := ends_of(path, path in shards)) is not None
+            ):
                 inside = path.relative_to(root)
                 kind = f"{inside.parts[0]}/*{path.suffix}" if len(inside.parts) > 1 else f"*{path.suffix}"
                 size, content = content
@@ -44,9 +52,23 @@ def is_data(path: Path) -> bool:
     return not path.name.startswith(".") and path.suffix != ".md" and path.name.lower() not in WINDOWS
 
 
-def ends_of(path: Path) -> tuple[int, bytes] | None:
-    """Size, and what of the content counts. None: it is gone, or no file that can be read (whoever reads it reports it)."""
+def shards_that_count(source: Source) -> set[Path]:
+    """The tar files of which the folder is made."""
     try:
+        found = recognised(source)
+    except UserError:  # whoever reads it reports it
+        return set()
+    return {source / name for one in found for name in one.files if name.lower().endswith(".tar")}
+
+
+def ends_of(path: Path, shard: bool = False) -> tuple[int, bytes] | None:
+    """Size, and what of the content counts: of a shard the names, places and sizes of its members, and its texts.
+
+    None: it is gone, or no file that can be read (whoever reads it reports it).
+    """
+    try:
+        if shard:
+            return path.stat().st_size, open_tar(path).summary()
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if path.suffix in TEXT or size <= 2 * ENDS:

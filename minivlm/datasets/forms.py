@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minivlm.datasets import annotations, sidecars, tables
+from minivlm.datasets import annotations, shards, sidecars, tables
 from minivlm.datasets.class_folders import NAMES, SPLIT_NAMES, SPLIT_VALUES, read_names
 from minivlm.datasets.entries import Item
 from minivlm.datasets.images import extensions
@@ -292,6 +292,23 @@ def texts_beside_images(folder: Folder) -> list[Found]:
     return [Found(f"a text beside each image, {beside.endings}", "captions", first, read, keys)]
 
 
+def tar_shards(folder: Folder) -> list[Found]:
+    """WebDataset's: named, or all where no image lies beside them. A tar file beside images is what they came from."""
+    source = folder.source
+    if source.shards is None and folder.tree.listing.images:
+        return []
+    try:
+        if (found := shards.find(source)) is None:
+            return []
+    except NoTable as error:
+        message = f"{source}: {str(error).rstrip('.')}."
+        if isinstance(error, Several) or source.shards is not None:
+            raise UserError(message) from None
+        folder.reasons["tar files"] = message
+        return []
+    return [Found("WebDataset tar shards", found.keys.gives, found.files, found.read, f"{found.keys}")]
+
+
 FORMS = (
     Form("a table (CSV, TSV, JSON)", row_files),
     Form("COCO's or Karpathy's JSON", list_files),
@@ -322,12 +339,17 @@ def why_not(source: str | os.PathLike) -> list[str]:
 def look(source: Source, _: tuple) -> tuple[list[Found], dict[str, str]]:
     folder = Folder(source, Tree(source.path))
     names = folder.tree.names()
+    if source.shards is not None:
+        found = tar_shards(folder)
+        check_options(source, found, folder.reasons)
+        return found, {}
     if (found := own_files(folder)) or names.keys() & {"world.json", "interleaved.jsonl"}:
         check_options(source, found, {})
         return found, {}
     found = [one for form in FORMS for one in form.recognise(folder)]
     if not found and folder.open:
         raise UserError(folder.open[0])
+    found = found or tar_shards(folder)
     if not found and source.class_names is None and NAMES not in names:
         found = [one for form in WHERE_NOTHING_ELSE for one in form.recognise(folder)]
     found = going_together(folder, found)

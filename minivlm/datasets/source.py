@@ -11,12 +11,14 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from minivlm.datasets.shard_names import split_directory
 from minivlm.datasets.sizes import most_bytes
 
 HELP = {
     "image_key": "the column or field of a table that names the image, where it is not found by its name",
     "caption_key": "the column or field that holds the caption (several: separated by commas)",
     "class_names": "a file that gives the folders of classes their names, a line each: n01440764 tench",
+    "shards": "the tar files of the folder that are meant, as 'shard-{000..099}.tar'; all where it is not given",
     "cache": "the most that decoded images may take on disk (20GB), or off",
 }
 
@@ -33,9 +35,12 @@ class Source(os.PathLike):
     caption_key: str | None = None
     class_names: str | None = None
     cache: str | None = None
+    shards: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "directory", os.fspath(self.directory))
+        directory, shards = split_directory(os.fspath(self.directory))
+        object.__setattr__(self, "directory", directory)
+        object.__setattr__(self, "shards", shards or self.shards)
         most_bytes(self.cache)
 
     @classmethod

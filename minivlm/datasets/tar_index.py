@@ -79,9 +79,18 @@ class TarIndex:
                 return i
         return None
 
+    def all_bytes(self) -> bytes:
+        """Of all texts, end to end."""
+        return self.texts if self.texts is not None else load_array(self.file, "texts").tobytes()
+
+    def summary(self) -> bytes:
+        """Names, places, sizes and texts: what is another where the file is."""
+        numbers = np.stack([self.name_ends, self.offsets, self.sizes]).astype("<i8")
+        return b"".join([self.names, numbers.tobytes(), self.all_bytes()])
+
     def all_texts(self) -> list[bytes | None]:
         """Of each member its text; None where it is none that is kept."""
-        texts = self.texts if self.texts is not None else load_array(self.file, "texts").tobytes()
+        texts = self.all_bytes()
         ends = self.text_ends.tolist()
         return [texts[start:end] if end > start else None for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -22,10 +22,11 @@ class FolderData:
     caption_key: str | None = None  # that holds the caption; several are separated by commas
     class_names: str | None = None  # a file that gives the folders of classes their names
     cache: str | None = None  # the most that decoded images may take on disk, as 20GB; or off
+    shards: str | None = None  # the tar files that are meant, as shard-{000..099}.tar; None: all
 
     @property
     def source(self) -> Source:
-        return Source(self.directory, self.image_key, self.caption_key, self.class_names, self.cache)
+        return Source(self.directory, self.image_key, self.caption_key, self.class_names, self.cache, self.shards)
 
 
 FOLDER = FolderData()

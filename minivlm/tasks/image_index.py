@@ -148,7 +148,7 @@ def list_files(directory: Path) -> Listing:
     """All that is below `directory`. UserError where there are no images among it."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; name the folder that holds the images.")
-    found = list_folder(directory)
+    found = list_folder(directory, tars=True)
     if not found.images and not found.irregular:
         others = passed_over([found])
         raise UserError(

@@ -168,7 +168,7 @@ def by_number(roots: list[str]) -> dict[int, str]:
     root = next((root for root in roots if os.path.isdir(root)), None)
     if root is None:
         raise UserError(f"there is no folder {roots[0]} with the images: say where they lie with --image_folder DIR.")
-    for name in list_folder(Path(root)).images:
+    for name in list_folder(Path(root), tars=True).images:
         if (number := number_of(name)) is not None:
             if number in found:
                 raise UserError(

@@ -69,7 +69,7 @@ def folder_rows(directory: str, text: Text | None, split: str | None, notes: lis
         return [Row((f"{directory}/{name}",), values_of(text)) for name in sorted(images)]
     if split is not None or (text is not None and text.given is None):
         return data_rows(directory, text, split)
-    found = list_folder(Path(directory))
+    found = list_folder(Path(directory), tars=True)
     if not found.images:
         others = passed_over([found])
         raise UserError(f"{directory} holds no images, nor do its sub-folders" + (f": {others}" if others else "."))

@@ -102,10 +102,10 @@ def test_a_cache_of_decoded_images_holds_members(shard):
 
 def test_a_folder_of_tar_files_lists_their_images_unless_it_has_images_of_its_own(shard):
     write_tar(shard.parent / "more" / "b.tar", samples(1, cls="3"))
-    found = list_folder(shard.parent)
+    found = list_folder(shard.parent, tars=True)
     assert found.images == ["more/b.tar/000000.png", *(f"shard-000.tar/00000{i}.png" for i in range(5))]
     (shard.parent / "x.png").write_bytes(encoded())
-    assert list_folder(shard.parent).images == ["x.png"]
+    assert list_folder(shard.parent, tars=True).images == ["x.png"]
 
 
 def test_keys_go_up_to_the_first_dot():
