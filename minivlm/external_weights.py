@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import UserError
+from minivlm.layers.vit import VisionConfig, VisionTransformer, fitted
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.pretrained import comparable
 
@@ -83,6 +84,8 @@ def bring_back(
         found = find_part(open_base(about["source"], about["asked"]), part, where, about["source"])
         if part == "language_model" and wanted.vocab_size - found.config.vocab_size <= MOST_PLACEHOLDERS:
             found = with_vocabulary(found, wanted.vocab_size)  # such as the placeholder of an image
+        if part == "vision" and isinstance(wanted, VisionConfig):
+            found = fitted(found, wanted.image_size)  # as `load_vision_tower` did
         refuse_another(found, wanted, about, part, where)
         parts.append({f"{part}.{name}": tensor for name, tensor in found.state_dict().items()})
     return ChainMap(dict(weights), *parts)
@@ -90,7 +93,8 @@ def bring_back(
 
 def find_part(model: nn.Module, part: str, where: str, source: str) -> nn.Module:
     """The vision tower or the language model of `model`, which may be one itself."""
-    found = getattr(model, part, model if part == "language_model" and hasattr(model, "token_embedding") else None)
+    is_itself = isinstance(model, VisionTransformer) if part == "vision" else hasattr(model, "token_embedding")
+    found = getattr(model, part, model if is_itself else None)
     if not isinstance(found, nn.Module):
         raise UserError(
             f"{where} was trained on the {part} of {source}, but there is a {type(model).__name__} without one."

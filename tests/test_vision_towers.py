@@ -112,3 +112,16 @@ def test_what_a_tower_alone_holds_is_told(built):
     told = info(built / "dino")
     assert "VisionTransformer, saved by minivlm" in told and "images          32 × 32 pixels" in told
     assert "can             compare" in told and "context" not in told
+
+
+def test_a_flamingo_names_the_tower_that_it_needs_and_takes_no_other(built, tmp_path):
+    job = small_recipe("flamingo", built, vision_from=built / "dino").start(quiet=True)
+    base = {"vision": str(built / "dino"), "language_model": str(built / "lm")}
+    job.model.save_pretrained(tmp_path / "flamingo", processor=job.processor, base=base)
+    again, _ = minivlm.load(tmp_path / "flamingo")
+    expected = job.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    wide = VisionTransformer(replace(DINO, width=24))
+    minivlm.save(tmp_path / "wide", wide, Processor(None, ProcessorConfig(image_size=SHOWN)))
+    with pytest.raises(UserError, match=r"what is there now has width = 24 instead of 16, .*: put back what it was"):
+        minivlm.load(tmp_path / "flamingo", base={"vision": str(tmp_path / "wide")})

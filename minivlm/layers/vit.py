@@ -150,17 +150,18 @@ class VisionTransformer(Model):
             self.position_embedding, grid, leading=placed, antialias=self.config.antialias_positions
         )
 
-    @torch.no_grad()
-    def for_images_of(self, image_size: int) -> VisionTransformer:
-        """The same tower, whose position table has been interpolated to images of so many pixels a side, once and for all."""
-        side = image_size // self.config.patch_size
-        self.position_embedding = nn.Parameter(self.positions((side, side)), self.position_embedding.requires_grad)
-        self.config = replace(
-            self.config,
-            image_size=image_size,
-            drop_border=self.config.drop_border or image_size % self.config.patch_size != 0,
-        )
-        return self
+
+@torch.no_grad()
+def fitted(tower: nn.Module, image_size: int) -> nn.Module:
+    """The tower for images of so many pixels a side: the position table of a ViT that was made for others is interpolated, once
+    and for all."""
+    if not isinstance(tower, VisionTransformer) or tower.config.image_size == image_size:
+        return tower
+    P, table = tower.config.patch_size, tower.position_embedding
+    tower.position_embedding = nn.Parameter(tower.positions((image_size // P,) * 2), table.requires_grad)
+    drop = tower.config.drop_border or image_size % P != 0
+    tower.config = replace(tower.config, image_size=image_size, drop_border=drop)
+    return tower
 
 
 class ConvolutionStem(nn.Sequential):

@@ -60,6 +60,8 @@ def download(name: str, weights_of: Callable[[Path], tuple[str, ...]], **options
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(TEXT_FILES), **options))
+        if "gguf" in name.lower() and not (folder / "config.json").exists():
+            raise UserError(f"{name} holds GGUF files: download one (hf download {name} FILE.gguf) and give its path.")
         for pattern in weights_of(folder):
             folder = Path(snapshot_download(name, allow_patterns=[pattern], **options))
             if any(folder.glob(pattern)):

@@ -16,7 +16,7 @@ from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, learned_positions
-from minivlm.layers.vit import VisionConfig, VisionTransformer
+from minivlm.layers.vit import VisionConfig, VisionTransformer, fitted
 from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.origins import copy_marks
 from minivlm.precision import cast, main_dtype
@@ -44,12 +44,9 @@ def load_vision_tower(source: str) -> tuple[nn.Module, Processor]:
         )
     if processor is None:
         raise UserError(f"--vision_from {source} has no processor, so nobody knows how its images are prepared.")
-    size = processor.image_size
-    if isinstance(tower, VisionTransformer) and tower.config.image_size != size:
-        tower.for_images_of(size)
     compares = hasattr(model, "encode_text")
     config = replace(processor.config, tiles=1, image_tokens=0, image_fence=None)
-    return tower, Processor(processor.source if compares else None, config)
+    return fitted(tower, processor.image_size), Processor(processor.source if compares else None, config)
 
 
 def load_language_model(

@@ -2,13 +2,16 @@
 
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+import minivlm
 from minivlm.errors import UserError
 from minivlm.pretrained.hub import is_hub_id, locate
+from minivlm.recipes.parts import load_language_model, load_vision_tower
 
 
 @pytest.fixture
@@ -56,6 +59,32 @@ def test_offline_is_one_sentence(monkeypatch):
         UserError, match=r"^owner/name is no directory here .*cannot find it on the local disk\); check"
     ):
         locate("owner/name", weights_of)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (GatedRepoError, r"^owner/name asks for its terms to be accepted on its hub page, and for `hf auth login`\.$"),
+        (
+            RepositoryNotFoundError,
+            r"^owner/name is neither a directory here nor a public model on the Hugging Face hub\.$",
+        ),
+    ],
+)
+def test_a_model_that_is_gated_or_absent_is_one_sentence(kind, message, monkeypatch):
+    def refuse(name, allow_patterns):
+        raise kind("401 Client Error.\nCannot access it.", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for ask in (minivlm.load, load_vision_tower, load_language_model):
+        with pytest.raises(UserError, match=message):
+            ask("owner/name")
+
+
+def test_a_repository_of_gguf_files_says_what_to_do(hub):
+    hub("README.md")
+    with pytest.raises(UserError, match=r"holds GGUF files: download one \(hf download owner/name-GGUF FILE\.gguf\)"):
+        locate("owner/name-GGUF", weights_of)
 
 
 def test_what_reads_as_a_path_is_not_sent_to_the_hub(tmp_path, monkeypatch):
