@@ -17,7 +17,7 @@ from minivlm.errors import UserError, run_command_line
 from minivlm.losses import backward, scaled
 from minivlm.precision import as_stored, hold_for_training
 from minivlm.recipes import plan, resuming
-from minivlm.recipes.finish import finish
+from minivlm.recipes.finish import finish, judged_before
 from minivlm.recipes.options import Options
 from minivlm.recipes.parts import parts_table
 from minivlm.recipes.recipe import Recipe
@@ -96,6 +96,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     advice = memory.what_to_lower(recipe, options, model, world)
     with memory.explained(advice, run.directory):
         job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
+    if rank == 0 and (before := judged_before(job, resumed, device)):
+        run.about["before"] = before
     if options.activation_checkpointing:
         checkpoint_activations(model, compiled=options.compile)
     if options.compile:

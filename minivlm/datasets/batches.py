@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,35 +24,51 @@ from minivlm.datasets.conversations import Conversations
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes.negatives import changed
 from minivlm.datasets.transforms import TrainTransform
+from minivlm.layers.tower import ImageFeatures
 from minivlm.processor import Processor
+from minivlm.processor_config import ProcessorConfig
 
 Rngs = Sequence[np.random.Generator]
 ImagesOf = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 class Captions:
-    """An image and one of its captions: tokens and mask (B, T), images (B, 3, S, S).
+    """An image and one of its captions: tokens and mask (B, T), images (B, 3, S, S) or, where `cache` keeps some, features.
 
     augment: crops, flips and colours. whole: captions that name everything, where the data word them in several ways.
+    cache: what a frozen tower computed once of each image, as it is; see recipes/vision_cache.py.
     """
 
     def __init__(
-        self, pairs: Pairs, processor: Processor, directory: str, *, augment: bool = False, whole: bool = False
+        self,
+        pairs: Pairs,
+        processor: Processor,
+        directory: str,
+        *,
+        augment: bool = False,
+        whole: bool = False,
+        cache: Any = None,
     ):
         self.pairs, self.processor, self.directory, self.augment = pairs, processor, directory, augment
-        self.whole = whole
-        c = processor.config
-        self.transform = TrainTransform(c.image_size, c.mean, c.std, augment=augment)
+        self.whole, self.cache = whole, cache
+        c, unit = processor.config, 255 * processor.config.rescale  # 1, but for a publisher who has it otherwise
+        mean, std = ([value / unit for value in values] for values in (c.mean, c.std))
+        self.transform = TrainTransform(c.image_size, mean, std, augment=augment)
+        self.as_published = not augment and not is_centre_crop(c)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         captions = [*map(self.caption, indices, rngs)]
-        pixels = self.pairs.images(indices)
-        images = self.transform(pixels, captions, rngs)
         tokens, mask = self.processor.text(captions, cut=True)
-        return {"images": images, "tokens": tokens, "mask": mask}
+        return {"images": self.images(indices, captions, rngs), "tokens": tokens, "mask": mask}
+
+    def images(self, indices: Sequence[int], captions: Sequence[str], rngs: Rngs) -> Tensor | ImageFeatures:
+        if self.cache is not None and self.cache.features is not None:
+            return self.cache(indices)["images"]
+        pixels = self.pairs.images(indices)
+        return self.processor.images(pixels) if self.as_published else self.transform(pixels, captions, rngs)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         if not self.whole:
@@ -67,6 +84,12 @@ class Captions:
 
     def notes(self) -> list[str]:
         return pair_notes(self.pairs, self.processor, self.directory)
+
+
+def is_centre_crop(config: ProcessorConfig) -> bool:
+    """Whether images are prepared as `TrainTransform` does it: the shorter side resized, the centre square taken."""
+    size = config.resize == "shortest" and config.resize_to in (None, config.image_size) and config.crop != "none"
+    return size and config.pad_color is None and config.resample == "bicubic"
 
 
 def pair_notes(pairs: Pairs, processor: Processor, directory: str) -> list[str]:

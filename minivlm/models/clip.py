@@ -26,8 +26,8 @@ from minivlm.layers.efficientnet import EFFICIENTNET_SIZES
 from minivlm.layers.initialise import initialise_linears, normal
 from minivlm.layers.resnet import RESNET_SIZES
 from minivlm.layers.text import TextConfig, TextTransformer
-from minivlm.layers.tower import TowerConfig, initialise_tower, new_tower
-from minivlm.layers.vit import VIT_SIZES
+from minivlm.layers.tower import ImageFeatures, Images, TowerConfig, initialise_tower, new_tower
+from minivlm.layers.vit import VIT_SIZES, VisionConfig
 from minivlm.losses import CLIPLoss, backward_with_gradient_cache
 from minivlm.model import Model
 from minivlm.models.own_modules import OwnText, OwnTower, describe, either, text_states
@@ -39,6 +39,7 @@ class CLIPConfig:
     text: TextConfig | BERTConfig | OwnText  # of a BERT the first token is the pooled text
     embed_width: int = 512
     image_projection: bool = True  # False: the tower's vector already lives in the shared space (ResNet, SigLIP, ALIGN)
+    patch_mean: bool = False  # beside the tower's vector stands the mean of its patches, as in DINOv2's linear probes
     text_projection_bias: bool = False
     loss: Literal["softmax", "sigmoid"] = "softmax"
     loss_chunk: int | None = None  # rows of the similarity matrix held at a time; None: all
@@ -49,9 +50,18 @@ class CLIPConfig:
     def __post_init__(self):
         if self.initial_temperature is not None and not 0 < self.initial_temperature < math.inf:
             raise ValueError(f"initial_temperature is {self.initial_temperature}, but must be above 0")
-        out = self.embed_width if self.vision is None else self.vision.output_width
+        out = self.embed_width if self.vision is None else self.vision_width
+        if self.patch_mean and not (isinstance(self.vision, VisionConfig) and self.vision.pool == "class"):
+            raise ValueError(
+                "patch_mean needs a ViT with a class token, beside which the mean of the patches can stand"
+            )
         if not self.image_projection and out != self.embed_width:
             raise ValueError(f"without image_projection the tower's width {out} must be embed_width {self.embed_width}")
+
+    @property
+    def vision_width(self) -> int:
+        """Of what the projection reads of an image."""
+        return self.vision.output_width * (2 if self.patch_mean else 1)
 
 
 def clip_size(name: str) -> CLIPConfig:
@@ -135,8 +145,9 @@ class CLIP(Model):
         self.vision = either(vision, new_tower, c.vision)
         make_text = partial(BERT, seed=seed) if isinstance(c.text, BERTConfig) else TextTransformer
         self.text = either(text, make_text, c.text)
-        out = c.vision.output_width
-        self.image_projection = nn.Linear(out, c.embed_width, bias=False) if c.image_projection else nn.Identity()
+        self.image_projection = (
+            nn.Linear(c.vision_width, c.embed_width, bias=False) if c.image_projection else nn.Identity()
+        )
         self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
         temperature = c.initial_temperature or (0.1 if c.loss == "sigmoid" else 0.07)
         self.loss = CLIPLoss(c.loss, temperature=temperature, chunk=c.loss_chunk, smoothing=c.label_smoothing)
@@ -149,16 +160,25 @@ class CLIP(Model):
             raise AttributeError(f"CLIP has no {name}: call {TRANSFORMERS_NAMES[name]}, which gives unit vectors")
         return super().__getattr__(name)
 
-    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
+    def forward(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> CLIPOutput:
         image_features = self.encode_image(images)
         text_features = self.encode_text(tokens, mask)
         paired = len(image_features) == len(text_features)
         loss = self.loss(image_features, text_features) if paired else torch.tensor(math.nan)
         return CLIPOutput(loss, image_features, text_features, self.loss)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length."""
-        return F.normalize(self.image_projection(self.vision(images)), dim=-1)
+        return F.normalize(self.image_projection(self.image_features(images)[:, 0]), dim=-1)
+
+    def image_features(self, images: Images) -> Tensor:
+        """(B, 3, H, W) → (B, 1, C): the vector that the projection reads of an image."""
+        if isinstance(images, ImageFeatures):
+            return images.tensor
+        if not self.config.patch_mean:
+            return self.vision(images)[:, None]
+        x = self.vision.norm(self.vision.features(images))
+        return torch.cat([x[:, 0], x[:, self.vision.leading :].mean(dim=1)], dim=-1)[:, None]
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) → (B, E), unit length."""
@@ -170,7 +190,7 @@ class CLIP(Model):
         logits = self.loss.logits(image_vectors, text_vectors)
         return logits.sigmoid() if self.config.loss == "sigmoid" else logits.softmax(dim=1)
 
-    def losses(self, images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, images: Images, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The terms of the training loss, by name, as `forward` gives them."""
         return {"contrast": self(images, tokens, mask).loss}
 

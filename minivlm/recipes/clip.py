@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
-from minivlm.checkpoint import load
 from minivlm.datasets.batches import Captions
 from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.label_captions import LabelCaptions
@@ -20,11 +20,13 @@ from minivlm.layers.text import TextConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
+from minivlm.recipes.clip_towers import Towers, check_given
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, against
-from minivlm.recipes.parts import build
+from minivlm.recipes.parts import opened
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Retrieval
+from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
 
@@ -44,19 +46,38 @@ class CLIPRecipe(Recipe):
     learns_from = ("pairs",)
     taken_by = "--vision_from"
     model: CLIPConfig  # its vocab_size and end_token follow from the tokeniser
+    vision_from: str = ""  # a vision tower in place of a new one: DINOv2, ViT, that of another model. It is frozen
+    text_from: str = ""  # likewise a text tower with its tokeniser: a BERT, or that of a CLIP. It learns
     data: PairData = PairData()
 
     def on(self, directory: str) -> Recipe:
-        """Photographs need more than shapes do: their own size, augmentation and vocabulary."""
+        """Photographs need more than shapes do: their own size, augmentation and vocabulary; what knows photographs, less."""
         if is_world(directory):
             return self
+        if self.starts_from:
+            tuned, batch_size = FINE_TUNING, min(self.batch_size, FINE_TUNING.batch_size)
+            told = f"{self.starts_from}, fine-tuned on {directory}"
+            return replace(tuned, summary=told, starts_from=self.starts_from, batch_size=batch_size)
+        parts = dict(vision_from=self.vision_from, text_from=self.text_from)
+        if self.vision_from:
+            return replace(ON_TOWER, summary=f"a CLIP on {directory} with the tower of {self.vision_from}", **parts)
         own = {ResNetConfig: "a small CLIP with a ResNet", EfficientNetConfig: "ALIGN: an EfficientNet and a BERT"}
         if (what := own.get(type(self.model.vision))) is None:
-            return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}")
-        return replace(PHOTOGRAPHS, summary=f"{what}, on {directory}", model=self.model)
+            return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", **parts)
+        return replace(PHOTOGRAPHS, summary=f"{what}, on {directory}", model=self.model, **parts)
+
+    def of_size(self, n: int) -> Recipe:
+        """Fine-tuning takes a few epochs: more of them cost what the model knew, and gain nothing on a small folder."""
+        if not self.starts_from:
+            return self
+        steps = max(TUNED_STEPS, TUNED_EPOCHS * ceil(n / self.batch_size))
+        return replace(self, steps=steps, save_every=ceil(steps / 4))
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        directory, size, context = self.data.source, self.model.vision.image_size, self.model.text.context
+        check_given(self)
+        found, directory = opened(self, CLIP, checkpoint), self.data.source
+        towers = None if found else Towers.of(self)
+        size = found[1].image_size if found else towers.image_size or self.model.vision.image_size
         open_world(self, size, quiet=quiet)
         pairs = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)
@@ -65,21 +86,24 @@ class CLIPRecipe(Recipe):
             pairs = NoisyPairs(pairs, self.data.wrong_captions, seed=self.seed)
         if self.data.label_captions:
             pairs = LabelCaptions(pairs, self.data.label_captions, directory)
-        if checkpoint is not None:
-            _, processor = load(checkpoint)
-        else:
-            sizes = dict(vocab_size=self.data.vocab_size, image_size=size, context=context)
-            processor = Processor.train(list(pairs.texts()), **sizes)
+        model, processor = found or towers.compose(self, pairs)
+        if self.vision_from:
+            model.freeze("vision")
         check_classes(classes, processor, directory)
-        text = replace(self.model.text, vocab_size=processor.vocab_size)
-        if isinstance(text, TextConfig):
-            text = replace(text, end_token=processor.end_token)
-        model = build(CLIP, replace(self.model, text=text), seed=self.seed)
         check_held_out(directory, processor.image_size)
         chance = sum(model.chance_losses(self.batch_size).values())
-        samples = Captions(pairs, processor, directory, augment=self.data.augment)
+        cache = VisionCache(model, processor, len(pairs), pairs.images)
+        samples = Captions(pairs, processor, directory, augment=self.data.augment, cache=cache)
         progress = against(f"chance {chance:.2f}" if chance else "chance unknown")
-        return Job(self, model, processor, samples, Retrieval(model, processor, directory), progress)
+        scores = Retrieval(model, processor, directory)
+        start = bool(self.starts_from)
+        parts = (model, processor, samples, scores, progress, self.origins(model), cache.prepare)
+        return Job(self, *parts, judges_start=start)
+
+    def origins(self, model: CLIP) -> dict[str, str]:
+        if self.starts_from:
+            return dict.fromkeys((name for name, _ in model.named_children()), self.starts_from)
+        return {"vision": self.vision_from or "new", "text": self.text_from or "new"}
 
 
 def check_classes(classes: Sequence[str], processor: Processor, directory: str) -> None:
@@ -126,6 +150,18 @@ PHOTOGRAPHS = CLIPRecipe(
     batch_size=256,
     data=PairData(augment=True),
 )
+
+TUNED_EPOCHS, TUNED_STEPS = 5, 50
+
+FINE_TUNING = replace(
+    PHOTOGRAPHS,
+    summary="a published CLIP, fine-tuned on your own photographs",
+    # FLYP (Goyal et al. 2023, "Finetune like you pretrain", §4) has the same loss, rate and decay.
+    optimiser=OptimiserConfig(learning_rate=1e-5, weight_decay=0.1, warmup=20),
+    batch_size=128,
+)
+
+ON_TOWER = replace(PHOTOGRAPHS, summary="a CLIP on your own photographs, with a vision tower that is there")
 
 CLIP_RECIPES = {
     "clip": CLIP_SHAPES,

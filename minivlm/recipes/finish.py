@@ -6,12 +6,17 @@ import dataclasses
 import json
 import os
 import shlex
+from pathlib import Path
+
+import torch
 
 from minivlm.atomic_writing import write_atomically
 from minivlm.checkpoint import save
 from minivlm.errors import UserError, as_started
 from minivlm.evaluate import table
-from minivlm.precision import cast
+from minivlm.metrics import Score
+from minivlm.precision import as_stored, cast
+from minivlm.processes import random_state, set_random_state
 from minivlm.recipes.job import Job
 from minivlm.run import Run, read_record, restore_weights
 
@@ -28,9 +33,10 @@ def finish(run: Run, job: Job) -> None:
     save(run.directory, job.model, job.processor, base=job.recipe.external_weights())
     try:
         scores = job.evaluate()
-        print(f"\nthe best checkpoint (step {step}) on {job.judged_on()}\n\n{table(scores)}\n")
-        values = {name: dataclasses.asdict(score) for name, score in scores.items()}
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        before = {name: Score(**score) for name, score in read_record(best).get("before", {}).items()}
+        shown = table(scores, before or None)
+        print(f"\nthe best checkpoint (step {step}) on {job.judged_on()}\n\n{shown}\n")
+        text = json.dumps(as_values(scores), indent=1, ensure_ascii=False) + "\n"
         job.figure(figure)
         write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
     except UserError as error:
@@ -41,6 +47,25 @@ def finish(run: Run, job: Job) -> None:
     out = f" {run.directory} "
     for command in job.next_commands(run.directory):
         print(f"  {as_started(no_options(command.replace(out, f' {shlex.quote(str(run.directory))} ')))}")
+
+
+def judged_before(job: Job, resumed: Path | None, device: torch.device) -> dict[str, dict]:
+    """The scores of what a job starts from, as JSON values; those of a run that is resumed are in its record. Empty where the
+    start is not judged."""
+    if resumed is not None:
+        return read_record(resumed).get("before", {})
+    if not job.judges_start:
+        return {}
+    random = random_state(device)  # judging may draw from it
+    with as_stored(job.model):
+        scores = job.evaluate()
+    set_random_state(random, device)
+    print(f"\nbefore the first step on {job.judged_on()}\n\n{table(scores)}\n")
+    return as_values(scores)
+
+
+def as_values(scores: dict[str, Score]) -> dict[str, dict]:
+    return {name: dataclasses.asdict(score) for name, score in scores.items()}
 
 
 def no_options(command: str) -> str:

@@ -42,6 +42,7 @@ def for_data(recipe: Recipe, directory: str | Path | Source, out: str) -> Recipe
     places = {option: f"{beside}-{CALLED.get(base, base)}" for option, base in recipe.builds_on().items()}
     recipe = replace(recipe, data=replace(recipe.data, **changes), **places)
     n = check_suits(recipe, directory) if Path(directory).is_dir() else ENDLESS  # what is not there is told by `start`
+    recipe = recipe.of_size(n) if n < ENDLESS else recipe
     if n >= recipe.batch_size:
         return recipe
     return replace(recipe, batch_size=n, steps=min(recipe.steps, EPOCHS))  # each of which sees all there is

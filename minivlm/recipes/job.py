@@ -28,6 +28,7 @@ class Job:
     finish         called once after training with the run's directory, before the model is saved there
     endless        there are more samples than anyone will read: they are taken one after the other
     of_classes     it is judged by lessons about classes
+    judges_start   the model is judged before the first step as well, since it could do something already
     """
 
     recipe: Any  # a `Recipe`
@@ -41,6 +42,7 @@ class Job:
     finish: Callable[[Path], Any] = lambda out: None
     endless: bool = False
     of_classes: bool = False
+    judges_start: bool = False
 
     def __post_init__(self):
         r, samples = self.recipe, self.samples

@@ -19,7 +19,13 @@ from minivlm.run import Run, read_record
 from minivlm.run_directory import check_out
 
 DEFAULT = "clip"
-STARTS = ("starts_from", "vision_from", "language_from", "bert_from")  # the fields that name what a recipe starts from
+STARTS = (
+    "starts_from",
+    "vision_from",
+    "text_from",
+    "language_from",
+    "bert_from",
+)  # the fields that name what a recipe starts from
 
 
 def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:

@@ -107,6 +107,10 @@ class Recipe:
         """What is another for another folder, besides what all have in common (see `for_data`)."""
         return replace(self, summary=f"{self.summary}, on {directory}")
 
+    def of_size(self, n: int) -> Recipe:
+        """What is another for a folder with so many samples to train on, besides a batch that it can fill."""
+        return self
+
     def is_time_to_save(self, step: int) -> bool:
         """Every save_every steps, at the end, and once early, so that a run that dies young leaves something."""
         return step % self.save_every == 0 or step in (max(1, self.save_every // 4), self.steps)
