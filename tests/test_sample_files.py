@@ -149,9 +149,10 @@ def test_lists_are_read_in_every_form(monkeypatch):
     Path("l.csv").write_text("filepath,title\nphotos/1.png,x\nphotos/0.png,y\n")
     Path("l.json").write_text(json.dumps([{"image": "photos/1.png"}, {"image": "photos/0.png"}]))
     Path("l.jsonl").write_text('{"image": "photos/1.png"}\n{"image": "photos/0.png"}\n')
+    Path("l2.csv").write_text("Image Path;x\nphotos/1.png;a\nphotos/0.png;b\n")
     Path("l.tsv").write_text("mine\tx\nphotos/1.png\t1\nphotos/0.png\t2\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/1.png\nphotos/0.png\n"))
-    for source in ("l.txt", "l.csv", "l.json", "l.jsonl", "-", "l.tsv"):
+    for source in ("l.txt", "l.csv", "l.json", "l.jsonl", "-", "l2.csv", "l.tsv"):
         more = ["--image_key", "mine"] if source == "l.tsv" else []
         run("caption", "llava", source, "--save", f"of{source}.jsonl", *more)
         found = [(row["image"], row["caption"]) for row in rows(f"of{source}.jsonl")]
@@ -159,9 +160,14 @@ def test_lists_are_read_in_every_form(monkeypatch):
 
 
 def test_what_is_written_is_data_again():
-    os.remove("photos/broken.jpg")
     run("caption", "llava", "photos", "--save", "photos/captions.jsonl")
-    assert [item.image for item in read_folder(Path("photos"))][-1] == "sub/0.png"
+    notes, again = [], Path("again/photos")
+    again.parent.mkdir()
+    again.symlink_to(Path("photos").absolute())
+    assert [item.image for item in read_folder(Path("photos"), notes=notes)][-1] == "sub/0.png"
+    assert notes == ["1 row is passed over in captions.jsonl, with an error in place of a result."]
+    run("caption", "llava", "again/photos", "--save", "again/captions.csv")
+    assert len(read_folder(Path("again"), notes=notes)) == 6 and "passed over in captions.csv" in notes[-1]
     run("caption", "llava", "photos", "--save", "captions.jsonl")
     assert [item.image for item in read_folder(Path())][-1] == "photos/sub/0.png"
     os.remove("photos/captions.jsonl")
@@ -252,7 +258,7 @@ def test_images_that_a_list_names_and_are_not_there_are_told_and_recorded(capsys
         (["caption", "x", "none.txt"], "none.txt is empty"),
         (["caption", "x", "away.txt", "--save", "c.csv"], "names 2 of 3 images that are not there (a.png, b.png)"),
         (["caption", "x", "mine.csv", "--image_key", "img"], "has no column img; it has mine, image"),
-        (["caption", "x", "odd.csv"], "no column of images (as image, images, filepath"),
+        (["caption", "x", "odd.csv"], "no column of images that is known by its name"),
         (["answer", "x", "mine.csv", "--save", "c.csv"], "no column question or text or prompt with the question"),
         (["answer", "x", "away.txt", "--save", "c.csv"], "with the question; it has image"),
         (["caption", "x", "broken.jsonl"], "broken.jsonl, line 1 is not JSON"),

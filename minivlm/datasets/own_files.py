@@ -23,7 +23,9 @@ from minivlm.datasets.rows import (
     Find,
     add_item,
     caption_item,
+    has_failed,
     image_of,
+    passed_over,
     read_conversation,
     read_question,
     split_of,
@@ -42,20 +44,22 @@ FIXED = {  # a file of such a name → what it gives, in the order in which they
 
 def read_fixed(file: Path, problems: list[str] | None, notes: list[str]) -> list:
     """The samples of one of these files. What is wrong raises UserError, or is added to `problems`."""
-    readers = {"captions": read_captions, "questions": read_questions, "conversations": read_conversations}
-    return readers[FIXED[file.name]](file, Tree(file.parent).image, problems)
+    find = Tree(file.parent).image
+    if FIXED[file.name] == "conversations":
+        return read_conversations(file, find, problems)
+    return (read_captions if FIXED[file.name] == "captions" else read_questions)(file, find, problems, notes)
 
 
-def read_captions(file: Path, find: Find, problems: list[str] | None) -> list[Item]:
+def read_captions(file: Path, find: Find, problems: list[str] | None, notes: list[str] | None = None) -> list[Item]:
     """Several lines about one image become one item with all their captions."""
     items: dict[str, Item] = {}
-    read_lines(file, lambda values: add_item(items, caption_item(values, find)), CAPTION_EXAMPLE, problems)
+    read_lines(file, lambda values: add_item(items, caption_item(values, find)), CAPTION_EXAMPLE, problems, notes)
     if not items and not problems:
         raise UserError(f"{file} is empty: it needs one line an image, like {CAPTION_EXAMPLE}.")
     return list(items.values())
 
 
-def read_questions(file: Path, find: Find, problems: list[str] | None) -> list[Quiz]:
+def read_questions(file: Path, find: Find, problems: list[str] | None, notes: list[str] | None = None) -> list[Quiz]:
     """One entry for each image and split: in some datasets an image has questions to train on, and others to test."""
     entries: dict[tuple, Quiz] = {}
 
@@ -64,7 +68,7 @@ def read_questions(file: Path, find: Find, problems: list[str] | None) -> list[Q
         asked = read_question(values)
         entries.setdefault((image, split), Quiz([image], split, image)).asked.append(asked)
 
-    read_lines(file, add, QUESTION_EXAMPLE, problems)
+    read_lines(file, add, QUESTION_EXAMPLE, problems, notes)
     if not entries and not problems:
         raise UserError(f"{file} is empty: it needs one line a question, like {QUESTION_EXAMPLE}.")
     return list(entries.values())
@@ -90,18 +94,31 @@ def read_conversations(file: Path, find: Find, problems: list[str] | None) -> li
     return entries
 
 
-def read_lines(file: Path, add: Callable[[Any], None], example: str, problems: list[str] | None = None) -> None:
+def read_lines(
+    file: Path,
+    add: Callable[[Any], None],
+    example: str,
+    problems: list[str] | None = None,
+    notes: list[str] | None = None,
+) -> None:
     """add(values) for each line of JSON; a ValueError from it, or from reading, names the line, as in `read_fixed`."""
+    failed = 0
     for number, line in enumerate(read_bytes(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            add(read_json(line, example))
+            values = read_json(line, example)
+            if has_failed(values):
+                failed += 1
+            else:
+                add(values)
         except ValueError as error:
             message = f"{file}, line {number}: {error}."
             if problems is None:
                 raise UserError(message) from error
             problems.append(message)
+    if failed and notes is not None:
+        notes.append(passed_over(failed, file))
 
 
 def read_json(line: bytes, example: str) -> Any:

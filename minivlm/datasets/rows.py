@@ -9,6 +9,7 @@ import ast
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from minivlm.conversation import PLACEHOLDER, Turn, check_conversation, with_images
@@ -51,6 +52,22 @@ def caption_item(values: dict, find: Find) -> Item:
     if not captions:
         raise ValueError("its caption is empty")
     return Item(find(image), captions, label_of(values), split_of(values))
+
+
+def has_failed(row: Any) -> bool:
+    """Was it written by `sample.py --save` for an image that could not be read: with an error, and nothing to learn?"""
+    texts = ("caption", "captions", "answer", "answers")
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("error"), str)
+        and bool(row["error"])
+        and not any(map(row.get, texts))
+    )
+
+
+def passed_over(failed: int, file: Path) -> str:
+    rows = "1 row is" if failed == 1 else f"{failed} rows are"
+    return f"{rows} passed over in {file.name}, with an error in place of a result."
 
 
 def label_of(values: dict) -> str | None:

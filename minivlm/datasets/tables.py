@@ -24,6 +24,8 @@ from minivlm.datasets.rows import (
     Find,
     add_item,
     caption_item,
+    has_failed,
+    passed_over,
     read_conversation,
     read_question,
     several,
@@ -245,11 +247,14 @@ def read_table(
     split: of rows that name none. names: label → the name of its class.
     """
     kinds = {"captions": CaptionRows, "questions": QuestionRows, "conversations": ConversationRows}
-    reader = kinds[keys.gives](keys, find, split, names or {})
+    reader, failed = kinds[keys.gives](keys, find, split, names or {}), 0
     for where, row in table.rows():
         try:
             if isinstance(row, ValueError):
                 raise row
+            if has_failed(row):
+                failed += 1
+                continue
             if not (table.delimiter or table.lines):  # of a list each entry is judged by itself
                 check_texts(row)
             reader.add(row, where)
@@ -261,7 +266,7 @@ def read_table(
     samples = reader.samples()
     if not samples and not problems:
         raise UserError(f"{table.path} is empty: it needs one row a sample, with {keys}.")
-    notes += reader.notes(table.path.name)
+    notes += [*reader.notes(table.path.name), *([passed_over(failed, table.path)] if failed else [])]
     return samples
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.datasets.class_folders import list_folder
+from minivlm.datasets.keys import IMAGE, matching, plain
+from minivlm.datasets.tables import DELIMITERS
 from minivlm.datasets.tar_index import is_member
 from minivlm.datasets.tree import on_disk
 from minivlm.errors import UserError
 from minivlm.files import parse_json, read_bytes, read_text, readable
 
 TABLES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
-IMAGE_KEYS = ("image", "images", "filepath", "file_path", "file_name", "filename", "image_path", "path")
 KEPT = ("question_id", "image_id")  # are repeated in the result
 SHOWN = 5
 
@@ -113,13 +114,14 @@ def image_column(word: str, columns: list[str], image_key: str | None) -> str:
         if image_key not in columns:
             raise UserError(f"{shown(word)} has no column {image_key}; it has {', '.join(columns)}.")
         return image_key
-    found = next((name for name in (*IMAGE_KEYS, "image_id") if name in columns), None)
-    if found is None:
+    known = IMAGE[0].split()
+    found = sorted(matching(columns, IMAGE[:1]), key=lambda name: known.index(plain(name)))  # the surest name first
+    if not found and "image_id" not in columns:
         raise UserError(
-            f"{shown(word)} has no column of images (as {', '.join(IMAGE_KEYS)}); it has {', '.join(columns)}: name it "
-            "with --image_key."
+            f"{shown(word)} has no column of images that is known by its name (image, filepath, file_name, …); it has "
+            f"{', '.join(columns)}: choose it with --image_key."
         )
-    return found
+    return found[0] if found else "image_id"
 
 
 def asked(value: Any, column: str, word: str, number: int) -> str:
@@ -208,9 +210,9 @@ def read_table(word: str) -> Iterator[dict[str, Any]]:
 
 
 def read_csv(word: str) -> Iterator[dict[str, str]]:
-    reader = csv.DictReader(
-        io.StringIO(read_text(word), newline=""), dialect="excel-tab" if word[-3] == "t" else "excel"
-    )
+    text = read_text(word)
+    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)  # as Excel writes it, that is a semicolon in places
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         for line in reader:
             if None in line or None in line.values():
