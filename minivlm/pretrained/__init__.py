@@ -39,6 +39,8 @@ MODULES = {  # model_type → module; or an architecture, where one type has sev
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
     "vit": "vit",
+    "clip_vision_model": "clip_vision",
+    "siglip_vision_model": "clip_vision",
     "align": "align",
     "open_clip": "open_clip",
     "gpt2": "gpt2",
@@ -273,7 +275,9 @@ def kind_of(config: Any) -> str:
         return language.kind_of(config)
     if name == "VisionConfig":
         dinov2 = "dinov2_with_registers" if config.registers else "dinov2"
-        return "vit" if config.layer_scale is None else dinov2
+        clip = "siglip_vision_model" if config.pool == "attention" else "clip_vision_model"
+        plain = clip if config.embedding_norm or config.pool == "attention" else "vit"
+        return plain if config.layer_scale is None else dinov2
     if name not in WRITTEN:
         raise UserError(
             f"layout='hf' writes CLIP, SigLIP, ALIGN, DINOv2, ViT, language models, T5, BERT, VisualBERT, LLaVA, BLIP, "

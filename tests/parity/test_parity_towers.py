@@ -102,3 +102,28 @@ def test_images_are_prepared_as_the_towers_file_says(name, image_processor, valu
     model.save_pretrained(tmp_path / "again", processor=processor, layout="hf")
     again = transformers.AutoImageProcessor.from_pretrained(tmp_path / "again", use_fast=False)
     assert (again(image, return_tensors="pt")["pixel_values"] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "SiglipVision"])
+def test_the_tower_of_a_clip_alone_there_and_back(kind, tmp_path, close):
+    values = {"intermediate_size": 40}
+    theirs = reference(f"{kind}Config", f"{kind}Model", values)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, processor = minivlm.load(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "again", processor=processor, layout="hf")
+    again = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path / "again").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for one in (theirs, again):
+            expected = one(pixels, output_hidden_states=True)
+            close(ours(pixels), expected.pooler_output)
+            close(ours.features(pixels, layer=-2), expected.hidden_states[-2])
+
+
+def test_the_projection_of_a_clips_tower_is_not_read(tmp_path, close):
+    values = {"intermediate_size": 40, "projection_dim": 12}
+    theirs = reference("CLIPVisionConfig", "CLIPVisionModelWithProjection", values)
+    theirs.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        close(minivlm.load(tmp_path)[0](pixels), theirs.vision_model(pixels).pooler_output)
