@@ -73,8 +73,11 @@ def cache_folder(directory: Path) -> Path:
     anyone_may_write = directory.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     if anyone_may_write and os.access(directory, os.W_OK) and not inside.is_symlink():  # os.access alone: root may all
         return inside
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "minivlm" / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
+    return user_cache() / f"{directory.name}-{zlib.crc32(os.fsencode(directory)):08x}"
+
+
+def user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -227,8 +227,14 @@ def read_samples(shards: Shards, _: tuple) -> tuple[list, list[str], list[str]]:
 def chosen_image(sample: Sample, source: Source) -> str | None:
     if source.image_key is None:
         return next(iter(sample.images.values()), None)
-    wanted = source.image_key.lower().lstrip(".").split(";")
-    return next((sample.images[ending] for ending in wanted if ending in sample.images), None)
+    wanted = re.split(r"[;,]", source.image_key.lower().lstrip("."))
+    known = {front_of(ending): path for ending, path in reversed(sample.images.items())} | sample.images
+    return next((known[ending] for ending in wanted if ending in known), None)
+
+
+def front_of(ending: str) -> str:
+    """`mask` of `mask.png`: the column of which hub_data.py made the member."""
+    return ending.rpartition(".")[0]
 
 
 def check_row(row: dict[str, Any]) -> None:

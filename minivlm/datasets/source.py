@@ -38,7 +38,13 @@ class Source(os.PathLike):
     shards: str | None = None
 
     def __post_init__(self):
-        directory, shards = split_directory(os.fspath(self.directory))
+        directory, shards = os.fspath(self.directory), None
+        if directory.startswith("hf:"):
+            from minivlm.datasets.hub_data import bring
+
+            directory = bring(directory)
+        else:
+            directory, shards = split_directory(directory)
         object.__setattr__(self, "directory", directory)
         object.__setattr__(self, "shards", shards or self.shards)
         most_bytes(self.cache)

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from minivlm.config import value_at
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError, nearest
 from minivlm.recipes import RECIPES
 from minivlm.recipes.folders import for_data
@@ -148,7 +149,7 @@ def announcement(plan: list[tuple[str, Recipe, Options]]) -> str:
     for directory in recipe.needs().values() if options.data else ():
         run = Run(directory)
         made_on = directory_of(read_record(run.latest())["recipe"]) if directory and run.all() else options.data
-        if os.path.realpath(made_on) != os.path.realpath(options.data):
+        if os.path.realpath(made_on) != os.path.realpath(Source.of(options.data)):
             told.append(f"{directory}, which it builds on, was trained on {made_on}, not on {options.data}")
     return "\n".join(told)
 
