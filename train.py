@@ -7,6 +7,7 @@ What a recipe builds on is trained first, if it is missing.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from minivlm.recipes import plan, resuming
 from minivlm.recipes.finish import finish, judged_before
 from minivlm.recipes.options import Options
 from minivlm.recipes.parts import parts_table
+from minivlm.recipes.rates import part_rates
 from minivlm.recipes.recipe import Recipe
 from minivlm.recipes.vision_cache import Room
 from minivlm.run import Run, read_record, restore, restore_random
@@ -73,11 +75,13 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if reason:
         say(reason)
     hold_for_training(model, precision)
-    optimiser = training.make_optimiser(model, recipe.optimiser)
+    rates = part_rates(model, recipe)
+    schedule = replace(recipe.optimiser, learning_rate=max(rate for _, rate in rates.values()))  # others follow it
+    optimiser = training.make_optimiser(model, schedule, {p: rate for p, (_, rate) in rates.items()})
     torch.manual_seed(recipe.seed + rank)
     for note in job.notes():
         say(note)
-    say(parts_table(model, recipe.optimiser.learning_rate, job.origins))
+    say(parts_table(model, rates, job.origins))
 
     # resume
     step = restore(resumed, model, optimiser) if resumed else 0
@@ -92,7 +96,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     scaler = training.loss_scaler(device, precision)
     if resumed and scaler.is_enabled():
         scaler.load_state_dict(read_record(resumed).get("loss_scale") or scaler.state_dict())
-    log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, skips=scaler.is_enabled())
+    by_part = dict(rates.values())
+    log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, skips=scaler.is_enabled(), rates=by_part)
     advice = memory.what_to_lower(recipe, options, model, world)
     with memory.explained(advice, run.directory):
         job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
@@ -137,8 +142,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
                 else:
                     losses = model.backward_in_parts(batch, recipe.micro_batch)
                     processes.average_gradients(model)
-            rate = training.learning_rate(recipe.optimiser, step, recipe.steps)
-            norm = training.optimise(model, optimiser, rate, recipe.optimiser.clip_norm, scaler)
+            rate = training.learning_rate(schedule, step, recipe.steps)
+            norm = training.optimise(model, optimiser, rate, schedule.clip_norm, scaler)
             log.add(step, losses, norm, rate)
             step += 1
             bar.update()

@@ -90,7 +90,7 @@ def describe(
         "lora_dropout": config.dropout,
         # Two words of our own names: one may be another module's in transformers' model, and peft would not say so.
         "target_modules": shortest({paths[name] for name in layers}, others, words=2 if rows is None else 1),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in trained}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in trained if "." in name}) or None,
         "bias": "none",
         "fan_in_fan_out": any(row_of(name, rows).how == "transpose" for name in layers),
         "inference_mode": True,

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from minivlm import pretrained
 from minivlm.errors import UserError
-from minivlm.layers.lora import lora_layers
+from minivlm.layers.lora import LoRAConfig, add_lora, lora_layers
 from minivlm.precision import kept_in_fp32
 from minivlm.pretrained.names import tied
 
 DEEP = 100  # layers that are built without checking that the file has so many
 
 
-def empty_model(cls: type[nn.Module], config: Any, **modules: nn.Module) -> nn.Module:
-    """cls(config) on the meta device: all names and shapes, and no memory. modules: those of a user's own, as they are."""
+def empty_model(cls: type[nn.Module], config: Any, lora: LoRAConfig | None = None, **modules: nn.Module) -> nn.Module:
+    """cls(config) on the meta device: all names and shapes, and no memory. lora: of `Model.lora`. modules: those of a user's
+    own, as they are."""
     with torch.device("meta"), Unfilled():
-        return cls(config, **modules)
+        model = cls(config, **modules)
+        if lora is not None:
+            add_lora(model, lora)
+            model.lora = lora
+        return model
 
 
 class Unfilled(torch.overrides.TorchFunctionMode):
@@ -48,7 +53,7 @@ def skeleton(
             f"the config in {directory} asks for {depth} layers, but the file has {tensors} tensors in all."
         )
     try:
-        return empty_model(described.model_class, described.config, **modules)
+        return empty_model(described.model_class, described.config, described.lora, **modules)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"the config in {directory} describes no model that can be built: {why}.") from None
@@ -71,4 +76,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, device: str | torch
 def config_describes_lora(model: nn.Module) -> bool:
     """Would the config alone bring back all layers of LoRA, and no others?"""
     shape = lambda model: {n: (layer.lora_a.out_features, layer.scale) for n, layer in lora_layers(model).items()}
-    return not (has := shape(model)) or shape(empty_model(type(model), model.config)) == has
+    return (
+        not (has := shape(model)) or shape(empty_model(type(model), model.config, getattr(model, "lora", None))) == has
+    )

@@ -20,6 +20,7 @@ from minivlm.atomic_writing import finish_writing
 from minivlm.empty_model import empty_model, fill, skeleton
 from minivlm.errors import UserError, nearest
 from minivlm.files import read_bytes, read_json
+from minivlm.layers.lora import LoRAParts
 from minivlm.models import own_modules
 from minivlm.older_names import current_names
 from minivlm.origins import mark_published
@@ -99,7 +100,7 @@ def build(
     path, weights = opened()
     weights = described.prepare(weights)
     if (config := pretrained.settle(described, weights)) != described.config:
-        model = empty_model(described.model_class, config, **modules)
+        model = empty_model(described.model_class, config, described.lora, **modules)
     state = model.state_dict(keep_vars=True)
     weights = current_names(weights, state) if binding else weights
     tensors = to_ours(weights, state, described.rows, where=str(path))
@@ -168,6 +169,8 @@ def read_ours(directory: Path, above: tuple[Path, ...] = (), base: Base = None) 
         raise UserError(f"{path}: generation is {how!r}, but must be an object in braces.")
     given = {"dtype": dtype_called(values.get("dtype")), "defaults": generation_config.read(path, how)}
     given["pretrained"] = configs.coerce(tuple[str, ...], values.get("pretrained", []), f"{path}: pretrained")
+    if "lora" in values:
+        given["lora"] = from_dict(LoRAParts, values["lora"], f"{path}: lora")
     described = pretrained.Published(model_class, config, None, ("model.safetensors",), processor, **given)
     if "base" not in values:
         return described

@@ -29,6 +29,7 @@ class Model(nn.Module):
 
     config_class: ClassVar[type]
     # Fields of `generation.Options` that hold where the caller names none, as a generation_config.json gives them.
+    lora: Any = None  # `LoRAParts` of adapters that were put on parts of it, and of which its config does not tell
     defaults: Mapping[str, Any] = MappingProxyType({})
     # True: it continues the prompt, whose tokens count as the beginning of the text. False: it answers in a text of its own,
     # which begins with decoder_start_token.
@@ -99,6 +100,15 @@ class Model(nn.Module):
         self.frozen = tuple(dict.fromkeys([*self.frozen, *parts]))
         for part in parts:
             self.get_submodule(part).requires_grad_(False).eval()
+
+    def merge_lora(self) -> None:
+        """Add the adapters to the weights that they are on."""
+        from minivlm.layers.lora import merge_lora
+
+        merge_lora(self)
+        self.lora = None
+        if getattr(self.config, "lora", None) is not None:
+            self.config = replace(self.config, lora=None)
 
     def train(self, mode: bool = True) -> Model:
         super().train(mode)

@@ -50,6 +50,8 @@ def save(
             raise UserError(f"layout={layout!r} stores a model whole: leave out its base.")
         tensors, about = leave_out(tensors, model, base)
     if layout == "hf":
+        if getattr(model, "lora", None) is not None:
+            raise UserError(f"layout={layout!r} has no place for adapters: call merge_lora() before saving the model.")
         if own := own_modules.brought(model.config):
             raise UserError(
                 f"layout={layout!r} has no place for {', '.join(o.module for o in own.values())}: leave it out."
@@ -75,6 +77,7 @@ def our_files(model: nn.Module, processor: Processor | None, base: dict[str, Any
         "processor": configs.to_dict(processor.config) if processor else None,
         **({"dtype": str(model.stored).removeprefix("torch.")} if getattr(model, "stored", None) in HALF else {}),
         **({"base": base} if base else {}),
+        **({"lora": configs.to_dict(lora)} if (lora := getattr(model, "lora", None)) else {}),
         **({"pretrained": sorted(parts)} if (parts := published_parts(model)) else {}),
     }
     if defaults := getattr(model, "defaults", {}):

@@ -7,10 +7,11 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -121,19 +122,24 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it accepts
 
 
-def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+def make_optimiser(
+    model: nn.Module, config: OptimiserConfig, rates: Mapping[nn.Parameter, float] = MappingProxyType({})
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) on what is trainable; matrices decay, vectors and scalars do not. The queries of a T5
-    learn at a rate of their own, see `query_rates`."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rates = query_rates(model)
-    matrices = [p for p in trained if p.ndim >= 2 and p not in rates]
+    learn at a rate of their own, see `query_rates`.
+
+    rates: of parameters that do not learn at config.learning_rate, which is the highest.
+    """
+    trained, whole = [p for p in model.parameters() if p.requires_grad], config.learning_rate
+    queries = query_rates(model)
+    shares = {p: (rates.get(p, whole) / whole if whole else 1.0) * queries.get(p, 1.0) for p in trained}
+    kinds: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for p in trained:
+        kinds.setdefault((shares[p], p.ndim >= 2), []).append(p)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "share": 1.0},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "share": 1.0},
+        {"params": params, "weight_decay": config.weight_decay if decays else 0.0, "share": share}
+        for (share, decays), params in kinds.items()
     ]
-    for share in sorted(set(rates.values())):
-        queries = [p for p in trained if rates.get(p) == share]
-        groups += [{"params": queries, "weight_decay": config.weight_decay, "share": share}] if queries else []
     fused = trained[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,22 @@ class Log:
     `flush` stops the run at the first non-finite loss: the weights before it are in the last checkpoint.
     skips: the loss is scaled, and a step whose gradients overflow was skipped. It is written without their norm, and the
     lines count those steps; only when MOST_SKIPPED follow each other does the run stop.
+    rates: part → its learning rate at its highest; where they differ, a line has them all, and "learning_rate" is the highest.
     """
 
-    def __init__(self, path: Path, first_step: int, *, write: bool = True, skips: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        first_step: int,
+        *,
+        write: bool = True,
+        skips: bool = False,
+        rates: Mapping[str, float] = MappingProxyType({}),
+    ):
         self.path, self.write, self.waiting, self.skips = path, write, [], skips
         self.skipped, self.in_a_row = 0, 0
+        highest, differ = max(rates.values(), default=0), len(set(rates.values())) > 1
+        self.shares = {part: rate / highest for part, rate in rates.items()} if differ else {}
         if write:
             kept = [line for line in read_log(path) if line["step"] < first_step]
             self.skipped = max((line.get("skipped", 0) for line in kept), default=0)
@@ -78,11 +90,15 @@ class Log:
         if self.write:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                    file.writelines(json.dumps(line | self.by_part(line)) + "\n" for line in lines)
             except OSError as error:
                 why = f"{self.path} cannot be written: {error.strerror}"
                 raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
         return lines[-1]
+
+    def by_part(self, line: dict) -> dict[str, dict[str, float]]:
+        rates = {part: share * line["learning_rate"] for part, share in self.shares.items()}
+        return {"learning_rates": rates} if rates else {}
 
 
 def read_log(path: Path) -> list[dict]:

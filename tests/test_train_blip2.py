@@ -404,7 +404,6 @@ def test_a_folder_with_questions_is_answered(built, photos, tmp_path, capsys):
             {"starts_from": "lm"},
             r"--starts_from \S+ holds a LanguageModel, but stage 1 of a BLIP-2 is wanted: ",
         ),
-        ("blip2", {"starts_from": "blip2-lm"}, r"--starts_from \S+ holds a BLIP2, but stage 1 of a BLIP-2 is wanted: "),
         (
             "blip2-stage1",
             {"vision_from": "lm"},

@@ -79,22 +79,39 @@ class LoRALinear(nn.Module):
 def add_lora(model: nn.Module, config: LoRAConfig, *, generator: torch.Generator | None = None) -> int:
     """Put a LoRALinear in the place of every nn.Linear of `model` that goes by one of config.targets; how many those are.
 
-    Everything else in `model` is frozen. Raises ValueError if no layer goes by these names, and for one that shares its
-    weight (a head tied to the embedding): the update would reach one of the two alone.
+    Everything else in `model` is frozen. With `LoRAParts`, only layers within its parts get one, and what is frozen are the
+    children of the model that these parts belong to. Raises ValueError for a part without layers that go by these names, and
+    for one that shares its weight (a head tied to the embedding): the update would reach one of the two alone.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in config.targets}
-    if not chosen:
-        names = sorted({name.rpartition(".")[2] for name in layers})
-        raise ValueError(f"no linear layer is called {' or '.join(config.targets)}; there are {', '.join(names)}")
-    if tied := shared_weights(model, chosen):
+    parts, chosen = getattr(config, "parts", ()), {}
+    for part in parts or ("",):
+        layers = linears_within(model, part)
+        found = {name: m for name, m in layers.items() if name.rpartition(".")[2] in config.targets or name == part}
+        if not found:
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ValueError(
+                f"{f'in {part} ' if part else ''}no linear layer is called {' or '.join(config.targets)}; "
+                f"{f'there are {names}' if names else 'there is none at all'}"
+            )
+        chosen |= found
+    tied = shared_weights(model, chosen)
+    if parts and len(tied) < len(chosen):  # what an encoder and a decoder share stays as it is
+        chosen, tied = {name: layer for name, layer in chosen.items() if name not in tied}, []
+    if tied:
         raise ValueError(f"{', '.join(tied)} cannot have LoRA: the weight is another module's as well")
-    model.requires_grad_(False)
+    for root in {part.partition(".")[0] for part in parts or ("",)}:
+        model.get_submodule(root).requires_grad_(False)
     for name, layer in chosen.items():
         model.set_submodule(name, LoRALinear(layer, config, generator=generator))
     for parameter in lora_parameters(model):  # of earlier calls as well
         parameter.requires_grad_(True)
     return len(chosen)
+
+
+def linears_within(model: nn.Module, part: str) -> dict[str, nn.Linear]:
+    """By their names in `model`."""
+    inside = model.get_submodule(part).named_modules(prefix=part)
+    return {name: module for name, module in inside if isinstance(module, nn.Linear)}
 
 
 def shared_weights(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ Liu et al. 2023a, "Visual Instruction Tuning", figure 1 (linear projector); 2023
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minivlm.layers.initialise import initialise_linears
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig, LMDecoding, LMOutput, check_decoder
-from minivlm.layers.lora import LoRAConfig, add_lora, merge_lora
+from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.layers.mlp import Activation
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.projector import (
@@ -197,11 +197,6 @@ class LLaVA(Model):
     @property
     def endings(self) -> dict[str, Any]:
         return self.language_model.endings
-
-    def merge_lora(self) -> None:
-        """Add the adapters to the language model's weights."""
-        merge_lora(self.language_model)
-        self.config = replace(self.config, lora=None)
 
 
 def check_pixel_shuffle(config: LLaVAConfig) -> None:

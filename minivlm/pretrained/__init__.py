@@ -90,7 +90,10 @@ class Published:
     file: tuple[Path, Mapping[str, Tensor]] | None = (
         None  # the tensors, where what describes them lies in the same file
     )
-    pretrained: tuple[str, ...] = ()  # of a directory of ours: its parts that are published (see minivlm/origins.py)
+    lora: Any = (
+        None  # of a directory of ours: `LoRAParts` of adapters that its config does not tell of (see `Model.lora`)
+    )
+    pretrained: tuple[str, ...] = ()  # likewise, its parts that are published (see minivlm/origins.py)
 
 
 def recognise(directory: Path) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from minivlm import evaluate
-from minivlm.checkpoint import load
 from minivlm.datasets.batches import CaptionsWithNegatives, WithQuestions
 from minivlm.datasets.conversations import open_conversations
 from minivlm.datasets.folder import open_pairs
@@ -29,9 +28,9 @@ from minivlm.models.momentum import MomentumConfig
 from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, each_against
-from minivlm.recipes.parts import build, load_vision_tower, take
+from minivlm.recipes.parts import build, load_vision_tower, opened, take
 from minivlm.recipes.recipe import FolderData, Recipe
-from minivlm.recipes.scores import Matching
+from minivlm.recipes.scores import Generated, Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
@@ -95,14 +94,28 @@ def check_queue(recipe: BLIPRecipe) -> None:
 
 def open_parts(recipe: BLIPRecipe, checkpoint: Path | None, *, quiet: bool) -> tuple[BLIP, Processor, Pairs]:
     """Model, processor, and the captions that are trained on."""
-    source, data = recipe.vision_from, recipe.data
-    tower, images = (None, None) if source is None or checkpoint else load_vision_tower(source)
-    open_world(recipe, images.image_size if images else recipe.model.vision.image_size, quiet=quiet)
-    model, processor = load(checkpoint) if checkpoint is not None else compose(recipe, tower, images)
+    data, found = recipe.data, opened_blip(recipe, checkpoint)
+    tower, images = (None, None) if found or recipe.vision_from is None else load_vision_tower(recipe.vision_from)
+    prepares = found[1] if found else images
+    open_world(recipe, prepares.image_size if prepares else recipe.model.vision.image_size, quiet=quiet)
+    model, processor = found or compose(recipe, tower, images)
     if recipe.freeze_vision:
         model.freeze("vision")
     pairs = open_pairs(data.source, "train", image_size=processor.image_size)
     return model, processor, NoisyPairs(pairs, data.wrong_captions, seed=recipe.seed) if data.wrong_captions else pairs
+
+
+def opened_blip(recipe: BLIPRecipe, checkpoint: Path | None) -> tuple[BLIP, Processor] | None:
+    """What it starts from, as `opened` has it. Of a CapFilt that is a teacher, and what learns is new."""
+    if checkpoint is None and not recipe.continues:
+        return None
+    model, processor = opened(recipe, BLIP, checkpoint)
+    if model.config.roles == "answer":
+        raise UserError(
+            f"--starts_from {recipe.starts_from} holds a BLIP that answers questions alone, but {recipe.what} learns from "
+            "captions: one that captions or matches is wanted."
+        )
+    return model, processor
 
 
 def compose(recipe: BLIPRecipe, tower: torch.nn.Module | None, images: Processor | None) -> tuple[BLIP, Processor]:
@@ -143,20 +156,27 @@ def job(recipe: BLIPRecipe, model: BLIP, processor: Processor, pairs: Pairs, *, 
     """Captions and what is false of them, as in stage 1 of BLIP-2; beside them a question about every image."""
     directory, wrong = recipe.data.source, bool(recipe.data.wrong_captions)
     check_held_out(directory, processor.image_size)
-    chance = model.chance_losses(recipe.batch_size)
-    ask = ask and not wrong and model.config.answers and is_world(directory)
+    c, chance = model.config, model.chance_losses(recipe.batch_size)
+    for name in (*(() if c.compares else ("contrast", "matching")), *(() if c.captions else ("generation",))):
+        chance.pop(name)
+    ask = ask and not wrong and c.answers and is_world(directory)
     if not ask:
         chance.pop("answering")
-        model.config = replace(model.config, trained_on_questions=False)
+        model.config = replace(c, trained_on_questions=c.trained_on_questions and recipe.continues)
 
     cache = VisionCache(model, processor, len(pairs), pairs.images)
-    false = recipe.data.false_captions
+    false = recipe.data.false_captions if c.compares else 0.0
     samples = CaptionsWithNegatives(pairs, processor, cache, directory, false_captions=false, guess=wrong)
     if ask:
         samples = WithQuestions(samples, open_conversations(directory, "train", image_size=None))
-    scores = MatchingAndCaptions(model, processor, directory, ask=ask)
+    scores = (
+        MatchingAndCaptions(model, processor, directory, ask=ask)
+        if c.compares
+        else Generated(model, processor, directory, ask=False)
+    )
     vision = "new" if recipe.vision_from is None else recipe.vision_from
     origins = {"vision": vision, "decoder": "new; shares all but self-attention with the encoder"}
+    origins = {} if recipe.continues else origins
     remove = lambda out: model.remove_momentum()  # the slow copy and its queue, which were for training
     return Job(recipe, model, processor, samples, scores, each_against(chance), origins, cache.prepare, remove)
 
@@ -170,7 +190,7 @@ class MatchingAndCaptions:
         self.matching = Matching(model, processor, directory, self.more_commands)
         self.figure = self.matching.figure
         self.val = open_conversations(directory, "val", image_size=processor.image_size)
-        self.describes = any(map(self.val.captions, range(len(self.val))))
+        self.describes = "caption" in model.abilities and any(map(self.val.captions, range(len(self.val))))
         self.name = "matching and captions" if self.describes else "text→image Recall@1 re-ranked"
 
     def validate(self, most: int) -> float:
@@ -181,14 +201,18 @@ class MatchingAndCaptions:
         return (matching + next(iter(captions.values())).value) / 2
 
     def evaluate(self) -> dict[str, Score]:
+        if "caption" not in self.model.abilities:
+            return self.matching.evaluate()
         generated = evaluate.answers_and_captions(self.model, self.processor, self.directory, ask_questions=self.ask)
         return self.matching.evaluate() | generated
 
     def next_commands(self, out: Path) -> list[str]:
-        match, search, caption, *answer = self.matching.next_commands(out)
-        return [caption, match, search, *answer]
+        match, search, *more = self.matching.next_commands(out)
+        return [*more[:1], match, search, *more[1:]]
 
     def more_commands(self, out: Path, picture: str) -> list[str]:
+        if "caption" not in self.model.abilities:
+            return []
         answer = [f'python sample.py answer {out} {picture} "how many red shapes are there?"'] if self.ask else []
         return [f"python sample.py caption {out} {picture}", *answer]
 

@@ -28,6 +28,7 @@ from minivlm.layers.tower import TowerConfig, features_of, learned_positions
 from minivlm.models.blip2 import BLIP2, BLIP2Config
 from minivlm.models.blip2_stage1 import BLIP2Stage1, BLIP2Stage1Config
 from minivlm.models.vision_features import VisionFeaturesConfig
+from minivlm.origins import is_published
 from minivlm.processor import Processor
 from minivlm.recipes.folders import (
     check_fills_a_batch,
@@ -37,12 +38,22 @@ from minivlm.recipes.folders import (
     open_world,
 )
 from minivlm.recipes.job import Job, against, each_against
-from minivlm.recipes.parts import build, join_processors, load_vision_tower, reading, take, with_image_token
+from minivlm.recipes.parts import (
+    build,
+    holds,
+    join_processors,
+    load_vision_tower,
+    opened,
+    reading,
+    take,
+    with_image_token,
+)
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated, Matching
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
+PARTS = ("vision", "qformer", "projection", "language_model")
 DECODE = "<decode>"  # stands where a text begins that is to be generated; elsewhere texts begin with <start>
 VOCABULARY = 512  # of the byte-level BPE that is trained where the tower has no tokeniser
 QUERIES = QFormerConfig(width=128, depth=4, heads=4, queries=16, context=64, norm_eps=1e-5)
@@ -85,7 +96,7 @@ class BLIP2Stage1Recipe(Recipe):
         return {"vision_from": "clip-resnet"}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model, processor = opened(self, BLIP2Stage1, checkpoint) or self.compose()
         model.freeze("vision")
         directory, size = self.data.source, processor.image_size
         open_world(self, size, quiet=quiet)
@@ -102,7 +113,7 @@ class BLIP2Stage1Recipe(Recipe):
         samples = CaptionsWithNegatives(pairs, processor, cache, directory, false_captions=false)
         scores = Matching(model, processor, directory, more)
         progress = each_against(model.chance_losses(self.batch_size))
-        origins = {"vision": self.vision_from, "qformer": self.bert_from or "new"}
+        origins = {} if self.continues else {"vision": self.vision_from, "qformer": self.bert_from or "new"}
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def compose(self) -> tuple[BLIP2Stage1, Processor]:
@@ -180,8 +191,10 @@ class BLIP2Recipe(Recipe):
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
 
     def builds_on(self) -> dict[str, str]:
-        first = {"vision_from": "clip-resnet"} if self.from_scratch else {"starts_from": "blip2-stage1"}
-        return {**first, "language_from": self.lm}
+        if self.from_scratch:
+            return {"vision_from": "clip-resnet", "language_from": self.lm}
+        whole = {} if holds(self.starts_from, BLIP2) else {"language_from": self.lm}
+        return {"starts_from": "blip2-stage1", **whole}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         model, processor = load(checkpoint) if checkpoint is not None else self.compose()
@@ -198,7 +211,8 @@ class BLIP2Recipe(Recipe):
             samples = QuestionsToEncoder(samples, all_at_once=self.data.holes)
         vision = self.vision_from if self.from_scratch else self.starts_from
         origins = {"vision": vision, "qformer": "new" if self.from_scratch else vision}
-        origins |= {"projection": "new", "language_model": self.needs()[self.lm]}
+        language = self.needs().get(self.lm)  # None: all is from one model
+        origins |= {"projection": "new", "language_model": language} if language else dict.fromkeys(PARTS, vision)
         progress = against(f"uniform {log(processor.vocab_size):.2f}")
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
@@ -209,6 +223,8 @@ class BLIP2Recipe(Recipe):
             parts = querying(tower.config, self.model.qformer, self.model.vision_layers)
         else:
             source, images = load(self.starts_from)
+            if isinstance(source, BLIP2):
+                return opened(self, BLIP2)
             if not isinstance(source, BLIP2Stage1):
                 raise UserError(
                     f"--starts_from {self.starts_from} holds a {type(source).__name__}, but stage 1 of a BLIP-2 is "
@@ -227,6 +243,7 @@ class BLIP2Recipe(Recipe):
                 model.standardise.load_state_dict(source.standardise.state_dict())
             wanted = model.qformer.state_dict()  # the text's half stays behind
             model.qformer.load_state_dict({name: source.qformer.state_dict()[name] for name in wanted})
+            model.qformer.published = is_published(source.qformer)
         processor = join_processors(images, text, image_tokens=config.image_tokens, context=language.config.context)
         if self.lm == "t5" and processor.config.chat == "plain":
             processor = Processor(text.tokenizer, replace(processor.config, chat="encoder"))

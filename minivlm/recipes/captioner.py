@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
-from minivlm.checkpoint import load
 from minivlm.datasets.batches import CaptionsToGenerate
+from minivlm.datasets.conversations import Conversations
 from minivlm.layers.language_model import LanguageModelConfig
 from minivlm.layers.vit import VisionConfig
 from minivlm.models.captioner import ImageCaptioningConfig, ImageCaptioningModel
 from minivlm.processor import Processor
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job, against
-from minivlm.recipes.parts import build, speaking
+from minivlm.recipes.parts import build, opened, speaking
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
@@ -37,23 +37,26 @@ class CaptionerRecipe(Recipe):
         return replace(self, summary=f"a captioner of {directory}")
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        vision, directory = self.model.vision, self.data.source
-        conversations = open_training_conversations(self, vision.image_size, quiet=quiet, captioned=True)
-        if checkpoint is not None:
-            _, processor = load(checkpoint)
-        else:
-            texts = (text for i in range(len(conversations)) for text in conversations.captions(i))
-            room = self.model.language.context - vision.patches
-            sizes = dict(vocab_size=self.data.vocab_size, image_size=vision.image_size, context=room)
-            processor = Processor.train(texts, **sizes)
-        language = speaking(self.model.language, processor)
-        config = replace(self.model, language=language, start_token=processor.start_token)
-        model = build(ImageCaptioningModel, config, seed=self.seed)
+        found, directory = opened(self, ImageCaptioningModel, checkpoint), self.data.source
+        size = found[1].image_size if found else self.model.vision.image_size
+        conversations = open_training_conversations(self, size, quiet=quiet, captioned=True)
+        model, processor = found or self.new(conversations)
         scores = Generated(model, processor, directory, ask=False, options=" --num_beams 3")
         cache = VisionCache.of_conversations(model, processor, conversations)
         samples = CaptionsToGenerate(conversations, processor, cache, directory)
         progress = against(f"uniform {log(processor.vocab_size):.2f}")
         return Job(self, model, processor, samples, scores, progress, prepare=cache.prepare)
+
+    def new(self, conversations: Conversations) -> tuple[ImageCaptioningModel, Processor]:
+        """A tokeniser of the captions, and a model that has learnt nothing."""
+        vision = self.model.vision
+        texts = (text for i in range(len(conversations)) for text in conversations.captions(i))
+        room = self.model.language.context - vision.patches
+        sizes = dict(vocab_size=self.data.vocab_size, image_size=vision.image_size, context=room)
+        processor = Processor.train(texts, **sizes)
+        language = speaking(self.model.language, processor)
+        config = replace(self.model, language=language, start_token=processor.start_token)
+        return build(ImageCaptioningModel, config, seed=self.seed), processor
 
 
 CAPTIONER_RECIPES = {

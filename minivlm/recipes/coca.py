@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from minivlm.checkpoint import load
 from minivlm.datasets.batches import Captions
 from minivlm.datasets.folder import open_pairs
 from minivlm.layers.language_model import LanguageModelConfig
@@ -16,7 +15,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.captioner import CaptionData
 from minivlm.recipes.folders import check_fills_a_batch, check_held_out, open_world
 from minivlm.recipes.job import Job, each_against
-from minivlm.recipes.parts import build, speaking
+from minivlm.recipes.parts import build, opened, speaking
 from minivlm.recipes.recipe import Recipe
 from minivlm.recipes.scores import Generated, Retrieval
 from minivlm.training import OptimiserConfig
@@ -30,16 +29,17 @@ class CoCaRecipe(Recipe):
     data: CaptionData = field(default_factory=CaptionData)
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        directory, size = self.data.source, self.model.vision.image_size
+        found, directory = opened(self, CoCa, checkpoint), self.data.source
+        size = found[1].image_size if found else self.model.vision.image_size
         open_world(self, size, quiet=quiet)
         pairs = open_pairs(directory, "train", image_size=size)
         check_fills_a_batch(len(pairs), self.batch_size, "training images", directory)
-        if checkpoint is not None:
-            _, processor = load(checkpoint)
-        else:
+        if found is None:
             sizes = dict(vocab_size=self.data.vocab_size, image_size=size, context=self.model.text.context)
             processor = Processor.train(pairs.texts(), **sizes)
-        model = build(CoCa, replace(self.model, text=speaking(self.model.text, processor)), seed=self.seed)
+            config = replace(self.model, text=speaking(self.model.text, processor))
+            found = build(CoCa, config, seed=self.seed), processor
+        model, processor = found
         check_held_out(directory, processor.image_size)
         samples = Captions(pairs, processor, directory, whole=True)
         scores = CaptionsAndRetrieval(model, processor, directory)

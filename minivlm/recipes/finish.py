@@ -18,6 +18,7 @@ from minivlm.metrics import Score
 from minivlm.precision import as_stored, cast
 from minivlm.processes import random_state, set_random_state
 from minivlm.recipes.job import Job
+from minivlm.recipes.trained_parts import leave_adapter
 from minivlm.run import Run, read_record, restore_weights
 
 
@@ -29,6 +30,8 @@ def finish(run: Run, job: Job) -> None:
     for path in (metrics, figure):  # of what the run had come to before it was resumed
         path.unlink(missing_ok=True)
     job.finish(run.directory)
+    if told := leave_adapter(run.directory, job.model, job.recipe):
+        print(told)
     cast(job.model, job.model.stored)  # so that what is evaluated is what is left
     save(run.directory, job.model, job.processor, base=job.recipe.external_weights())
     try:

@@ -20,7 +20,6 @@ import numpy as np
 from torch import nn
 
 from minivlm import evaluate
-from minivlm.checkpoint import load
 from minivlm.datasets.answers import AnswerList, most_frequent
 from minivlm.datasets.batches import conversation_notes
 from minivlm.datasets.conversations import Conversations, Question
@@ -29,22 +28,27 @@ from minivlm.errors import UserError
 from minivlm.layers.bert import BERTConfig
 from minivlm.layers.transformer import TransformerConfig
 from minivlm.metrics import Score
+from minivlm.metrics.vqa import normalise
 from minivlm.models.joint_encoder import JointEncoderConfig
+from minivlm.models.multitask import MultitaskVLM
 from minivlm.models.uniter import UNITER, UNITERConfig
 from minivlm.models.vilbert import ViLBERT, ViLBERTConfig
 from minivlm.models.visualbert import VisualBERT, VisualBERTConfig
 from minivlm.models.vqa import VQAConfig, VQAModel
+from minivlm.origins import copy_marks
+from minivlm.precision import cast, main_dtype
 from minivlm.processor import Processor
 from minivlm.recipes.clip import CLIP_RECIPES
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job
-from minivlm.recipes.parts import build, load_vision_tower, take
+from minivlm.recipes.parts import build, load_vision_tower, opened, take
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
 from minivlm.training import OptimiserConfig
 
 MASK = "<mask>"  # stands where a word is hidden
+MASKS = (MASK, "[MASK]")  # of ours, and of published tokenisers
 EncoderConfig = VisualBERTConfig | UNITERConfig | ViLBERTConfig | VQAConfig
 CLASSES = {VisualBERTConfig: VisualBERT, UNITERConfig: UNITER, ViLBERTConfig: ViLBERT, VQAConfig: VQAModel}
 
@@ -77,16 +81,18 @@ class FuseRecipe(Recipe):
         questions = list_questions(self, model.config, processor, conversations, asked, cache)
         captioned = [i for i in questions.samples if conversations.captions(i)]
         every, samples = self.data.captions_every, questions
-        if every and captioned:
-            c, hidden = model.config, dict(hide=self.data.hide, mask=MASK)
+        mask = next((mark for mark in MASKS if processor.tokenizer.token_to_id(mark) is not None), None)
+        if every and captioned and model.config.heads and mask:
+            c, hidden = model.config, dict(hide=self.data.hide, mask=mask)
             regions = c.vision.features_at(c.vision_layer)[0]
             masked = MaskedCaptions(
                 conversations, captioned, processor, cache, regions=regions, heads=c.heads, **hidden
             )
             samples = Alternating(questions, masked, every)
         elif every:
-            questions.known_notes.append(f"{self.data.source} has no captions: questions alone are learnt from")
-        origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
+            lacks = f"{self.data.source} has no captions" if not captioned else "the model has no use for captions"
+            questions.known_notes.append(f"{lacks}: questions alone are learnt from")
+        origins = {} if self.continues else {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, by_name(model), origins, cache.prepare)
 
     def complete(
@@ -102,14 +108,22 @@ class FuseRecipe(Recipe):
 def open_parts(
     recipe: Recipe, encoder: EncoderConfig, model_class: type[nn.Module], checkpoint: Path | None, *, quiet: bool
 ) -> tuple[nn.Module, Processor, Conversations, list[list[Question]]]:
-    """Model, processor, the training samples, and some questions about each. Without a checkpoint: a trained tower, a
-    tokeniser of the data's questions, answers and captions, and all else new."""
-    model, processor = load(checkpoint) if checkpoint is not None else load_vision_tower(recipe.vision_from)
+    """Model, processor, the training samples, and some questions about each. Without a model to start from: a trained tower,
+    a tokeniser of the data's questions, answers and captions, and all else new."""
+    found = opened(recipe, model_class, checkpoint)
+    model, processor = found or load_vision_tower(recipe.vision_from)
+    if not model.takes_images if found else False:
+        raise UserError(
+            f"--starts_from {recipe.starts_from} holds a {model_class.__name__} that takes what a detector found in images: "
+            "one with a vision tower is wanted."
+        )
     conversations = open_training_conversations(recipe, processor.image_size, quiet=quiet)
     asked = [conversations.asked(i, np.random.default_rng(i)) for i in range(len(conversations))]
     if checkpoint is not None:
         return model, processor, conversations, asked
     tower, answers = model, most_frequent((q for some in asked for q in some), recipe.data.most_answers)
+    if found:
+        return with_answers(model, answers, seed=recipe.seed), processor, conversations, asked
     sizes = dict(vocab_size=recipe.data.vocab_size, image_size=processor.image_size, context=encoder.text.context)
     read = Processor.train(conversations.texts(), **sizes)
     read.tokenizer.add_special_tokens([MASK])
@@ -118,6 +132,30 @@ def open_parts(
     model = build(model_class, recipe.complete(tower.config, answers, processor, conversations), seed=recipe.seed)
     take(model.vision, tower)
     return model, processor, conversations, asked
+
+
+def with_answers(model: nn.Module, answers: tuple[str, ...], *, seed: int) -> nn.Module:
+    """The model that knows these answers: itself, or one with a head for them, of which the rows of known ones are kept."""
+    multitask = isinstance(model, MultitaskVLM)
+    encoder = model.config.encoder if multitask else model.config
+    index = AnswerList(encoder.answers or ()).index
+    rows = [index.get(normalise(answer)) for answer in answers]
+    if None not in rows:
+        return model
+    encoder = replace(encoder, answers=answers)
+    made = build(type(model), replace(model.config, encoder=encoder) if multitask else encoder, seed=seed)
+    cast(made, main_dtype(model.parameters()))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "answer_head." not in name}
+    for name, tensor in made.state_dict().items():
+        if "answer_head." in name:
+            state[name] = tensor.clone()
+            for row, known in enumerate(rows):
+                if known is not None:
+                    state[name][row] = model.state_dict()[name][known]
+    made.load_state_dict(state)
+    copy_marks(model, made)
+    (made.encoder if multitask else made).answer_head.published = False
+    return made
 
 
 def completed(config: EncoderConfig, vision, answers: tuple[str, ...], processor: Processor) -> EncoderConfig:

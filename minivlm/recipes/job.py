@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minivlm.config import value_at
 from minivlm.datasets.contents import stand_ins
 from minivlm.datasets.order import Order
 from minivlm.metrics import Score
 from minivlm.processor import Processor
+from minivlm.recipes.trained_parts import choose_trained, told_of_lora
+
+CHOSEN_ANEW = ("dropout", "label_smoothing", "caption_weight")  # of a model that is there: its weights stay as they are
 
 
 @dataclass(eq=False)
@@ -46,6 +50,9 @@ class Job:
 
     def __post_init__(self):
         r, samples = self.recipe, self.samples
+        if r.continues and not self.origins:
+            self.origins = dict.fromkeys((name for name, _ in self.model.named_children()), r.starts_from)
+        choose_trained(self.model, r, self.origins)
         how = dict(batch_size=r.batch_size, seed=r.seed, bucket_steps=r.bucket_steps, endless=self.endless)
         self.order = Order(samples.__len__, samples.length, **how)
 
@@ -60,7 +67,13 @@ class Job:
 
     def notes(self) -> list[str]:
         """What the user should know before the first step."""
-        return [*self.samples.notes(), *self.stand_ins("val", "test")]
+        return [*self.samples.notes(), *self.stand_ins("val", "test"), *self.chosen_anew(), *told_of_lora(self.model)]
+
+    def chosen_anew(self) -> list[str]:
+        """What --model.X makes another than it was in the model that is started from."""
+        r = self.recipe
+        names = [name for name in r.given if r.starts_from and name.rpartition(".")[2] in CHOSEN_ANEW]
+        return [f"{name.removeprefix('model.')} is {value_at(r, name)} from now on, as asked for" for name in names]
 
     def stand_ins(self, *splits: str) -> list[str]:
         """Notes on splits that the data lack."""

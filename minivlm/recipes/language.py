@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minivlm.checkpoint import load
 from minivlm.conversation import DESCRIBE
 from minivlm.datasets.conversations import open_texts
 from minivlm.datasets.shapes import is_world
@@ -19,10 +18,11 @@ from minivlm.errors import UserError
 from minivlm.layers.induction import give_induction_heads
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
 from minivlm.layers.t5 import T5, T5Config
+from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.processor import Processor
 from minivlm.recipes.folders import check_fills_a_batch, next_training, open_world
 from minivlm.recipes.job import Job, against
-from minivlm.recipes.parts import build, speaking
+from minivlm.recipes.parts import build, opened, speaking
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.text_scores import Perplexity
 from minivlm.training import OptimiserConfig
@@ -50,12 +50,17 @@ class LanguageRecipe(Recipe):
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
         directory = self.data.source
-        texts, processor = open_texts_of(self, checkpoint, quiet=quiet)
-        model = build(LanguageModel, speaking(self.model, processor), seed=self.seed)
-        if self.induction_heads:
-            prepare_to_copy(model, seed=self.seed)
+        found = opened(self, LanguageModel, checkpoint)
+        texts, processor = open_texts_of(self, found, quiet=quiet)
+        model = found[0] if found else self.new(LanguageModel, processor)
         samples = Texts(texts, processor, directory)
         return job(self, model, processor, samples, endless=texts is None, next_recipe="llava")
+
+    def new(self, kind: type[LanguageModel | T5], processor: Processor) -> LanguageModel | T5:
+        model = build(kind, speaking(self.model, processor), seed=self.seed)
+        if self.induction_heads:
+            prepare_to_copy(model, seed=self.seed)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +76,25 @@ class T5Recipe(LanguageRecipe):
     data: SpanData = SpanData()
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        texts, processor = open_texts_of(self, checkpoint, quiet=quiet)
+        found = opened(self, T5, checkpoint)
+        texts, processor = open_texts_of(self, found, quiet=quiet)
         processor.tokenizer.add_special_tokens(list(SENTINELS))
-        model = build(T5, speaking(self.model, processor), seed=self.seed)
-        if self.induction_heads:
-            prepare_to_copy(model, seed=self.seed)
+        model = with_vocabulary(found[0], processor.vocab_size) if found else self.new(T5, processor)
         samples = SpanCorruption(Texts(texts, processor, self.data.source), share=self.data.holes)
         return job(self, model, processor, samples, endless=texts is None, next_recipe="blip2", option=" --lm t5")
 
 
 def open_texts_of(
-    recipe: LanguageRecipe, checkpoint: Path | None, *, quiet: bool
+    recipe: LanguageRecipe, found: tuple[LanguageModel | T5, Processor] | None, *, quiet: bool
 ) -> tuple[list[str] | None, Processor]:
-    """The training texts, None for those of the shapes world; and a checkpoint's tokeniser, or a new one."""
+    """The training texts, None for those of the shapes world; and the tokeniser that comes with a model, or a new one."""
     directory = recipe.data.source
     open_world(recipe, IMAGE_SIZE, quiet=quiet)
     texts = None if is_world(directory) else open_texts(directory, "train")
     if texts is not None:
         check_fills_a_batch(len(texts), recipe.batch_size, "texts", directory)
-    if checkpoint is not None:
-        return texts, load(checkpoint)[1]
+    if found is not None:
+        return texts, found[1]
     words = chain([DESCRIBE], documents(0, "train", FOR_TOKENISER)) if texts is None else texts
     sizes = dict(vocab_size=recipe.data.vocab_size, image_size=IMAGE_SIZE, context=recipe.model.context)
     return texts, Processor.train(words, **sizes)

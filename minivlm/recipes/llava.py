@@ -16,14 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from minivlm.adapters import save_adapter
-from minivlm.checkpoint import load
-from minivlm.conversation import template_of, with_chat
+from minivlm.conversation import template_of
 from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.sequence_batches import ConversationTurns
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModelConfig
-from minivlm.layers.lora import LoRAConfig, add_lora
 from minivlm.layers.perceiver import PerceiverConfig
 from minivlm.layers.qformer import QFormerConfig
 from minivlm.layers.tower import TowerConfig
@@ -32,7 +29,15 @@ from minivlm.origins import is_published
 from minivlm.processor import Processor
 from minivlm.recipes.folders import next_training, open_training_conversations
 from minivlm.recipes.job import Job, against
-from minivlm.recipes.parts import LATENTS, join_processors, load_language_model, load_vision_tower, resampling, take
+from minivlm.recipes.parts import (
+    LATENTS,
+    join_processors,
+    load_language_model,
+    load_vision_tower,
+    opened,
+    resampling,
+    take,
+)
 from minivlm.recipes.recipe import FOLDER, FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
@@ -94,11 +99,12 @@ class LLaVAStage1Recipe(Recipe):
         return {} if self.published else {"vision_from": "clip-resnet", "language_from": "lm"}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        model, processor = load(checkpoint) if checkpoint is not None else self.compose()
+        model, processor = opened(self, LLaVA, checkpoint) or self.compose()
         model.freeze("vision", "language_model")
         origins = {"vision": self.vision_from, "projector": "new", "language_model": self.language_from}
+        origins = {} if self.continues else origins
         made = job(self, model, processor, origins, captions=True, quiet=quiet)
-        return made if checkpoint is not None else scaled(made)
+        return made if checkpoint is not None or self.continues else scaled(made)
 
     def compose(self) -> tuple[LLaVA, Processor]:
         """Vision tower and language model put together, with a new projector between them."""
@@ -133,23 +139,11 @@ class LLaVARecipe(Recipe):
         return {name: source for name in ("vision_from", "language_from") if (source := getattr(self, name))}
 
     def start(self, checkpoint: Path | None = None, *, quiet: bool = False) -> Job:
-        model, processor = load(checkpoint) if checkpoint is not None else self.open()
-        model.freeze("vision")
-        parts = ("vision", "projector", "language_model")
-        origins = dict.fromkeys(parts, self.starts_from) | {"language_model LoRA": "new, zero"}
-        return job(self, model, processor, origins, captions=False, quiet=quiet)
-
-    def open(self) -> tuple[LLaVA, Processor]:
-        model, processor = load(self.starts_from)
-        if not isinstance(model, LLaVA):
-            raise UserError(f"--starts_from {self.starts_from} holds a {type(model).__name__}, but a LLaVA is wanted.")
-        if (lora := self.lora) is not None:
-            lora = LoRAConfig(lora.rank, lora.alpha, lora.dropout, lora.targets)
-            add_lora(model.language_model, lora, generator=torch.Generator().manual_seed(self.seed))
-            model.config = replace(model.config, lora=lora)
-        processor = with_chat(processor, self.chat, self.system)
+        model, processor = opened(self, LLaVA, checkpoint)
         template_of(processor)
-        return model, processor
+        model.freeze("vision")
+        origins = dict.fromkeys(("vision", "projector", "language_model"), self.starts_from)
+        return job(self, model, processor, origins, captions=False, quiet=quiet)
 
 
 def job(
@@ -166,17 +160,11 @@ def job(
             return next_training(recipe.stage2, directory, starts_from=out)
         return [f"python sample.py chat {out} {picture}"]
 
-    def leave_adapter(out: Path) -> None:
-        """Adapters are left twice: alone, for the base that they belong to, and as part of the weights."""
-        if (lora := model.config.lora) is not None:
-            save_adapter(out / "adapter", model, base=str(recipe.starts_from), config=lora)
-            model.merge_lora()
-
     cache = VisionCache.of_conversations(model, processor, conversations)
     samples = ConversationTurns(conversations, processor, cache, directory, captions=captions)
     scores = Generated(model, processor, directory, more, ask=not captions)
     progress = against(f"uniform {log(processor.vocab_size):.2f}")
-    return Job(recipe, model, processor, samples, scores, progress, origins, cache.prepare, leave_adapter)
+    return Job(recipe, model, processor, samples, scores, progress, origins, cache.prepare)
 
 
 def scaled(made: Job) -> Job:

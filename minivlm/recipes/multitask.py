@@ -56,7 +56,7 @@ class MultitaskRecipe(Recipe):
             return ", ".join(shares) + " (1: knows nothing)"
 
         samples = QuestionsAndCaptions(questions)
-        origins = {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
+        origins = {} if self.continues else {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def complete(self, vision, answers, processor, conversations) -> MultitaskConfig:

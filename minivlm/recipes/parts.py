@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from minivlm import pretrained
 from minivlm.checkpoint import load
 from minivlm.config import shown, value_at, with_value
 from minivlm.conversation import template_of, with_chat
@@ -18,12 +20,15 @@ from minivlm.layers.t5 import T5
 from minivlm.layers.tower import TowerConfig, features_of, learned_positions
 from minivlm.layers.vit import VisionConfig, VisionTransformer, fitted
 from minivlm.layers.vocabulary import with_vocabulary
+from minivlm.loading import read_ours
 from minivlm.origins import copy_marks
 from minivlm.precision import cast, main_dtype
+from minivlm.pretrained.hub import is_hub_id, locate
 from minivlm.processor import Processor
+from minivlm.recipes.job import CHOSEN_ANEW
+from minivlm.recipes.rates import Rate
 from minivlm.recipes.recipe import Recipe
 
-CHOSEN_ANEW = ("dropout", "label_smoothing", "caption_weight")  # of a model that is there: its weights stay as they are
 LATENTS = PerceiverConfig(width=128, depth=2, heads=4, latents=16)  # of a small resampler
 
 
@@ -80,7 +85,19 @@ def opened(
         raise UserError(f"{found}, but {wanted} is wanted.")
     if processor is None:
         raise UserError(f"--starts_from {recipe.starts_from} has no processor beside its weights: save it with one.")
-    return as_chosen(model, recipe), processor
+    return as_chosen(model, recipe), with_chat(
+        processor, getattr(recipe, "chat", None), getattr(recipe, "system", None)
+    )
+
+
+def holds(source: str, kind: type[nn.Module]) -> bool:
+    """Whether a model is there, or on the hub, and of a `kind` by its config."""
+    directory = locate(source, pretrained.weight_patterns) if is_hub_id(source) else Path(source).expanduser()
+    if not (directory / "config.json").is_file():
+        return False
+    described = pretrained.recognise(directory)
+    found = read_ours(directory) if described == "minivlm" else pretrained.read(directory, described)
+    return issubclass(found.model_class, kind)
 
 
 def as_chosen(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -155,7 +172,7 @@ def speaking(config: LanguageModelConfig, processor: Processor) -> LanguageModel
     )
 
 
-def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
+def parts_table(model: nn.Module, rates: Mapping[nn.Parameter, Rate], origins: dict[str, str]) -> str:
     """part | parameters | frozen or trained | learning rate | starts from, read from the parameters themselves."""
     rows, seen = [], set()
     for name, part in model.named_children():
@@ -171,6 +188,10 @@ def parts_table(model: nn.Module, rate: float, origins: dict[str, str]) -> str:
         total = sum(p.numel() for p in parameters)
         if total:
             state = "trained" if trained == total else "frozen" if not trained else f"{trained:,} trained"
-            lines.append((name, f"{total:,}", state, f"{rate:g}" if trained else "-", origins.get(name, "new")))
+            learn_at = sorted({rates[p].rate for p in parameters if p.requires_grad})
+            shown = " to ".join(
+                f"{rate:g}" for rate in (learn_at if len(learn_at) < 3 else learn_at[:: len(learn_at) - 1])
+            )
+            lines.append((name, f"{total:,}", state, shown or "-", origins.get(name, "new")))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -91,13 +91,18 @@ class Recipe:
     def needs(self) -> dict[str, str]:
         """What it builds on: recipe → the directory where that recipe's model is looked for."""
         bases = self.builds_on()
-        if self.starts_from and not type(self).starts_from:
-            return {}  # all is there
+        if self.continues:
+            return {}
         return {base: getattr(self, option) or f"out/{base}" for option, base in bases.items()}
 
     def hands_on(self) -> dict[str, str]:
         """The options that are those of what it builds on, where that is trained first."""
         return {}
+
+    @property
+    def continues(self) -> bool:
+        """Whether a whole model is there already, which a recipe that builds on nothing named starts_from was given."""
+        return bool(self.starts_from) and not type(self).starts_from
 
     def external_weights(self) -> dict[str, str]:
         """Frozen parts that the model is stored without, and where they come from (see `minivlm.external_weights`)."""
