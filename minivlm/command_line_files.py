@@ -94,6 +94,10 @@ def run_attend(options: argparse.Namespace) -> None:
     elif not place.absolute().parent.is_dir() or (place.exists() and not place.is_dir()):
         raise UserError(f"--save {place} is no folder, and none can be made there.")
     inputs = read_rows(options)
+    if not single and any(place.absolute().is_relative_to(os.path.abspath(folder)) for folder in inputs.folders):
+        raise UserError(
+            f"--save {place} lies in the folder that is read, so its sheets would be images of it: name another."
+        )
     images = [row.images[0] for row in inputs.rows]
     if single and len(images) > MOST:
         raise UserError(

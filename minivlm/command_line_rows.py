@@ -37,7 +37,8 @@ ROW_ARGUMENTS = [
     argument("--split", choices=["train", "val", "test"], help="of a folder of data, the images of one split alone"),
 ]
 # Options that change which rows there are, or how fast they come, but not what comes out for one.
-ELSEWHERE = {"task", "model", "images", "text", "device", "base", "save", "batch", "image_folder", "image_key", "split"}
+WHICH = {"images", "text", "query", "image_folder", "image_key", "split"}
+ELSEWHERE = WHICH | {"task", "model", "base", "device", "save", "batch"}
 
 QUESTION = Text("question", ("question", "text", "prompt"))
 TEXT = Text("text", ("text", "caption", "title", "captions"))

@@ -17,6 +17,7 @@ from minivlm.errors import UserError
 from minivlm.layers import TextConfig
 from tests import speakers
 from tests.colours import paint
+from tests.datasets.tars import write_tar
 
 COLOURS = ("red", "green", "blue")
 WHICH = "which colours?"
@@ -180,6 +181,21 @@ def test_what_is_written_is_data_again():
     assert [row["answer"] for row in rows("again.jsonl")][:3] == [*COLOURS]
 
 
+def test_one_split_of_a_folder_of_data_and_the_members_of_tar_files(here, capsys):
+    lines = [{"image": f"{i}.png", "caption": "x", "split": "test" if i % 2 else "train"} for i in range(5)]
+    Path("photos/captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run("caption", "llava", "photos", "--split", "test", "--save", "c.jsonl")
+    assert [row["image"] for row in rows("c.jsonl")] == ["photos/1.png", "photos/3.png"]
+    write_tar(here / "tars/a-000.tar", [(f"{i}.png", Path(f"photos/{i}.png").read_bytes()) for i in (1, 0)])
+    run("caption", "llava", "tars", "--save", "t.jsonl")
+    run("caption", "llava", "tars/a-000.tar", "--save", "t.jsonl")
+    expected = [("tars/a-000.tar/0.png", "a picture of red"), ("tars/a-000.tar/1.png", "a picture of green")]
+    assert [(row["image"], row["caption"]) for row in rows("t.jsonl")] == expected
+    Path("l.txt").write_text("tars/a-000.tar/0.png\n")
+    run("caption", "llava", "l.txt", "--save", "t.jsonl")
+    assert "1 row, 1 of them before" in capsys.readouterr().out
+
+
 def test_new_images_are_added_and_doubles_are_kept():
     Path("l.txt").write_text("photos/1.png\nphotos/1.png\n")
     run("caption", "llava", "l.txt", "--save", "c.jsonl")
@@ -272,6 +288,8 @@ def test_images_that_a_list_names_and_are_not_there_are_told_and_recorded(capsys
         ),
         (["caption", "other", "photos", "--save", "done.jsonl"], "was written with another model"),
         (["complete", "x", "odd.csv", "--save", "c.csv"], "odd.csv has no column text or caption"),
+        (["answer", "x", "photos"], "photos holds no question about an image: write one behind it"),
+        (["attend", "x", "photos", "--save", "photos/maps"], "lies in the folder that is read"),
         (["answer", "lm", "photos", WHICH, "--save", "c.csv"], "takes text alone"),
     ],
 )

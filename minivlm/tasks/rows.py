@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from minivlm.datasets.class_folders import list_folder, passed_over
+from minivlm.datasets.class_folders import Listing, list_folder, passed_over
 from minivlm.datasets.folder_files import choose_split
 from minivlm.datasets.images import extensions
+from minivlm.datasets.source import Source
 from minivlm.datasets.tar_index import open_tar
 from minivlm.errors import UserError
 from minivlm.tasks.input_tables import Row, Text, is_table, table_rows, values_of
@@ -51,7 +51,7 @@ def read_inputs(
             inputs.rows += table_rows(word, text, image_folder, image_key, inputs.notes)
         elif os.path.isdir(word) or word.lower().endswith(".tar"):
             inputs.folders.append(word)
-            inputs.rows += folder_rows(word, text, split, inputs.notes)
+            inputs.rows += folder_rows(Source(word, image_key=image_key), text, split, inputs.notes)
         elif text is not None and text.given is None:
             raise UserError(f"{word} is an image, and no {text.name} is given: write the {text.name} behind it.")
         else:
@@ -62,38 +62,40 @@ def read_inputs(
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def folder_rows(directory: str, text: Text | None, split: str | None, notes: list[str]) -> list[Row]:
-    """All images below a folder; of a folder of data those of a split, or its questions where none is given."""
-    if directory.lower().endswith(".tar") and not os.path.isdir(directory):
-        images = [name for name in open_tar(Path(directory)).all_names() if is_image(name)]
-        return [Row((f"{directory}/{name}",), values_of(text)) for name in sorted(images)]
-    if split is not None or (text is not None and text.given is None):
-        return data_rows(directory, text, split)
-    found = list_folder(Path(directory), tars=True)
+def folder_rows(source: Source, text: Text | None, split: str | None, notes: list[str]) -> list[Row]:
+    """All images below a folder, or in a tar file; of a folder of data those of a split, or its questions where none is
+    given."""
+    if not source.path.is_dir():
+        members = open_tar(source.path).all_names()
+        found = Listing(sorted(name for name in members if os.path.splitext(name)[1].lower() in extensions()))
+    elif split is not None or (text is not None and text.given is None):
+        return data_rows(source, text, split, notes)
+    else:
+        found = list_folder(source.path, tars=True)
+    others = passed_over([found])
     if not found.images:
-        others = passed_over([found])
-        raise UserError(f"{directory} holds no images, nor do its sub-folders" + (f": {others}" if others else "."))
-    if note := passed_over([found]):
-        notes.append(f"{directory}: {note}")
-    return [Row((os.path.join(directory, name),), values_of(text)) for name in found.images]
+        raise UserError(f"{source} holds no images, nor do its sub-folders" + (f": {others}" if others else "."))
+    if others:
+        notes.append(f"{source}: {others}")
+    return [Row((os.path.join(source, name),), values_of(text)) for name in found.images]
 
 
-def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in extensions()
-
-
-def data_rows(directory: str, text: Text | None, split: str | None) -> list[Row]:
+def data_rows(source: Source, text: Text | None, split: str | None, notes: list[str]) -> list[Row]:
     from minivlm.datasets.folder_entries import read_entries
+    from minivlm.datasets.forms import recognised
 
-    entries = read_entries(Path(directory))
+    if text is not None and text.given is None and not recognised(source):
+        raise UserError(f"{source} holds no {text.name} about an image: write one behind it.")
+    entries = read_entries(source, notes=notes)
     if split is not None:
-        entries, _ = choose_split(entries, split, Path(directory))
-    places = lambda entry: tuple(os.path.join(directory, name) for name in entry.images)
+        entries, drawn = choose_split(entries, split, source)
+        notes += drawn
+    places = lambda entry: tuple(os.path.join(source, name) for name in entry.images)
     if text is None or text.given is not None:
         images = dict.fromkeys(place for entry in entries for place in places(entry))
         return [Row((place,), values_of(text)) for place in images]
     asks = (lambda e: [q.text for q in e.questions()]) if text.name == "question" else (lambda e: e.captions)
     rows = [Row(places(entry), {text.name: str(asked)}) for entry in entries if entry.images for asked in asks(entry)]
     if not rows:
-        raise UserError(f"{directory} holds no {text.name} about an image: write one behind it.")
+        raise UserError(f"{source} holds no {text.name} about an image: write one behind it.")
     return rows
