@@ -221,7 +221,9 @@ LLAVA_RECIPES = {
         summary="a small VLM: DINOv2, pixel shuffle and SmolLM2, or others, converse about your images",
         starts_from="out/vlm-stage1",
         stage1="vlm-stage1",
-        optimiser=OptimiserConfig(learning_rate=2e-5, warmup=20, weight_decay=0.0),
+        optimiser=OptimiserConfig(
+            learning_rate=5e-4, warmup=20, weight_decay=0.0
+        ),  # of what is new; rates.py has the rest
         steps=600,
         batch_size=16,
         save_every=300,
