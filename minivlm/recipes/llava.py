@@ -3,7 +3,8 @@
     clip-resnet ─ vision tower, frozen ──┐
     lm ─ language model, frozen ─────────┴→ llava-stage1 (captions) ─→ llava (conversations)
 
-Stage 2 trains the language model itself, or adapters on it (--lora.rank 16).
+Stage 2 trains the language model itself, or adapters on it (--lora.rank 16). `vlm-stage1` and `vlm` are the same from
+published backbones, with few image tokens.
 """
 
 from __future__ import annotations
@@ -90,9 +91,7 @@ class LLaVAStage1Recipe(Recipe):
     data: FolderData = FOLDER
     chat: str | None = None  # how turns are written, by name; None: as the language model has it
     system: str | None = None  # what the system says first; None: as the chat template has it; "": nothing
-    published: bool = field(
-        default=False, metadata={"option": False}
-    )  # what it starts from is, and is not trained first
+    published: bool = field(default=False, metadata={"option": False})  # what it starts from: nothing is trained first
     stage2: str = field(default="llava", metadata={"option": False})  # the recipe that continues
 
     def builds_on(self) -> dict[str, str]:
@@ -215,6 +214,7 @@ LLAVA_RECIPES = {
         optimiser=OptimiserConfig(learning_rate=5e-4, warmup=20, weight_decay=0.0),
         steps=300,
         batch_size=16,
+        bucket_steps=8,  # captions are half as long as questions
         save_every=300,
     ),
     "vlm": LLaVARecipe(
@@ -226,6 +226,7 @@ LLAVA_RECIPES = {
         ),  # of what is new; rates.py has the rest
         steps=600,
         batch_size=16,
+        bucket_steps=8,
         save_every=300,
     ),
 }
