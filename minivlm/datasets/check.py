@@ -24,8 +24,9 @@ import numpy as np
 
 from minivlm.command_line import Parser
 from minivlm.datasets.class_folders import list_folder
-from minivlm.datasets.contents import available
+from minivlm.datasets.contents import available, stands_in
 from minivlm.datasets.conversations import has_conversations
+from minivlm.datasets.duplicates import shared_images
 from minivlm.datasets.entries import Item
 from minivlm.datasets.folder_entries import has_captions, has_questions, read_entries, read_folder
 from minivlm.datasets.folder_files import SPLITS, choose_split
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         processor = choose_processor(args, items)
         splits = {split: choose_split(items, split, args.directory) for split in available(items)}
         show_splits(splits)
+        own = {split: [item.image for item in found] for split, (found, told) in splits.items() if not stands_in(told)}
+        notes += shared_images(args.directory, own, most=None)
         print("\n".join(notes), end="\n" if notes else "")
         show_classes(items)
         show_captions(items, processor)

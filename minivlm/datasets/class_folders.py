@@ -201,20 +201,28 @@ NO_CLASSES = {  # what folders are called → what that looks like
 SYNSETS = {r"n\d{8}": "WordNet's numbers, as ImageNet's folders are called"}
 
 
-def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
-    """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learned."""
-    names = sorted({os.path.basename(path) for path in folders})
-    remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME) or in a file of --data.class_names"
+def look_like(names: Iterable[str], *, named: bool = True) -> tuple[str, list[str]] | None:
+    """What at least half of the names look like, if not like classes, and those names. named: they are to be learned."""
+    names = sorted(set(names))
     for pattern, kind in (NO_CLASSES | (SYNSETS if named else {})).items():
         like = [name for name in names if re.fullmatch(pattern, name)]
         if pattern == PREFIXES and any(all(re.fullmatch(one, name) for name in names) for one in COUNTED):
             continue
         if like and 2 * len(like) >= len(names):
-            shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
-            raise UserError(
-                f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learned as "
-                f"classes: rename them, describe each image in a captions.jsonl, or {remedy.format(like[0])}."
-            )
+            return kind, like
+    return None
+
+
+def refuse_other_layouts(directory: Path, folders: dict[str, Listing], *, named: bool = True) -> None:
+    """UserError if the folders (path → what they hold) are not one a class. named: their names are to be learned."""
+    remedy = f"give each a class in {directory / NAMES} (a line: {{}} NAME) or in a file of --data.class_names"
+    if found := look_like(map(os.path.basename, folders), named=named):
+        kind, like = found
+        shown = ", ".join(map(repr, like[:3])) + (", …" if len(like) > 3 else "")
+        raise UserError(
+            f"the sub-folders of {directory} look like {kind} ({shown}), so their names would be learned as "
+            f"classes: rename them, describe each image in a captions.jsonl, or {remedy.format(like[0])}."
+        )
     for path, found in folders.items():
         stems = {os.path.splitext(name)[0] for name in found.images}
         stems |= {*found.images}  # a.txt beside a.jpg, or a.jpg.txt

@@ -37,6 +37,8 @@ def read_names(source: str | os.PathLike) -> dict[str, str]:
     source, path = Source.of(source), names_file(source)
     if source.class_names is None and not os.path.lexists(path):
         return {}
+    if not os.path.lexists(path):
+        raise UserError(f"--data.class_names {path}: there is no such file, neither here nor in {source}.")
     if path.suffix == ".json":
         names = from_json(path)
     else:

@@ -13,6 +13,7 @@ from itertools import chain
 
 from minivlm.datasets.class_episodes import find_classes, is_class_folder
 from minivlm.datasets.conversations import has_conversations
+from minivlm.datasets.duplicates import MOST, shared_images
 from minivlm.datasets.entries import Conversation, Quiz
 from minivlm.datasets.folder_entries import has_captions, read_entries
 from minivlm.datasets.folder_files import SPLITS, choose_split
@@ -52,7 +53,7 @@ def contents(directory: str | os.PathLike) -> Contents:
     return of_splits(directory)[0]
 
 
-def of_splits(directory: str | os.PathLike) -> tuple[Contents, dict[str, list[str]]]:
+def of_splits(directory: str | os.PathLike) -> tuple[Contents, dict[str, list[str]], dict[str, list[str]]]:
     source = Source.of(directory)
     if not source.path.is_dir():
         raise UserError(f"There is no folder {source}.")
@@ -71,15 +72,30 @@ def split_notes(directory: str | os.PathLike, split: str, *, few_shot: bool = Fa
 def stand_ins(directory: str | os.PathLike, *splits: str, few_shot: bool = False) -> list[str]:
     """The notes on splits that do not exist, for which others stand in."""
     found = (note for split in splits for note in split_notes(directory, split, few_shot=few_shot))
-    return [note for note in dict.fromkeys(found) if "stand in for them" in note]
+    return [note for note in dict.fromkeys(found) if stands_in([note])]
+
+
+def stands_in(notes: list[str]) -> bool:
+    """Whether the notes on a split say that another is taken for it."""
+    return any("stand in for them" in note for note in notes)
+
+
+def leaks(directory: str | os.PathLike, *, most: int | None = MOST) -> list[str]:
+    """Sentences on images that are held out and trained on. most: files that are read to find out; None: all of a size."""
+    if is_world(directory):
+        return []
+    _, notes, images = of_splits(directory)
+    own = {split: images[split] for split in images if not stands_in(notes[split])}
+    return shared_images(directory, own, most=most)
 
 
 @lru_cache(maxsize=4)
-def read_contents(directory: Source, _: tuple) -> tuple[Contents, dict[str, list[str]]]:
-    """And the notes on each split."""
+def read_contents(directory: Source, _: tuple) -> tuple[Contents, dict[str, list[str]], dict[str, list[str]]]:
+    """And the notes on each split, and its images."""
     notes: dict[str, list[str]] = {split: [] for split in SPLITS}
+    images: dict[str, list[str]] = {}
     if is_world(directory):
-        return world_contents(directory), notes
+        return world_contents(directory), notes, images
     found: Contents = {split: Counter() for split in SPLITS}
     if is_interleaved(directory):
         for split in SPLITS:
@@ -94,12 +110,13 @@ def read_contents(directory: Source, _: tuple) -> tuple[Contents, dict[str, list
         except UserError:
             if not found["train"]["classes"]:
                 raise
-            return found, notes  # lessons make names of their own; `check_suits` reports others
+            return found, notes, images  # lessons make names of their own; `check_suits` reports others
         for split in available(entries):
             chosen, drawn = choose_split(entries, split, directory)
             found[split] += count(chosen, directory, split)
             notes[split] = [*notes[split], *drawn]
-    return found, notes
+            images[split] = list(dict.fromkeys(image for entry in chosen for image in entry.images))
+    return found, notes, images
 
 
 def available(items: list) -> list[str]:

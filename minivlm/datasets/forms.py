@@ -29,6 +29,7 @@ from minivlm.errors import UserError
 
 DATA = (*tables.CSV, *tables.LINES, *tables.JSON, ".token")
 LOOKED_INTO = ("annotations", "questions", "captions", "metadata", *SPLIT_NAMES)  # sub-folders with files of rows
+PER_IMAGE = (".txt", ".json")  # beside an image of the same name
 MANY = 64  # files of one ending in a folder are of an image each, and no tables
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_VALUES)})(?![a-z])")
 
@@ -83,13 +84,16 @@ class Folder:
             if folder and folder.lower() not in LOOKED_INTO:
                 continue
             names = self.tree.names(folder)
-            images = {os.path.splitext(name)[0] for name in names if ending(name) in extensions()}
+            images = {
+                one for name in names if ending(name) in extensions() for one in (name, os.path.splitext(name)[0])
+            }
             counts = Counter(map(ending, names))
             found += [
                 f"{folder}/{name}" if folder else name
                 for name, is_one in sorted(names.items())
                 if is_one is False and ending(name) in DATA and not expected(name)
-                if counts[ending(name)] <= MANY and images.isdisjoint((name, os.path.splitext(name)[0]))
+                if counts[ending(name)] <= MANY
+                if ending(name) not in PER_IMAGE or os.path.splitext(name)[0] not in images
             ]
         return found
 

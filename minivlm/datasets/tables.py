@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minivlm.datasets.class_folders import SPLIT_VALUES
+from minivlm.datasets.class_folders import SPLIT_VALUES, look_like
 from minivlm.datasets.entries import Conversation, Item, Quiz
 from minivlm.datasets.folder_files import TEMPLATES
 from minivlm.datasets.keys import Keys, NoTable
@@ -248,7 +248,7 @@ def read_table(
     """
     kinds = {"captions": CaptionRows, "questions": QuestionRows, "conversations": ConversationRows}
     reader, failed = kinds[keys.gives](keys, find, split, names or {}), 0
-    for where, row in table.rows():
+    for where, row in rows_of(table):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -264,10 +264,29 @@ def read_table(
                 raise UserError(message) from error
             problems.append(message)
     samples = reader.samples()
+    if keys.gives == "captions" and not keys.captions:
+        refuse_labels(table.path, [item.label for item in samples])
     if not samples and not problems:
         raise UserError(f"{table.path} is empty: it needs one row a sample, with {keys}.")
     notes += [*reader.notes(table.path.name), *([passed_over(failed, table.path)] if failed else [])]
     return samples
+
+
+def refuse_labels(path: Path, labels: Sequence[str]) -> None:
+    """UserError for labels of which sentences would say nothing, as of folders that are no classes."""
+    if found := look_like(labels):
+        kind, like = found
+        raise UserError(
+            f"the labels of {path} look like {kind} ({', '.join(map(repr, like[:3]))}), so they would be learned as classes: "
+            f"give each a name in a file of --data.class_names (a line: {like[0]} NAME)."
+        )
+
+
+def rows_of(table: Table) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from table.rows()
+    except NoTable as error:  # what its beginning did not show
+        raise UserError(f"{table.path}: {error}.") from None
 
 
 class Rows:

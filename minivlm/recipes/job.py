@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from minivlm.config import value_at
-from minivlm.datasets.contents import stand_ins
+from minivlm.datasets.contents import leaks, stand_ins
 from minivlm.datasets.order import Order
 from minivlm.metrics import Score
+from minivlm.processes import is_first_process
 from minivlm.processor import Processor
 from minivlm.recipes.trained_parts import choose_trained, told_of_lora
 
@@ -67,7 +68,10 @@ class Job:
 
     def notes(self) -> list[str]:
         """What the user should know before the first step."""
-        return [*self.samples.notes(), *self.stand_ins("val", "test"), *self.chosen_anew(), *told_of_lora(self.model)]
+        source = self.recipe.data.source
+        shared = leaks(source) if is_first_process() and not self.of_classes else []
+        told = [*self.chosen_anew(), *told_of_lora(self.model)]
+        return [*self.samples.notes(), *self.stand_ins("val", "test"), *shared, *told]
 
     def chosen_anew(self) -> list[str]:
         """What --model.X makes another than it was in the model that is started from."""

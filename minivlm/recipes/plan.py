@@ -171,7 +171,7 @@ def help_text(name: str, recipe: Recipe) -> str:
         [
             f"usage: {' '.join(launcher())} [recipe] [--option value …]      recipes: " + ", ".join(RECIPES),
             "  --out DIR         where the run goes (out/<recipe>)",
-            "  --data DIR        your own folder: captions.jsonl, or one sub-folder a class",
+            "  --data DIR        your own folder: a table, COCO's or LLaVA's JSON, one sub-folder a class, … (docs/data.md)",
             "  --resume          go on from the last checkpoint in --out",
             "  --device D        auto, cpu, cuda, mps",
             "  --precision P     auto, fp32, bf16, fp16",
