@@ -49,6 +49,19 @@ def kind_of(lists: Lists) -> str | None:
     return None
 
 
+def first_images(lists: Lists, kind: str, n: int = 8) -> list[str]:
+    """The names of the first images that have a caption."""
+    if kind == "karpathy":
+        return [karpathys_name(image) for image in lists["images"][:n] if "filename" in image]
+    wanted = {one.get("image_id") for one in lists["annotations"][:n]}
+    return [f"{image.get('file_name')}" for image in lists["images"] if image.get("id") in wanted]
+
+
+def karpathys_name(image: dict) -> str:
+    folder = image.get("filepath")
+    return f"{folder}/{image['filename']}" if folder else image["filename"]
+
+
 def judge(path: Path, problems: list[str] | None, name: str, add: Callable[[], None]) -> None:
     """add(); what is wrong raises UserError, or goes to `problems`."""
     try:
@@ -105,9 +118,7 @@ def read_karpathy(
         captions = [text for text in (" ".join(text.split()) for text in texts) if text]
         if not captions:
             raise ValueError("it has no sentence")
-        folder = image.get("filepath")
-        name = f"{folder}/{image['filename']}" if folder else image["filename"]
-        items.append(Item(find(name), captions, None, split_of(image, SPLIT_VALUES) or split))
+        items.append(Item(find(karpathys_name(image)), captions, None, split_of(image, SPLIT_VALUES) or split))
 
     for number, image in enumerate(lists_in(path)["images"], 1):
         judge(path, problems, f"image {number}", lambda image=image: add(image))

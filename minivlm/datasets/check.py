@@ -30,7 +30,7 @@ from minivlm.datasets.duplicates import shared_images
 from minivlm.datasets.entries import Item
 from minivlm.datasets.folder_entries import has_captions, has_questions, read_entries, read_folder
 from minivlm.datasets.folder_files import SPLITS, choose_split
-from minivlm.datasets.forms import recognised
+from minivlm.datasets.forms import Found, recognised
 from minivlm.datasets.images import read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem
@@ -104,7 +104,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def seen_as(directory: Source) -> list[str]:
     """Sentences on what form the folder is taken for, and which keys are used."""
     if found := recognised(directory):
-        return [f"read as {one}" for one in found]
+        alike: dict[tuple, Found] = {}
+        for one in found:  # a file for each split
+            key = (one.gives, one.form, one.keys)
+            alike[key] = replace(one, files=(*(alike[key].files if key in alike else ()), *one.files))
+        return [f"read as {one}" for one in alike.values()]
     return [] if is_interleaved(directory) else ["read as classes: sub-folders of images, one a class"]
 
 
@@ -261,7 +265,10 @@ def show_splits(splits: dict[str, tuple[list[Item], list[str]]]) -> None:
         captions = sum(len(item.captions) for item in items)
         classes = len({item.label for item in items} - {None})
         print(f"{split:8}{len(items):8}{captions:10}{classes or '-':>9}")
-    for note in dict.fromkeys(note for _, notes in splits.values() for note in notes):
+    notes = dict.fromkeys(note for _, notes in splits.values() for note in notes)
+    if not any("split" in note for note in notes):
+        print("The splits are those that the files give.")
+    for note in notes:
         print(note)
 
 

@@ -32,7 +32,7 @@ def has_questions(directory: str | os.PathLike) -> bool:
 
 
 def read_all(found: list[Found], problems: list[str] | None, notes: list[str] | None) -> list:
-    told: list[str] = []
+    told = list(dict.fromkeys(note for one in found for note in one.notes))
     samples = [sample for one in found for sample in one.read(problems, told)]
     if notes is not None:
         notes += [note for note in told if note not in notes]

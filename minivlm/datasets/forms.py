@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from minivlm.datasets.source import Source
 from minivlm.datasets.tree import Tree, is_folder
 from minivlm.errors import UserError
 
-DATA = (*tables.CSV, *tables.LINES, *tables.JSON, ".token")
+DATA = (*tables.CSV, *tables.LINES, *tables.JSON)
 LOOKED_INTO = ("annotations", "questions", "captions", "metadata", *SPLIT_NAMES)  # sub-folders with files of rows
 PER_IMAGE = (".txt", ".json")  # beside an image of the same name
+FIRST = 8  # images of a file that are looked for before it is read
 MANY = 64  # files of one ending in a folder are of an image each, and no tables
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_VALUES)})(?![a-z])")
 
@@ -45,6 +46,7 @@ class Found:
     read   problems, notes → the samples. problems: gets what is wrong, or None: it raises UserError
     keys   which column or field is what, in words
     split  that the name of the file, or of its folder, gives
+    notes  sentences on what is passed over beside it
     """
 
     form: str
@@ -53,6 +55,7 @@ class Found:
     read: Read
     keys: str = ""
     split: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         files = ", ".join(self.files[:4]) + (", …" if len(self.files) > 4 else "")
@@ -65,12 +68,14 @@ class Folder:
 
     reasons  file → why it is of no form, where it might have been meant to be
     open     what is to be chosen before a file can be read
+    without  sentences on files that are of a form, but whose images are not there
     """
 
     source: Source
     tree: Tree
     reasons: dict[str, str] = field(default_factory=dict)
     open: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
@@ -113,6 +118,19 @@ class Folder:
         """Looks for the images of a file. A new tree each time: what is read later may have changed."""
         tree, beside = Tree(self.path), (os.path.dirname(name),)
         return lambda image: tree.image(image, *folders, *beside, anywhere=True)
+
+    def lacks_images(self, name: str, images: Iterable[Callable[[Callable[[str], str]], str]]) -> bool:
+        """Whether none of the first images of a file is there: a split that was not downloaded. images: find → its path."""
+        find = self.find(name, subset_folders(name))
+        for look_up in images:
+            try:
+                look_up(find)
+            except (ValueError, KeyError, TypeError):
+                continue
+            return False
+        self.without.append(f"{self.path / name} is left out: none of its images is there.")
+        self.reasons[name] = self.without[-1]
+        return True
 
     def is_image(self, name: str) -> Callable[[str], bool]:
         def there(image: str) -> bool:
@@ -229,6 +247,9 @@ def list_files(folder: Folder) -> list[Found]:
         if kind in ("coco", "karpathy"):
             form = "COCO's captions" if kind == "coco" else "Karpathy's JSON"
             split = split_in(name) if kind == "coco" else None  # Karpathy's rows name theirs
+            named = annotations.first_images(lists, kind)
+            if folder.lacks_images(name, (lambda find, image=image: find(image) for image in named)):
+                continue
             found.append(
                 Found(form, "captions", (name,), partial(read_lists, folder, name, kind, split=split), split=split)
             )
@@ -257,6 +278,11 @@ def vqa_pairs(folder: Folder) -> list[Found]:
     found = []
     for name in (name for name, kind in kinds.items() if kind == "questions"):
         fitting = [other for other, kind in kinds.items() if kind == "answers" and part(name) == part(other)]
+        numbers = [one.get("image_id") for one in folder.lists[name]["questions"][:FIRST]]
+        subset = annotations.subset_of(Path(name))
+        by_number = (lambda find, n=n, subset=subset: annotations.find_numbered(n, subset, find) for n in numbers)
+        if len(fitting) == 1 and folder.lacks_images(name, by_number):
+            continue
         if len(fitting) == 1:
             read = partial(read_vqa, folder, name, fitting[0], split=split_in(name))
             files = (name, fitting[0])
@@ -356,7 +382,15 @@ def look(source: Source, _: tuple) -> tuple[list[Found], dict[str, str]]:
     found = found or tar_shards(folder)
     if not found and source.class_names is None and NAMES not in names:
         found = [one for form in WHERE_NOTHING_ELSE for one in form.recognise(folder)]
+    if parquet := sorted(name for name in names if ending(name) == ".parquet"):
+        count = parquet[0] if len(parquet) == 1 else f"{parquet[0]} and {len(parquet) - 1} other parquet files"
+        folder.without.append(f"{count} {'is' if len(parquet) == 1 else 'are'} not read.")
+        if folder.reasons:
+            folder.reasons["parquet"] = (
+                f"{folder.without[-1][:-1]} either: write the columns to a CSV (pandas: to_csv)."
+            )
     found = going_together(folder, found)
+    found = [replace(one, notes=tuple(folder.without)) for one in found]
     check_options(source, found, folder.reasons)
     for parsed in ("lists", "files"):  # the readers hold on to the folder
         folder.__dict__.pop(parsed, None)

@@ -219,7 +219,15 @@ def test_a_text_beside_each_image_is_its_caption(tmp_path, ending):
         ("00000/000000000.png", ["image 00000/000000000"]),
         ("00000/000000003.png", ["image 00000/000000003"]),
     ]
-    assert notes == ["1 of 4 images have no text beside them, and are not used (00001/9.png)."]
+    without = "1 of 4 images have no text beside them, and are not used (00001/9.png)."
+    assert notes == ["00000.parquet is not read.", without]
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "00001").rename(tmp_path / ".hidden")
+    (tmp_path / "00000").rename(tmp_path / ".also")
+    with pytest.raises(
+        UserError, match=r"t\.csv: it has the columns a, b, .* 00000\.parquet is not read either: write the"
+    ):
+        read_folder(tmp_path)
 
 
 def test_texts_beside_images_at_the_top_and_in_split_folders(tmp_path):
@@ -260,6 +268,43 @@ def test_coco_is_read_as_it_is_unpacked(tmp_path):
     assert found["val2017/000000000011.png"][2] == "val" and len(found) == 3
     (tmp_path / "annotations" / "captions_train2017.json").unlink()
     assert read(tmp_path)["val2017/000000000011.png"][2] is None  # of one part alone the splits are drawn
+
+
+def test_a_split_of_coco_that_was_not_downloaded_is_left_out_and_told(tmp_path):
+    images(tmp_path, "val2017/000000000011.png")
+    for split, name in (("train", "000000000009.png"), ("val", "000000000011.png")):
+        write(tmp_path / "annotations" / f"captions_{split}2017.json", coco(name))
+    notes = []
+    assert [item.image for item in read_folder(tmp_path, notes=notes)] == ["val2017/000000000011.png"]
+    assert "captions_train2017.json is left out: none of its images is there." in notes[0] and len(notes) == 1
+    (tmp_path / "val2017" / "000000000011.png").unlink()
+    os.utime(tmp_path / "annotations" / "captions_val2017.json", (1, 1))
+    with pytest.raises(UserError, match=r"captions_train2017\.json is left out: none of its images is there"):
+        read_folder(tmp_path)
+
+
+def test_what_is_wrong_in_lists_is_named_by_its_number(tmp_path):
+    images(tmp_path, "a.png")
+    for changes, said in (
+        ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 2}]}, "image 2: it has no 'file_name'"),
+        (
+            {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 9, "caption": "x"}]},
+            "annotation 2: there is no image of",
+        ),
+        (
+            {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": 3}]},
+            "annotation 2: it has other values",
+        ),
+        (
+            {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": " "}]},
+            "annotation 2: its caption is empty",
+        ),
+    ):
+        write(tmp_path / "c.json", coco("a.png") | changes)
+        with pytest.raises(UserError, match=rf"c\.json, {said}"):
+            read_folder(tmp_path)
+        problems = []
+        assert len(read_folder(tmp_path, problems)) == 1 and len(problems) == 1
 
 
 def test_coco_under_another_name_with_images_without_captions(tmp_path):
