@@ -111,17 +111,18 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     forward = processes.losses_of(model)
 
     def save() -> None:
-        """The first process validates and writes, the others wait for it."""
+        """All processes validate together, the first writes, and the others wait for it."""
         nonlocal started, saved
-        paused, random = time.perf_counter(), processes.random_states(device)
+        paused = time.perf_counter()
+        try:
+            with as_stored(model), processes.together():
+                score = job.validate()
+        except UserError as error:
+            raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
+        processes.meet()  # before a collective, which would time out
+        random = processes.random_states(device)  # validation may have drawn from them
         if rank == 0:
-            try:
-                with as_stored(model):
-                    score = job.validate()
-            except UserError as error:
-                raise UserError(f"after step {step}, learning rate {rate:.2e}: {error}") from None
             run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 3)
-            random[0] = processes.random_state(device)  # validation may have drawn from it
             run.about |= {"loss_scale": scaler.state_dict()} if scaler.is_enabled() else {}
             run.save(step, model, job.processor, optimiser, recipe, score, random)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
@@ -170,9 +171,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         return False
 
     # evaluate, and leave a model behind
-    if rank == 0:
-        with memory.explained(advice, run.directory):
-            finish(run, job)
+    with memory.explained(advice, run.directory):
+        finish(run, job)
     processes.meet()
     return True
 

@@ -102,7 +102,12 @@ def each(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
     """
     if not (several() and _together.get()):
         return [function(item) for item in items]
-    return gather([function(item) for item in share(items)])
+    token = _together.set(False)  # what an item takes is not shared again
+    try:
+        mine = [function(item) for item in share(items)]
+    finally:
+        _together.reset(token)
+    return gather(mine)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -78,10 +78,10 @@ def test_they_go_on_with_the_random_state_that_each_had(runs):
     assert not torch.equal(once["random.0.cpu"], once["random.1.cpu"])
 
 
-def test_none_waits_in_a_collective_while_the_first_validates(runs):
+def test_none_waits_in_a_collective_while_another_is_slower_to_validate(runs):
     """It would time out: NCCL's after ten minutes."""
     first, second = (json.loads((runs / f"times-{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
-    assert len(first["validations"]) > 3 and len(second["collectives"]) > 20 and not second["validations"]
+    assert len(first["validations"]) == len(second["validations"]) > 3 and len(second["collectives"]) > 20
     for begun, done in first["validations"]:
         assert not [at for at in second["collectives"] if begun < at < done]
 
@@ -137,7 +137,7 @@ def resume(world: str, out: str) -> None:
         begun = time.monotonic()
         groups.append(weakref.ref(dist.group.WORLD))
         torch.rand(1)  # from the random state of this process alone
-        time.sleep(1.0)
+        time.sleep(1.0 if os.environ["RANK"] == "0" else 0.0)
         times["validations"].append((begun, time.monotonic()))
         return 0.5
 

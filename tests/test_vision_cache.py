@@ -94,6 +94,7 @@ def test_two_processes_share_the_work_and_the_features(tmp_path):
     assert first["said"] and first["left"] == second["left"] == []
     assert first["each"] == second["each"] == [i * i for i in range(7)] and (first["calls"], second["calls"]) == (4, 3)
     assert first["alone"] == list(range(3)) and torch.equal(second["tensors"], torch.arange(3.0))
+    assert first["inner"] == second["inner"] == [[0, 10], [1, 11], [2, 12]]
 
 
 def test_a_size_is_read_as_people_write_it():
@@ -122,10 +123,13 @@ def share(out: str) -> None:
     cache = prepared(Room(directory=Path(out), say=said.append))
     with processes.together():
         squares = processes.each(lambda i: calls.append(i) or i * i, range(7))
+        inner = processes.each(
+            lambda i: processes.each(lambda j: i + j, [0, 10]), range(3)
+        )  # which is not shared again
         tensors = torch.stack(processes.each(lambda i: torch.tensor(float(i)), range(3)))
     alone = processes.each(lambda i: i, range(3)) if rank == 0 else []  # the other is not waited for
     found = {"features": cache.features.tensor.clone(), "seen": cache.model.seen, "said": said, "each": squares}
-    found |= {"left": os.listdir(out), "calls": len(calls), "alone": alone, "tensors": tensors}
+    found |= {"left": os.listdir(out), "calls": len(calls), "alone": alone, "tensors": tensors, "inner": inner}
     processes.meet()
     torch.save(found, f"{out}/{rank}.pt")
     processes.stop_processes()

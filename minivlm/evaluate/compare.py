@@ -19,6 +19,7 @@ from minivlm.evaluate.expectation import some_of
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
 from minivlm.pictures import Row, sheet
+from minivlm.processes import each
 from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.zero_shot import PLAIN, class_features
 
@@ -71,7 +72,8 @@ def zero_shot(
 def encode_split(model, processor, pairs: Pairs, indices: Sequence[int]) -> Tensor:
     """(N, D): the features of these images of a split, decoded a few at a time."""
     parts = [np.asarray(indices[i : i + AT_A_TIME]) for i in range(0, len(indices), AT_A_TIME)]
-    return torch.cat([encode_images(list(pairs.images(part)), model, processor) for part in parts])
+    features = each(lambda part: encode_images(list(pairs.images(part)), model, processor), parts)
+    return torch.cat(features).to(model.device)
 
 
 def retrieval_sheet(model, processor, directory: str | Path, path: Path, *, top: int = 8) -> None:

@@ -19,6 +19,7 @@ from minivlm.datasets.sequence_batches import ConversationTurns, QuestionsToEnco
 from minivlm.errors import UserError
 from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Score
+from minivlm.processes import each
 from minivlm.tasks.abilities import can_answer
 from minivlm.tasks.features import inference
 
@@ -46,17 +47,19 @@ def text_perplexity(model, processor, conversations: Conversations, *, captions:
     known = [i for i in range(len(conversations)) if conversations.captions(i) or not captions]
     known = [known[i] for i in some_of(len(known), most)]
     known = [i for i in known if not problem(turns.turns(i, np.random.default_rng(i)))]
-    own = others = count = 0
+
+    def surprise(start: int) -> tuple[float, float, int]:
+        some = known[start : start + AT_A_TIME]
+        batch = samples.batch(some, [np.random.default_rng(i) for i in some], 0)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        moved = batch | another_image(batch, sum(map(conversations.image_count, some)))
+        n = int((batch["labels"] != IGNORED).sum())
+        own, others = (n * sum(model.losses(**one).values()).item() for one in (batch, moved))
+        return own, others, n
+
     with inference(model):
-        for start in range(0, len(known), AT_A_TIME):
-            some = known[start : start + AT_A_TIME]
-            batch = samples.batch(some, [np.random.default_rng(i) for i in some], 0)
-            batch = {name: value.to(model.device) for name, value in batch.items()}
-            moved = batch | another_image(batch, sum(map(conversations.image_count, some)))
-            n = int((batch["labels"] != IGNORED).sum())
-            own += n * sum(model.losses(**batch).values()).item()
-            others += n * sum(model.losses(**moved).values()).item()
-            count += n
+        found = each(surprise, range(0, len(known), AT_A_TIME))
+    own, others, count = map(sum, zip(*found, strict=True)) if found else (0, 0, 0)
     if not count:
         raise UserError(f"none of the {conversations.split} texts fits the context of {processor.context} tokens.")
     return Score(math.exp(own / count), math.exp(others / count), share=False)

@@ -7,6 +7,7 @@ another question (blind): an answer that is right even then does not come from t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from minivlm.datasets.conversations import Conversations, Question, open_conversations
@@ -17,6 +18,7 @@ from minivlm.evaluate.expectation import text_perplexity
 from minivlm.metrics import Score, scene_match, vqa_accuracy
 from minivlm.metrics.vqa import agreement, normalise
 from minivlm.pictures import Row, sheet, wrap
+from minivlm.processes import each
 from minivlm.tasks.abilities import can_answer
 from minivlm.tasks.generate import answer_all, caption_all, question_tokens
 
@@ -92,14 +94,16 @@ def ask_about(model, processor, conversations: Conversations, asked: Sequence[tu
             len(question_tokens(q.text, conversations.image_count(q.index), processor)) for q in questions
         )
         longest = max(SHORT, min(LONG, model.language_config.context - longest_prompt))
-    texts = [""] * len(asked)
-    for part in by_image([index for index, _ in asked]):
+
+    def answers_to(part: list[int]) -> list[str]:
         indices = list(dict.fromkeys(asked[i][0] for i in part))
         images = dict(zip(indices, conversations.images(indices), strict=True))
         samples = [(images[asked[i][0]], asked[i][1].text) for i in part]
-        for i, text in zip(
-            part, answer_all(samples, model, processor, max_new_tokens=longest, batch_size=len(part)), strict=True
-        ):
+        return answer_all(samples, model, processor, max_new_tokens=longest, batch_size=len(part))
+
+    texts, parts = [""] * len(asked), [*by_image([index for index, _ in asked])]
+    for part, found in zip(parts, each(answers_to, parts), strict=True):
+        for i, text in zip(part, found, strict=True):
             texts[i] = text
     return texts
 
@@ -129,12 +133,12 @@ def check_questions(model, processor, conversations: Conversations) -> None:
 
 def describe_all(model, processor, conversations: Conversations, indices: Sequence[int]) -> list[str]:
     """The model's captions of these samples."""
-    texts = []
-    for start in range(0, len(indices), AT_A_TIME):
-        texts += caption_all(
-            conversations.images(indices[start : start + AT_A_TIME]), model, processor, max_new_tokens=LONG
-        )
-    return texts
+
+    def describe(start: int) -> list[str]:
+        images = conversations.images(indices[start : start + AT_A_TIME])
+        return caption_all(images, model, processor, max_new_tokens=LONG)
+
+    return [*chain.from_iterable(each(describe, range(0, len(indices), AT_A_TIME)))]
 
 
 def captions(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from minivlm.datasets.shapes.questions import judge
 from minivlm.datasets.shapes.text import canonical
 from minivlm.datasets.text_batches import Document, text_sample
 from minivlm.metrics import Score, vqa_accuracy
+from minivlm.processes import each
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import model_inputs, prompt_tokens
 
@@ -52,13 +54,15 @@ def held_out_texts(directory: str | Path) -> list[Document]:
 def perplexity(model, processor, documents: Sequence[Document], *, batch_size: int = 32) -> Score:
     """exp of the mean cross-entropy per token that is learnt. chance: unigrams fitted to these very tokens."""
     batches = batches_of_texts if model.continues_prompt else batches_with_encoder
-    total, counted = 0.0, []
+
+    def expected(batch: dict[str, Tensor]) -> tuple[float, list[int]]:
+        tokens = learnt(batch["labels"])
+        losses = model.losses(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        return len(tokens) * sum(losses.values()).item(), tokens
+
     with inference(model):
-        for batch in batches(processor, documents, batch_size):
-            tokens = learnt(batch["labels"])
-            losses = model.losses(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            total += len(tokens) * sum(losses.values()).item()
-            counted += tokens
+        sums, tokens = zip(*each(expected, [*batches(processor, documents, batch_size)]), strict=True)
+    total, counted = sum(sums), [*chain.from_iterable(tokens)]
     return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
 
 
@@ -111,9 +115,11 @@ def told_scenes(model, processor) -> dict[str, Score]:
 
 def continue_all(model, processor, texts: Sequence[str], *, batch_size: int = 100) -> list[str]:
     """A few tokens that the model generates next, greedily."""
-    rows = []
+
+    def generate(i: int) -> list[list[int]]:
+        prompts = [prompt_tokens(text, model, processor) for text in texts[i : i + batch_size]]
+        return model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8).tolist()
+
     with inference(model):
-        for i in range(0, len(texts), batch_size):
-            prompts = [prompt_tokens(text, model, processor) for text in texts[i : i + batch_size]]
-            rows += model.generate(*model_inputs(prompts, None, model, processor), max_new_tokens=8).tolist()
-    return processor.decode(rows)
+        rows = each(generate, range(0, len(texts), batch_size))
+    return processor.decode([*chain.from_iterable(rows)])

@@ -25,6 +25,7 @@ from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Score
 from minivlm.metrics.retrieval import Relevance, by_lists, rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
+from minivlm.processes import each
 from minivlm.tasks.features import inference, to_tokens
 from minivlm.tasks.match import RERANK, features_of_all, match_all, match_pairs
 
@@ -50,7 +51,8 @@ def features_of_split(model, processor, pairs: Pairs, indices: Sequence[int] | N
     """(N, L, C): the features of every image of a split, or of these."""
     indices = np.arange(len(pairs)) if indices is None else np.asarray(indices)
     parts = np.array_split(indices, -(-len(indices) // AT_A_TIME))
-    return torch.cat([features_of_all(list(pairs.images(part)), model, processor) for part in parts])
+    features = each(lambda part: features_of_all(list(pairs.images(part)), model, processor), parts)
+    return torch.cat(features).to(model.device)
 
 
 def matching_accuracy(model, processor, directory: str | Path, *, most: int | None = None) -> float:
@@ -147,11 +149,9 @@ def encoded(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size
     """The vectors of images (N, [Q,] D), several of one with a Q-Former, and of texts (M, D). In double precision and on the
     CPU, where a tie is a tie at whatever place of a block."""
     with inference(model):
-        images = [model.encode_image(ImageFeatures(part)) for part in features.split(batch_size)]
-        texts = [
-            model.encode_text(t.to(model.device), m.to(model.device))
-            for t, m in zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
-        ]
+        images = each(lambda part: model.encode_image(ImageFeatures(part)), features.split(batch_size))
+        parts = [*zip(tokens.split(batch_size), mask.split(batch_size), strict=True)]
+        texts = each(lambda part: model.encode_text(*(x.to(model.device) for x in part)), parts)
     return torch.cat(images).cpu().double(), torch.cat(texts).cpu().double()
 
 

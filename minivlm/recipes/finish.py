@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -16,26 +17,36 @@ from minivlm.errors import UserError, as_started
 from minivlm.evaluate import table
 from minivlm.metrics import Score
 from minivlm.precision import as_stored, cast
-from minivlm.processes import random_state, set_random_state
+from minivlm.processes import random_state, set_random_state, together
 from minivlm.recipes.job import Job
 from minivlm.recipes.trained_parts import leave_adapter
 from minivlm.run import Run, read_record, restore_weights
 
 
 def finish(run: Run, job: Job) -> None:
-    """The best checkpoint becomes the run's model, which is saved before it is evaluated on held-out data and pictured."""
+    """The best checkpoint becomes the run's model, which is saved before it is evaluated on held-out data and pictured.
+
+    All processes evaluate together; the first writes.
+    """
     best, metrics, figure = run.best(), run.directory / "metrics.json", run.directory / "picture.png"
     step = read_record(best)["step"]
     restore_weights(best, job.model)
-    for path in (metrics, figure):  # of what the run had come to before it was resumed
+    for path in (metrics, figure) if run.write else ():  # of what the run had come to before it was resumed
         path.unlink(missing_ok=True)
-    job.finish(run.directory)
-    if told := leave_adapter(run.directory, job.model, job.recipe):
+    with TemporaryDirectory() as nowhere:  # the models of all processes change, the files of the first stay
+        out = run.directory if run.write else Path(nowhere)
+        job.finish(out)
+        told = leave_adapter(out, job.model, job.recipe)
+    if told and run.write:
         print(told)
     cast(job.model, job.model.stored)  # so that what is evaluated is what is left
-    save(run.directory, job.model, job.processor, base=job.recipe.external_weights())
+    if run.write:
+        save(run.directory, job.model, job.processor, base=job.recipe.external_weights())
     try:
-        scores = job.evaluate()
+        with together():
+            scores = job.evaluate()
+        if not run.write:
+            return
         before = {name: Score(**score) for name, score in read_record(best).get("before", {}).items()}
         shown = table(scores, before or None)
         print(f"\nthe best checkpoint (step {step}) on {job.judged_on()}\n\n{shown}\n")

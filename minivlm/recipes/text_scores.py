@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 
@@ -23,7 +24,7 @@ from minivlm.errors import UserError
 from minivlm.evaluate.language import entropy, held_out_texts, learnt, perplexity, unigram_entropy
 from minivlm.metrics import Score
 from minivlm.pictures import Row, sheet
-from minivlm.processes import is_first_process
+from minivlm.processes import each, is_first_process
 from minivlm.processor import Processor
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import prompt_tokens
@@ -94,16 +95,18 @@ class DocumentPerplexity:
 
     def perplexity(self, documents: Interleaved, most: int | None = None) -> Score:
         """Of the first `most` documents. chance: unigrams fitted to these very tokens."""
-        total, counted = 0.0, []
+        n = min(len(documents), most or len(documents))
+
+        def expected(i: int) -> tuple[float, list[int]]:
+            indices = list(range(i, min(i + self.batch_size, n)))
+            batch = document_batch(documents, indices, [*map(documents.text, indices)], self.processor)
+            tokens = learnt(batch["labels"])
+            losses = self.model.losses(**{name: tensor.to(self.model.device) for name, tensor in batch.items()})
+            return len(tokens) * sum(losses.values()).item(), tokens
+
         with inference(self.model):
-            n = min(len(documents), most or len(documents))
-            for i in range(0, n, self.batch_size):
-                indices = list(range(i, min(i + self.batch_size, n)))
-                batch = document_batch(documents, indices, [*map(documents.text, indices)], self.processor)
-                tokens = learnt(batch["labels"])
-                losses = self.model.losses(**{name: tensor.to(self.model.device) for name, tensor in batch.items()})
-                total += len(tokens) * sum(losses.values()).item()
-                counted += tokens
+            sums, tokens = zip(*each(expected, range(0, n, self.batch_size)), strict=True)
+        total, counted = sum(sums), [*chain.from_iterable(tokens)]
         return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
 
     def validate(self, most: int) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minivlm.errors import UserError
 from minivlm.layers.tower import ImageFeatures, Images
+from minivlm.processes import each
 
 
 @contextmanager
@@ -27,22 +28,20 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def encode_images(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
     """N images (PIL, path or (H, W, 3) uint8) → (N, D) float32, unit length, on the model's device."""
+    encode = lambda i: encode_pixels(processor.images(images[i : i + batch_size]), model)
     with inference(model):
-        parts = [
-            encode_pixels(processor.images(images[i : i + batch_size]), model)
-            for i in range(0, len(images), batch_size)
-        ]
-    return torch.cat(parts)
+        return torch.cat(each(encode, range(0, len(images), batch_size))).to(model.device)
 
 
 def encode_texts(texts: Sequence[str], model, processor, *, batch_size: int = 256, cut: bool = False) -> Tensor:
     """N strings → (N, D) float32, unit length, on the model's device. One beyond the context is an error, or cut."""
-    parts = []
+
+    def encode(i: int) -> Tensor:
+        tokens, mask = to_tokens(texts[i : i + batch_size], processor, cut=cut)
+        return finite(model.encode_text(tokens.to(model.device), mask.to(model.device)).float(), model)
+
     with inference(model):
-        for i in range(0, len(texts), batch_size):
-            tokens, mask = to_tokens(texts[i : i + batch_size], processor, cut=cut)
-            parts.append(finite(model.encode_text(tokens.to(model.device), mask.to(model.device)).float(), model))
-    return torch.cat(parts)
+        return torch.cat(each(encode, range(0, len(texts), batch_size))).to(model.device)
 
 
 def to_tokens(texts: Sequence[str], processor, *, cut: bool = False) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from minivlm.datasets.shapes.shots import END, LEAD
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture
 from minivlm.layers.tower import ImageFeatures
+from minivlm.processes import each
 from minivlm.special_tokens import Markup, Text
 from minivlm.tasks.abilities import require_answers
 from minivlm.tasks.features import inference
@@ -117,11 +118,9 @@ def score(
 ) -> list[list[float]]:
     """log p of each candidate as what follows its prompt: one list a prompt. Its end counts as well, so that a word is
     not preferred because another one begins with it. The features of each image are computed once."""
-    scores = []
+    some = lambda i: score_batch(model, processor, prompts[i : i + batch_size], candidates[i : i + batch_size])
     with inference(model):
-        for i in range(0, len(prompts), batch_size):
-            scores += score_batch(model, processor, prompts[i : i + batch_size], candidates[i : i + batch_size])
-    return scores
+        return [*chain.from_iterable(each(some, range(0, len(prompts), batch_size)))]
 
 
 def score_batch(model, processor, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture
 from minivlm.layers.tower import ImageFeatures
+from minivlm.processes import each
 from minivlm.tasks.abilities import require
 from minivlm.tasks.features import finite, inference, to_tokens
 
@@ -76,12 +77,13 @@ def rerank(
 
 def features_of_all(images: Sequence[Any], model, processor, *, batch_size: int = 64) -> Tensor:
     """N images → (N, L, C), the features of each, computed once, however often it is matched."""
-    parts = []
+
+    def features(i: int) -> Tensor:
+        pixels = processor.images(images[i : i + batch_size])
+        return model.image_features(pixels.to(model.device, model.dtype))
+
     with inference(model):
-        for i in range(0, len(images), batch_size):
-            pixels = processor.images(images[i : i + batch_size])
-            parts.append(model.image_features(pixels.to(model.device, model.dtype)))
-    return torch.cat(parts)
+        return torch.cat(each(features, range(0, len(images), batch_size))).to(model.device)
 
 
 def match_pairs(
@@ -93,12 +95,15 @@ def match_pairs(
     """
     lengths = mask.sum(dim=1)
     order = lengths[pairs[:, 1]].sort(stable=True).indices
+
+    def odds_of(some: Tensor) -> Tensor:
+        image, text = pairs[some].T
+        T = int(lengths[text].max())
+        inputs = (tokens[text, :T].to(model.device), mask[text, :T].to(model.device))
+        logits = model.match(ImageFeatures(features[image.to(features.device)]), *inputs).float()  # (b, 2)
+        return (logits[:, 1] - logits[:, 0]).cpu()
+
     odds = torch.empty(len(pairs))
     with inference(model):
-        for some in order.split(batch_size):
-            image, text = pairs[some].T
-            T = int(lengths[text].max())
-            inputs = (tokens[text, :T].to(model.device), mask[text, :T].to(model.device))
-            logits = model.match(ImageFeatures(features[image.to(features.device)]), *inputs).float()  # (b, 2)
-            odds[some] = (logits[:, 1] - logits[:, 0]).cpu()
+        odds[order] = torch.cat(each(odds_of, order.split(batch_size)))
     return finite(odds, model)
