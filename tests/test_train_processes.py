@@ -55,7 +55,7 @@ def two(what: str, *words, script: str = __file__) -> list[tuple[int, str, str]]
         subprocess.Popen(command, env={**os.environ, **group, "PYTHONPATH": str(ROOT), "RANK": rank}, **pipes)
         for rank in "01"
     ]
-    said = [process.communicate(timeout=120) for process in running]
+    said = [process.communicate(timeout=300) for process in running]
     return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
 
 
