@@ -76,7 +76,8 @@ FIELDS = fields("""
 WITH_REGISTERS = "dinov2_with_registers"
 # Of a backbone, whose feature maps are asked for by name; what else is for training.
 BACKBONE = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names", "use_mask_token")
-known = {"": Known.of(FIELDS, BACKBONE, "_out_features", "_out_indices", "drop_path_rate")}
+TRAINING = ("_out_features", "_out_indices", "drop_path_rate")
+known = {"": Known.of(FIELDS, BACKBONE, TRAINING, interpolate_antialias=(True,))}  # the last of files with registers
 
 
 def read_config(values: dict[str, Any]) -> VisionConfig:
