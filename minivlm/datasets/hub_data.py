@@ -199,7 +199,7 @@ def write_shards(rows: Iterable[list[tuple[str, bytes]]], folder: Path, split: s
         if (first := next(rows, None)) is None:
             return
         size = 0
-        with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w") as archive:
+        with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w", encoding="utf-8") as archive:
             for members in itertools.chain([first], rows):
                 for ending, content in members:
                     about = tarfile.TarInfo(f"{number:09d}.{ending}")
