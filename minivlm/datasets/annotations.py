@@ -19,7 +19,7 @@ from minivlm.datasets.entries import Asked, Item, Quiz
 from minivlm.datasets.rows import Find, read_question, split_of
 from minivlm.datasets.tree import NoImage
 from minivlm.errors import UserError
-from minivlm.files import check_texts, parse_json, read_bytes
+from minivlm.files import check_text, check_texts, parse_json, read_bytes
 
 Lists = dict[str, list[dict]]
 
@@ -88,11 +88,11 @@ def read_coco(path: Path, find: Find, split: str | None, problems: list[str] | N
         known[image["id"]] = image["file_name"]
 
     def add_caption(one: dict) -> None:
-        check_texts(one)
         if (image := one["image_id"]) not in known:
             raise ValueError(f"there is no image of the id {image}")
         if not (caption := " ".join(one["caption"].split())):
             raise ValueError("its caption is empty")
+        check_text(caption)
         if image not in items:
             items[image] = Item(find(known[image]), [], None, split)
         items[image].captions.append(caption)

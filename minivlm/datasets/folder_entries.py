@@ -7,11 +7,12 @@ questions. A folder in which nothing describes the images may have a sub-folder 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 from minivlm.datasets.class_folders import read_class_folders
 from minivlm.datasets.entries import Captioned, Conversation, Entry, Item, Quiz
 from minivlm.datasets.folder_files import TEMPLATES
-from minivlm.datasets.forms import Found, recognised, why_not
+from minivlm.datasets.forms import Found, is_settled, recognised, stamps, why_not
 from minivlm.datasets.source import Source
 from minivlm.datasets.unknown import unknown
 from minivlm.errors import UserError
@@ -31,12 +32,26 @@ def has_questions(directory: str | os.PathLike) -> bool:
     return bool(gives(recognised(directory), "questions", "conversations"))
 
 
-def read_all(found: list[Found], problems: list[str] | None, notes: list[str] | None) -> list:
-    told = list(dict.fromkeys(note for one in found for note in one.notes))
-    samples = [sample for one in found for sample in one.read(problems, told)]
+def read_all(source: Source, kinds: tuple[str, ...], problems: list[str] | None, notes: list[str] | None) -> list:
+    """The samples of these kinds. A command reads them for each split: while no file changes they are read once."""
+    times = stamps(source.path)
+    if problems is None and is_settled(times):
+        samples, told = read_once(source, kinds, times)
+    else:
+        samples, told = read_anew(gives(recognised(source), *kinds), problems)
     if notes is not None:
         notes += [note for note in told if note not in notes]
-    return samples
+    return list(samples)
+
+
+@lru_cache(maxsize=2)
+def read_once(source: Source, kinds: tuple[str, ...], _: tuple) -> tuple[list, list[str]]:
+    return read_anew(gives(recognised(source), *kinds), None)
+
+
+def read_anew(found: list[Found], problems: list[str] | None) -> tuple[list, list[str]]:
+    told = list(dict.fromkeys(note for one in found for note in one.notes))
+    return [sample for one in found for sample in one.read(problems, told)], told
 
 
 def read_folder(
@@ -50,8 +65,8 @@ def read_folder(
     if not source.path.is_dir():
         raise UserError(f"There is no folder {source}.")
     found = recognised(source)
-    if captions := gives(found, "captions"):
-        return read_all(captions, problems, notes)
+    if gives(found, "captions"):
+        return read_all(source, ("captions",), problems, notes)
     return read_items(source, problems, notes) if found else read_classes(source, notes)
 
 
@@ -88,10 +103,10 @@ def read_entries(
     if not source.path.is_dir():
         raise UserError(f"There is no folder {source}.")
     found = recognised(source)
-    if not (asked := gives(found, "questions", "conversations")):  # captions, or classes
+    if not gives(found, "questions", "conversations"):  # captions, or classes
         return [captioned(item) for item in read_folder(source, problems, notes)]
-    entries = read_all(asked, problems, notes)
-    return entries + add_captions(entries, read_all(gives(found, "captions"), problems, notes))
+    entries = read_all(source, ("questions", "conversations"), problems, notes)
+    return entries + add_captions(entries, read_all(source, ("captions",), problems, notes))
 
 
 def captioned(item: Item) -> Captioned:

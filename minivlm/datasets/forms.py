@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -443,6 +444,12 @@ def stamps(directory: Path) -> tuple:
         return (*sorted(times), directory.stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror or error}.") from None
+
+
+def is_settled(times: tuple) -> bool:
+    """Whether the last change is old enough for another to show in the times. Many files of an image each are not looked at."""
+    last = max((when for _, when, _ in times[:-1]), default=0)
+    return len(times) < MANY and time.time_ns() - max(last, times[-1]) > 2 * 10**9
 
 
 def data_files(folder: str | os.PathLike) -> list[os.DirEntry]:

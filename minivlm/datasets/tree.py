@@ -58,7 +58,7 @@ class Tree:
 
     def file(self, path: str) -> str | None:
         """`path` as the disk spells it, if there is such a file: an accent may be one character or two (NFC, NFD)."""
-        *folders, name = Path(path).parts or ("",)
+        *folders, name = path.replace(os.sep, "/").split("/")
         folder = ""
         for part in folders:
             if (there := spelled(part, self.names(folder))) is None:
@@ -90,15 +90,14 @@ class Tree:
                 f"the image {readable(name)!r} lies outside the folder; give its path relative to {self.directory}"
             )
         spellings = dict.fromkeys((path, path.replace("\\", "/")))  # "a\\1.jpg": it was written on Windows
-        tried = [
-            os.path.normpath(os.path.join(folder, one)) for one in spellings for folder in (*folders, "", "images")
-        ]
-        inside = [one for one in dict.fromkeys(tried) if not leaves(one)]
-        if found := next(filter(None, map(self.file, inside)), None):
+        places = [(folder, one) for folder in dict.fromkeys((*folders, "", "images")) for one in spellings]
+        inside = (below(folder, one) for folder, one in places)
+        if found := next((found for one in inside if one and (found := self.file(one))), None):
             return found
         if anywhere and (found := self.ending_in(outside[-1], name)):
             return found
-        if found := next(filter(None, (on_disk(one, self.directory) for one in inside)), None):
+        asked = (below(folder, one) for folder, one in places)
+        if found := next((found for one in asked if one and (found := on_disk(one, self.directory))), None):
             return found
         shown = readable(name if len(name) <= 200 else f"{name[:200]}…")
         where = "nor anywhere below it" if anywhere else "nor in its folder images"
@@ -135,8 +134,12 @@ def stem(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
-def leaves(path: str) -> bool:
-    return os.path.isabs(path) or path.split(os.sep)[0] == os.pardir
+def below(folder: str, path: str) -> str | None:
+    """The path in the folder; None: it leads out of the directory."""
+    if os.path.isabs(path):
+        return None
+    inside = os.path.normpath(os.path.join(folder, path)) if folder or os.pardir in path else path
+    return None if inside.split(os.sep)[0] == os.pardir else inside
 
 
 def spelled(name: str, names: dict[str, bool | None]) -> str | None:
