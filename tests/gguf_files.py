@@ -71,9 +71,8 @@ def byte_pair_words(pre="smollm") -> dict:
 
 
 def tiny_model(vocab_size: int, **options) -> LanguageModel:
-    config = LanguageModelConfig(
-        vocab_size=vocab_size, **SIZES, **{**LLAMA, **NO_BIAS, "end_tokens": (2,), "pad_token": 2, **options}
-    )
+    given = {**SIZES, **LLAMA, **NO_BIAS, "end_tokens": (2,), "pad_token": 2, **options}
+    config = LanguageModelConfig(vocab_size=vocab_size, **given)
     model = LanguageModel(config).eval()
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gguf_files import byte_pair_words, metadata_of, their_tensors, tiny_model, write_gguf
 from small_recipes import small_job, small_recipe, small_world
 
 import minivlm
@@ -125,3 +126,15 @@ def test_a_flamingo_names_the_tower_that_it_needs_and_takes_no_other(built, tmp_
     minivlm.save(tmp_path / "wide", wide, Processor(None, ProcessorConfig(image_size=SHOWN)))
     with pytest.raises(UserError, match=r"what is there now has width = 24 instead of 16, .*: put back what it was"):
         minivlm.load(tmp_path / "flamingo", base={"vision": str(tmp_path / "wide")})
+
+
+def test_a_tower_alone_and_a_gguf_file_make_a_llava(built, tmp_path):
+    words = byte_pair_words()
+    language = tiny_model(len(words["tokens"]), context=800)
+    write_gguf(tmp_path / "lm.gguf", metadata_of(language, words), their_tensors(language))
+    given = {"vision_from": built / "dino", "language_from": tmp_path / "lm.gguf", "chat": "chatml"}
+    job = small_recipe("llava-stage1", built, **given).start(quiet=True)
+    assert sum(job.model.losses(**job.batch(0)).values()).isfinite()
+    expected = language.state_dict()
+    kept = job.model.language_model.state_dict()
+    assert all(torch.equal(kept[name][: len(tensor)], tensor) for name, tensor in expected.items())
