@@ -30,7 +30,8 @@ from minivlm.datasets.duplicates import shared_images
 from minivlm.datasets.entries import Item
 from minivlm.datasets.folder_entries import has_captions, has_questions, read_entries, read_folder
 from minivlm.datasets.folder_files import SPLITS, choose_split
-from minivlm.datasets.forms import Found, recognised
+from minivlm.datasets.folder_view import Found
+from minivlm.datasets.forms import recognised
 from minivlm.datasets.images import read_image
 from minivlm.datasets.interleaved import document_problem, is_interleaved, read_documents
 from minivlm.datasets.judge import conversation_problem, question_problem

@@ -17,7 +17,7 @@ from minivlm.datasets.duplicates import MOST, shared_images
 from minivlm.datasets.entries import Conversation, Quiz
 from minivlm.datasets.folder_entries import has_captions, read_entries
 from minivlm.datasets.folder_files import SPLITS, choose_split
-from minivlm.datasets.forms import stamps
+from minivlm.datasets.folder_view import stamps
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations

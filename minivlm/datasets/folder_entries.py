@@ -12,7 +12,8 @@ from functools import lru_cache
 from minivlm.datasets.class_folders import read_class_folders
 from minivlm.datasets.entries import Captioned, Conversation, Entry, Item, Quiz
 from minivlm.datasets.folder_files import TEMPLATES
-from minivlm.datasets.forms import Found, is_settled, recognised, stamps, why_not
+from minivlm.datasets.folder_view import Found, is_settled, stamps
+from minivlm.datasets.forms import recognised, why_not
 from minivlm.datasets.source import Source
 from minivlm.datasets.unknown import unknown
 from minivlm.errors import UserError

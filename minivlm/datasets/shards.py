@@ -25,7 +25,7 @@ from minivlm.datasets.images import extensions
 from minivlm.datasets.keys import CAPTION, IMAGE, Keys, NoTable, find_keys, matching
 from minivlm.datasets.shard_names import gaps, shards_of, some
 from minivlm.datasets.source import Source
-from minivlm.datasets.tables import CaptionRows, ConversationRows, QuestionRows
+from minivlm.datasets.table_rows import CaptionRows, ConversationRows, QuestionRows
 from minivlm.datasets.tar_index import key_of, open_tar
 from minivlm.errors import UserError
 from minivlm.files import check_text, check_texts, parse_json, read_text

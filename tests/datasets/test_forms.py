@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from minivlm.datasets.entries import Conversation, Quiz
+from minivlm.datasets.fingerprint import changes, fingerprint
 from minivlm.datasets.folder_entries import read_entries, read_folder
 from minivlm.datasets.folder_files import choose_split
 from minivlm.datasets.forms import recognised
@@ -285,7 +286,7 @@ def test_a_split_of_coco_that_was_not_downloaded_is_left_out_and_told(tmp_path):
 
 def test_what_is_wrong_in_lists_is_named_by_its_number(tmp_path):
     images(tmp_path, "a.png")
-    for changes, said in (
+    for wrong, said in (
         ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 2}]}, "image 2: it has no 'file_name'"),
         (
             {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 9, "caption": "x"}]},
@@ -300,7 +301,7 @@ def test_what_is_wrong_in_lists_is_named_by_its_number(tmp_path):
             "annotation 2: its caption is empty",
         ),
     ):
-        write(tmp_path / "c.json", coco("a.png") | changes)
+        write(tmp_path / "c.json", coco("a.png") | wrong)
         with pytest.raises(UserError, match=rf"c\.json, {said}"):
             read_folder(tmp_path)
         problems = []
@@ -455,3 +456,36 @@ def test_no_image_is_asked_about_by_itself(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, counting)
     assert len(read_folder(tmp_path)) == 50
     assert not [path for path in asked if path.endswith(".png")]
+
+
+def test_ids_without_an_ending_name_images_as_in_kaggles_tables(tmp_path):
+    images(tmp_path, "train/0007.png", "train/12.png")
+    write(tmp_path / "captions.csv", "id,caption", "0007,a kite", "12,a dog")
+    assert {name: text for name, ([text], *_) in read(tmp_path).items()} == {
+        "train/0007.png": "a kite",
+        "train/12.png": "a dog",
+    }
+
+
+def test_a_file_of_class_names_is_part_of_what_a_run_was_trained_on(tmp_path):
+    for folder in ("n01440764", "n02012849"):
+        save(tmp_path / "data" / folder / "1.png")
+    source = Source(tmp_path / "data", class_names=str(tmp_path / "names.txt"))
+    write(tmp_path / "names.txt", "n01440764 tench", "n02012849 crane")
+    before = fingerprint(source)
+    write(tmp_path / "names.txt", "n01440764 tench", "n02012849 stork")
+    assert changes(before, fingerprint(source)) == ["the names of classes: the names or the contents of its 1 files"]
+
+
+def test_a_table_that_describes_class_folders_says_more_than_they_do(tmp_path):
+    images(tmp_path, "cat/1.png", "dog/1.png")
+    write(tmp_path / "t.csv", "filepath,caption,label", "cat/1.png,a cat asleep,cat", "dog/1.png,a dog,dog")
+    assert read(tmp_path)["cat/1.png"] == (["a cat asleep"], "cat", None)
+
+
+def test_captions_and_questions_in_files_of_other_names_belong_together(tmp_path):
+    images(tmp_path, "a.png")
+    write(tmp_path / "captions.csv", "image,caption", "a.png,a kite")
+    write(tmp_path / "qa.csv", "image,question,answer", "a.png,what?,a kite")
+    (quiz,) = read_entries(tmp_path)
+    assert isinstance(quiz, Quiz) and list(quiz.captions) == ["a kite"]
