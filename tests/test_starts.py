@@ -8,6 +8,7 @@ import torch
 from small_recipes import SIZES, small_recipe, small_world
 
 import minivlm
+import train
 from minivlm import checkpoint, training
 from minivlm.errors import UserError
 from minivlm.layers.language_model import LanguageModel, LanguageModelConfig
@@ -16,12 +17,11 @@ from minivlm.layers.vocabulary import with_vocabulary
 from minivlm.model import batch_norms
 from minivlm.models.clip import CLIP
 from minivlm.precision import HALF, as_stored, hold_for_training
-from minivlm.recipes import RECIPES
-from minivlm.recipes.clip import CLIPRecipe
+from minivlm.recipes import plan
 from minivlm.recipes.rates import part_rates
 
 TEACHER = "blip-capfilt"  # starts from what proposes captions, and what learns is new
-CONTINUED = [name for name in SIZES if name != TEACHER and not isinstance(RECIPES[name], CLIPRecipe)]
+CONTINUED = [name for name in SIZES if name != TEACHER]
 PREPARE = (torch.device("cpu"), torch.float32)
 
 
@@ -29,7 +29,7 @@ PREPARE = (torch.device("cpu"), torch.float32)
 def bases(tmp_path_factory):
     """A world, and beside it every recipe's model, with weights that no seed gives."""
     directory = small_world(tmp_path_factory.mktemp("starts"), train=60)
-    for name in [*CONTINUED, "clip"]:
+    for name in CONTINUED:
         job = started(small_recipe(name, directory))
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -318,3 +318,43 @@ def test_new_answers_get_rows_of_their_own_and_known_ones_keep_theirs(bases):
         old, new = (encoder(m).answer_head.weight for m in (model, made))
         assert len(new) == 3 and torch.equal(new[0], old[1]) and torch.equal(new[2], old[0])
         assert torch.equal(encoder(made).bert.token_embedding.weight, encoder(model).bert.token_embedding.weight)
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_dotted_names_with_ranges_are_options_and_help_names_them():
+    words = "lm --freeze text.blocks.0-5,vision --rates.text-model.blocks.0-5 1e-6 --rates.head 2e-5 --lora.parts a,b"
+    recipe = plan.command_line(words.split())[1]
+    assert recipe.freeze == ("text.blocks.0-5", "vision") and recipe.lora.parts == ("a", "b")
+    assert recipe.rates == {"text_model.blocks.0-5": 1e-6, "head": 2e-5}
+    assert plan.command_line(["lm", "--freeze", "none"])[1].freeze == ("none",)
+    told = plan.help_text("lm", recipe)
+    assert "--rates.PART" in told and "--lora.parts" in told and "--given" not in told
+    for wrong, message in (("--rates 1", "--rates is 1, but must be"), ("--rates.a fast", r"--rates\.a is 'fast'")):
+        with pytest.raises(UserError, match=message):
+            plan.command_line(["lm", *wrong.split()])
+
+
+def test_a_run_tells_its_rates_and_resumes_with_them(published, tmp_path, capsys):
+    given = {"starts_from": published / "lm-hf", "data": published / "world", "out": tmp_path / "out", "freeze": "norm"}
+    given |= {
+        "rates.blocks.0": 1e-4,
+        "steps": 2,
+        "batch_size": 4,
+        "save_every": 1,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    words = ["lm", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    train.main([*words, "--stop_at", "1"])
+    train.main(
+        ["lm", "--out", str(tmp_path / "out"), "--resume", "--stop_at", "2", "--device", "cpu", "--precision", "fp32"]
+    )
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "2e-05 to 0.0001" in table["transformer"] and " frozen " in table["norm"] and "lm-hf" in table["transformer"]
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    rates = lines[0]["learning_rates"]
+    assert rates["transformer.blocks.0"] == lines[0]["learning_rate"] == pytest.approx(5 * rates["token_embedding"])
+    recorded = json.loads((tmp_path / "out/checkpoints/step-000001/training.json").read_text())["recipe"]
+    assert recorded["rates"] == {"blocks.0": 1e-4} and recorded["freeze"] == ["norm"]

@@ -160,13 +160,15 @@ def list_text() -> str:
     return "\n".join(f"{name:{width}}  {recipe.summary}; {recipe.measured}" for name, recipe in RECIPES.items())
 
 
+def shown(recipe: Recipe, field: str) -> str:
+    """An option of --help, with its value."""
+    value = value_at(recipe, field)
+    return f"--{field}.PART  {value or 'by origin'}" if isinstance(value, dict) else f"--{field}  {value}"
+
+
 def help_text(name: str, recipe: Recipe) -> str:
     """The options, and every field of the recipe with its value."""
-    fields = [
-        f"  --{field}  {value_at(recipe, field)}"
-        for field in dotted_names(recipe)
-        if field not in ("summary", "measured")
-    ]
+    fields = [f"  {shown(recipe, field)}" for field in dotted_names(recipe) if field not in ("summary", "measured")]
     return "\n".join(
         [
             f"usage: {' '.join(launcher())} [recipe] [--option value …]      recipes: " + ", ".join(RECIPES),
