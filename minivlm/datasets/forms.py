@@ -234,8 +234,13 @@ def look(source: Source, _: tuple) -> tuple[list[Found], dict[str, str]]:
     if not found and folder.open:
         raise UserError(folder.open[0])
     found = found or tar_shards(folder)
-    if not found and source.class_names is None and NAMES not in names:
-        found = [one for form in WHERE_NOTHING_ELSE for one in form.recognise(folder)]
+    if source.class_names is None and NAMES not in names:
+        beside = [one for form in WHERE_NOTHING_ELSE for one in form.recognise(folder)] if not has_shards(found) else []
+        if found and beside and any(one.gives == "captions" for one in found):
+            refuse_both(folder, found, beside[0])
+        elif found and beside:
+            folder.without.append(f"{beside[0].files[0]} and the texts like it are not read: {found[0].files[0]} is.")
+        found = found or beside
     if parquet := sorted(name for name in names if ending(name) == ".parquet"):
         count = parquet[0] if len(parquet) == 1 else f"{parquet[0]} and {len(parquet) - 1} other parquet files"
         folder.without.append(f"{count} {'is' if len(parquet) == 1 else 'are'} not read.")
@@ -250,6 +255,20 @@ def look(source: Source, _: tuple) -> tuple[list[Found], dict[str, str]]:
         folder.__dict__.pop(parsed, None)
     folder.tree = Tree(source.path)
     return found, folder.reasons
+
+
+def has_shards(found: list[Found]) -> bool:
+    return any(name.endswith(".tar") for one in found for name in one.files)
+
+
+def refuse_both(folder: Folder, found: list[Found], beside: Found) -> None:
+    """UserError for captions in a file and in texts beside the images. A .json there may tell other things."""
+    table = next(one for one in found if one.gives == "captions")
+    if not beside.keys:
+        raise UserError(
+            f"{folder.path} has captions in {table.files[0]} and in a text beside each image ({beside.files[0]}): keep one of "
+            "the two there."
+        )
 
 
 def check_options(source: Source, found: list[Found], reasons: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ CAPTION = (
     "caption captions text title sentence sentences raw captiontext imagecaption",
     "description comment alttext alt prompt utf8caption tags referencestrs captionstr",
 )
+URL = ("url imageurl urls link flickrurl cocourl",)
 LABEL = ("label classname class category labels species",)
 SPLIT = ("split", "set subset partition dataset setname")
 QUESTION = ("question",)
@@ -89,6 +90,11 @@ def find_keys(columns: Sequence[str], row: Mapping[str, Any], source: Source, is
             f"it has the columns {shown(columns)}, and none is known to hold a caption: choose it with --data.caption_key"
         )
     if (image := image_key(columns, row, source, is_image)) is None:
+        if url := matching(columns, URL):
+            raise NoTable(
+                f"its images are addresses of the internet (in {shown(url)}): download them, with img2dataset for example, and "
+                "read what that leaves"
+            )
         raise NoTable(
             f"it has the columns {shown(columns)}, and none is known to name the image: choose it with --data.image_key"
         )

@@ -85,6 +85,16 @@ REFUSED = {  # what it is → its files, the options, what is said
         {},
         r"several files with captions, a\.csv, b\.csv: keep one",
     ),
+    "a CSV and texts beside the images": (
+        A | {"t.csv": CSV, "a.txt": "a toy"},
+        {},
+        r"has captions in t\.csv and in a text beside each image \(a\.txt\): keep one of the two there",
+    ),
+    "a CSV of addresses": (
+        A | {"t.csv": "url,caption\nhttp://x/1.jpg,a kite\n"},
+        {},
+        r"t\.csv: its images are addresses of the internet \(in url\): download them, with img2dataset",
+    ),
     "COCO's boxes alone": (
         A | {"instances.json": json.dumps(BOXES)},
         {},
