@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -203,7 +204,7 @@ def pinned(value: Images) -> Images:
 
 
 def batches(make: Callable[[int], dict], start: int, stop: int, device: torch.device) -> Iterator[dict]:
-    """make(step) for each step, on the device. With a GPU the next batch is made and sent while this one is computed."""
+    """make(step) for each step, on the device. With a GPU the next batches are made and sent while this one is computed."""
 
     def ready(step: int) -> dict:
         batch = make(step)
@@ -214,10 +215,16 @@ def batches(make: Callable[[int], dict], start: int, stop: int, device: torch.de
     if device.type != "cuda":  # the cores are busy with the step itself: a second thread would only stall it
         yield from map(ready, range(start, stop))
         return
-    with ThreadPoolExecutor(1) as worker:
-        upcoming = worker.submit(ready, start) if start < stop else None
-        for step in range(start, stop):
-            batch = upcoming.result()
-            if step + 1 < stop:
-                upcoming = worker.submit(ready, step + 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the cores
+    yield from made_ahead(ready, range(start, stop), threads=max(1, min(4, (os.cpu_count() or 1) // (4 * here))))
+
+
+def made_ahead(make: Callable[[int], dict], steps: range, *, threads: int) -> Iterator[dict]:
+    """make(step) of each, in order, by threads that are as many steps ahead."""
+    with ThreadPoolExecutor(threads) as workers:
+        upcoming = deque(workers.submit(make, step) for step in steps[:threads])
+        for step in steps:
+            batch = upcoming.popleft().result()
+            if step + threads * steps.step in steps:
+                upcoming.append(workers.submit(make, step + threads * steps.step))
             yield batch

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,21 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_batches_come_in_order_for_the_steps_asked_for():
     made = list(training.batches(lambda step: {"x": torch.tensor(step)}, 3, 6, torch.device("cpu")))
     assert [batch["x"].item() for batch in made] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_batches_that_threads_make_ahead_come_in_order_and_the_same(threads):
+    made = []
+
+    def make(step):
+        time.sleep(0.002 * (step % 3))  # the later ones may be ready first
+        made.append(step)
+        return {"x": torch.tensor(step)}
+
+    ahead = training.made_ahead(make, range(3, 10), threads=threads)
+    assert next(ahead)["x"].item() == 3 and len(made) <= threads + 1
+    assert [batch["x"].item() for batch in ahead] == [4, 5, 6, 7, 8, 9] and sorted(made) == list(range(3, 10))
+    assert list(training.made_ahead(make, range(5, 5), threads=threads)) == []
 
 
 def test_nothing_holds_the_process_group_when_it_has_been_left(tmp_path):
