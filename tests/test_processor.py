@@ -313,3 +313,10 @@ def test_words_of_an_ascii_command_line_are_put_together():
     p = Processor.train(["é → 左"], image_size=8, context=16)
     by_the_byte = "é → 左".encode().decode("ascii", "surrogateescape")  # what sys.argv holds there
     assert p.encode([by_the_byte]) == p.encode(["é → 左"])
+
+
+@pytest.mark.parametrize("context", [6, 12, 40])
+def test_texts_that_are_too_long_are_counted_as_if_all_were_tokenised(context):
+    texts = ["", "a", "a red kite", "x" * 30, "é" * 12, "qzx" * 4, "a kite " * 9]
+    processor = Processor.train(["a red kite"], vocab_size=300, image_size=8, context=context)
+    assert processor.too_long(texts) == sum(len(row) > context for row in processor.encode(texts))
