@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 import train
-from minivlm import evaluate, info
+from minivlm import convert, evaluate, info
 from minivlm.datasets import check, make_shapes
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
@@ -151,6 +151,8 @@ def run(line, monkeypatch):
         sample.main(words[2:])
     elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
         evaluate.main(words[3:])
+    elif words[:4] in (["python", "-m", "minivlm", "evaluate"], ["python", "-m", "minivlm", "convert"]):
+        (evaluate if words[3] == "evaluate" else convert).main(words[4:])
     elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:
         with pytest.raises(SystemExit) as stop:
             check.main(words[3:])

@@ -162,3 +162,15 @@ def test_what_does_not_go_together_is_refused_in_one_sentence(words, why, desk):
     with pytest.raises(UserError, match=why):
         clip(*words, out="refused")
     assert not (desk / "refused").exists()
+
+
+def test_adapters_on_a_published_clip_are_merged_and_go_back_into_its_layout(capsys):
+    clip("--starts_from", "hub/clip", out="adapted", steps=2, freeze="vision", **{"lora.rank": 2, "lora.parts": "text"})
+    program(["convert", "adapted", "adapted-hf"])
+    (start, _), (again, processor) = minivlm.load("hub/clip"), minivlm.load("adapted-hf")
+    assert all(torch.equal(a, b) for a, b in zip(again.vision.parameters(), start.vision.parameters(), strict=True))
+    changed = {name for name, tensor in again.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
+    assert changed and all(".attention." in name for name in changed if name.startswith("text."))
+    left, _ = minivlm.load("adapted")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), left.parameters(), strict=True))
+    assert processor.config.mean == (0.5, 0.5, 0.5)
