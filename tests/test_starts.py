@@ -358,3 +358,13 @@ def test_a_run_tells_its_rates_and_resumes_with_them(published, tmp_path, capsys
     assert rates["transformer.blocks.0"] == lines[0]["learning_rate"] == pytest.approx(5 * rates["token_embedding"])
     recorded = json.loads((tmp_path / "out/checkpoints/step-000001/training.json").read_text())["recipe"]
     assert recorded["rates"] == {"blocks.0": 1e-4} and recorded["freeze"] == ["norm"]
+
+
+def test_answers_that_are_new_are_told(bases, tmp_path):
+    model, processor = minivlm.load(bases / "vqa-done")
+    from minivlm.recipes.fuse import with_answers
+
+    checkpoint.save(tmp_path / "few", with_answers(model, ("yes", "perhaps"), seed=0), processor)
+    job = small_recipe("vqa", bases, starts_from=tmp_path / "few").start(quiet=True)
+    assert len(job.model.config.answers) > 2
+    assert any("are new to the model in" in note for note in job.notes())

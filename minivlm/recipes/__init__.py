@@ -3,6 +3,7 @@
 clip.py language.py captioner.py llava.py blip.py …   a family each: its recipes, values, and how they are started
 recipe.py, job.py                                     what every recipe has; a recipe that was started
 scores.py, text_scores.py, vision_cache.py, parts.py  what jobs are put together from (what a step is fed: datasets/batches.py)
+trained_parts.py, rates.py                            what of a model learns, and how fast
 options.py, folders.py, plan.py, resuming.py          the command line, --data, what is trained first, --resume
 """
 

@@ -41,7 +41,7 @@ from minivlm.processor import Processor
 from minivlm.recipes.clip import CLIP_RECIPES
 from minivlm.recipes.folders import open_training_conversations
 from minivlm.recipes.job import Job
-from minivlm.recipes.parts import build, load_vision_tower, opened, take
+from minivlm.recipes.parts import build, described, load_vision_tower, opened, take
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
 from minivlm.recipes.vision_cache import VisionCache
@@ -192,8 +192,22 @@ def list_questions(
         f"{len(encoder.answers)} answers to choose from; {total - sum(map(sum, known))} of {total} questions that were "
         "looked at have none of them, and are not learnt from",
     ]
+    if new := new_answers(recipe, encoder.answers):
+        told.append(
+            f"{new} of these answers are new to the model in {recipe.starts_from}: the head begins anew with them, and keeps "
+            "what it knows of the others"
+        )
     right = answers.scores if encoder.answer_loss == "sigmoid" else answers.weights
     return QuestionsOfList(conversations, samples, answers, right, processor, images, told)
+
+
+def new_answers(recipe: Recipe, answers: tuple[str, ...]) -> int:
+    """How many of the answers the model that the recipe starts from does not know."""
+    if not recipe.continues:
+        return 0
+    config = described(recipe.starts_from).config
+    known = AnswerList(getattr(config, "encoder", config).answers or ()).index
+    return sum(normalise(answer) not in known for answer in answers)
 
 
 def by_name(model: nn.Module) -> Callable[[Mapping[str, float]], str]:

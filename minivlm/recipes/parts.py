@@ -92,12 +92,15 @@ def opened(
 
 def holds(source: str, kind: type[nn.Module]) -> bool:
     """Whether a model is there, or on the hub, and of a `kind` by its config."""
-    directory = locate(source, pretrained.weight_patterns) if is_hub_id(source) else Path(source).expanduser()
-    if not (directory / "config.json").is_file():
-        return False
-    described = pretrained.recognise(directory)
-    found = read_ours(directory) if described == "minivlm" else pretrained.read(directory, described)
-    return issubclass(found.model_class, kind)
+    there = is_hub_id(source) or (Path(source).expanduser() / "config.json").is_file()
+    return there and issubclass(described(source).model_class, kind)
+
+
+def described(source: str) -> pretrained.Published:
+    """The model in a directory or on the hub, without its tensors."""
+    directory = locate(source, pretrained.weight_patterns)
+    kind = pretrained.recognise(directory)
+    return read_ours(directory) if kind == "minivlm" else pretrained.read(directory, kind)
 
 
 def as_chosen(model: nn.Module, recipe: Recipe) -> nn.Module:
