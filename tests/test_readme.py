@@ -4,6 +4,7 @@ smaller steps where they train; and what else these pages promise."""
 import io
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def desk(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
     Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(desk / "photo.png")
+    (desk / "my_shards").mkdir()
+    for i in range(100):
+        with tarfile.open(desk / "my_shards" / f"shard-{i:03d}.tar", "w") as archive:
+            archive.add(desk / "my_photos" / "rose" / f"{i % 16}.png", f"{i}.png")
+            words = tarfile.TarInfo(f"{i}.txt")
+            words.size = len(text := f"rose number {i}".encode())
+            archive.addfile(words, io.BytesIO(text))
     processor = Processor.train(["a photo of a cat"], vocab_size=300, image_size=32, context=77)
     vision = VisionConfig(image_size=32, patch_size=16, width=16, depth=1, heads=2)
     text = TextConfig(
