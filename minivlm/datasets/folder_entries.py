@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 
-from minivlm.datasets.class_folders import read_class_folders
+from minivlm.datasets.class_folders import read_class_folders, subfolders
 from minivlm.datasets.entries import Captioned, Conversation, Entry, Item, Quiz
 from minivlm.datasets.folder_files import TEMPLATES
-from minivlm.datasets.folder_view import Found, is_settled, stamps
+from minivlm.datasets.folder_view import LOOKED_INTO, Found, is_settled, stamps
 from minivlm.datasets.forms import recognised, why_not
 from minivlm.datasets.source import Source
 from minivlm.datasets.unknown import unknown
@@ -73,7 +73,7 @@ def read_folder(
 
 def read_classes(source: Source, notes: list[str] | None) -> list[Item]:
     """The images of class folders. UserError where there are none, or they hold something else."""
-    meant = why_not(source)
+    meant = why_not(source) or one_level_down(source)
     try:
         classes, passed_over = read_class_folders(source)
     except UserError:
@@ -84,6 +84,8 @@ def read_classes(source: Source, notes: list[str] | None) -> list[Item]:
         notes += passed_over
     if not classes:
         raise UserError(" ".join(meant[:3]) or unknown(source))
+    if len({one.name for one in classes}) == 1 and meant:
+        raise UserError(" ".join(meant[:3]))
     if len({one.name for one in classes}) == 1:
         raise UserError(
             f"{source} has images in one class sub-folder only, {classes[0].name!r}: at least two are "
@@ -94,6 +96,13 @@ def read_classes(source: Source, notes: list[str] | None) -> list[Item]:
         captions = [template.format(one.name) for template in TEMPLATES]  # one list, shared by all images of the class
         items += [Item(path, captions, one.name, one.split) for path in one.images()]
     return items
+
+
+def one_level_down(source: Source) -> list[str]:
+    """A sentence where the folder holds the dataset, rather than being it."""
+    folders = subfolders(source.path)
+    found = recognised(folders[0]) if len(folders) == 1 and folders[0].name.lower() not in LOOKED_INTO else []
+    return [f"{source} is no dataset, but its folder {folders[0]} is one ({found[0]}): name that."] if found else []
 
 
 def read_entries(

@@ -20,7 +20,14 @@ from minivlm.datasets.tree import Tree, is_folder
 from minivlm.errors import UserError
 
 DATA = (*tables.CSV, *tables.LINES, *tables.JSON)
-LOOKED_INTO = ("annotations", "questions", "captions", "metadata", *SPLIT_NAMES)  # sub-folders with files of rows
+LOOKED_INTO = (
+    "annotations",
+    "questions",
+    "captions",
+    "metadata",
+    "data",
+    *SPLIT_NAMES,
+)  # sub-folders with files of rows
 PER_IMAGE = (".txt", ".json")  # beside an image of the same name
 FIRST = 8  # images of a file that are looked for before it is read
 MANY = 64  # files of one ending in a folder are of an image each, and no tables
@@ -77,9 +84,10 @@ class Folder:
     def files(self) -> list[str]:
         """The files at the top and in some sub-folders that may hold rows: no hidden ones, none beside an image."""
         found = []
-        for folder in ["", *(name for name, is_one in sorted(self.tree.names().items()) if is_one)]:
-            if folder and folder.lower() not in LOOKED_INTO:
-                continue
+        within = lambda folder: [name for name, is_one in sorted(self.tree.names(folder).items()) if is_one]
+        looked_into = [name for name in within("") if name.lower() in LOOKED_INTO]
+        looked_into += [f"data/{name}" for name in within("data") if name.lower() in SPLIT_NAMES]  # of Hugging Face's
+        for folder in ["", *looked_into]:
             names = self.tree.names(folder)
             images = {
                 one for name in names if ending(name) in extensions() for one in (name, os.path.splitext(name)[0])
@@ -152,8 +160,8 @@ def expected(name: str) -> bool:
 def split_in(name: str) -> str | None:
     """The split that a file's folder or its own name gives: train/metadata.csv, captions_val2017.json."""
     folder, _, file = name.rpartition("/")
-    if folder.lower() in SPLIT_NAMES:
-        return SPLIT_NAMES[folder.lower()]
+    if (parent := folder.rpartition("/")[2].lower()) in SPLIT_NAMES:
+        return SPLIT_NAMES[parent]
     splits = {SPLIT_VALUES[word] for word in SPLIT_WORD.findall(os.path.splitext(file)[0].lower())}
     return splits.pop() if len(splits) == 1 else None
 

@@ -69,6 +69,18 @@ def test_an_imagefolder_gives_its_splits_by_folder(tmp_path):
     assert found["train/1.png"] == (["train 1"], "1", "train")
 
 
+def test_a_dataset_in_data_is_found_and_one_in_another_folder_is_named(tmp_path):
+    images(tmp_path / "data" / "train", "1.png", "2.png")
+    write(tmp_path / "data" / "train" / "metadata.csv", "file_name,text", "1.png,x", "2.png,y")
+    assert read(tmp_path)["data/train/1.png"] == (["x"], None, "train")
+    images(tmp_path / "up" / "photos", "1.png")
+    write(tmp_path / "up" / "photos" / "t.csv", "filepath,title", "1.png,x")
+    with pytest.raises(
+        UserError, match=r"up is no dataset, but its folder .*photos is one \(captions: CSV \(t\.csv\).*: name that"
+    ):
+        read(tmp_path / "up")
+
+
 def test_labels_without_captions_are_put_into_sentences(tmp_path):
     images(tmp_path / "images", "1.png", "2.png")
     write(tmp_path / "train.csv", "Image Name,Label", "1.png,cat", "2.png,dog")
