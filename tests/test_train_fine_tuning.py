@@ -1,6 +1,7 @@
 """CLIP from what is there, through train.py's real entry point: a whole published model, or a tower of one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from minivlm import evaluate
 from minivlm.__main__ import main as program
 from minivlm.datasets.folder import open_pairs
 from minivlm.errors import UserError
-from minivlm.layers import BERT, BERTConfig, TextConfig, VisionConfig
+from minivlm.layers import BERT, BERTConfig, EfficientNetConfig, TextConfig, VisionConfig
 from minivlm.layers.tower import ImageFeatures
 from minivlm.layers.vit import VisionTransformer
 from minivlm.models.clip import CLIP, CLIPConfig
@@ -174,3 +175,54 @@ def test_adapters_on_a_published_clip_are_merged_and_go_back_into_its_layout(cap
     left, _ = minivlm.load("adapted")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), left.parameters(), strict=True))
     assert processor.config.mean == (0.5, 0.5, 0.5)
+
+
+def siglip(text):
+    tower = VisionConfig(
+        image_size=32, patch_size=16, pool="attention", embedding_norm=False, patch_bias=True, **EXACT, **TINY
+    )
+    text = TextConfig(context=40, causal=False, use_mask=False, pool="last", **EXACT, **TINY, **text)
+    return CLIPConfig(
+        vision=tower, text=text, embed_width=16, image_projection=False, text_projection_bias=True, loss="sigmoid"
+    )
+
+
+def align(text):
+    tower = EfficientNetConfig(
+        width_scale=0.5,
+        image_size=33,
+        channels=(16, 24),
+        blocks=(1, 1),
+        kernels=(3, 3),
+        strides=(1, 2),
+        expansions=(1, 2),
+    )
+    text = BERTConfig(context=40, vocab_size=text["vocab_size"], **TINY)
+    return CLIPConfig(vision=tower, text=text, embed_width=16, image_projection=False, text_projection_bias=True)
+
+
+EXACT = {"activation": "gelu_tanh", "norm_eps": 1e-6}
+OURS = VisionConfig(image_size=32, patch_size=16, stem="convolutions", **TINY)
+KINDS = {
+    "SigLIP": (siglip, "hf"),
+    "ALIGN": (align, "hf"),
+    "a run of ours": (lambda text: CLIPConfig(vision=OURS, text=TextConfig(context=40, **TINY, **text)), "minivlm"),
+}
+
+
+@pytest.mark.parametrize(("config", "layout"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_clip_learns_on_images_as_its_processor_has_them(config, layout, tmp_path):
+    processor = Processor.train(WORDS, vocab_size=300, image_size=32, context=40)
+    config = config(dict(vocab_size=processor.vocab_size, end_token=processor.end_token))
+    how = dict(image_size=config.vision.image_size, resize="squash", crop="none", rescale=1 / 127.5, mean=(1.0,) * 3)
+    processor = Processor(processor.tokenizer, replace(processor.config, **how if layout == "hf" else {}))
+    CLIP(config).save_pretrained(tmp_path / "there", processor=processor, layout=layout)
+    words = ["clip", "--data", "photos", "--starts_from", str(tmp_path / "there")]
+    for augment in ("true", "false"):
+        job = plan.command_line([*words, "--data.augment", augment])[1].start(quiet=True)
+        batch = job.batch(0)
+        sum(job.model.train().losses(**batch).values()).backward()
+        assert batch["images"].abs().max() < 10 and job.model.loss.logit_scale.grad is not None
+    pixels = job.samples.pairs.images([index for index, _ in job.order.share(0)])
+    if layout == "hf":
+        assert torch.equal(batch["images"], job.processor.images(pixels))
