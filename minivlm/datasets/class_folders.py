@@ -72,11 +72,17 @@ def list_folder(directory: Path, *, tars: bool = False) -> Listing:
                 (found.images if regular else found.irregular).append(name)
     for tar in [] if found.images or not tars else [name for name in found.others if name.lower().endswith(".tar")]:
         found.others.remove(tar)
-        for name in open_tar(directory / tar).all_names():
-            is_image = os.path.splitext(name)[1].lower() in extensions()
-            (found.images if is_image else found.others).append(f"{tar}/{name}")
+        list_tar(directory / tar, found, f"{tar}/")
     for names in (found.images, found.irregular, found.others):
         names.sort()
+    return found
+
+
+def list_tar(tar: Path, found: Listing, parent: str = "") -> Listing:
+    """Adds the members of a tar file to `found`."""
+    for name in open_tar(tar).all_names():
+        is_image = os.path.splitext(name)[1].lower() in extensions()
+        (found.images if is_image else found.others).append(f"{parent}{name}")
     return found
 
 

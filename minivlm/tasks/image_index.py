@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm.datasets.class_folders import Listing, list_folder, passed_over
+from minivlm.datasets.class_folders import Listing, list_folder, list_tar, passed_over
 from minivlm.datasets.images import VERSION, extensions
 from minivlm.datasets.tar_index import member
 from minivlm.errors import UserError
@@ -146,9 +146,10 @@ def list_images(directory: Path) -> dict[str, Stamp]:
 
 def list_files(directory: Path) -> Listing:
     """All that is below `directory`. UserError where there are no images among it."""
-    if not directory.is_dir():
+    is_tar = directory.suffix.lower() == ".tar" and directory.is_file()
+    if not directory.is_dir() and not is_tar:
         raise UserError(f"{directory} is not a folder; name the folder that holds the images.")
-    found = list_folder(directory, tars=True)
+    found = list_tar(directory, Listing()) if is_tar else list_folder(directory, tars=True)
     if not found.images and not found.irregular:
         others = passed_over([found])
         raise UserError(

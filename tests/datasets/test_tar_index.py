@@ -14,6 +14,7 @@ from minivlm.datasets.image_cache import ImageCache
 from minivlm.datasets.images import check_header, read_image
 from minivlm.datasets.tar_index import key_of, open_tar
 from minivlm.errors import UserError
+from minivlm.tasks.image_index import list_images
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +197,9 @@ def test_an_empty_member_is_no_image(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("a.png", b"")])
     with pytest.raises(UserError, match=r"a\.tar/a\.png cannot be read as an image"):
         read_image(tar / "a.png")
+
+
+def test_a_tar_file_is_searched_like_a_folder(shard):
+    assert list_images(shard) == {f"00000{i}.png": (len(encoded(i)), os.stat(shard).st_mtime_ns) for i in range(5)}
+    with pytest.raises(UserError, match="is not a folder"):
+        list_images(shard.parent / "nothing.tar")
