@@ -113,7 +113,7 @@ def test_a_clip_takes_a_tower_that_stands_alone_frozen_and_looks_at_each_image_o
     size = {"model.text.width": 16, "model.text.depth": 1, "model.text.heads": 2, "batch_size": 8}
     clip("--vision_from", "hub/dinov2", out="on-tower", **size)
     out = capsys.readouterr().out
-    assert "runs once an image" in out
+    assert "runs once an image" in out and "are not augmented" in out
     model, processor = minivlm.load(Run("on-tower").latest())
     tower, _ = minivlm.load("hub/dinov2")
     assert model.config.patch_mean and model.image_projection.in_features == 2 * 16

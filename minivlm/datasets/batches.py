@@ -83,7 +83,9 @@ class Captions:
         return self.pairs.key(index)
 
     def notes(self) -> list[str]:
-        return pair_notes(self.pairs, self.processor, self.directory)
+        frozen = self.augment and self.cache is not None and self.cache.frozen
+        told = "the vision tower is frozen: images whose features are kept are not augmented"
+        return [*pair_notes(self.pairs, self.processor, self.directory), *([told] if frozen else [])]
 
 
 def is_centre_crop(config: ProcessorConfig) -> bool:

@@ -82,11 +82,15 @@ class VisionCache:
         images = self.read(indices)
         return {"images": self.processor.images(list(images))} if len(images) else {}
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the tower computes the same of an image in every step."""
+        return not any(p.requires_grad for p in self.model.vision.parameters())
+
     def prepare(self, device: torch.device, dtype: torch.dtype, room: Room = ROOM) -> None:
         """Standardise what the tower computes, where the model wants that; then compute or read what is to be kept."""
         self.measure(device, dtype)
-        learns = any(p.requires_grad for p in self.model.vision.parameters())
-        if self.single and not learns:
+        if self.single and self.frozen:
             self.compute(device, dtype, room)
         elif self.keep_pixels and 4 * 3 * self.n * self.processor.image_size**2 <= room.limit:
             self.pixels = self.processor.images(self.read(range(self.n)))
