@@ -193,7 +193,11 @@ def train_small(words):
     if "--batch_size" not in words:
         words += ["--batch_size", "16"]
     recipe = words[0] if words and not words[0].startswith("--") else "clip"
-    small = [str(x) for name, value in SMALL[recipe].items() if f"--{name}" not in words for x in (f"--{name}", value)]
+    started = "--starts_from" in words  # its sizes are those of what it starts from
+    sizes = {
+        k: v for k, v in SMALL[recipe].items() if f"--{k}" not in words and not (started and k.startswith("model."))
+    }
+    small = [str(word) for name, value in sizes.items() for word in (f"--{name}", value)]
     train.main(words + small)
 
 
@@ -254,7 +258,8 @@ def test_a_page_names_only_options_recipes_and_tasks_that_exist(page):
     options = {f"--{name}" for one in (Options(), *RECIPES.values()) for name in dotted_names(one)}
     options |= set(re.findall(r'"(--\w+)"', sources))
     options |= {name.partition(".")[0] for name in options}
-    assert not [name for name in re.findall(r"(?<![\w-])--\w+(?:\.\w+)*", prose) if name not in options]
+    named = [re.sub(r"^--rates\..*", "--rates", name) for name in re.findall(r"(?<![\w-])--\w+(?:\.\w+)*", prose)]
+    assert not [name for name in named if name not in options]
     assert not [name for name in re.findall(r"train\.py ([a-z][\w-]*)", prose) if name not in RECIPES]
     assert not [name for name in re.findall(r"sample\.py ([a-z][\w-]*)", prose) if name not in sample.TASKS]
 

@@ -168,7 +168,7 @@ def test_what_is_missing_is_planned_first_and_what_is_there_is_used(tmp_path, mo
 
 def test_a_base_of_the_wrong_kind_is_refused(built, world, tmp_path):
     swapped = {"vision_from": built / "lm", "language_from": built / "clip"}
-    with pytest.raises(UserError, match=r"--vision_from .* holds a LanguageModel, but a CLIP is wanted"):
+    with pytest.raises(UserError, match=r"--vision_from .* holds a LanguageModel, which has no vision tower"):
         train.main(arguments("llava-stage1", **SHORT | {"data": world, "out": tmp_path / "x"} | swapped))
     with pytest.raises(UserError, match=r"--starts_from .* holds a LanguageModel, but a LLaVA is wanted"):
         train.main(arguments("llava", **SHORT | {"data": world, "out": tmp_path / "x"}, starts_from=built / "lm"))

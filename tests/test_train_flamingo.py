@@ -135,7 +135,7 @@ class TestBadInput:
             work_of(built, world, language_from=built / "t5")
 
     def test_eyes_that_are_none(self, built, world):
-        with pytest.raises(UserError, match="holds a LanguageModel, but a CLIP is wanted"):
+        with pytest.raises(UserError, match="holds a LanguageModel, which has no vision tower"):
             work_of(built, world, vision_from=built / "lm")
 
     def test_a_start_that_is_none(self, built, world):
