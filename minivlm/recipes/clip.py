@@ -161,7 +161,13 @@ FINE_TUNING = replace(
     batch_size=128,
 )
 
-ON_TOWER = replace(PHOTOGRAPHS, summary="a CLIP on your own photographs, with a vision tower that is there")
+# On what a tower that is there computes, a text tower soon knows a few thousand captions by heart: of flowers and aerial
+# photographs, text→image Recall@10 was 60 % after 500 steps and 58 % after 800 (one seed each).
+ON_TOWER = replace(
+    PHOTOGRAPHS,
+    summary="a CLIP on your own photographs, with a vision tower that is there",
+    steps=400,
+)
 
 CLIP_RECIPES = {
     "clip": CLIP_SHAPES,
