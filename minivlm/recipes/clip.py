@@ -161,8 +161,8 @@ FINE_TUNING = replace(
     batch_size=128,
 )
 
-# On what a tower that is there computes, a text tower soon knows a few thousand captions by heart: of flowers and aerial
-# photographs, text→image Recall@10 was 60 % after 500 steps and 58 % after 800 (one seed each).
+# A new text tower soon knows a few thousand captions by heart. Flowers and aerial photographs with DINOv2-S: 800 steps in
+# place of 400 gave the same text→image Recall@10 (58 %), of flowers alone a lower one (28 against 31 %).
 ON_TOWER = replace(
     PHOTOGRAPHS,
     summary="a CLIP on your own photographs, with a vision tower that is there",
