@@ -206,6 +206,7 @@ LLAVA_RECIPES = {
     ),
     "vlm-stage1": LLaVAStage1Recipe(
         summary="a small VLM, stage 1: between a published vision tower and chat model a new connector learns, on captions",
+        measured="measured on photographs: docs/results.md",
         vision_from="facebook/dinov2-small",
         language_from="HuggingFaceTB/SmolLM2-135M-Instruct",
         published=True,
@@ -219,6 +220,7 @@ LLAVA_RECIPES = {
     ),
     "vlm": LLaVARecipe(
         summary="a small VLM: DINOv2, pixel shuffle and SmolLM2, or others, converse about your images",
+        measured="measured on photographs: docs/results.md",
         starts_from="out/vlm-stage1",
         stage1="vlm-stage1",
         optimiser=OptimiserConfig(
