@@ -212,7 +212,7 @@ LLAVA_RECIPES = {
         published=True,
         stage2="vlm",
         model=FOLDED,
-        optimiser=OptimiserConfig(learning_rate=5e-4, warmup=20, weight_decay=0.0),
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup=20, weight_decay=0.0),
         steps=300,
         batch_size=16,
         bucket_steps=8,  # captions are half as long as questions
