@@ -4,6 +4,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
+from torch import nn
 
 from minivlm.recipes import plan
 from minivlm.recipes.job import Job
@@ -18,7 +19,7 @@ class Sentences:
     def __init__(self, bucket_steps, n=40, batch_size=4):
         how = dict(steps=100, batch_size=batch_size, bucket_steps=bucket_steps, seed=3)
         recipe, self.n = Recipe(summary="sentences", data=FOLDER, **how), n
-        job = Job(recipe=recipe, model=None, processor=None, samples=self, scores=None, progress=None)
+        job = Job(recipe=recipe, model=nn.Linear(1, 1), processor=None, samples=self, scores=None, progress=None)
         self.ids, self.indices, self.share = job.ids, job.order.indices, job.order.share
 
     def __len__(self):

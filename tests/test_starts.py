@@ -137,7 +137,11 @@ def test_lora_learns_on_a_part_of_any_model_and_is_saved_resumed_merged_and_left
     assert not lora_layers(job.model)
     with torch.no_grad():
         assert sum(job.model.losses(**batch).values()).item() == pytest.approx(apart, rel=1e-4)
-    if name != "coca":  # beside LoRA it learns its table of words, which the head has as well
+    if name not in (
+        "coca",
+        "blip",
+        "blip-noisy",
+    ):  # beside LoRA these learn what two layers share, which no adapter holds
         alone, _ = minivlm.load(tmp_path / "adapter")
         assert lora_layers(alone).keys() == layers.keys()
 

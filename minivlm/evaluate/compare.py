@@ -23,7 +23,9 @@ from minivlm.processes import each
 from minivlm.tasks.features import encode_images, encode_texts
 from minivlm.tasks.zero_shot import PLAIN, class_features
 
-AT_A_TIME = 250  # images in memory
+AT_A_TIME = (
+    64  # images in memory, which `encode_images` takes at once: so few that processes find enough parts to share
+)
 
 
 def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
