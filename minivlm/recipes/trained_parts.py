@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +24,6 @@ from minivlm.layers.lora import add_lora, lora_layers, lora_parameters, shared_w
 from minivlm.layers.t5 import T5
 from minivlm.origins import has_parameters
 
-if TYPE_CHECKING:
-    from minivlm.recipes.recipe import Recipe
-
 NONE = "none"  # the first of --freeze: what the recipe itself freezes learns
 WRAPPER = "transformer."  # may be left out of a name: text.blocks.0
 READS_TEXT = (  # the first that is there
@@ -40,9 +37,9 @@ READS_TEXT = (  # the first that is there
 MOST = 10_000  # numbers in a range
 
 
-def choose_trained(model: nn.Module, recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """Put LoRA where the recipe has some and the model has none yet, and freeze what --freeze names. UserError for a name
-    that is none, for LoRA that finds no layer, and where nothing is left to learn."""
+def choose_trained(model: nn.Module, recipe: Any, origins: Mapping[str, str]) -> None:
+    """Put LoRA where the recipe (a `Recipe`) has some and the model has none yet, and freeze what --freeze names. UserError for
+    a name that is none, for LoRA that finds no layer, and where nothing is left to learn."""
     if recipe.freeze[:1] == (NONE,):
         unfreeze(model)
     if recipe.lora is not None:
@@ -133,7 +130,7 @@ def there_are(model: nn.Module, name: str, known: dict[str, str]) -> str:
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def adapt(model: nn.Module, recipe: Recipe, origins: Mapping[str, str]) -> None:
+def adapt(model: nn.Module, recipe: Any, origins: Mapping[str, str]) -> None:
     """LoRA on the recipe's parts, or on the part that reads text. Their base no longer learns, nor does what it belongs to."""
     whole = isinstance(model, (LanguageModel, T5, BERT))
     if not lora_layers(model):  # else it is that of a checkpoint
@@ -149,7 +146,7 @@ def adapt(model: nn.Module, recipe: Recipe, origins: Mapping[str, str]) -> None:
     model.freeze(*norms)  # whose statistics stay, as the weights do
 
 
-def put_lora(model: nn.Module, recipe: Recipe, origins: Mapping[str, str], *, whole: bool) -> None:
+def put_lora(model: nn.Module, recipe: Any, origins: Mapping[str, str], *, whole: bool) -> None:
     parts = [name for pattern in recipe.lora.parts for name in names_of(model, pattern, "--lora.parts")]
     if not parts and not whole:
         parts = list(next(filter(None, ([n for n in names if has(model, n)] for names in READS_TEXT))))
@@ -178,7 +175,7 @@ def told_of_lora(model: nn.Module) -> list[str]:
     )
 
 
-def leave_adapter(out: Path, model: nn.Module, recipe: Recipe) -> str:
+def leave_adapter(out: Path, model: nn.Module, recipe: Any) -> str:
     """Adapters are left twice: as part of the weights, and alone, in out/adapter, for the base that they belong to, where
     there is one of the same shape. Returns what the user is told."""
     config = model.lora or getattr(model.config, "lora", None)
