@@ -83,11 +83,11 @@ def bring(text: str) -> str:
 def load(name: HubName) -> dict[str, Any]:
     """Split → data set, of the `datasets` package."""
     try:
-        import datasets
+        from datasets import load_dataset  # a folder that is called datasets is a package too, of nothing
     except ImportError:
         raise UserError(f"{name} is read with the `datasets` package: pip install datasets.") from None
     try:
-        found = datasets.load_dataset(name.name, name.config, revision=name.revision)
+        found = load_dataset(name.name, name.config, revision=name.revision)
     except Exception as error:  # of a hub, a network, a file format or a script: whatever it is, there are no data
         raise UserError(f"{name} is not to be had: {why(error, name)}") from error
     return dict(found)

@@ -36,7 +36,11 @@ def test_what_webdataset_writes_is_read_as_webdataset_reads_it(tmp_path):
 
 
 def test_a_data_set_of_the_datasets_package_is_brought_once(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip(
+        "datasets.config", exc_type=ImportError
+    )  # tests/datasets is a package of that name too, of nothing
+    import datasets
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     for split, count in (("train", 12), ("validation", 3)):
