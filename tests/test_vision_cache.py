@@ -52,7 +52,7 @@ def test_features_are_kept_and_their_size_is_told():
     cache = prepared(Room(say=said.append))
     assert cache.model.seen == N + 1 and cache([3, 1])["images"].tensor.shape == (2, 2, 24)
     assert said == [
-        "the features of 1,100 images take 0.20 MB, and are kept in memory: the frozen vision tower runs once an image."
+        "the features of 1,100 images take 206.2 KB, and are kept in memory: the frozen vision tower runs once an image."
     ]
 
 
@@ -70,7 +70,7 @@ def test_more_than_was_allowed_is_told_and_computed_anew():
     said = []
     cache = prepared(Room(limit=bytes_in("100KB"), say=said.append))
     assert cache.features is None and cache.model.seen == 1
-    assert "take 0.20 MB, more than --feature_cache 0.10MB lets it keep" in said[0]
+    assert "take 206.2 KB, more than --feature_cache 100.0KB lets it keep" in said[0]
     cache = prepared(Room(limit=bytes_in("off")))
     assert cache.features is None and cache.model.seen == 0
 
@@ -79,7 +79,7 @@ def test_a_full_disk_is_told_in_a_sentence_before_anything_is_computed(tmp_path,
     monkeypatch.setattr(vision_cache, "LIMIT", 1000)
     monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
     cache = make_cache()
-    with pytest.raises(UserError, match=r"has 0.06 MB left. Free some, .* --feature_cache off"):
+    with pytest.raises(UserError, match=r"has 64.0 KB left. Free some, .* --feature_cache off"):
         cache.prepare(CPU, torch.float32, Room(directory=tmp_path))
     assert cache.model.seen == 1 and not [*tmp_path.iterdir()]
 
@@ -108,7 +108,7 @@ def test_a_size_is_read_as_people_write_it():
         "4GiB": 2**32,
     }
     assert {text: bytes_in(text) for text in sizes} == sizes
-    assert [in_words(n) for n in (3.1 * 2**30, 12.4 * 2**20, 2**17)] == ["3.1 GB", "12 MB", "0.12 MB"]
+    assert [in_words(n) for n in (3.1 * 2**30, 12.4 * 2**20, 2**17)] == ["3.1 GB", "12 MB", "128.0 KB"]
     with pytest.raises(UserError, match="--feature_cache much: feature_cache is 'much', which is no size: write it as"):
         plan.command_line(["clip", "--feature_cache", "much"])
     assert "--feature_cache 20GB" in Options(feature_cache="20GB").resume_command("vqa")

@@ -19,11 +19,11 @@ import numpy as np
 
 from minivlm.datasets.images import VERSION, opened, read_image, shrunk_size
 from minivlm.datasets.parallel import in_parallel, workers
-from minivlm.datasets.sizes import free_bytes, in_bytes, most_bytes
-from minivlm.datasets.source import Source
+from minivlm.datasets.source import Source, most_bytes
 from minivlm.datasets.stamps import stamp_all
 from minivlm.errors import UserError
 from minivlm.files import cache_folder, is_own_file, locked, parse_json, read_bytes
+from minivlm.sizes import free_bytes, in_words
 
 SHARE = 0.5  # of the free disk is taken where --data.cache says nothing
 LEFT = 2**30  # bytes of it that are left free in any case
@@ -84,7 +84,7 @@ class ImageCache:
         if others := len(self.rows) - kept - len(self.errors):
             self.notes.append(
                 f"{others} of {len(self.rows)} training images are decoded anew in every epoch: the cache of decoded images "
-                f"is {'off' if limit == 0 else 'limited to ' + in_bytes(self.made_for)} (--data.cache)."
+                f"is {'off' if limit == 0 else 'limited to ' + in_words(self.made_for)} (--data.cache)."
             )
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -232,7 +232,7 @@ class ImageCache:
                 return error
 
         size = self.estimate(keys)
-        kept = in_bytes(min(size, room)) + (f" of about {in_bytes(size)}" if size > room else "")
+        kept = in_words(min(size, room)) + (f" of about {in_words(size)}" if size > room else "")
         title = f"decoding images (cache: {kept if room else 'off'})"
         yield from in_parallel(decode, range(len(keys)), title)
 

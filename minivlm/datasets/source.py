@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minivlm.datasets.shard_names import split_directory
-from minivlm.datasets.sizes import most_bytes
+from minivlm.errors import UserError
+from minivlm.sizes import bytes_in
 
 HELP = {
     "image_key": "the column or field of a table that names the image, where it is not found by its name",
@@ -82,3 +83,13 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
 def source_of(directory: str | os.PathLike, args: argparse.Namespace) -> Source:
     """The folder with those of its options that a command line gives."""
     return Source(directory, **{f.name: getattr(args, f.name) for f in fields(Source)[1:] if hasattr(args, f.name)})
+
+
+def most_bytes(cache: str | None) -> int | None:
+    """--data.cache → bytes: "20GB", "500 MB", "off"; None: it is not given. UserError: it is no size."""
+    try:
+        return None if cache is None else bytes_in(str(cache))
+    except ValueError:
+        raise UserError(
+            f"--data.cache {cache} is no size: give the most that decoded images may take, as 20GB, or off."
+        ) from None

@@ -12,8 +12,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from minivlm.datasets import image_cache, images
 from minivlm.datasets.image_cache import ImageCache
 from minivlm.datasets.images import check_header, read_image
-from minivlm.datasets.sizes import most_bytes
-from minivlm.datasets.source import Source
+from minivlm.datasets.source import Source, most_bytes
 from minivlm.errors import UserError
 from minivlm.files import cache_folder, read_bytes
 
@@ -233,7 +232,7 @@ def test_the_pixels_are_the_same_whatever_is_kept(folder, limit):
         assert list(cache.errors) == ["broken.png"]
     kept = sum(cache.rows[:, image_cache.OFFSET] >= 0)
     told = f"{3 - kept} of 4 training images are decoded anew in every epoch: the cache of decoded images is "
-    told += f"{'off' if limit == 0 else f'limited to {limit / 1000:.1f} KB'} (--data.cache)."
+    told += f"{'off' if limit == 0 else f'limited to {limit / 1024:.1f} KB'} (--data.cache)."
     assert cache.notes == ([] if kept == 3 else [told])
 
 
@@ -249,7 +248,7 @@ def test_more_room_keeps_more_and_decodes_only_that(folder, monkeypatch):
 
 def test_the_size_is_told_before_anything_is_written(folder, capsys):
     open_cache(folder, limit=10_000)
-    assert "decoding images (cache: 10.0 KB of about 18.6 KB)" in capsys.readouterr().err
+    assert "decoding images (cache: 9.8 KB of about 18.2 KB)" in capsys.readouterr().err
     open_cache(folder, ["0.png"], limit=0)
     assert "decoding images (cache: off)" in capsys.readouterr().err
 
@@ -309,7 +308,7 @@ def test_where_the_cache_belongs_lies_a_file(folder):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("20GB", 20 * 10**9), ("500 mb", 5 * 10**8), ("1.5T", 15 * 10**11), ("off", 0), ("123", 123), (None, None)],
+    [("20GB", 20 * 2**30), ("500 mb", 500 * 2**20), ("1.5T", 3 * 2**39), ("off", 0), ("123", 123), (None, None)],
 )
 def test_a_limit_is_a_size(text, size):
     assert most_bytes(text) == size
