@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm.datasets import check
+from minivlm.datasets import check, check_sheet
 from minivlm.errors import UserError
 
 FLOWERS = [
@@ -173,9 +173,9 @@ def test_the_sheet_begins_with_the_evaluation_view(folder, capsys, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     processor = Processor.train(FLOWERS, image_size=64, context=32)
     for row, image in enumerate(images):
-        view = check.to_image(processor.images([folder / image])[0], processor.config)
-        top = row * (check.TILE + check.CAPTION)
-        tile = sheet[top : top + check.TILE, : check.TILE]
+        view = check_sheet.to_image(processor.images([folder / image])[0], processor.config)
+        top = row * (check_sheet.TILE + check_sheet.CAPTION)
+        tile = sheet[top : top + check_sheet.TILE, : check_sheet.TILE]
         assert np.array_equal(tile, np.asarray(view))
-        beside = sheet[top : top + check.TILE, check.TILE + 12 :][:, : check.TILE]
+        beside = sheet[top : top + check_sheet.TILE, check_sheet.TILE + 12 :][:, : check_sheet.TILE]
         assert not np.array_equal(tile, beside)
