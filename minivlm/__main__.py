@@ -21,7 +21,7 @@ PROGRAMS = {
     "bench": "measure speed beside other libraries: minivlm bench clip",
 }
 MODULES = {
-    "evaluate": "minivlm.evaluate",
+    "evaluate": "minivlm.evaluate.command",
     "check": "minivlm.datasets.check",
     "info": "minivlm.info",
     "convert": "minivlm.convert",

@@ -145,7 +145,7 @@ def history(directory: Path, run: Run) -> dict[str, str]:
     if (directory / "metrics.json").exists() and (scores := read_json(directory / "metrics.json")):
         name, score = next(iter(scores.items()))
         more = f"; {len(scores) - 1} more in metrics.json" if len(scores) > 1 else ""
-        score = Score(**score)
+        score = Score.from_record(score)
         about["score"] = f"{name} {score.text(score.value).strip()} (chance {score.text(score.chance).strip()}){more}"
     return about
 

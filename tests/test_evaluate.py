@@ -10,6 +10,7 @@ from PIL import Image
 from minivlm import evaluate
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
+from minivlm.evaluate import command as evaluate_command
 from minivlm.evaluate import compare
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.metrics import Score
@@ -39,7 +40,9 @@ def trained(world, tmp_path_factory):
 
 def test_the_command_prints_and_saves_what_the_function_computes(trained, world, tmp_path, capsys):
     directory, model, processor = trained
-    evaluate.main([str(directory), "--data", str(world), "--device", "cpu", "--save", str(tmp_path / "scores.json")])
+    evaluate_command.main(
+        [str(directory), "--data", str(world), "--device", "cpu", "--save", str(tmp_path / "scores.json")]
+    )
     want = evaluate.contrast(model, processor, world)
     assert capsys.readouterr().out.strip() == evaluate.table(want).strip()
     got = {name: Score(**score) for name, score in json.loads((tmp_path / "scores.json").read_text()).items()}
@@ -88,4 +91,4 @@ def test_a_picture_of_a_folder_with_classes_is_drawn(trained, tmp_path):
 
 def test_a_directory_without_a_model_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
-        evaluate.main([str(tmp_path), "--device", "cpu"])
+        evaluate_command.main([str(tmp_path), "--device", "cpu"])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm import evaluate
 from minivlm.datasets.shapes.shots import Shot, ShotEpisode, shot_episodes
 from minivlm.errors import UserError
+from minivlm.evaluate import command as evaluate_command
 from minivlm.metrics import Score
 from minivlm.tasks.few_shot import LEAD
 from tests.speakers import captioner, flamingo, processor
@@ -107,7 +107,7 @@ def few(monkeypatch):
 def test_the_command_tells_and_draws_the_curve(desk, tmp_path, monkeypatch, capsys, few):
     monkeypatch.chdir(tmp_path)
     options = ("--data", desk / "world", "--device", "cpu", "--save", "scores.json")
-    evaluate.main([str(x) for x in (desk / "flamingo", "--shots", 0, 2, *options)])
+    evaluate_command.main([str(x) for x in (desk / "flamingo", "--shots", 0, 2, *options)])
     out = capsys.readouterr().out
     scores = json.loads(Path("scores.json").read_text())
     rows = ["", ", labels shuffled", ", shuffled label said", ", pictures shuffled", ", never-seen pairs"]
@@ -142,4 +142,4 @@ def test_the_command_tells_and_draws_the_curve(desk, tmp_path, monkeypatch, caps
 def test_mistakes_are_told(desk, monkeypatch, argv, message, few):
     monkeypatch.chdir(desk)
     with pytest.raises(UserError, match=message):
-        evaluate.main([*map(str, argv), "--data", "world", "--device", "cpu"])
+        evaluate_command.main([*map(str, argv), "--data", "world", "--device", "cpu"])

@@ -50,7 +50,9 @@ def test_who_always_says_yes_is_right_half_of_the_time(world, oracle, monkeypatc
 
 def test_true_and_false_captions_count_alike():
     wrong = ["", "colour", "place", "", "colour"]
-    scores = told_apart(wrong, torch.tensor([1.0, -1.0, 2.0, -0.1, -3.0]))  # one of two true ones, two of three false
+    scores = told_apart(
+        wrong, torch.tensor([1.0, -1.0, 2.0, -0.1, -3.0]), "aabbb"
+    )  # one of two true ones, two of three false
     assert scores["matching"].value == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert scores["matching, colour"].value == pytest.approx((1 / 2 + 1) / 2)
     assert scores["matching, place"].value == pytest.approx((1 / 2 + 0) / 2)
@@ -62,10 +64,9 @@ def test_what_is_beyond_the_first_k_is_not_found():
     score, best = closest(similar, torch.eye(3), right, torch.matmul, 2)
     assert best.tolist() == [[0, 1], [2, 1]] and score == Score(0.5, pytest.approx(1 / 3))
     matched = torch.tensor([[0.7, 0.1], [0.1, 0.2]])
-    assert first_is_right(matched, best, right) == 0.5
-    assert (
-        first_is_right(torch.tensor([[0.7, 0.7], [0.1, 0.2]]), best, right) == 0
-    )  # a wrong one that ties stands before
+    assert first_is_right(matched, best, right) == [True, False]
+    tied = torch.tensor([[0.7, 0.7], [0.1, 0.2]])  # a wrong one that ties stands before
+    assert first_is_right(tied, best, right) == [False, False]
 
 
 def test_blocks_change_nothing(world, oracle, monkeypatch):

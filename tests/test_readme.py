@@ -15,6 +15,7 @@ import sample
 import train
 from minivlm import convert, evaluate, info
 from minivlm.datasets import check, make_shapes
+from minivlm.evaluate import command as evaluate_command
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
@@ -158,7 +159,7 @@ def run(line, monkeypatch):
     elif words[:2] == ["python", "sample.py"]:
         sample.main(words[2:])
     elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
-        evaluate.main(words[3:])
+        evaluate_command.main(words[3:])
     elif words[:4] in (["python", "-m", "minivlm", "evaluate"], ["python", "-m", "minivlm", "convert"]):
         (evaluate if words[3] == "evaluate" else convert).main(words[4:])
     elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import train
-from minivlm import evaluate
 from minivlm.errors import UserError
+from minivlm.evaluate import command as evaluate_command
 from minivlm.recipes import RECIPES, plan, scores
 from minivlm.recipes.folders import check_suits
 from minivlm.recipes.fuse import FUSE_RECIPES
@@ -222,11 +222,11 @@ def check_next_commands(commands, data):
 
 
 def test_evaluation_says_where_it_judges_by_what_was_trained_on(folders, bases, capsys):
-    evaluate.main([str(bases / "clip"), "--data", str(folders / "few"), "--device", "cpu"])
+    evaluate_command.main([str(bases / "clip"), "--data", str(folders / "few"), "--device", "cpu"])
     out, told = capsys.readouterr()
     assert "There are no test images: the train images stand in for them. What is judged has been trained on." in told
     assert "R@1" in out
-    evaluate.main([str(bases / "clip"), "--data", str(folders / "captions"), "--device", "cpu"])
+    evaluate_command.main([str(bases / "clip"), "--data", str(folders / "captions"), "--device", "cpu"])
     assert "No val and test split are given: a tenth of the images each" in capsys.readouterr().err
 
 

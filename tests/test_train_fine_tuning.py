@@ -13,6 +13,7 @@ from minivlm import evaluate
 from minivlm.__main__ import main as program
 from minivlm.datasets.folder import open_pairs
 from minivlm.errors import UserError
+from minivlm.evaluate import command as evaluate_command
 from minivlm.layers import BERT, BERTConfig, EfficientNetConfig, TextConfig, VisionConfig
 from minivlm.layers.tower import ImageFeatures
 from minivlm.layers.vit import VisionTransformer
@@ -83,7 +84,7 @@ def test_a_published_clip_is_fine_tuned_and_judged_before_and_after(desk, capsys
     moved = [(a - b).abs().max() for a, b in zip(tuned.parameters(), start.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-3  # a few steps of at most 1e-5
 
-    evaluate.main(["tuned", "--data", "photos", "--device", "cpu", "--wise", "0", "0.5", "--save", "wise.json"])
+    evaluate_command.main(["tuned", "--data", "photos", "--device", "cpu", "--wise", "0", "0.5", "--save", "wise.json"])
     columns = json.loads((desk / "wise.json").read_text())
     assert {name: score["value"] for name, score in columns["0 (start)"].items()} == {
         n: s.value for n, s in want.items()

@@ -10,6 +10,7 @@ import minivlm
 from minivlm import evaluate
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
+from minivlm.evaluate import command as evaluate_command
 from minivlm.evaluate.averaged import Averaged
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.metrics import Score
@@ -60,12 +61,12 @@ def test_in_half_precision_the_average_is_rounded_once(places):
 
 
 def run(places, *words):
-    evaluate.main([str(places / "tuned"), "--data", str(places / "world"), "--device", "cpu", *map(str, words)])
+    evaluate_command.main([str(places / "tuned"), "--data", str(places / "world"), "--device", "cpu", *map(str, words)])
 
 
 def test_the_command_shows_a_column_for_each_average_and_leaves_one(places, tmp_path, monkeypatch, capsys):
     lengths = lambda model, processor, data: {"length": Score(model.loss.logit_scale.item() / 9, 0.5)}
-    monkeypatch.setattr(evaluate, "evaluate", lengths)
+    monkeypatch.setattr(evaluate_command, "evaluate", lengths)
     run(places, "--start", places / "start", "--wise", 0, 0.5, 1, "--save", tmp_path / "scores.json")
     head, row = capsys.readouterr().out.rstrip().splitlines()
     assert head.split() == ["0", "(start)", "0.5", "1", "(tuned)", "chance"] and row.split()[0] == "length"
@@ -87,7 +88,7 @@ def test_the_command_shows_a_column_for_each_average_and_leaves_one(places, tmp_
         (["--wise", "0", "1", "--start", "start", "--save_model", "new"], "leaves one average"),
         (["--wise", "0", "--start", "start", "--save_model", "start"], "is there already"),
         (["--start", "start"], "belongs to --wise"),
-        (["--wise", "0", "--shots", "0"], "two tables"),
+        (["--wise", "0", "--shots", "0"], "tables of their own"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused_in_one_sentence(places, words, why, monkeypatch):
@@ -106,4 +107,4 @@ def test_scores_before_stand_in_front_of_those_after():
         "3.00",
         "9.00",
     ]
-    assert evaluate.table(after).splitlines()[0] == f"{'':10}   score   chance"
+    assert evaluate.table(after).splitlines()[0] == f"{'':10}  score  chance"

@@ -1,4 +1,4 @@
 from minivlm.errors import run_command_line
-from minivlm.evaluate import main
+from minivlm.evaluate.command import main
 
 run_command_line(main)

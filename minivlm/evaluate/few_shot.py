@@ -23,7 +23,7 @@ from minivlm.datasets.shapes.episodes import new_words
 from minivlm.datasets.shapes.shots import ShotEpisode, shot_episodes
 from minivlm.errors import UserError
 from minivlm.evaluate.language import new_words as new_words_in_text
-from minivlm.metrics import Score
+from minivlm.metrics import Samples, Score
 from minivlm.pictures import chart
 from minivlm.tasks.abilities import require_answers
 from minivlm.tasks.few_shot import LEAD, Example, check_room, few_shot_prompt, likeliest
@@ -103,7 +103,7 @@ def few_shot_accuracy(model, processor, episodes: Sequence[ShotEpisode], *, ways
 
 
 def agreement(chosen: Sequence[str], right: Sequence[str], ways: int) -> Score:
-    return Score(sum(a == b for a, b in zip(chosen, right, strict=True)) / len(chosen), 1 / ways)
+    return Score.of(Samples.mean([a == b for a, b in zip(chosen, right, strict=True)]), 1 / ways)
 
 
 def name_queries(model, processor, episodes: Sequence[ShotEpisode], words: Sequence[Sequence[str]]) -> list[str]:

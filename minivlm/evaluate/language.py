@@ -25,7 +25,7 @@ from minivlm.datasets.shapes.episodes import document, few_shot, held_out_scenes
 from minivlm.datasets.shapes.questions import judge
 from minivlm.datasets.shapes.text import canonical
 from minivlm.datasets.text_batches import Document, text_sample
-from minivlm.metrics import Score, vqa_accuracy
+from minivlm.metrics import Samples, Score, vqa_accuracy
 from minivlm.processes import each
 from minivlm.tasks.features import inference
 from minivlm.tasks.generate import model_inputs, prompt_tokens
@@ -62,8 +62,8 @@ def perplexity(model, processor, documents: Sequence[Document], *, batch_size: i
 
     with inference(model):
         sums, tokens = zip(*each(expected, [*batches(processor, documents, batch_size)]), strict=True)
-    total, counted = sum(sums), [*chain.from_iterable(tokens)]
-    return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
+    samples = Samples("perplexity", np.stack([sums, [*map(len, tokens)]], axis=1))
+    return Score.of(samples, math.exp(entropy([*chain.from_iterable(tokens)])), share=False)
 
 
 def batches_of_texts(processor, documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -99,8 +99,8 @@ def new_words(model, processor, shots: int, *, ways: int = 2) -> Score:
     """Of episodes that end before a new word, how many are continued with the right one (greedy, the whole word)."""
     episodes = few_shot(EPISODES, shots=shots, ways=ways)
     texts = continue_all(model, processor, [e.text for e in episodes])
-    right = sum(text.split(".")[0].strip() == e.answer for text, e in zip(texts, episodes, strict=True))
-    return Score(right / len(episodes), 1 / ways)
+    right = [text.split(".")[0].strip() == e.answer for text, e in zip(texts, episodes, strict=True)]
+    return Score.of(Samples.mean(right), 1 / ways)
 
 
 def told_scenes(model, processor) -> dict[str, Score]:

@@ -22,7 +22,7 @@ from minivlm.datasets.shapes.negatives import one_attribute_negatives
 from minivlm.evaluate.compare import distinct_captions
 from minivlm.evaluate.expectation import some_of
 from minivlm.layers.tower import ImageFeatures
-from minivlm.metrics import Score
+from minivlm.metrics import Samples, Score
 from minivlm.metrics.retrieval import Relevance, by_lists, rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processes import each
@@ -98,19 +98,20 @@ def hard_negatives(model, processor, world: ShapesWorld, features: Tensor) -> di
     tokens, mask = to_tokens([text for _, text, _ in samples], processor, cut=True)
     images = torch.tensor([i for i, _, _ in samples])
     odds = match_pairs(torch.stack([images, torch.arange(len(samples))], dim=1), features, tokens, mask, model)
-    return told_apart([wrong for _, _, wrong in samples], odds)
+    return told_apart([wrong for _, _, wrong in samples], odds, [world.key(i) for i in images.tolist()])
 
 
-def told_apart(wrong: Sequence[str], odds: Tensor) -> dict[str, Score]:
-    """wrong: what is wrong with each caption, "" for a true one; odds (P,): the log-odds that it matches."""
-    yes = {kind: [] for kind in dict.fromkeys(wrong)}
-    for kind, matches in zip(wrong, (odds >= 0).tolist(), strict=True):
-        yes[kind].append(matches)
-    accepted = np.mean(yes.pop(""))
-    refused = {kind: 1 - np.mean(matches) for kind, matches in yes.items()}
-    in_all = 1 - np.mean([matches for some in yes.values() for matches in some])
-    names = {"matching": in_all, **{f"matching, {kind}": share for kind, share in refused.items()}}
-    return {name: Score(float((accepted + share) / 2), 0.5) for name, share in names.items()}
+def told_apart(wrong: Sequence[str], odds: Tensor, images: Sequence[str]) -> dict[str, Score]:
+    """wrong: what is wrong with each caption, "" for a true one; odds (P,): the log-odds that it matches; images: whose."""
+    kinds, yes = np.array(wrong), (odds >= 0).numpy()
+    true = kinds == ""
+
+    def apart(false: np.ndarray) -> Score:
+        counts = np.stack([true & yes, false & ~yes, true, false], axis=1)  # (P, 4): two totals, two counts
+        return Score.of(Samples.summed("macro", counts, images), 0.5)
+
+    of_kinds = {f"matching, {kind}": apart(kinds == kind) for kind in dict.fromkeys(wrong) if kind}
+    return {"matching": apart(~true), **of_kinds}
 
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------
@@ -141,7 +142,9 @@ def reranking(
     ):
         matched = odds[torch.searchsorted(wanted, asked)]  # (Q, k)
         scores[f"{direction} R@1"] = alone
-        scores[f"{direction} R@1 re-ranked"] = Score(first_is_right(matched, candidates, right), alone.chance)
+        scores[f"{direction} R@1 re-ranked"] = Score.of(
+            Samples.mean(first_is_right(matched, candidates, right)), alone.chance
+        )
     return scores
 
 
@@ -169,12 +172,12 @@ def closest(
     return recall_at_k(torch.cat(ranks), torch.cat(counts), len(candidates), 1), torch.cat(best)
 
 
-def first_is_right(scores: Tensor, candidates: Tensor, right: Relevance) -> float:
-    """Of candidates (Q, k) with these scores: the share of queries whose highest one is right and alone at the top."""
-    hits = 0
+def first_is_right(scores: Tensor, candidates: Tensor, right: Relevance) -> list[bool]:
+    """Of candidates (Q, k) with these scores: for which queries the highest one is right and alone at the top."""
+    hits = []
     for start in range(0, len(candidates), AT_A_TIME):
         rows = slice(start, start + AT_A_TIME)
         is_right = right.rows(rows).gather(1, candidates[rows])
         true = scores[rows].masked_fill(~is_right, -torch.inf).amax(dim=1)
-        hits += int((true > scores[rows].masked_fill(is_right, -torch.inf).amax(dim=1)).sum())
-    return hits / len(candidates)
+        hits += (true > scores[rows].masked_fill(is_right, -torch.inf).amax(dim=1)).tolist()
+    return hits

@@ -22,7 +22,7 @@ from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes.negatives import is_true
 from minivlm.errors import UserError
-from minivlm.metrics import Score
+from minivlm.metrics import Samples, Score
 from minivlm.models.blip import BLIP
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processor import Processor
@@ -103,11 +103,10 @@ class Judged:
         """Of the filter: how many of those kept are true, and how many of the true ones are kept. Chance: keep all, or as
         many at random."""
         kept, true = self.kept, self.true
-        right = (kept & true).sum()
-        precision, recall = right / max(1, kept.sum()), right / max(1, true.sum())
+        precision, recall = (Samples("ratio", np.stack([kept & true, of], axis=1)) for of in (kept, true))
         return {
-            f"filter, {self.origin}, precision": Score(float(precision), float(true.mean())),
-            f"filter, {self.origin}, recall": Score(float(recall), float(kept.mean())),
+            f"filter, {self.origin}, precision": Score.of(precision, float(true.mean())),
+            f"filter, {self.origin}, recall": Score.of(recall, float(kept.mean())),
         }
 
 
@@ -160,9 +159,8 @@ class Filtered:
         for some in self.judged:
             scores |= some.scores()
         kept = np.concatenate([some.true[some.kept] for some in self.judged])
-        return scores | {
-            "pairs learnt from that are true": Score(float(kept.mean()), float(self.judged[0].true.mean()))
-        }
+        chance = float(self.judged[0].true.mean())
+        return scores | {"pairs learnt from that are true": Score.of(Samples.mean(kept), chance)}
 
     def figure(self, path: Path) -> None:
         """Pairs that were kept, and such that were dropped; framed green where that was right."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -16,6 +15,7 @@ from minivlm.checkpoint import save
 from minivlm.errors import UserError, as_started
 from minivlm.evaluate import table
 from minivlm.metrics import Score
+from minivlm.metrics.samples import write_samples
 from minivlm.precision import as_stored, cast
 from minivlm.processes import random_state, set_random_state, together
 from minivlm.recipes.job import Job
@@ -28,10 +28,11 @@ def finish(run: Run, job: Job) -> None:
 
     All processes evaluate together; the first writes.
     """
-    best, metrics, figure = run.best(), run.directory / "metrics.json", run.directory / "picture.png"
+    best, left = run.best(), run.directory
+    metrics, samples, figure = left / "metrics.json", left / "samples.npz", left / "picture.png"
     step = read_record(best)["step"]
     restore_weights(best, job.model)
-    for path in (metrics, figure) if run.write else ():  # of what the run had come to before it was resumed
+    for path in (metrics, samples, figure) if run.write else ():  # of what the run had come to before it was resumed
         path.unlink(missing_ok=True)
     with TemporaryDirectory() as nowhere:  # the models of all processes change, the files of the first stay
         out = run.directory if run.write else Path(nowhere)
@@ -47,11 +48,12 @@ def finish(run: Run, job: Job) -> None:
             scores = job.evaluate()
         if not run.write:
             return
-        before = {name: Score(**score) for name, score in read_record(best).get("before", {}).items()}
+        before = {name: Score.from_record(score) for name, score in read_record(best).get("before", {}).items()}
         shown = table(scores, before or None)
         print(f"\nthe best checkpoint (step {step}) on {job.judged_on()}\n\n{shown}\n")
         text = json.dumps(as_values(scores), indent=1, ensure_ascii=False) + "\n"
         job.figure(figure)
+        write_samples(samples, {name: score.samples for name, score in scores.items() if score.samples})
         write_atomically(metrics, lambda path: path.write_text(text, encoding="utf-8"))
     except UserError as error:
         raise UserError(
@@ -79,7 +81,7 @@ def judged_before(job: Job, resumed: Path | None, device: torch.device) -> dict[
 
 
 def as_values(scores: dict[str, Score]) -> dict[str, dict]:
-    return {name: dataclasses.asdict(score) for name, score in scores.items()}
+    return {name: score.record() for name, score in scores.items()}
 
 
 def no_options(command: str) -> str:

@@ -22,7 +22,7 @@ from minivlm.datasets.sequence_batches import document_batch, placeholders
 from minivlm.datasets.shapes.episodes import words
 from minivlm.errors import UserError
 from minivlm.evaluate.language import entropy, held_out_texts, learnt, perplexity, unigram_entropy
-from minivlm.metrics import Score
+from minivlm.metrics import Samples, Score
 from minivlm.pictures import Row, sheet
 from minivlm.processes import each, is_first_process
 from minivlm.processor import Processor
@@ -106,8 +106,8 @@ class DocumentPerplexity:
 
         with inference(self.model):
             sums, tokens = zip(*each(expected, range(0, n, self.batch_size)), strict=True)
-        total, counted = sum(sums), [*chain.from_iterable(tokens)]
-        return Score(math.exp(total / len(counted)), math.exp(entropy(counted)), share=False)
+        samples = Samples("perplexity", np.stack([sums, [*map(len, tokens)]], axis=1))
+        return Score.of(samples, math.exp(entropy([*chain.from_iterable(tokens)])), share=False)
 
     def validate(self, most: int) -> float:
         return 1 / self.perplexity(self.val, most).value

@@ -1,0 +1,91 @@
+"""`python -m minivlm.evaluate MODEL [--data DIR]`: scores of a trained model on held-out images and texts;
+its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`; of what was fine-tuned, the scores of
+averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; and two models on the same samples:
+`… --against MODEL2`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from minivlm.atomic_writing import write_atomically
+from minivlm.command_line import Parser, check_sheet_name, share, whole
+from minivlm.convert import check_new
+from minivlm.datasets.contents import split_notes
+from minivlm.datasets.source import add_options, source_of
+from minivlm.evaluate import evaluate
+from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
+from minivlm.evaluate.few_shot import few_shot, few_shot_picture
+from minivlm.evaluate.table import Scores, side_by_side, table
+
+
+def main(argv: list[str]) -> None:
+    from minivlm.checkpoint import load, save
+    from minivlm.training import choose_device
+
+    options = command_line(argv)
+    data, device = source_of(options.data, options), choose_device(options.device)
+    start = None if options.wise is None else options.start or start_of(options.model)
+    model, processor = load(options.model, device=device)
+    for note in split_notes(data, "test", few_shot=options.shots is not None):
+        print(note, file=sys.stderr)
+    if start is not None:
+        averaged = Averaged(model, load(start, device=device)[0], names=(options.model, start))
+        columns = averaged_scores(averaged, options.wise, lambda model: evaluate(model, processor, data))
+        print(side_by_side(columns))
+        if options.save_model:
+            save(options.save_model, model, processor)
+            print(f"wrote {options.save_model}")
+    elif options.against is not None:
+        other = evaluate(*load(options.against, device=device), data)
+        columns = {options.against: other, options.model: evaluate(model, processor, data)}
+        print(side_by_side(columns))
+    elif options.shots is not None:
+        columns = {"": few_shot(model, processor, data, shots=options.shots, ways=options.ways)}
+        few_shot_picture(columns[""], Path(options.picture))
+        print(f"wrote {options.picture}\n\n{table(columns[''])}")
+    else:
+        columns = {"": evaluate(model, processor, data)}
+        print(table(columns[""]))
+    if options.save:
+        save_scores(Path(options.save), columns)
+
+
+def save_scores(path: Path, columns: dict[str, Scores]) -> None:
+    """As JSON: of one model its scores by name, of several those of each by what the model is called."""
+    values = {head: {name: score.record() for name, score in scores.items()} for head, scores in columns.items()}
+    text = json.dumps(values.get("", values), indent=1, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+
+
+def command_line(argv: list[str]) -> Namespace:
+    """The options. UserError, before a model is loaded, for what does not go together."""
+    parser = Parser(prog="python -m minivlm.evaluate", description=__doc__)
+    parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
+    parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
+    add_options(parser, "image_key", "caption_key", "class_names")
+    parser.add_argument("--device", default="auto")
+    shots = dict(type=whole, nargs="+", metavar="K")
+    parser.add_argument("--shots", **shots, help="judge by new words instead, after so many examples in all: 0 1 2 4 8")
+    parser.add_argument("--ways", type=whole, default=2, help="--shots: words to choose from (2)")
+    parser.add_argument("--picture", default="few-shot.png", help="--shots: where the curves are drawn (%(default)s)")
+    shares = dict(type=share, nargs="+", metavar="SHARE")
+    parser.add_argument("--wise", **shares, help="average the weights with the start's, so much of the model's own")
+    parser.add_argument("--start", help="--wise: what the model was fine-tuned from (as its run records it)")
+    parser.add_argument("--save_model", metavar="DIR", help="--wise: leave the average in this new directory")
+    parser.add_argument("--against", metavar="MODEL2", help="judge this one on the same samples, and the difference")
+    parser.add_argument("--save", help="write the scores to this JSON file as well")
+    options = parser.parse_args(argv)
+    check_sheet_name(options.picture, option="--picture")
+    if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
+        parser.error(f"--{given[0]} belongs to --wise")
+    tables = [f"--{name}" for name in ("wise", "shots", "against") if getattr(options, name) is not None]
+    if len(tables) > 1:
+        parser.error(f"{' and '.join(tables)} are tables of their own: give one of them")
+    if options.save_model:
+        if len(options.wise) > 1:
+            parser.error(f"--save_model leaves one average, and --wise names {len(options.wise)}: choose one of them")
+        check_new(options.save_model, "--save_model")
+    return options
