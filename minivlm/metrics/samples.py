@@ -17,6 +17,7 @@ import numpy as np
 
 from minivlm.atomic_writing import write_atomically
 from minivlm.errors import UserError
+from minivlm.metrics.bleu import bleu_value
 
 DRAWS, LEVEL = 1000, 0.95
 AT_A_TIME = 2**22  # counts held in float64
@@ -55,6 +56,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "macro": macro,
     "f1": f1,
+    "bleu": bleu_value,
 }
 
 
