@@ -1,7 +1,7 @@
 """`python -m minivlm.evaluate MODEL [--data DIR]`: scores of a trained model on held-out images and texts;
 its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`; of what was fine-tuned, the scores of
-averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; and two models on the same samples:
-`… --against MODEL2`."""
+averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; two models on the same samples:
+`… --against MODEL2`; and why it fails: `… --diagnose`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minivlm.command_line import Parser, check_sheet_name, share, whole
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
-from minivlm.evaluate import evaluate
+from minivlm.evaluate import diagnose, evaluate
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
 from minivlm.evaluate.table import Scores, side_by_side, table
@@ -31,6 +31,9 @@ def main(argv: list[str]) -> None:
     model, processor = load(options.model, device=device)
     for note in split_notes(data, "test", few_shot=options.shots is not None):
         print(note, file=sys.stderr)
+    if options.diagnose is not None:
+        diagnose.run(options, model, processor, data)
+        return
     if start is not None:
         averaged = Averaged(model, load(start, device=device)[0], names=(options.model, start))
         columns = averaged_scores(averaged, options.wise, lambda model: evaluate(model, processor, data))
@@ -76,12 +79,15 @@ def command_line(argv: list[str]) -> Namespace:
     parser.add_argument("--start", help="--wise: what the model was fine-tuned from (as its run records it)")
     parser.add_argument("--save_model", metavar="DIR", help="--wise: leave the average in this new directory")
     parser.add_argument("--against", metavar="MODEL2", help="judge this one on the same samples, and the difference")
+    diagnose.add_options(parser)
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
     check_sheet_name(options.picture, option="--picture")
+    if options.diagnose is not None:
+        diagnose.check_images(options.images)
     if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
         parser.error(f"--{given[0]} belongs to --wise")
-    tables = [f"--{name}" for name in ("wise", "shots", "against") if getattr(options, name) is not None]
+    tables = [f"--{name}" for name in ("wise", "shots", "against", "diagnose") if getattr(options, name) is not None]
     if len(tables) > 1:
         parser.error(f"{' and '.join(tables)} are tables of their own: give one of them")
     if options.save_model:

@@ -1,0 +1,94 @@
+"""Why does a model fail? `python -m minivlm.evaluate MODEL --diagnose` shows four pitfalls of vision-language models, each as a
+symptom, the figures that show it, a remedy, and what the remedy does to these figures, where it can be tried without training.
+
+Each pitfall has a module of its own, with two functions:
+
+    left_out(model, processor, data) → str        why this model, or this folder, cannot show it; "" if it can
+    diagnose(model, processor, data) → Pitfall    measures it, and tries the remedy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from minivlm.atomic_writing import write_atomically
+from minivlm.errors import UserError, nearest
+from minivlm.evaluate.diagnose.pitfall import Pitfall
+
+__all__ = ["PITFALLS", "Pitfall", "add_options", "diagnose", "run"]
+
+PITFALLS = {  # name → its module
+    "modality-gap": "modality_gap",
+    "hallucination": "hallucination",
+    "language-bias": "language_bias",
+    "resolution": "resolution",
+}
+
+
+def diagnose(model, processor, data, names: Sequence[str] = tuple(PITFALLS)) -> list[Pitfall]:
+    """The pitfalls of a model on the held-out part of a folder. UserError where it can have none of those that are named."""
+    return [*diagnoses(model, processor, data, names)]
+
+
+def diagnoses(model, processor, data, names: Sequence[str]) -> Iterator[Pitfall]:
+    """The same one by one, since each takes its time."""
+    modules = {name: import_module(f"{__name__}.{PITFALLS[name]}") for name in names}
+    reasons = {name: module.left_out(model, processor, data) for name, module in modules.items()}
+    if all(reasons.values()):
+        why = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in reasons.items())
+        raise UserError(f"there is no pitfall to diagnose in this {type(model).__name__} on {data} ({why}).")
+    for name, module in modules.items():
+        why = reasons[name]
+        yield Pitfall(name, left_out=why) if why else module.diagnose(model, processor, data)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--diagnose",
+        type=pitfalls,
+        nargs="?",
+        const=tuple(PITFALLS),
+        metavar="PITFALL,…",
+        help=f"pitfalls with their remedies, all or some: {','.join(PITFALLS)}",
+    )
+    parser.add_argument("--images", default="diagnosis", help="--diagnose: the folder for its images (%(default)s)")
+
+
+def pitfalls(text: str) -> tuple[str, ...]:
+    """ "modality-gap,resolution" → the names. UserError for one that is none."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in PITFALLS:
+            raise UserError(f"--diagnose {text}: there is no pitfall {name!r}.{nearest(name, PITFALLS)}")
+    return names
+
+
+def check_images(images: str) -> None:
+    """UserError, before the work, where the images cannot be written."""
+    directory = Path(images)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--images {images}: images cannot be written there ({error.strerror or error}).") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"--images {images}: images cannot be written there; choose another folder.")
+
+
+def run(options: Namespace, model, processor, data) -> None:
+    """Print the pitfalls, write their images to options.images and, with --save, their numbers to a file."""
+    directory, found = Path(options.images), {}
+    for pitfall in diagnoses(model, processor, data, options.diagnose):
+        print(f"{pitfall.text()}\n")
+        found[pitfall.name] = pitfall.record()
+        if pitfall.image is not None:
+            path = directory / f"{pitfall.name}.png"
+            write_atomically(path, lambda file, image=pitfall.image: image.save(file, format="png"))
+            print(f"wrote {path}\n")
+    if options.save:
+        text = json.dumps(found, indent=1, ensure_ascii=False)
+        write_atomically(Path(options.save), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
