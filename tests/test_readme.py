@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 import train
-from minivlm import convert, evaluate, info
+from minivlm import convert, info
 from minivlm.datasets import check, make_shapes
 from minivlm.evaluate import command as evaluate_command
 from minivlm.layers import TextConfig, VisionConfig
@@ -161,7 +161,7 @@ def run(line, monkeypatch):
     elif words[:3] == ["python", "-m", "minivlm.evaluate"]:
         evaluate_command.main(words[3:])
     elif words[:4] in (["python", "-m", "minivlm", "evaluate"], ["python", "-m", "minivlm", "convert"]):
-        (evaluate if words[3] == "evaluate" else convert).main(words[4:])
+        (evaluate_command if words[3] == "evaluate" else convert).main(words[4:])
     elif words[:3] == ["python", "-m", "minivlm.datasets.check"]:
         with pytest.raises(SystemExit) as stop:
             check.main(words[3:])
