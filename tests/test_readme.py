@@ -147,7 +147,7 @@ def test_the_next_command_of_each_model_that_was_trained_here_runs(desk, little_
 
 def run(line, monkeypatch):
     """One command, after the models that it names, or trains on, have been made small."""
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     monkeypatch.setattr("sys.stdin", io.StringIO("is there a red circle?\n/quit\n"))
     if words[:2] == ["python", "train.py"]:
         have(*BUILDS_ON.get(words[2], ()) if len(words) > 2 else ())
