@@ -1,6 +1,6 @@
 """Make the shapes world, in seconds and without a download.
 
-python data/shapes/prepare.py [--out data/shapes] [--seed 0] [--train 30000] [--image_size 64]
+python data/shapes/prepare.py [--out data/shapes] [--seed 0] [--train 30000] [--image_size 64] [--shrink 1]
 """
 
 import argparse
@@ -20,8 +20,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes on every machine")
     parser.add_argument("--train", type=int, default=30_000, help="number of training images")
     parser.add_argument("--image_size", type=int, default=64, help="side of the pictures in pixels, 32 to 512")
+    parser.add_argument("--shrink", type=int, default=1, help="objects of 1, 1/2, … 1/SHRINK of the usual size (1)")
     options = parser.parse_args(argv)
-    make_shapes(options.out, seed=options.seed, train=options.train, image_size=options.image_size)
+    how = {name: getattr(options, name) for name in ("seed", "train", "image_size", "shrink")}
+    make_shapes(options.out, **how)
     print(f"{options.out}: {options.train} training images and test/ with 500 PNG files. Next: python train.py")
 
 

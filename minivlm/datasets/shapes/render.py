@@ -40,14 +40,18 @@ def render(scenes: Scenes, image_size: int) -> np.ndarray:
 
 def render_block(scenes: Scenes, S: int) -> np.ndarray:
     """A row of pixels is one run of 3 S numbers: NumPy is slow where the innermost axis is as short as RGB."""
-    n, sprites = len(scenes), atlas(S)
-    margin = max(sprite.shape[-2] for sprite in sprites) // 2  # so that no sprite leaves the canvas
+    n, sprites = len(scenes), {int(by): atlas(S, int(by)) for by in np.unique(scenes.shrink)}
+    margin = (
+        max(sprite.shape[-2] for sizes in sprites.values() for sprite in sizes) // 2
+    )  # so that no sprite leaves the canvas
     canvas = np.zeros((n, S + 2 * margin, 3 * (S + 2 * margin)), dtype=np.int16)
     image = canvas[:, margin:-margin, 3 * margin : -3 * margin]  # (n, S, 3 S), a view
     image[:] = background(scenes, S)
     for k in range(scenes.present.shape[1]):
-        for size, sprite in enumerate(sprites):
-            paste(canvas, margin, scenes, k, size, sprite, S)
+        for by, sizes in sprites.items():
+            for size, sprite in enumerate(sizes):
+                rows = np.flatnonzero((scenes.count > k) & (scenes.size[:, k] == size) & (scenes.shrink == by))
+                paste(canvas, margin, scenes, k, rows, sprite, S)
     image += noise(scenes, S)
     return np.clip(image, 0, 255).astype(np.uint8).reshape(n, S, S, 3)
 
@@ -60,9 +64,10 @@ def background(scenes: Scenes, S: int) -> np.ndarray:
     return row.reshape(-1, 1, 3 * S) + down[:, :, None]
 
 
-def paste(canvas: np.ndarray, margin: int, scenes: Scenes, k: int, size: int, sprite: np.ndarray, S: int) -> None:
-    """Paint the k-th object of every scene that has one of this size there."""
-    rows = np.flatnonzero((scenes.count > k) & (scenes.size[:, k] == size))
+def paste(
+    canvas: np.ndarray, margin: int, scenes: Scenes, k: int, rows: np.ndarray, sprite: np.ndarray, S: int
+) -> None:
+    """Paint the k-th object of the scenes `rows`, which have sprites of one size."""
     side = sprite.shape[2]
     left, top = ((centre[rows, k] * S + UNIT // 2) // UNIT + margin - side // 2 for centre in (scenes.x, scenes.y))
     alpha = sprite[scenes.shape[rows, k], scenes.step[rows, k]]  # (m, side, 3 side)
@@ -89,10 +94,10 @@ def film() -> np.ndarray:
 
 
 @functools.cache
-def atlas(S: int) -> list[np.ndarray]:
+def atlas(S: int, shrink: int = 1) -> list[np.ndarray]:
     """Small and large objects: alpha from 0 to 64, (shapes, radii, side, 3 side) int16, three times for RGB."""
     sprites = []
-    for radii in RADII:
+    for radii in RADII // shrink:
         side = 2 * (int(radii.max()) * S // UNIT + 1)
         offset = (
             2 * np.arange(side // 2 * SUBPIXELS, dtype=np.int64) + 1

@@ -47,6 +47,7 @@ PALETTE = np.array(
         [255, 140, 195],  # pink
     ]
 )
+SHRINK_STREAM = 1 << 33  # far from the streams that scenes are drawn from, and from that of the noise
 DRAWS = 32  # raw 64-bit draws for one scene; a multiple of 4, because one step of Philox makes four
 
 
@@ -81,6 +82,7 @@ class Scenes:
     ground: np.ndarray  # (n, 3) the RGB of the background
     slope: np.ndarray  # (n, 2) by how much it grows brighter from the middle to the right and to the bottom
     grain: np.ndarray  # (n, 2) where in the film of noise its noise is taken from, and how strong it is
+    shrink: np.ndarray  # (n,) what the radii of all its objects are divided by: 1, but in worlds with small objects
 
     def __len__(self) -> int:
         return len(self.count)
@@ -88,7 +90,7 @@ class Scenes:
     @property
     def radius(self) -> np.ndarray:
         """(n, 3)"""
-        return RADII[self.size, self.step]
+        return RADII[self.size, self.step] // self.shrink[:, None]
 
     @property
     def classes(self) -> np.ndarray:
@@ -135,13 +137,21 @@ class Scenes:
 
 
 def draw_scenes(
-    n: int, *, seed: int, stream: int, pairs: np.ndarray = SEEN, most: int = MOST, balanced: bool = False
+    n: int,
+    *,
+    seed: int,
+    stream: int,
+    pairs: np.ndarray = SEEN,
+    most: int = MOST,
+    balanced: bool = False,
+    shrink: int = 1,
 ) -> Scenes:
     """Scenes 0 … n − 1 of a stream. A scene does not depend on how many are drawn with it.
 
     pairs     the (shape, colour) classes that may occur
     balanced  scene i shows pair i modulo their number, rather than any
     most      one to this many objects; each has a cell of the 3 × 3 grid to itself and stays inside: no overlaps
+    shrink    the objects of a scene are of 1, 1/2, … or 1/shrink of the usual size, equally often; all else is the same
     """
     raw = raw_draws(seed, stream, n * DRAWS).reshape(n, DRAWS)
     count = 1 + below(raw[:, 0], most)
@@ -164,7 +174,8 @@ def draw_scenes(
     grain = np.stack([below(raw[:, 31], 1 << 20), 4 + below(raw[:, 31] >> np.uint64(20), 21)], axis=-1)
     objects = [np.where(present, values, 0) for values in (pair // 8, pair % 8, size, step, x, y)]
     colours = (np.where(present[..., None], paint, 0), ground, slope)
-    return Scenes(count, *objects, *(values.astype(np.int16) for values in colours), grain)
+    divisors = 1 + below(raw_draws(seed, stream + SHRINK_STREAM, n), shrink)
+    return Scenes(count, *objects, *(values.astype(np.int16) for values in colours), grain, divisors)
 
 
 def distinct(scenes: Scenes) -> np.ndarray:

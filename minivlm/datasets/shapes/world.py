@@ -60,19 +60,29 @@ class World:
     seed: int
     train: int
     image_size: int
+    shrink: int = 1  # objects are of 1, 1/2, … or 1/shrink of the usual size (see draw_scenes)
+
+    def record(self) -> dict[str, int]:
+        """What world.json holds; earlier versions know no shrink, and read a world without it."""
+        return {name: value for name, value in asdict(self).items() if name != "shrink" or value != 1}
 
 
-def split_scenes(split: str, *, seed: int, train: int) -> Scenes:
+def split_scenes(split: str, *, seed: int, train: int, shrink: int = 1) -> Scenes:
     """The scenes of a split of the world with this seed and this many training images."""
     stream, n, pairs, most, balanced = SPLITS[split]
+    how = dict(seed=seed, stream=stream, pairs=pairs, most=most, shrink=shrink)
     if split == "test":
-        candidates = draw_scenes(2 * n, seed=seed, stream=stream, pairs=pairs, most=most)
+        candidates = draw_scenes(2 * n, **how)
         return candidates.take(distinct(candidates)[:n])
     if split == "unseen":  # a quarter of the candidates
-        candidates = draw_scenes(8 * n, seed=seed, stream=stream, pairs=pairs, most=most)
+        candidates = draw_scenes(8 * n, **how)
         shows = (np.isin(candidates.classes, UNSEEN) & candidates.present).any(axis=1)
         return candidates.take(np.flatnonzero(shows)[:n])
-    return draw_scenes(n or train, seed=seed, stream=stream, pairs=pairs, most=most, balanced=balanced)
+    return draw_scenes(n or train, **how, balanced=balanced)
+
+
+def scenes_of(world: World, split: str) -> Scenes:
+    return split_scenes(split, seed=world.seed, train=world.train, shrink=world.shrink)
 
 
 class ShapesWorld(Pairs):
@@ -89,7 +99,7 @@ class ShapesWorld(Pairs):
             raise UserError(f"the shapes world has no split {split!r}.{nearest(split, SPLITS)}")
         self.directory, self.split = Path(directory), split
         self.world = read_world(self.directory)
-        self.scenes = split_scenes(split, seed=self.world.seed, train=self.world.train)
+        self.scenes = scenes_of(self.world, split)
         if split == "train":
             self.pixels = open_pixels(self.directory, self.world)
         else:
@@ -129,7 +139,13 @@ class ShapesWorld(Pairs):
 
 
 def make_shapes(
-    directory: str | os.PathLike, *, seed: int = 0, train: int = 30_000, image_size: int = 64, progress: bool = True
+    directory: str | os.PathLike,
+    *,
+    seed: int = 0,
+    train: int = 30_000,
+    image_size: int = 64,
+    shrink: int = 1,
+    progress: bool = True,
 ) -> None:
     """Make a shapes world in a directory, with a progress bar; the same world is left as it is, another is replaced.
 
@@ -141,10 +157,11 @@ def make_shapes(
         ("seed", seed, 0, 2**63),
         ("train", train, 1, 10**8),
         ("image_size", image_size, 32, 512),
+        ("shrink", shrink, 1, 8),
     ):
         if not least <= value <= most:
             raise UserError(f"{name} {value} of the shapes world is out of range: choose from {least} to {most}.")
-    directory, world = Path(directory), World(VERSION, seed, train, image_size)
+    directory, world = Path(directory), World(VERSION, seed, train, image_size, shrink)
     if is_made(directory, world):
         return
     refuse_strangers(directory)
@@ -159,7 +176,7 @@ def make_shapes(
             (directory / "world.json").unlink(missing_ok=True)
             write_train(directory / "train.npy", world, progress)
             write_test(directory / "test", world)
-            write_whole(directory / "world.json", json.dumps(asdict(world)) + "\n")
+            write_whole(directory / "world.json", json.dumps(world.record()) + "\n")
     except OSError as error:
         (directory / "train.npy.partial").unlink(missing_ok=True)  # it may be what filled the disk
         raise cannot_write(directory, error) from error
@@ -206,7 +223,7 @@ def write_train(path: Path, world: World, progress: bool) -> None:
     """Write the images as a plain file: in a memory map a full disk would be a crash instead of an error."""
     from tqdm import tqdm
 
-    scenes = split_scenes("train", seed=world.seed, train=world.train)
+    scenes = scenes_of(world, "train")
     shape = (world.train, world.image_size, world.image_size, 3)
     partial = path.with_name(path.name + ".partial")
     with (
@@ -225,7 +242,7 @@ def write_test(directory: Path, world: World) -> None:
     from PIL import Image
 
     directory.mkdir(exist_ok=True)
-    scenes = split_scenes("test", seed=world.seed, train=world.train)
+    scenes = scenes_of(world, "test")
     lines = []
     for i, (pixels, scene) in enumerate(
         zip(render(scenes, world.image_size), scenes.read(np.arange(len(scenes))), strict=True)

@@ -52,6 +52,22 @@ def test_images_show_the_scenes(world, split, n):
     assert pairs.images([3]).any()
 
 
+def test_a_world_with_small_objects_differs_in_their_sizes_alone(world, tmp_path):
+    make_shapes(tmp_path / "small", seed=4, shrink=4, **SMALL)
+    usual, small = ShapesWorld(world, "test").scenes, ShapesWorld(tmp_path / "small", "test").scenes
+    assert np.array_equal(usual.x, small.x) and np.array_equal(usual.colour, small.colour)
+    assert np.array_equal(small.radius, usual.radius // small.shrink[:, None])
+    assert np.allclose(np.bincount(small.shrink, minlength=5)[1:] / 500, 1 / 4, atol=0.06)
+    by_hand = [render(small.take([i]), 64) for i in range(20)]  # each alone, and among scenes of other sizes
+    assert np.array_equal(np.concatenate(by_hand), render(small.take(slice(20)), 64))
+    ink = (render(small, 64).astype(int) - small.ground[:, None, None]).std(axis=(1, 2, 3))
+    assert all(ink[small.shrink == by].mean() > ink[small.shrink == by + 1].mean() for by in (1, 2, 3))
+
+
+def test_the_usual_world_is_written_as_it_was_before_there_were_small_objects(world):
+    assert json.loads((world / "world.json").read_text()).keys() == {"version", "seed", "train", "image_size"}
+
+
 def test_training_captions_vary_and_the_others_are_canonical(world):
     train, val = ShapesWorld(world, "train"), ShapesWorld(world, "val")
     indices = np.arange(100)
