@@ -45,6 +45,11 @@ def f1(sums: np.ndarray) -> np.ndarray:
     return divided(2 * true, 2 * true + false + missed)
 
 
+def contrast(sums: np.ndarray) -> np.ndarray:
+    """(…, 4): total and count of one group, then of another: the difference of their means."""
+    return ratio(sums[..., :2]) - ratio(sums[..., 2:])
+
+
 def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b != 0)
 
@@ -56,6 +61,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "macro": macro,
     "f1": f1,
+    "contrast": contrast,
     "bleu": bleu_value,
 }
 
