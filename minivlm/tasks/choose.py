@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minivlm.errors import UserError
 from minivlm.image_preprocessing import Picture, as_list
 from minivlm.tasks.abilities import require, require_answers
@@ -23,7 +26,16 @@ def choose_all(
     UserError for samples that have not one image, an empty question or one beyond the context, and for options.
     """
     check_chooser(model, processor, options)
-    chosen = []
+    logits = answer_logits(samples, model, processor, batch_size=batch_size)
+    return [model.config.answers[best] for best in logits.argmax(dim=1).tolist()]
+
+
+def answer_logits(
+    samples: Sequence[tuple[Sequence[Picture], str]], model, processor, *, batch_size: int = 64
+) -> Tensor:
+    """The logits of all answers of a model that chooses, (N, A) on the CPU. Errors: see `choose_all`."""
+    check_chooser(model, processor, {})
+    found = [torch.empty(0, len(model.config.answers))]
     for i in range(0, len(samples), batch_size):
         images, questions = zip(*samples[i : i + batch_size], strict=True)
         if wrong := [len(some) for some in images if len(some) != 1]:
@@ -36,8 +48,8 @@ def choose_all(
         with inference(model):
             shown = image_inputs([image for [image] in images], model, processor)
             logits = finite(model.answer(shown, tokens.to(model.device), mask.to(model.device)), model)
-        chosen += [model.config.answers[best] for best in logits.argmax(dim=1).tolist()]
-    return chosen
+        found.append(logits.float().cpu())
+    return torch.cat(found)
 
 
 def check_chooser(model, processor, options: dict[str, Any]) -> None:
