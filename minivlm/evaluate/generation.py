@@ -121,9 +121,11 @@ def by_image(indices: Sequence[int]) -> Iterator[list[int]]:
         yield part
 
 
-def check_questions(model, processor, conversations: Conversations) -> None:
-    """UserError for a question that the model cannot be asked, before any is."""
-    for index, text, *_ in conversations.questions():
+def check_questions(
+    model, processor, conversations: Conversations, questions: Sequence[Question] | None = None
+) -> None:
+    """UserError for a question, of these or of all, that the model cannot be asked, before any is."""
+    for index, text, *_ in conversations.questions() if questions is None else questions:
         context = None if "choose" in model.abilities else model.language_config.context
         if why := question_problem(text, conversations.image_count(index), processor, context=context):
             raise UserError(

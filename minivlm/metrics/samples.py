@@ -50,6 +50,13 @@ def contrast(sums: np.ndarray) -> np.ndarray:
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
 
 
+def explained(sums: np.ndarray) -> np.ndarray:
+    """(…, 3): differences along one direction, their count, and the squared lengths of the differences: the share of the mean
+    square that the mean difference makes up."""
+    along, count, squares = np.moveaxis(sums, -1, 0)
+    return divided(along**2, count * squares)
+
+
 def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b != 0)
 
@@ -62,6 +69,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "macro": macro,
     "f1": f1,
     "contrast": contrast,
+    "explained": explained,
     "bleu": bleu_value,
 }
 

@@ -48,16 +48,15 @@ def tiled(model, processor: Processor, *, n: int) -> Iterator[Processor]:
 def larger(model, processor: Processor, *, times: float) -> Iterator[Processor]:
     """With images so many times as large. UserError for a model that takes one size alone."""
     config, c = model.config, processor.config
-    vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
-    if vision is None or isinstance(vision, OwnTower):
+    vision = model.vision.config
+    if isinstance(vision, OwnTower):
         raise UserError("its vision tower is a module of its own, of which only its maker knows what sizes it takes.")
     step = vision.patch_size if isinstance(vision, VisionConfig) else 32  # of a CNN's grid
     size = round(c.image_size * times / step) * step
     resized = {} if c.resize_to is None else {"resize_to": round(c.resize_to * size / c.image_size)}
     tables = position_tables(model)
     try:
-        if config is not vision:
-            model.config = replace(config, vision=replace(vision, image_size=size))
+        model.config = with_vision(config, image_size=size)
         for module, name, table in tables:
             grids = [round(side**0.5) for side in (len(table), len(table) * (size / c.image_size) ** 2)]
             with_grid = resize_position_table(table.detach(), (grids[1], grids[1]))
@@ -71,15 +70,19 @@ def larger(model, processor: Processor, *, times: float) -> Iterator[Processor]:
             setattr(module, name, table)
 
 
+def with_vision(config: Any, **fields) -> Any:
+    """The config of a model with another of its vision tower."""
+    if hasattr(config, "vision"):
+        return replace(config, vision=replace(config.vision, **fields))
+    return replace(config, encoder=with_vision(config.encoder, **fields))
+
+
 def position_tables(model) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Those that a connector adds to the features of an image; a tower interpolates its own."""
-    names = ["image_position_embedding", *(["position_embedding"] if isinstance(model, VQAModel) else [])]
-    return [
-        (module, name, table)
-        for module in model.modules()
-        for name in names
-        if isinstance(table := getattr(module, name, None), nn.Parameter)
-    ]
+    own = [(model, "position_embedding")] if isinstance(model, VQAModel) else []
+    named = [*own, *((module, "image_position_embedding") for module in model.modules())]
+    tables = [(module, name, getattr(module, name, None)) for module, name in named]
+    return [(module, name, table) for module, name, table in tables if isinstance(table, nn.Parameter)]
 
 
 def placeholders(model) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minivlm.conversation import as_text
 from minivlm.datasets.boxes import Boxes, boxes_in, named_size
-from minivlm.datasets.conversations import Conversations, open_conversations
+from minivlm.datasets.conversations import Conversations, Question, open_conversations
 from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
@@ -161,20 +161,21 @@ def is_first(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
 
 def questions(model, processor: Processor, conversations: Conversations, data) -> Task:
     """Are questions answered? Those whose answers are sentences: the words that the answers have in common with them."""
-    check_questions(model, processor, conversations)
-    asked = conversations.questions()
-    size, some = processor.image_size, some_of(len(asked), MOST)
+    size = processor.image_size
     if isinstance(conversations, ShapesConversations):
         known = judge(conversations.scenes, QUESTIONS[conversations.split])
-        pixels = np.array([side(about(conversations.scenes[known[i][0]], known[i][1]), size) for i in some])
+        known = [known[i] for i in some_of(len(known), MOST)]
+        asked = [Question(i, one.text, (one.answer,), one.kind) for i, one in known]
+        pixels = np.array([side(about(conversations.scenes[i], one), size) for i, one in known])
     else:
-        pixels = sizes_in(boxes_in(data), [(conversations.key(asked[i].index), asked[i].text) for i in some], size)
-    asked = [asked[i] for i in some]
+        asked = conversations.questions()
+        asked = [asked[i] for i in some_of(len(asked), MOST)]
+        pixels = sizes_in(boxes_in(data), [(conversations.key(one.index), one.text) for one in asked], size)
     free = conversations.free_answers
     value = common_words if free else lambda text, answers: agreement(normalise(text), [*map(normalise, answers)])
 
     def right(model, processor: Processor, split: Conversations) -> np.ndarray:
-        check_questions(model, processor, split)
+        check_questions(model, processor, split, asked)
         texts = ask(model, processor, split, asked)
         return np.array([value(text, question.answers) for text, question in zip(texts, asked, strict=True)])
 

@@ -30,7 +30,9 @@ from minivlm.metrics.retrieval import rank_block, recall_at_k
 from minivlm.tasks.features import encode_texts
 
 MOST = 1000  # pairs
+FOUND = 0.2  # of what sets the two of a pair apart: where the gap makes up more of it, it is found
 DISTANCE, PAIRS, IMAGES = "distance of the centroids", "cosine of pairs", "cosine of two images"
+SHARE = "of what sets a pair apart, the gap"
 MIXED = "in one index, its text before other images"
 SYMPTOM = (
     "images and texts may lie apart, each in a region of its own, so that a text is less like its image than two unrelated "
@@ -81,11 +83,8 @@ class Means:
 
 
 def left_out(model, processor, data) -> str:
-    return (
-        ""
-        if "encode" in model.abilities
-        else f"a {type(model).__name__} has no vectors of texts beside those of images."
-    )
+    can = "encode" in model.abilities
+    return "" if can else f"this {type(model).__name__} has no vectors of texts beside those of images."
 
 
 def diagnose(model, processor, data) -> Pitfall:
@@ -136,8 +135,9 @@ def figures(vectors: Vectors) -> dict[str, Score]:
     keys, n = vectors.keys, len(x)
     apart = (x - y).mean(dim=0)
     # Along the line between the centroids: the mean is their distance, and its bootstrap the distance's to first order.
-    distances = (x - y) @ F.normalize(apart, dim=0)
-    swapped = float((x - y).square().sum().sqrt() / n)  # expected where each pair is swapped or not by a coin
+    distances = ((x - y) @ F.normalize(apart, dim=0)).numpy()
+    squares = (x - y).square().sum(dim=1).numpy()
+    swapped = float(squares.sum() ** 0.5 / n)  # expected where each pair is swapped or not by a coin
     similar = torch.einsum("nqd,md->nqm", vectors.images, vectors.texts).amax(dim=1)  # (N, M)
     right = torch.zeros_like(similar, dtype=torch.bool)
     for row, known in zip(right, vectors.relevant, strict=True):
@@ -150,7 +150,8 @@ def figures(vectors: Vectors) -> dict[str, Score]:
     alike = ((x @ x.sum(dim=0)) - 1) / (n - 1)  # mean cosine with the other images
     mean = lambda values: Samples(kind="mean", statistics=np.stack([values, np.ones(n)], axis=1), ids=keys)
     return {
-        DISTANCE: Score.of(mean(distances.numpy()), swapped, share=False),
+        DISTANCE: Score.of(mean(distances), swapped, share=False),
+        SHARE: Score.of(Samples("explained", np.stack([distances, np.ones(n), squares], axis=1), keys), 1 / n),
         PAIRS: Score.of(mean(of_pairs), float(others.mean()), share=False),
         IMAGES: Score.of(mean(alike.numpy()), None, share=False),
         MIXED: Score.of(mean(mixed), 1 / n),
@@ -159,12 +160,12 @@ def figures(vectors: Vectors) -> dict[str, Score]:
 
 
 def verdict(scores: dict[str, Score]) -> str:
-    """Two unrelated images are more alike than a pair is, beyond what the choice of the samples can explain."""
-    distance, pairs, images = (scores[name] for name in (DISTANCE, PAIRS, IMAGES))
-    more = images.samples.paired(pairs.samples)
-    told = f"the centroids are {distance.value:.2f} apart ({distance.chance:.2f} by chance), and a text is "
-    told += f"{'less' if more.value > 0 else 'more'} like its image ({pairs.value:.2f}) than two images are alike ("
-    return f"{'found' if more.low > 0 else 'not found'}: {told}{images.value:.2f})."
+    distance, share, pairs, images = (scores[name] for name in (DISTANCE, SHARE, PAIRS, IMAGES))
+    found = "found" if share.interval[0] > FOUND else "not found"
+    return (
+        f"{found}: the centroids are {distance.value:.2f} apart, which is {share.value:.0%} of what sets the two of a pair "
+        f"apart (the cosine of pairs is {pairs.value:.2f}, that of two images {images.value:.2f})."
+    )
 
 
 def recall(similar: Tensor, right: Tensor) -> dict[str, Score]:

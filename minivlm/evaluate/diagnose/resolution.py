@@ -47,16 +47,13 @@ class Range(NamedTuple):
 
 
 def left_out(model, processor, data) -> str:
-    if "encode" not in model.abilities and not (
-        model.takes_images and model.abilities & {"choose", "answer", "caption"}
-    ):
-        return f"a {type(model).__name__} is asked for nothing about an image that could be judged one by one."
+    if task_of(model, processor, data) is None:
+        return f"this {type(model).__name__} can be asked for nothing that {data} holds, answer by answer."
     return ""
 
 
 def diagnose(model, processor, data) -> Pitfall:
-    if (task := task_of(model, processor, data)) is None:
-        raise UserError(f"{data} holds nothing to judge a {type(model).__name__} by.")
+    task = task_of(model, processor, data)
     if len(set(task.ids)) < 2:
         raise UserError(f"{data} has one image to judge by, but a figure with its interval needs at least two of them.")
     right = task.right(model, processor, task.split)
