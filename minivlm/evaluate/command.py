@@ -83,8 +83,7 @@ def command_line(argv: list[str]) -> Namespace:
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
     check_sheet_name(options.picture, option="--picture")
-    if options.diagnose is not None:
-        diagnose.check_images(options.images)
+    diagnose.check(options)
     if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
         parser.error(f"--{given[0]} belongs to --wise")
     tables = [f"--{name}" for name in ("wise", "shots", "against", "diagnose") if getattr(options, name) is not None]

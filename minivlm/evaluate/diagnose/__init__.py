@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minivlm.atomic_writing import write_atomically
 from minivlm.errors import UserError, nearest
+from minivlm.evaluate.diagnose.judge import check_matcher
 from minivlm.evaluate.diagnose.pitfall import Pitfall
 
 __all__ = ["PITFALLS", "Pitfall", "add_options", "diagnose", "run"]
@@ -30,21 +31,23 @@ PITFALLS = {  # name → its module
 }
 
 
-def diagnose(model, processor, data, names: Sequence[str] = tuple(PITFALLS)) -> list[Pitfall]:
-    """The pitfalls of a model on the held-out part of a folder. UserError where it can have none of those that are named."""
-    return [*diagnoses(model, processor, data, names)]
+def diagnose(model, processor, data, names: Sequence[str] = tuple(PITFALLS), **more) -> list[Pitfall]:
+    """The pitfalls of a model on the held-out part of a folder. UserError where it can have none of those that are named.
+    more: of hallucination, matcher (a `Judge`) and objects (a file)."""
+    return [*diagnoses(model, processor, data, names, **more)]
 
 
-def diagnoses(model, processor, data, names: Sequence[str]) -> Iterator[Pitfall]:
+def diagnoses(model, processor, data, names: Sequence[str], **more) -> Iterator[Pitfall]:
     """The same one by one, since each takes its time."""
+    more = {"hallucination": more}
     modules = {name: import_module(f"{__name__}.{PITFALLS[name]}") for name in names}
-    reasons = {name: module.left_out(model, processor, data) for name, module in modules.items()}
+    reasons = {name: module.left_out(model, processor, data, **more.get(name, {})) for name, module in modules.items()}
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in reasons.items())
         raise UserError(f"there is no pitfall to diagnose in this {type(model).__name__} on {data} ({why}).")
     for name, module in modules.items():
         why = reasons[name]
-        yield Pitfall(name, left_out=why) if why else module.diagnose(model, processor, data)
+        yield Pitfall(name, left_out=why) if why else module.diagnose(model, processor, data, **more.get(name, {}))
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -56,6 +59,8 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="PITFALL,…",
         help=f"pitfalls with their remedies, all or some: {','.join(PITFALLS)}",
     )
+    parser.add_argument("--matcher", metavar="MODEL", help="--diagnose: a BLIP or CLIP that chooses among captions")
+    parser.add_argument("--objects", metavar="FILE", help="--diagnose: what counts as an object, a name a line")
     parser.add_argument("--images", default="diagnosis", help="--diagnose: the folder for its images (%(default)s)")
 
 
@@ -66,6 +71,16 @@ def pitfalls(text: str) -> tuple[str, ...]:
         if name not in PITFALLS:
             raise UserError(f"--diagnose {text}: there is no pitfall {name!r}.{nearest(name, PITFALLS)}")
     return names
+
+
+def check(options: Namespace) -> None:
+    """UserError, before a model is loaded, for options of a pitfall that is not asked for, and for a place that images cannot
+    be written to."""
+    for name in ("matcher", "objects"):
+        if getattr(options, name) is not None and "hallucination" not in (options.diagnose or ()):
+            raise UserError(f"--{name} belongs to --diagnose hallucination: add it, or leave --{name} out.")
+    if options.diagnose is not None:
+        check_images(options.images)
 
 
 def check_images(images: str) -> None:
@@ -81,8 +96,12 @@ def check_images(images: str) -> None:
 
 def run(options: Namespace, model, processor, data) -> None:
     """Print the pitfalls, write their images to options.images and, with --save, their numbers to a file."""
-    directory, found = Path(options.images), {}
-    for pitfall in diagnoses(model, processor, data, options.diagnose):
+    from minivlm.checkpoint import load
+
+    directory, found, matcher = Path(options.images), {}, None
+    if options.matcher is not None:
+        matcher = check_matcher(*load(options.matcher, device=str(model.device)), options.matcher)
+    for pitfall in diagnoses(model, processor, data, options.diagnose, matcher=matcher, objects=options.objects):
         print(f"{pitfall.text()}\n")
         found[pitfall.name] = pitfall.record()
         if pitfall.image is not None:
