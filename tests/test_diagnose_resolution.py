@@ -99,6 +99,12 @@ def test_without_boxes_it_is_measured_by_what_coarser_images_lose(low, stripes, 
     assert found.image is None
 
 
+def test_a_model_that_knows_nothing_has_nothing_to_lose(low, stripes):
+    model = CLIP(low[0].config, seed=1).eval()
+    [found] = diagnose(model, low[1], stripes, ["resolution"])
+    assert found.verdict.startswith("not found: the model is right in ")
+
+
 def test_coarser_images_lose_detail_and_nothing_else():
     class Split:
         key = "as it was"
@@ -161,7 +167,7 @@ def test_what_is_tried_leaves_the_model_as_it_was(name, directory, monkeypatch):
     monkeypatch.setattr(judged, "MOST", 12)
     job = small_recipe(name, directory).start(quiet=True)
     model, processor = job.model.eval(), job.processor
-    task = judged.task_of(model, processor, directory / "world")
+    task = judged.task_of(model, processor, directory / "world")()
     before = (model.config, {key: id(value) for key, value in model.named_parameters()})
     own = task.right(model, processor, task.split)
     tried = variants(model, processor)

@@ -1,13 +1,14 @@
 """What a model gets right, sample by sample, each beside the size of the object that it is about: classes, captions to be
 found, questions, captions to be generated.
 
-    task_of(model, processor, data) ──→ task: right(model, processor) → (n,) in [0, 1];  pixels (n,) of the object, or NaN
+    task_of(model, processor, data)() ──→ task: right(model, processor) → (n,) in [0, 1];  pixels (n,) of the object, or NaN
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,21 +76,20 @@ class Coarser:
         return np.asarray(small.resize(whole.size, Image.Resampling.BICUBIC))
 
 
-def task_of(model, processor: Processor, data) -> Task | None:
-    """What this model is judged by on this folder; None where there is nothing."""
+def task_of(model, processor: Processor, data) -> Callable[[], Task] | None:
+    """Makes what this model is judged by on this folder; None where there is nothing."""
     size = processor.image_size
     if "encode" in model.abilities:
         world = is_world(data)
         pairs = ShapesWorld(data, "single_seen") if world else open_pairs(data, "test", image_size=size)
-        return classes(pairs, data, size) if pairs.classes else finding(pairs, data, size)
-    if not model.takes_images or not model.abilities & {"choose", "answer", "caption"}:
+        return partial(classes if pairs.classes else finding, pairs, data, size)
+    if not model.takes_images:
         return None
     conversations = open_conversations(data, "test", image_size=size)
-    if answers_questions(model, processor) and conversations.questions():
-        return questions(model, processor, conversations, data)
-    return (
-        descriptions(conversations, data, size) if "caption" in model.abilities and captioned(conversations) else None
-    )
+    if answers_questions(model, processor) and (is_world(data) or conversations.questions()):
+        return partial(questions, conversations, data, size)
+    describes = "caption" in model.abilities and captioned(conversations)
+    return partial(descriptions, conversations, data, size) if describes else None
 
 
 # ---- a model that compares -------------------------------------------------------------------------------------------
@@ -159,9 +159,8 @@ def is_first(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
 # ---- a model that answers or describes -------------------------------------------------------------------------------
 
 
-def questions(model, processor: Processor, conversations: Conversations, data) -> Task:
+def questions(conversations: Conversations, data, size: int) -> Task:
     """Are questions answered? Those whose answers are sentences: the words that the answers have in common with them."""
-    size = processor.image_size
     if isinstance(conversations, ShapesConversations):
         known = judge(conversations.scenes, QUESTIONS[conversations.split])
         known = [known[i] for i in some_of(len(known), MOST)]

@@ -53,7 +53,7 @@ def left_out(model, processor, data) -> str:
 
 
 def diagnose(model, processor, data) -> Pitfall:
-    task = task_of(model, processor, data)
+    task = task_of(model, processor, data)()
     if len(set(task.ids)) < 2:
         raise UserError(f"{data} has one image to judge by, but a figure with its interval needs at least two of them.")
     right = task.right(model, processor, task.split)
@@ -78,7 +78,7 @@ def diagnose(model, processor, data) -> Pitfall:
     return Pitfall(
         name="resolution",
         symptom=SYMPTOM.format(size=processor.image_size),
-        verdict=told,
+        verdict=knows_nothing(figures[task.name]) or told,
         figures=figures,
         remedy=remedy(model, processor, problems),
         effect=effect,
@@ -153,6 +153,12 @@ def fall(task: Task, right: np.ndarray, ranges: list[Range]) -> Score:
     large = np.arange(len(rows)) < len(ranges[-1].rows)
     columns = np.stack([right[rows] * large, large, right[rows] * ~large, ~large], axis=1)
     return Score.of(Samples.summed("contrast", columns, [task.ids[i] for i in rows]), 0.0)
+
+
+def knows_nothing(own: Score) -> str:
+    if own.chance is None or own.interval[0] > own.chance:
+        return ""
+    return f"not found: the model is right in {own.value:.1%}, by chance it were {own.chance:.1%}, so it has nothing to lose."
 
 
 def judged_by_size(figures: Mapping[str, Score], ranges: list[Range], task: Task) -> str:
