@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from minivlm.errors import UserError
-from minivlm.metrics.caption_scores import scores_of_tokens
+from minivlm.metrics import official_java
+from minivlm.metrics.caption_scores import caption_scores, scores_of_tokens
+from minivlm.metrics.meteor import meteor_value
 from minivlm.metrics.ngrams import NGrams
 from minivlm.metrics.rouge import rouge_l
+from minivlm.metrics.spice import spice_of_shapes, tuples
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures/captions/official.json").read_text(encoding="utf-8"))
 TOKENS = [image["tokens"] for image in OFFICIAL["images"]]
@@ -20,6 +23,15 @@ NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 def test_scores_of_tokens_are_the_official_ones_to_the_digit():
     scores = scores_of_tokens(TOKENS, REFERENCES)
     assert list(scores) == [*NAMES]
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(
+        {name: OFFICIAL["scores"][name] for name in NAMES}, abs=1e-12
+    )
+
+
+def test_captions_as_they_were_written_have_the_official_scores():
+    texts = [image["caption"] for image in OFFICIAL["images"]]
+    references = [image["references"] for image in OFFICIAL["images"]]
+    scores = caption_scores(texts, references, names=NAMES)
     assert {name: score.value for name, score in scores.items()} == pytest.approx(
         {name: OFFICIAL["scores"][name] for name in NAMES}, abs=1e-12
     )
@@ -90,3 +102,50 @@ def test_a_caption_too_many_and_none_at_all_are_refused():
         NGrams(["a", "b"], [["a"]])
     with pytest.raises(UserError, match="no captions to measure with"):
         scores_of_tokens([], [])
+
+
+# "a dog is on a sofa" beside "the dog sits on a couch", and "a hotel" beside itself: counts of the Java program, weighted.
+METEOR = {(2.25, 2.5, 2.25, 2.25, 2, 5): 0.49226368087758315, (1.0, 1.0, 1.0, 1.0, 0, 2): 1.0, (0, 2, 0, 1, 0, 0): 0.0}
+
+
+@pytest.mark.parametrize(("sums", "official"), METEOR.items())
+def test_meteor_is_taken_from_the_counts_of_its_program(sums, official):
+    assert meteor_value(np.array(sums)) == pytest.approx(official, abs=1e-12)
+
+
+def test_without_java_or_the_package_a_sentence_says_what_to_install(monkeypatch):
+    texts, references = ["a dog", "a cat"], [["a dog"], ["the cat"]]
+    monkeypatch.setattr(official_java.shutil, "which", lambda name: None)
+    monkeypatch.setattr(official_java, "find_spec", lambda name: None)
+    scores = caption_scores(texts, references, notes=(notes := []))
+    assert "METEOR" not in scores and "SPICE" not in scores and "CIDEr" in scores
+    assert notes[0] == (
+        "METEOR is left out: it needs the package pycocoevalcap (pip install pycocoevalcap) and Java (Debian: apt install "
+        "default-jre-headless)."
+    )
+    assert len(notes) == 2 and notes[1].startswith("SPICE is left out")
+
+
+def test_a_program_that_fails_leaves_its_score_out(monkeypatch, tmp_path):
+    (tmp_path / "meteor").mkdir()
+    (tmp_path / "meteor/meteor-1.5.jar").write_bytes(b"no jar")
+    monkeypatch.setattr(official_java.shutil, "which", lambda name: "/bin/false")
+    monkeypatch.setattr(
+        official_java, "find_spec", lambda name: type("Spec", (), {"submodule_search_locations": [tmp_path]})
+    )
+    failed = official_java.subprocess.CalledProcessError(1, "java", stderr=b"Error: Unable to access jarfile")
+    monkeypatch.setattr(official_java.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(failed))
+    scores = caption_scores(["a"], [["a"]], names=["BLEU-1", "METEOR"], notes=(notes := []))
+    assert list(scores) == ["BLEU-1"] and "Unable to access jarfile" in notes[0]
+
+
+def test_spice_of_the_shapes_world_is_f1_of_objects_attributes_and_relations():
+    assert tuples(["a small red circle on the left"]) == {
+        ("circle",), ("circle", "small"), ("circle", "red"), ("circle", "at", "left"),
+    }  # fmt: skip
+    true = ["a small red circle on the left and a large blue star at the top"]
+    texts = ["there is a blue star near the top and a small red circle on the left side", "a red star", "", "nonsense"]
+    # all but "large"; of 3 said the star and of 8 true: star yes, red of a star no
+    assert spice_of_shapes(texts, [true] * 4) == pytest.approx([2 * 7 / (7 + 8), 2 * 1 / (2 + 8), 0, 0])
+    scores = caption_scores(texts, [true] * 4, names=["SPICE", "BLEU-4"], world=True)
+    assert list(scores) == ["BLEU-4", "SPICE"] and scores["SPICE"].n == 4

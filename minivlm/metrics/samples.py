@@ -18,6 +18,7 @@ import numpy as np
 from minivlm.atomic_writing import write_atomically
 from minivlm.errors import UserError
 from minivlm.metrics.bleu import bleu_value
+from minivlm.metrics.meteor import meteor_value
 
 DRAWS, LEVEL = 1000, 0.95
 AT_A_TIME = 2**22  # counts held in float64
@@ -71,6 +72,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "contrast": contrast,
     "explained": explained,
     "bleu": bleu_value,
+    "meteor": meteor_value,
 }
 
 
