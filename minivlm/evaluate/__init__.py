@@ -21,6 +21,7 @@ from minivlm.evaluate.generation import (
 )
 from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_sheet
+from minivlm.evaluate.predictions import Prediction
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 
@@ -50,9 +51,10 @@ __all__ = [
 ]
 
 
-def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
-    """All scores of a model of any kind on the held-out part of a dataset. UserError where it has nothing to judge by."""
-    if scores := scores_of(model, processor, directory):
+def evaluate(model, processor, directory: str | Path, kept: list[Prediction] | None = None) -> dict[str, Score]:
+    """All scores of a model of any kind on the held-out part of a dataset. kept: gets what it generates for them. UserError
+    where it has nothing to judge by."""
+    if scores := scores_of(model, processor, directory, kept):
         return scores
     held_out = summary(contents(directory)["test"])
     raise UserError(
@@ -60,18 +62,20 @@ def evaluate(model, processor, directory: str | Path) -> dict[str, Score]:
     )
 
 
-def scores_of(model, processor, directory: str | Path) -> dict[str, Score]:
+def scores_of(model, processor, directory: str | Path, kept: list[Prediction] | None) -> dict[str, Score]:
     can = model.abilities
     if "choose" in can:
-        scores = answers_and_captions(model, processor, directory)
+        scores = answers_and_captions(model, processor, directory, kept=kept)
         if "match" in can and is_world(directory):
             scores |= matching(model, processor, directory)
         return scores | (contrast(model, processor, directory) if "encode" in can else {})
     if "match" in can:
         scores = matching(model, processor, directory)
-        return scores | (answers_and_captions(model, processor, directory) if "answer" in can else {})
+        return scores | (answers_and_captions(model, processor, directory, kept=kept) if "answer" in can else {})
     if "encode" in can:
         return contrast(model, processor, directory)
     if can & {"caption", "answer"}:
-        return (answers_and_captions if model.takes_images else language)(model, processor, directory)
+        if not model.takes_images:
+            return language(model, processor, directory)
+        return answers_and_captions(model, processor, directory, kept=kept)
     raise UserError(f"a {type(model).__name__} has no ability that can be evaluated.")

@@ -1,7 +1,8 @@
 """`python -m minivlm.evaluate MODEL [--data DIR]`: scores of a trained model on held-out images and texts;
 its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`; of what was fine-tuned, the scores of
 averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; two models on the same samples:
-`… --against MODEL2`; and why it fails: `… --diagnose`."""
+`… --against MODEL2`; and why it fails: `… --diagnose`. Without a model, predictions that are there are judged:
+`--predictions FILE --references FILE_OR_DIR`."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from minivlm.command_line import Parser, check_sheet_name, share, whole
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
-from minivlm.evaluate import diagnose, evaluate
+from minivlm.evaluate import diagnose, evaluate, judge
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
+from minivlm.evaluate.predictions import Prediction, write_predictions
 from minivlm.evaluate.table import Scores, side_by_side, table
 
 
@@ -26,11 +28,16 @@ def main(argv: list[str]) -> None:
     from minivlm.training import choose_device
 
     options = command_line(argv)
+    if judge.needs_no_model(options):
+        judge.run(options)
+        return
     data, device = source_of(options.data, options), choose_device(options.device)
     start = None if options.wise is None else options.start or start_of(options.model)
     model, processor = load(options.model, device=device)
     for note in split_notes(data, "test", few_shot=options.shots is not None):
         print(note, file=sys.stderr)
+    if options.predictions:
+        judge.require_texts(model)
     if options.diagnose is not None:
         diagnose.run(options, model, processor, data)
         return
@@ -50,8 +57,12 @@ def main(argv: list[str]) -> None:
         few_shot_picture(columns[""], Path(options.picture))
         print(f"wrote {options.picture}\n\n{table(columns[''])}")
     else:
-        columns = {"": evaluate(model, processor, data)}
+        kept: list[Prediction] = []
+        columns = {"": evaluate(model, processor, data, kept)}
         print(table(columns[""]))
+        if options.predictions:
+            write_predictions(options.predictions[0], kept)
+            print(f"wrote {len(kept)} predictions to {options.predictions[0]}")
     if options.save:
         save_scores(Path(options.save), columns)
 
@@ -66,7 +77,8 @@ def save_scores(path: Path, columns: dict[str, Scores]) -> None:
 def command_line(argv: list[str]) -> Namespace:
     """The options. UserError, before a model is loaded, for what does not go together."""
     parser = Parser(prog="python -m minivlm.evaluate", description=__doc__)
-    parser.add_argument("model", help="a directory of ours, a published one, or a hub id")
+    parser.add_argument("model", nargs="?", help="a directory of ours, a published one, or a hub id")
+    judge.add_options(parser)
     parser.add_argument("--data", default="data/shapes", help="the shapes world, or a folder of your own (data/shapes)")
     add_options(parser, "image_key", "caption_key", "class_names")
     parser.add_argument("--device", default="auto")
@@ -86,7 +98,9 @@ def command_line(argv: list[str]) -> Namespace:
     diagnose.check(options)
     if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
         parser.error(f"--{given[0]} belongs to --wise")
-    tables = [f"--{name}" for name in ("wise", "shots", "against", "diagnose") if getattr(options, name) is not None]
+    judge.check(options, parser.error)
+    modes = ("wise", "shots", "diagnose", *(["predictions", "against"] if options.model else []))
+    tables = [f"--{name}" for name in modes if getattr(options, name) is not None]
     if len(tables) > 1:
         parser.error(f"{' and '.join(tables)} are tables of their own: give one of them")
     if options.save_model:

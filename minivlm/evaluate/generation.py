@@ -6,6 +6,7 @@ another question (blind): an answer that is right even then does not come from t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 from minivlm.datasets.conversations import Conversations, Question, open_conversations
 from minivlm.datasets.judge import ANSWER, question_problem
 from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes.text import parse
 from minivlm.errors import UserError
 from minivlm.evaluate.expectation import text_perplexity
-from minivlm.metrics import Score, scene_match, vqa_accuracy
-from minivlm.metrics.vqa import agreement, normalise
+from minivlm.evaluate.predictions import Prediction
+from minivlm.metrics import Samples, Score, scene_match, vqa_accuracy
+from minivlm.metrics.vqa import agreement, normalise, rightness
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processes import each
 from minivlm.tasks.abilities import can_answer
@@ -30,8 +33,10 @@ AT_A_TIME = 64  # samples whose images are in memory
 SHAPES_SPLITS = {"test": "", "unseen": "never-seen pairs, "}
 
 
-def answers_and_captions(model, processor, directory: str | Path, *, ask_questions: bool = True) -> dict[str, Score]:
-    """All scores on the held-out part of a dataset, by name, in the order of the table."""
+def answers_and_captions(
+    model, processor, directory: str | Path, *, ask_questions: bool = True, kept: list[Prediction] | None = None
+) -> dict[str, Score]:
+    """All scores on the held-out part of a dataset, by name, in the order of the table. kept: gets the predictions."""
     ask_questions = ask_questions and answers_questions(model, processor)
     describes, world = "caption" in model.abilities, is_world(directory)
     scores = {}
@@ -39,11 +44,11 @@ def answers_and_captions(model, processor, directory: str | Path, *, ask_questio
         conversations = open_conversations(directory, split, image_size=processor.image_size)
         found = {}
         if ask_questions and (questions := conversations.questions()):
-            found |= answers(model, processor, conversations, questions)
+            found |= answers(model, processor, conversations, questions, kept)
             if conversations.free_answers and model.predicts_text:
                 found["perplexity of answers"] = text_perplexity(model, processor, conversations, captions=False)
         if describes and captioned(conversations):
-            found |= captions(model, processor, conversations, directory)
+            found |= captions(model, processor, conversations, directory, kept=kept)
             if not world and model.predicts_text:
                 found["perplexity of captions"] = text_perplexity(model, processor, conversations, captions=True)
         scores |= {f"{name}{key}": score for key, score in found.items()}
@@ -60,7 +65,13 @@ def answers_questions(model, processor) -> bool:
     return "choose" in model.abilities or can_answer(model, processor)
 
 
-def answers(model, processor, conversations: Conversations, questions: Sequence[Question]) -> dict[str, Score]:
+def answers(
+    model,
+    processor,
+    conversations: Conversations,
+    questions: Sequence[Question],
+    kept: list[Prediction] | None = None,
+) -> dict[str, Score]:
     """Accuracy in all, by kind of question, and blind; of conversations, also how many words are right."""
     check_questions(model, processor, conversations)
     if conversations.free_answers:
@@ -70,6 +81,13 @@ def answers(model, processor, conversations: Conversations, questions: Sequence[
     blind = list(zip(others, questions, strict=True))
     given = ask_about(model, processor, conversations, asked + blind)
     texts, unseen = given[: len(questions)], given[len(questions) :]
+    if kept is not None:
+        value_of = word_f1 if conversations.free_answers else rightness
+        values = [value_of(text, question.answers) for text, question in zip(texts, questions, strict=True)]
+        kept += [
+            Prediction(text, conversations.key(q.index), q.text, kind=q.kind, references=q.answers, value=value)
+            for text, q, value in zip(texts, questions, values, strict=True)
+        ]
     if conversations.free_answers:
         return {FREE_ANSWERS: words_right(questions, texts), f"{FREE_ANSWERS}, blind": words_right(questions, unseen)}
     return {**vqa_accuracy(questions, texts), "accuracy, blind": vqa_accuracy(questions, unseen)["accuracy"]}
@@ -144,30 +162,52 @@ def describe_all(model, processor, conversations: Conversations, indices: Sequen
 
 
 def captions(
-    model, processor, conversations: Conversations, directory: str | Path, *, most: int = CAPTIONS
+    model,
+    processor,
+    conversations: Conversations,
+    directory: str | Path,
+    *,
+    most: int = CAPTIONS,
+    kept: list[Prediction] | None = None,
 ) -> dict[str, Score]:
     """Of the shapes world: does a caption name all that is there? Of photographs: how many of its words are right."""
     indices = captioned(conversations)[:most]
     texts = describe_all(model, processor, conversations, indices)
+    if kept is not None:
+        known = [tuple(conversations.captions(i)) for i in indices]
+        values = caption_values(texts, known, world=is_world(directory))
+        kept += [
+            Prediction(text, conversations.key(i), references=some, value=value)
+            for text, i, some, value in zip(texts, indices, known, values, strict=True)
+        ]
     if is_world(directory):
         scores = scene_match(texts, [conversations.captions(i)[0] for i in indices])
         return {f"captions, {name}": score for name, score in scores.items()}
     return {"captions, words in common": word_overlap(texts, [conversations.captions(i) for i in indices])}
 
 
+def caption_values(texts: Sequence[str], known: Sequence[Sequence[str]], *, world: bool) -> list[float]:
+    """How right each caption is: of the shapes world 1 if it names all that is there and nothing else, else its words."""
+    if world:
+        return [float(Counter(parse(text)) == Counter(parse(some[0]))) for text, some in zip(texts, known, strict=True)]
+    return [word_f1(text, some) for text, some in zip(texts, known, strict=True)]
+
+
 def word_overlap(texts: Sequence[str], known: Sequence[Sequence[str]]) -> Score:
     """Mean F1 of the distinct words of a caption and its best reference; chance: with the next image's references."""
-
-    def f1(text: str, references: Sequence[str]) -> float:
-        a = set(normalise(text).split())
-        sets = [set(normalise(r).split()) for r in references]
-        return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
-
-    n = len(texts)
-    if not n:
+    if not len(texts):
         raise UserError("there are no captions or answers to measure with.")
-    right = sum(f1(text, known[i]) for i, text in enumerate(texts)) / n
-    return Score(right, sum(f1(text, known[(i + 1) % n]) for i, text in enumerate(texts)) / n)
+    right, chance = (
+        [word_f1(text, some) for text, some in zip(texts, others, strict=True)]
+        for others in (known, [*known[1:], known[0]])
+    )
+    return Score.of(Samples.mean(right), sum(chance) / len(chance))
+
+
+def word_f1(text: str, references: Sequence[str]) -> float:
+    a = set(normalise(text).split())
+    sets = [set(normalise(r).split()) for r in references]
+    return max(2 * len(a & b) / max(1, len(a) + len(b)) for b in sets)
 
 
 def answers_sheet(model, processor, directory: str | Path, path: Path, *, ask_questions: bool = True) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from minivlm.errors import UserError
+from minivlm.metrics.samples import Samples
 from minivlm.metrics.score import Score
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def normalise(answer: str) -> str:
     As the official script does it, whatever that makes of a word: a mark is dropped from the whole answer if it stands at the
     edge of a word anywhere in it, or if a number has a comma; else it becomes a space.
     """
-    given = answer.replace("\n", " ").replace("\t", " ").strip()
+    given = stripped(answer)
     number, text = re.search(r"\d,\d", given), given  # "1,000"
     for mark in PUNCTUATION:
         at_an_edge = f"{mark} " in given or f" {mark}" in given
@@ -53,6 +54,18 @@ def normalise(answer: str) -> str:
     text = re.sub(r"\.(?!\d)", "", text, count=32)  # there, a flag stands where the count belongs
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(MISSPELT.get(word, word) for word in words if word not in ARTICLES)
+
+
+def rightness(said: str, answers: Sequence[str]) -> float:
+    """How right an answer is, from 0 to 1. As in the official evaluation, what ten people answer in the same way is compared as
+    it is written, and all else normalised."""
+    if len(answers) == PEOPLE and len({stripped(answer) for answer in answers}) == 1:
+        return agreement(stripped(said), [stripped(answer) for answer in answers])
+    return agreement(normalise(said), [normalise(answer) for answer in answers])
+
+
+def stripped(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
@@ -66,7 +79,8 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, Score]:
-    """{"accuracy": Score, "accuracy, count": Score, …}: over all questions, and over those of each kind.
+    """{"accuracy": Score, "accuracy, count": Score, …}: over all questions, and over those of each kind. Questions about one
+    image (`index`) are one sample of the bootstrap.
 
     Chance is the score without any image, by one who knows these very questions: a text that is asked often gets its most
     frequent answer, others the most frequent answer of their kind (the prior of Antol et al. 2015, §4).
@@ -78,12 +92,17 @@ def vqa_accuracy(questions: Sequence[Question], predictions: Sequence[str]) -> d
     if not questions:
         raise UserError("there are no questions to measure with.")
     answers = [[normalise(answer) for answer in question.answers] for question in questions]
-    values = [agreement(normalise(said), known) for said, known in zip(predictions, answers, strict=True)]
+    values = [rightness(said, question.answers) for said, question in zip(predictions, questions, strict=True)]
     chances = usual(questions, answers)
     kinds = {"accuracy": range(len(questions))}
     for kind in dict.fromkeys(question.kind for question in questions):
         kinds[f"accuracy, {kind}"] = [i for i, question in enumerate(questions) if question.kind == kind]
-    return {name: Score(mean(values[i] for i in rows), mean(chances[i] for i in rows)) for name, rows in kinds.items()}
+    return {
+        name: Score.of(
+            Samples.mean([values[i] for i in rows], [questions[i].index for i in rows]), mean(chances[i] for i in rows)
+        )
+        for name, rows in kinds.items()
+    }
 
 
 def usual(questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[float]:

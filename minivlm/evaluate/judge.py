@@ -1,0 +1,290 @@
+"""Judges predictions beside references, without a model: `python -m minivlm.evaluate --predictions FILE --references FILE`.
+
+Captions get COCO's scores (on the shapes world, whose captions parse exactly, how many scenes are described right), answers
+VQA's accuracy, yes and no POPE's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minivlm.atomic_writing import write_atomically
+from minivlm.datasets.conversations import Question
+from minivlm.datasets.source import source_of
+from minivlm.errors import UserError
+from minivlm.evaluate.generation import FREE_ANSWERS, caption_values, word_overlap
+from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions
+from minivlm.evaluate.references import Asked, References, read_references
+from minivlm.evaluate.table import side_by_side, table
+from minivlm.metrics import Score, scene_match, vqa_accuracy
+from minivlm.metrics.caption_scores import caption_scores
+from minivlm.metrics.pope import means_yes, pope_scores
+from minivlm.metrics.vqa import rightness
+
+Scores = dict[str, Score]
+Pair = tuple[Prediction, Any]  # and the captions of its image, or the question that it answers
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        nargs="+",
+        help="captions or answers: with MODEL a file that is written, or judged where it is there; without, what is judged",
+    )
+    parser.add_argument(
+        "--references",
+        metavar="FILE_OR_DIR",
+        nargs="+",
+        help="without MODEL: COCO's captions, VQA's annotations, POPE's questions, or a folder that training takes",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="--references: judge what both have, and leave out the rest"
+    )
+
+
+def needs_no_model(options: Namespace) -> bool:
+    """Are there predictions that are to be judged? Else the model generates them."""
+    return bool(options.predictions) and (options.model is None or Path(options.predictions[0]).exists())
+
+
+def check(options: Namespace, refuse: Callable[[str], Any]) -> None:
+    """Complain, before anything is read, of options that do not go together, and of a place that cannot be written."""
+    if options.model is None:
+        others = [name for name in ("shots", "wise", "diagnose") if getattr(options, name) is not None]
+        if others:
+            refuse(f"--{others[0]} needs a MODEL")
+        if not (options.predictions and options.references):
+            refuse("name a MODEL, or what is to be judged: --predictions FILE --references FILE_OR_DIR")
+        return
+    if options.references and not options.predictions:
+        refuse("--references belongs to --predictions: a MODEL is judged on --data DIR")
+    if not options.predictions:
+        return
+    if len(options.predictions) > 1:
+        refuse(f"a MODEL writes one file of predictions, and --predictions names {len(options.predictions)}")
+    [file] = options.predictions
+    if needs_no_model(options):
+        options.references = options.references or [source_of(options.data, options)]
+        print(f"{file} is there: its predictions are judged, and {options.model} generates none.", file=sys.stderr)
+    elif Path(file).suffix not in (".json", ".jsonl"):
+        refuse(f"--predictions {file}: the name has to end in .jsonl or .json")
+    elif not Path(file).absolute().parent.is_dir():
+        refuse(f"--predictions {file}: the folder {Path(file).parent} does not exist; make it first")
+
+
+def require_texts(model) -> None:
+    """UserError for a model whose evaluation generates nothing."""
+    if not model.takes_images or not model.abilities & {"caption", "answer", "choose"}:
+        raise UserError(f"--predictions: a {type(model).__name__} generates no captions and no answers.")
+
+
+def run(options: Namespace) -> tuple[Scores, list[Prediction]]:
+    """Print the scores, of two files side by side with --against; with --save write plain numbers."""
+    files, against = options.predictions, options.against
+    scores, judged, notes = judge_files(files, options.references, partial=options.partial)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if against:
+        other, _, more = judge_files([against], options.references, partial=options.partial)
+        for note in more:
+            print(note, file=sys.stderr)
+        print(side_by_side({against: other, files[0]: scores}))
+    else:
+        print(table(scores))
+    if options.save:
+        text = json.dumps({name: score.value for name, score in scores.items()}, indent=1, ensure_ascii=False)
+        write_atomically(options.save, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+    return scores, judged
+
+
+def judge_files(
+    files: Sequence[Any], places: Sequence[Any], *, partial: bool
+) -> tuple[Scores, list[Prediction], list[str]]:
+    """The i-th file beside the i-th place, or one file beside all of them together."""
+    if len(files) not in (1, len(places)):
+        raise UserError(
+            f"--predictions names {len(files)} files and --references {len(places)}: give as many of each, or one file of "
+            "predictions."
+        )
+    if len(files) == 1:
+        references = [one for place in places for one in read_references(place)]
+        return judge(read_predictions(files[0]), references, of=f"{files[0]}", beside=names(places), partial=partial)
+    scores, judged, notes = {}, [], []
+    for file, place in zip(files, places, strict=True):
+        found = judge(read_predictions(file), read_references(place), of=f"{file}", beside=f"{place}", partial=partial)
+        scores |= {f"{Path(place).name.split('.')[0]}, {name}": score for name, score in found[0].items()}
+        judged, notes = judged + found[1], notes + found[2]
+    return scores, judged, notes
+
+
+def names(places: Sequence[Any]) -> str:
+    return " and ".join(f"{place}" for place in places)
+
+
+def judge(
+    predictions: Sequence[Prediction], references: Sequence[References], *, of: str, beside: str, partial: bool = False
+) -> tuple[Scores, list[Prediction], list[str]]:
+    """Scores, the predictions with their values, and notes for the user.
+
+    UserError where a prediction has no reference or a question no answer, unless `partial` leaves them out, and where the two
+    have nothing in common. Captions may be of some of the images alone, as in COCO's evaluation: a note tells so.
+    """
+    left, scores, judged, notes, missing = list(predictions), {}, [], [], []
+    for one in references:
+        for pairs_of, scores_of, wanted in (
+            (captioned, caption_scores_of, len(one.captions)),
+            (answered, answer_scores_of, len(one.questions)),
+            (said_yes_or_no, pope_scores_of, len(one.pope)),
+        ):
+            pairs = pairs_of(left, one) if wanted else []
+            if not pairs:
+                continue
+            there = {id(p) for p, _ in pairs}
+            left = [p for p in left if id(p) not in there]
+            found, values = scores_of(pairs, one, notes)
+            scores |= {f"{one.prefix}{name}": score for name, score in found.items()}
+            judged += [
+                replace(p, value=value, **about(p, known)) for (p, known), value in zip(pairs, values, strict=True)
+            ]
+            if wanted > len(pairs) and pairs_of is captioned:
+                notes.append(
+                    f"{wanted - len(pairs)} of {wanted} images of {beside} have no caption in {of}: not judged."
+                )
+            elif wanted > len(pairs):
+                missing.append(f"{wanted - len(pairs)} of {wanted} questions of {beside} have no answer in {of}")
+    if not judged:
+        raise UserError(
+            f"none of the {len(predictions)} predictions of {of} (first: {predictions[0].name}) is of what {beside} holds: are "
+            "the two of one data set?"
+        )
+    if left:
+        missing.append(f"{len(left)} of {len(predictions)} predictions of {of} have no reference in {beside}")
+        missing[-1] += f" (first: {left[0].name})"
+    if missing and not partial:
+        raise UserError(f"{'; '.join(missing)}. Give all, or judge what both have with --partial.")
+    notes += [f"{why}: left out." for why in missing]
+    if empty := sum(not p.text.strip() for p in judged):
+        notes.append(f"{empty} of {len(judged)} predictions of {of} are empty, and are judged as they are.")
+    return scores, judged, notes
+
+
+def about(p: Prediction, known: Any) -> dict[str, Any]:
+    """What a reference adds to a prediction."""
+    if not isinstance(known, Asked):
+        return {"references": tuple(known)}
+    kind = p.kind or (known.kinds[0] if known.kinds else "")
+    return {
+        "references": known.answers,
+        "question": p.question or known.text,
+        "image": p.image or known.image,
+        "kind": kind,
+    }
+
+
+# ---- which reference belongs to which prediction ------------------------------------------------------------------------
+
+
+def captioned(predictions: Sequence[Prediction], references: References) -> list[Pair]:
+    images = ImageNames([*references.captions])
+    found = [(p, images.find(p.image)) for p in predictions if p.is_caption and p.image]
+    known = [(p, image) for p, image in found if image is not None]
+    check_once(known, "captions")
+    return [(p, references.captions[image]) for p, image in known]
+
+
+def answered(predictions: Sequence[Prediction], references: References) -> list[Pair]:
+    return matched([p for p in predictions if not p.is_caption], references.questions)
+
+
+def said_yes_or_no(predictions: Sequence[Prediction], references: References) -> list[Pair]:
+    """POPE's files of answers have neither ids nor images: as many rows as there are questions are in their order."""
+    asked = references.pope
+    if len(predictions) == len(asked) and not any(p.question_id or p.image for p in predictions):
+        for i, (p, question) in enumerate(zip(predictions, asked, strict=True), 1):
+            if p.question and plain(p.question) != plain(question.text):
+                raise UserError(
+                    f"answer {i} is to {p.question!r}, but question {i} is {question.text!r}: keep their order."
+                )
+        return [*zip(predictions, asked, strict=True)]
+    return matched([p for p in predictions if not p.is_caption], asked)
+
+
+def matched(predictions: Sequence[Prediction], asked: Sequence[Asked]) -> list[Pair]:
+    """By the id of the question, or by image and question."""
+    by_id = {question.id: question for question in asked if question.id}
+    images = ImageNames([*dict.fromkeys(question.image for question in asked)])
+    by_text = {(question.image, plain(question.text)): question for question in asked}
+    found = []
+    for p in predictions:
+        if p.question_id and by_id:
+            question = by_id.get(p.question_id)
+            if question and p.question and question.text and plain(p.question) != plain(question.text):
+                raise UserError(
+                    f"{p.name} is {p.question!r} there and {question.text!r} here: are they of one data set?"
+                )
+        else:
+            question = by_text.get((images.find(p.image), plain(p.question)))
+        if question is not None:
+            found.append((p, question))
+    check_once([(p, id(question)) for p, question in found], "answers")
+    return found
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("<image>", " ").split()).lower()
+
+
+def check_once(known: Sequence[tuple[Prediction, Any]], what: str) -> None:
+    first: dict[Any, Prediction] = {}
+    for p, place in known:
+        if place in first:
+            raise UserError(f"{first[place].name} and {p.name} are {what} of the same: keep one of each.")
+        first[place] = p
+
+
+# ---- scores, and how right each prediction is ----------------------------------------------------------------------------
+
+
+def caption_scores_of(pairs: Sequence[Pair], references: References, notes: list[str]) -> tuple[Scores, list[float]]:
+    texts, known = [p.text for p, _ in pairs], [captions for _, captions in pairs]
+    values = caption_values(texts, known, world=references.world)
+    if references.world:
+        scores = scene_match(texts, [captions[0] for captions in known])
+        return {f"captions, {name}": score for name, score in scores.items()}, values
+    return caption_scores(texts, known, ids=[p.image for p, _ in pairs], notes=notes), values
+
+
+def answer_scores_of(pairs: Sequence[Pair], references: References, notes: list[str]) -> tuple[Scores, list[float]]:
+    texts, asked = [p.text for p, _ in pairs], [question for _, question in pairs]
+    if references.free:
+        known = [question.answers for question in asked]
+        return {FREE_ANSWERS: word_overlap(texts, known)}, caption_values(texts, known, world=False)
+    number = {image: i for i, image in enumerate(dict.fromkeys(question.image for question in asked))}
+    scores: Scores = {}
+    for place in range(
+        max(1, *(len(question.kinds) for question in asked))
+    ):  # VQA v2: of the answer, and of the question
+        kinds = [question.kinds[place] if place < len(question.kinds) else "all" for question in asked]
+        questions = [Question(number[q.image], q.text, q.answers, kind) for q, kind in zip(asked, kinds, strict=True)]
+        scores = vqa_accuracy(questions, texts) | scores
+    return dict(sorted(scores.items(), key=lambda item: item[0] != "accuracy")), [
+        rightness(text, question.answers) for text, question in zip(texts, asked, strict=True)
+    ]
+
+
+def pope_scores_of(pairs: Sequence[Pair], references: References, notes: list[str]) -> tuple[Scores, list[float]]:
+    split: Callable[[Asked], str] = lambda question: question.kinds[0] if question.kinds else ""
+    answers = [(p.text, question.answers[0] == "yes") for p, question in pairs]
+    scores: Scores = {}
+    for kind in dict.fromkeys(split(question) for _, question in pairs):
+        rows = [i for i, (_, question) in enumerate(pairs) if split(question) == kind]
+        found = pope_scores([answers[i] for i in rows], [pairs[i][1].image for i in rows])
+        scores |= {f"POPE, {kind}, {name}" if kind else f"POPE, {name}": score for name, score in found.items()}
+    return scores, [float(means_yes(text) == label) for text, label in answers]

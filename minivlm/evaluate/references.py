@@ -1,0 +1,120 @@
+"""What predictions are judged beside: captions of images, answers to questions, POPE's yes and no.
+
+COCO's annotations   {"images": […], "annotations": [{"image_id", "caption"}, …]}, or {"9": ["a kite", …], …}
+VQA v2's             {"annotations": [{"question_id", "image_id", "answers": […], "answer_type", …}, …]}
+POPE's questions     {"question_id": 1, "image": "9.jpg", "text": "Is there a kite in the image?", "label": "yes"}, a line each
+a folder             in any form that training takes (datasets/forms.py), or the shapes world
+a table              JSON lines, JSON or CSV with captions, or questions and answers, in our names (docs/data.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minivlm.datasets.conversations import open_conversations
+from minivlm.datasets.rows import read_question, several
+from minivlm.datasets.shapes import is_world
+from minivlm.errors import UserError
+from minivlm.evaluate.generation import SHAPES_SPLITS
+from minivlm.evaluate.predictions import IMAGES, QUESTION_IDS, check, rows_of, value_of, values_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question: its answers, of which any is right (ten: those of ten people), and of which kinds it is."""
+
+    image: str
+    text: str
+    answers: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class References:
+    """Of one split. captions: image → its captions. questions: VQA's, or a folder's. pope: questions whose answer is yes or no.
+    world: captions are canonical ones of scenes. free: answers are sentences. prefix: in front of the names of scores."""
+
+    captions: Mapping[str, list[str]] = field(default_factory=dict)
+    questions: tuple[Asked, ...] = ()
+    pope: tuple[Asked, ...] = ()
+    world: bool = False
+    free: bool = False
+    prefix: str = ""
+
+
+def read_references(path: Any) -> list[References]:
+    """Of a file, or of each split of a folder that has some. UserError where there is nothing to judge by."""
+    if Path(path).is_dir():
+        return references_of_folder(path)
+    values = values_of(path)
+    if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
+        return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
+    return [references_of_rows(path)]
+
+
+def texts(values: Mapping[str, list]) -> bool:
+    """Is it {"9": ["a kite", "kites"], …}?"""
+    return all(isinstance(one, str) for some in values.values() for one in some[:1]) and any(values.values())
+
+
+def checked(captions: list[Any], where: str) -> list[str]:
+    if not captions or not all(isinstance(one, str) for one in captions):
+        raise UserError(f"{where}: an image needs one or more captions, which are strings.")
+    for one in captions:
+        check(one, where)
+    return captions
+
+
+def references_of_rows(path: Any) -> References:
+    captions: dict[str, list[str]] = {}
+    questions, pope = [], []
+    for where, row in rows_of(path):
+        try:
+            image = value_of(row, IMAGES)
+            if str(row.get("label")).lower() in ("yes", "no") and isinstance(row.get("text", row.get("question")), str):
+                asked = row.get("text", row.get("question"))
+                kinds = tuple(str(row[name]) for name in ("category", "split") if row.get(name))
+                pope.append(Asked(image, asked, (row["label"].lower(),), kinds, value_of(row, QUESTION_IDS)))
+            elif "answers" in row or "answer" in row or "multiple_choice_answer" in row:
+                questions.append(question_of(row, image))
+            elif "caption" in row or "captions" in row:
+                known = several(row["captions"]) if row.get("captions") else [row.get("caption")]
+                captions.setdefault(image, []).extend(checked(known, where))
+            else:
+                raise ValueError("it has no caption, no answer, and no label")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{where} is no reference: {str(error).rstrip('.')}.") from None
+    if not (captions or questions or pope):
+        raise UserError(f"{path} holds no references: no captions, no answered questions.")
+    return References(captions, tuple(questions), tuple(pope))
+
+
+def question_of(row: Mapping[str, Any], image: str) -> Asked:
+    """A line of VQA's annotations, which do not repeat the question, or of a table of ours."""
+    answers = row.get("answers")
+    if isinstance(answers, list) and answers and isinstance(answers[0], dict):
+        answers = [one["answer"] for one in answers]
+    values = {**row, "answers": answers, "answer": row.get("multiple_choice_answer", row.get("answer"))}
+    read = read_question({**values, "question": row.get("question") or "?"})
+    given = tuple(str(one) for one in answers) if isinstance(answers, list) and answers else read.answers
+    kinds = tuple(str(row[name]) for name in ("kind", "answer_type", "question_type") if row.get(name))
+    return Asked(image, str(row.get("question") or ""), given, kinds, value_of(row, QUESTION_IDS))
+
+
+def references_of_folder(directory: Any) -> list[References]:
+    """The held-out splits first. Images are named as they are below the folder."""
+    world = is_world(directory)
+    found = []
+    for split, prefix in ({"test": ""} | (SHAPES_SPLITS if world else {"val": "val, ", "train": "train, "})).items():
+        data = open_conversations(directory, split, image_size=None)
+        captions = {data.key(i): data.captions(i) for i in range(len(data)) if data.captions(i)}
+        asked = tuple(Asked(data.key(q.index), q.text, q.answers, (q.kind,)) for q in data.questions())
+        if captions or asked:
+            found.append(References(captions, asked, world=world, free=data.free_answers, prefix=prefix))
+    if not found:
+        raise UserError(f"{directory} holds no captions and no questions to judge by.")
+    return found
