@@ -19,6 +19,7 @@ from minivlm.errors import UserError
 from minivlm.evaluate.expectation import text_perplexity
 from minivlm.evaluate.predictions import Prediction
 from minivlm.metrics import Samples, Score, scene_match, vqa_accuracy
+from minivlm.metrics.caption_scores import caption_scores
 from minivlm.metrics.vqa import agreement, normalise, rightness
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processes import each
@@ -170,7 +171,8 @@ def captions(
     most: int = CAPTIONS,
     kept: list[Prediction] | None = None,
 ) -> dict[str, Score]:
-    """Of the shapes world: does a caption name all that is there? Of photographs: how many of its words are right."""
+    """Of the shapes world: does a caption name all that is there? Of photographs: how many of its words are right, and COCO's
+    scores."""
     indices = captioned(conversations)[:most]
     texts = describe_all(model, processor, conversations, indices)
     if kept is not None:
@@ -180,10 +182,19 @@ def captions(
             Prediction(text, conversations.key(i), references=some, value=value)
             for text, i, some, value in zip(texts, indices, known, values, strict=True)
         ]
+    known = [conversations.captions(i) for i in indices]
     if is_world(directory):
-        scores = scene_match(texts, [conversations.captions(i)[0] for i in indices])
-        return {f"captions, {name}": score for name, score in scores.items()}
-    return {"captions, words in common": word_overlap(texts, [conversations.captions(i) for i in indices])}
+        return captions_of_world(texts, known)
+    scores = caption_scores(texts, known, names=("BLEU-4", "ROUGE-L", "CIDEr"))
+    scores = {"words in common": word_overlap(texts, known), **scores}
+    return {f"captions, {name}": score for name, score in scores.items()}
+
+
+def captions_of_world(texts: Sequence[str], known: Sequence[Sequence[str]]) -> dict[str, Score]:
+    """Captions of the shapes world beside the canonical ones: how many scenes are described right, and SPICE."""
+    scores = scene_match(texts, [captions[0] for captions in known])
+    scores |= caption_scores(texts, known, names=("SPICE",), world=True)
+    return {f"captions, {name}": score for name, score in scores.items()}
 
 
 def caption_values(texts: Sequence[str], known: Sequence[Sequence[str]], *, world: bool) -> list[float]:

@@ -18,11 +18,11 @@ from minivlm.atomic_writing import write_atomically
 from minivlm.datasets.conversations import Question
 from minivlm.datasets.source import source_of
 from minivlm.errors import UserError
-from minivlm.evaluate.generation import FREE_ANSWERS, caption_values, word_overlap
+from minivlm.evaluate.generation import FREE_ANSWERS, caption_values, captions_of_world, word_overlap
 from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions
 from minivlm.evaluate.references import Asked, References, read_references
 from minivlm.evaluate.table import side_by_side, table
-from minivlm.metrics import Score, scene_match, vqa_accuracy
+from minivlm.metrics import Score, vqa_accuracy
 from minivlm.metrics.caption_scores import caption_scores
 from minivlm.metrics.pope import means_yes, pope_scores
 from minivlm.metrics.vqa import rightness
@@ -192,11 +192,13 @@ def about(p: Prediction, known: Any) -> dict[str, Any]:
 
 
 def captioned(predictions: Sequence[Prediction], references: References) -> list[Pair]:
-    images = ImageNames([*references.captions])
+    """In the order of the references, in which the official evaluation reads them."""
+    images = ImageNames([*references.captions], references.names)
     found = [(p, images.find(p.image)) for p in predictions if p.is_caption and p.image]
     known = [(p, image) for p, image in found if image is not None]
     check_once(known, "captions")
-    return [(p, references.captions[image]) for p, image in known]
+    of = {image: p for p, image in known}
+    return [(of[image], captions) for image, captions in references.captions.items() if image in of]
 
 
 def answered(predictions: Sequence[Prediction], references: References) -> list[Pair]:
@@ -256,8 +258,7 @@ def caption_scores_of(pairs: Sequence[Pair], references: References, notes: list
     texts, known = [p.text for p, _ in pairs], [captions for _, captions in pairs]
     values = caption_values(texts, known, world=references.world)
     if references.world:
-        scores = scene_match(texts, [captions[0] for captions in known])
-        return {f"captions, {name}": score for name, score in scores.items()}, values
+        return captions_of_world(texts, known), values
     return caption_scores(texts, known, ids=[p.image for p, _ in pairs], notes=notes), values
 
 

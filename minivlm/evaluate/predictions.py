@@ -111,6 +111,8 @@ def value_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
     value = next((row[name] for name in names if row.get(name) is not None), "")
     if isinstance(value, list) and value:
         value = value[0]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes ids
     return "" if isinstance(value, (dict, list, bool)) else str(value)
 
 
@@ -215,16 +217,18 @@ class ImageNames:
     """Finds the image that another file calls differently: 391895, "391895", "000000391895.jpg" and
     "val2014/COCO_val2014_000000391895.jpg" are one. What could mean two images means neither."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], others: Mapping[str, str] | None = None):
+        """others: further names of these images."""
         self.known, self.by_alias = set(names), [defaultdict(list) for _ in ALIASES]
+        self.others = {name: image for name, image in (others or {}).items() if image in self.known}
         for name in names:
             for alias_of, found in zip(ALIASES, self.by_alias, strict=True):
                 found[alias_of(name)].append(name)
 
     def find(self, name: str) -> str | None:
         """The name that is known here, or None."""
-        if name in self.known:
-            return name
+        if name in self.known or name in self.others:
+            return name if name in self.known else self.others[name]
         for alias_of, found in zip(ALIASES, self.by_alias, strict=True):
             alias = alias_of(name)
             same = [known for known in found.get(alias, ()) if alias and in_one_folder(name, known)]

@@ -10,7 +10,7 @@ a table              JSON lines, JSON or CSV with captions, or questions and ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class References:
-    """Of one split. captions: image → its captions. questions: VQA's, or a folder's. pope: questions whose answer is yes or no.
-    world: captions are canonical ones of scenes. free: answers are sentences. prefix: in front of the names of scores."""
+    """Of one split. captions: image → its captions. names: further names of images. questions: VQA's, or a folder's. pope:
+    questions whose answer is yes or no. world: captions are canonical ones of scenes. free: answers are sentences. prefix: in
+    front of the names of scores."""
 
     captions: Mapping[str, list[str]] = field(default_factory=dict)
     questions: tuple[Asked, ...] = ()
@@ -44,6 +45,7 @@ class References:
     world: bool = False
     free: bool = False
     prefix: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_references(path: Any) -> list[References]:
@@ -53,7 +55,14 @@ def read_references(path: Any) -> list[References]:
     values = values_of(path)
     if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
         return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
-    return [references_of_rows(path)]
+    read = references_of_rows(path)
+    images = values.get("images") if isinstance(values, dict) else None
+    if not read.captions or not isinstance(images, list):
+        return [read]
+    listed = [one for one in images if isinstance(one, dict) and "id" in one]  # in COCO's order
+    captions = {name: read.captions[name] for one in listed if (name := value_of(one, ("id",))) in read.captions}
+    names = {one["file_name"]: value_of(one, ("id",)) for one in listed if isinstance(one.get("file_name"), str)}
+    return [replace(read, captions=captions | read.captions, names=names)]
 
 
 def texts(values: Mapping[str, list]) -> bool:

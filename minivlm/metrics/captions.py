@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from minivlm.datasets.shapes.text import parse
 from minivlm.errors import UserError
+from minivlm.metrics.samples import Samples
 from minivlm.metrics.score import Score
 
 
@@ -25,14 +28,15 @@ def scene_match(captions: Sequence[str], references: Sequence[str]) -> dict[str,
     if not captions:
         raise UserError("there are no captions to measure with.")
     named, there = ([Counter(parse(text)) for text in texts] for texts in (captions, references))
-    values, chances = compare(named, there), compare(named, there[1:] + there[:1])
-    return {name: Score(value, chances[name]) for name, value in values.items()}
+    found, chances = compare(named, there), compare(named, there[1:] + there[:1])
+    return {name: Score.of(samples, chances[name].value) for name, samples in found.items()}
 
 
-def compare(named: list[Counter], there: list[Counter]) -> dict[str, float]:
-    right = sum((a & b).total() for a, b in zip(named, there, strict=True))
+def compare(named: list[Counter], there: list[Counter]) -> dict[str, Samples]:
+    right = [(a & b).total() for a, b in zip(named, there, strict=True)]
+    columns = lambda counts: np.column_stack([right, [one.total() for one in counts]])
     return {
-        "exact scene match": sum(a == b for a, b in zip(named, there, strict=True)) / len(there),
-        "object precision": right / max(1, sum(a.total() for a in named)),
-        "object recall": right / max(1, sum(b.total() for b in there)),
+        "exact scene match": Samples.mean([a == b for a, b in zip(named, there, strict=True)]),
+        "object precision": Samples("ratio", columns(named)),
+        "object recall": Samples("ratio", columns(there)),
     }
