@@ -34,6 +34,7 @@ from minivlm.command_line_rows import (
 )
 from minivlm.command_line_tasks import TASKS, main, task
 from minivlm.errors import UserError, run_command_line
+from minivlm.tasks.templates import HELP as TEMPLATES
 
 __all__ = ["TASKS", "main"]
 
@@ -51,19 +52,19 @@ TOP = argument("--top", type=positive, default=5, help="how many to show (5)")
         "--templates",
         nargs="+",
         default=["plain"],
-        help='"plain" (the label alone), "photo" (nine sentences about photographs), or sentences of your own with {} '
-        "for the label or {a} for the label with a or an (plain)",
+        help=f"{TEMPLATES} (plain)",
     ),
     TOP,
     *ROW_ARGUMENTS,
 )
 def zero_shot(options: argparse.Namespace) -> None:
     from minivlm.tasks.row_tasks import label_task
-    from minivlm.tasks.zero_shot import TEMPLATE_SETS, check, check_labels, read_labels
+    from minivlm.tasks.templates import read_templates
+    from minivlm.tasks.zero_shot import check_labels, read_labels
 
     options.labels = read_labels(options.labels)
     check_labels(options.labels)  # what can be refused without the model is refused before it is loaded
-    templates = check(TEMPLATE_SETS.get(options.templates[0], options.templates))
+    templates = read_templates(options.templates)
     inputs = read_rows(options)
     model, processor = load_model(options)
     classify = label_task(options.labels, model, processor, templates=templates, top_k=options.top)

@@ -157,6 +157,11 @@ class Model(nn.Module):
         for i in range(0, len(first_of(batch)), size):
             yield {name: tensor[i : i + size] for name, tensor in batch.items() if name != "where"}
 
+    def pooled_features(self, features: Tensor) -> Tensor:
+        """`image_features` (M, N, C) → (M, C): what stands for an image where it has one vector. The mean, if a model has
+        nothing better; of a CLIP it is the vector that its projection reads."""
+        return features.mean(dim=1)
+
     # ---- generation, by a model that defines `prefill` --------------------------------------------------------------
 
     def generate(self, *inputs: Any, decode: Decode | None = None, **options) -> Tensor:

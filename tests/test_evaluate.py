@@ -45,7 +45,7 @@ def test_the_command_prints_and_saves_what_the_function_computes(trained, world,
     )
     want = evaluate.contrast(model, processor, world)
     assert capsys.readouterr().out.strip() == evaluate.table(want).strip()
-    got = {name: Score(**score) for name, score in json.loads((tmp_path / "scores.json").read_text()).items()}
+    got = {name: Score.from_record(score) for name, score in json.loads((tmp_path / "scores.json").read_text()).items()}
     assert got == want
     assert got["text→image R@5"].chance == pytest.approx(5 / 500)
     assert got["zero-shot, never-seen pairs"].chance == pytest.approx(1 / 64)

@@ -65,7 +65,7 @@ def run(places, *words):
 
 
 def test_the_command_shows_a_column_for_each_average_and_leaves_one(places, tmp_path, monkeypatch, capsys):
-    lengths = lambda model, processor, data: {"length": Score(model.loss.logit_scale.item() / 9, 0.5)}
+    lengths = lambda model, processor, data, how: {"length": Score(model.loss.logit_scale.item() / 9, 0.5)}
     monkeypatch.setattr(evaluate_command, "evaluate", lengths)
     run(places, "--start", places / "start", "--wise", 0, 0.5, 1, "--save", tmp_path / "scores.json")
     head, row = capsys.readouterr().out.rstrip().splitlines()

@@ -24,7 +24,7 @@ from minivlm.datasets.class_folders import (
     refuse_other_layouts,
     subfolders,
 )
-from minivlm.datasets.class_names import read_names
+from minivlm.datasets.class_names import names_file
 from minivlm.datasets.folder_files import choose_split
 from minivlm.datasets.forms import recognised
 from minivlm.datasets.images import read_image
@@ -91,7 +91,7 @@ def find_classes(source: str | os.PathLike) -> list[ImageClass]:
     for name in listing.others:
         if (folder := os.path.dirname(name)) in holds:
             holds[folder].others.append(os.path.basename(name))
-    if not read_names(source):
+    if not os.path.lexists(names_file(source)):
         refuse_other_layouts(directory, holds, named=False)
     if not found:
         raise UserError(f"{directory} has no sub-folders of images, one a class.")

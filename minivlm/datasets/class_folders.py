@@ -2,7 +2,8 @@
 
     DIR/<class>/…/*.jpg                   "_" in a class name reads as a space
     DIR/train/<class>/…, DIR/test/…       the same with the split given; val (or valid, validation) beside them
-    DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench" (class_names.py)
+    DIR/class_names.txt                   optional: a folder and its class a line, "n01440764 tench", or names alone in the
+                                          order of the folders (class_names.py)
 
 Images also lie in folders that are no classes: a year of photographs, a shard of a download. To learn "an image of
 a 2023" helps nobody, so those are refused unless class_names.txt names their classes.
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minivlm.datasets.class_names import NAMES, names_file, read_names
+from minivlm.datasets.class_names import NAMES, names_file, names_of
 from minivlm.datasets.images import extensions
 from minivlm.datasets.source import Source
 from minivlm.datasets.tar_index import open_tar
@@ -133,14 +134,13 @@ def read_class_folders(source: str | os.PathLike) -> tuple[list[ClassFolder], li
         candidates = [(split, folder) for parent, split in splits.items() for folder in subfolders(parent)]
     else:
         splits, candidates = {}, [(None, folder) for folder in folders]
-    named = read_names(source)
+    holds = [(split, folder, list_folder(folder)) for split, folder in candidates]
+    named = names_of((normal(folder) for _, folder, found in holds if found.images), source)
     classes, empty = [], []
-    for split, folder in candidates:
-        found = list_folder(folder)
+    for split, folder, found in holds:
         path = folder.relative_to(directory).as_posix()
         if found.images:
-            own = unicodedata.normalize("NFC", folder.name)  # train/ and test/ may come from different systems
-            name = named.get(own, "") if named else own.replace("_", " ")
+            name = named.get(normal(folder), "") if named else normal(folder).replace("_", " ")
             classes.append(ClassFolder(path, name, split, found))
         else:
             empty.append(path)
@@ -157,6 +157,11 @@ def read_class_folders(source: str | os.PathLike) -> tuple[list[ClassFolder], li
         some(names, "file or folder is not a class, and not read", "files and folders are no classes, and not read"),
     ]
     return classes, [note for note in notes if note]
+
+
+def normal(folder: Path) -> str:
+    """Its name; train/ and test/ may come from different systems."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
 def check_name(one: ClassFolder, source: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 n01440764 tench                         a line each: a folder, a tab or a space, and its name
 n01440764 tench, Tinca tinca            LOC_synset_mapping.txt: of several names the first, where no other class has it
 {"n01440764": "tench"}                  or JSON; also ImageNet's {"0": ["n01440764", "tench"]}
+golden retriever                        or names alone, a line each or as a list in JSON, in the order of the folders
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,38 @@ def read_names(source: str | os.PathLike) -> dict[str, str]:
     return {unicodedata.normalize("NFC", folder): name for folder, name in names.items()}
 
 
+def names_of(folders: Iterable[str], source: str | os.PathLike) -> dict[str, str]:
+    """Folder → class, for these folders, or for more; a list without any of them names them in their order. Empty if there is
+    no file. UserError as `read_names`, and for a list of another length."""
+    path, folders = names_file(source), sorted({*folders})
+    alone = names_alone(path) if os.path.lexists(path) else []
+    if not alone or any(
+        line == folder or line.startswith((f"{folder} ", f"{folder}\t")) for line in alone for folder in folders
+    ):
+        return read_names(source)
+    if len(alone) != len(folders):
+        raise UserError(
+            f"{path} has {len(alone)} names, but {source} has {len(folders)} folders of classes, of which no line names one: "
+            f"{LINE}; or give a name for each folder, in their order."
+        )
+    return dict(zip(folders, alone, strict=True))
+
+
+def names_alone(path: Path) -> list[str]:
+    """The lines of a text, or the texts of a list in JSON, or of an object whose keys count from 0; else nothing."""
+    try:
+        data = read_bytes(path)
+        if path.suffix != ".json":
+            return [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        values = parse_json(data)
+    except ValueError:  # which whoever reads it reports
+        return []
+    if isinstance(values, dict) and [*values] == [str(i) for i in range(len(values))]:
+        values = [*values.values()]
+    whole = isinstance(values, list) and all(isinstance(name, str) and name.strip() for name in values)
+    return [name.replace("_", " ").strip() for name in values] if whole else []
+
+
 def from_lines(path: Path) -> dict[str, str]:
     try:
         lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines()]
@@ -78,7 +112,8 @@ def from_json(path: Path) -> dict[str, str]:
         values = parse_json(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}).") from None
-    pairs = [named(key, value) for key, value in values.items()] if isinstance(values, dict) else []
+    values = dict(enumerate(values)) if isinstance(values, list) else values
+    pairs = [named(str(key), value) for key, value in values.items()] if isinstance(values, dict) else []
     if not pairs or not all(pairs):
         raise UserError(f'{path} is no object from folders to the names of their classes, {{"n01440764": "tench"}}.')
     return first_names(dict(pairs))

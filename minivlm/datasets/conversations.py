@@ -10,6 +10,7 @@ from minivlm.datasets.forms import recognised
 from minivlm.datasets.interleaved import Interleaved, is_interleaved
 from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.conversations import ShapesConversations
+from minivlm.datasets.source import judged
 
 __all__ = ["Conversations", "Question", "has_conversations", "open_conversations", "open_texts"]
 
@@ -22,7 +23,7 @@ def open_conversations(directory: str | os.PathLike, split: str, *, image_size: 
                 none is decoded
     """
     if is_world(directory):
-        return ShapesConversations(directory, split)
+        return ShapesConversations(directory, judged(directory, split))
     return FolderConversations(directory, split, image_size=image_size)
 
 

@@ -23,6 +23,7 @@ from minivlm.datasets.image_cache import decode, open_cache
 from minivlm.datasets.judge import check_headers, check_images
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
+from minivlm.datasets.source import judged
 
 __all__ = ["SPLITS", "TEMPLATES", "FolderPairs", "open_pairs"]
 
@@ -37,7 +38,7 @@ def open_pairs(
                 read-only
     """
     if is_world(directory):
-        return ShapesWorld(Path(directory), split)
+        return ShapesWorld(Path(directory), judged(directory, split))
     return FolderPairs(directory, split, image_size=image_size, cache=cache)
 
 
@@ -55,7 +56,7 @@ class FolderPairs(Pairs):
         self.directory, self.split = Path(directory), split
         notes: list[str] = []
         everything = read_folder(directory, notes=notes)
-        items, self.notes = choose_split(everything, split, self.directory)
+        items, self.notes = choose_split(everything, split, directory)
         self.notes = [*notes, *self.notes]
         self.skipped: dict[str, str] = {}
         self.cache = None

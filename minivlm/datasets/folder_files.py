@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 
+from minivlm.datasets.source import judged
 from minivlm.errors import UserError
 
 # Radford et al. 2021, §3.1.4, use "a photo of a {label}."; several wordings teach more than one phrase.
@@ -42,8 +43,13 @@ def choose_split(items: list, split: str, directory: str | os.PathLike) -> tuple
 
     No split or only "train" given: val and test are a tenth each, by hash. "val" missing: a tenth of train. "test"
     missing: val stands in. A split that stays empty because there are so few images: another one stands in. A line
-    without a split, where others have one, counts as train.
+    without a split, where others have one, counts as train. An evaluation may judge another split than test, or all.
     """
+    own, split = split, judged(directory, split)
+    if split == "all":
+        return items, [
+            f"All {len(items)} samples are judged, of every split: a model that was trained here has seen most of them."
+        ]
     if split not in SPLITS:
         raise UserError(f"There is no split {split!r}: it is one of train, val, test.")
     given = {item.split for item in items}
@@ -62,13 +68,15 @@ def choose_split(items: list, split: str, directory: str | os.PathLike) -> tuple
         notes.append("No val split is given: a tenth of the training images, by a hash of the file name.")
     groups: dict[str, list] = {name: [] for name in SPLITS}
     for item in items:
-        own = item.split or "train"
-        hashed = hashed_split(item.image)
-        groups[hashed if own == "train" and hashed in drawn else own].append(item)
+        given, hashed = item.split or "train", hashed_split(item.image)
+        groups[hashed if given == "train" and hashed in drawn else given].append(item)
     for stand_in in (split, *{"train": ("val", "test"), "val": ("test", "train"), "test": ("val", "train")}[split]):
         if groups[stand_in]:
             break
     if stand_in != split:
-        warning = " What is judged has been trained on." if stand_in == "train" else ""
+        warning = " What is judged has been trained on." if stand_in == "train" and own == "test" else ""
         notes.append(f"There are no {split} images: the {stand_in} images stand in for them.{warning}")
+    elif split != own:
+        seen = ", which have been trained on" if split == "train" else ""
+        notes.append(f"The {len(groups[split])} samples of the {split} split are judged{seen}.")
     return groups[stand_in], notes

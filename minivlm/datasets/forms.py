@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minivlm.datasets import annotations, shards, sidecars, tables
-from minivlm.datasets.class_folders import NAMES, read_names
+from minivlm.datasets.class_names import NAMES, read_names
 from minivlm.datasets.entries import Item
 from minivlm.datasets.folder_view import FIRST, Folder, Found, ending, split_in, stamps, subset_folders
 from minivlm.datasets.keys import Keys, NoTable, Several, find_keys, plain

@@ -18,7 +18,7 @@ from minivlm.sizes import bytes_in
 HELP = {
     "image_key": "the column or field of a table that names the image, where it is not found by its name",
     "caption_key": "the column or field that holds the caption (several: separated by commas)",
-    "class_names": "a file that gives the folders of classes their names, a line each: n01440764 tench",
+    "class_names": "a file that gives the folders of classes their names, a line each (n01440764 tench, or names in order)",
     "shards": "the tar files of the folder that are meant, as 'shard-{000..099}.tar'; all where it is not given",
     "cache": "the most that decoded images may take on disk (20GB), or off",
 }
@@ -37,6 +37,7 @@ class Source(os.PathLike):
     class_names: str | None = None
     cache: str | None = None
     shards: str | None = None
+    judged_split: str | None = None  # what is judged where an evaluation asks for "test": another split, or "all"
 
     def __post_init__(self):
         directory, shards = os.fspath(self.directory), None
@@ -72,6 +73,11 @@ class Source(os.PathLike):
         """The options as they are written behind a command: " --data.caption_key title"; nothing where there are none."""
         given = {name: getattr(self, name) for name in HELP}
         return "".join(f" {prefix}{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
+
+
+def judged(source: str | os.PathLike, split: str) -> str:
+    """The split that is meant where one is asked for: of an evaluation the one that its --split names."""
+    return Source.of(source).judged_split or split if split == "test" else split
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from minivlm.datasets.contents import contents, summary
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
-from minivlm.evaluate.compare import contrast, retrieval, retrieval_sheet, shows, zero_shot
+from minivlm.evaluate.compare import AS_EVER, How, contrast, retrieval, retrieval_sheet, shows, zero_shot
 from minivlm.evaluate.expectation import text_perplexity
 from minivlm.evaluate.few_shot import few_shot, few_shot_accuracy, few_shot_picture
 from minivlm.evaluate.generation import (
@@ -22,14 +22,17 @@ from minivlm.evaluate.generation import (
 from minivlm.evaluate.language import language
 from minivlm.evaluate.match import matching, matching_accuracy, matching_sheet
 from minivlm.evaluate.predictions import Prediction
+from minivlm.evaluate.probe import by_vectors
 from minivlm.evaluate.table import table
 from minivlm.metrics import Score
 
 __all__ = [
     "FREE_ANSWERS",
+    "How",
     "answers_and_captions",
     "answers_sheet",
     "ask",
+    "by_vectors",
     "captions",
     "check_questions",
     "contrast",
@@ -51,9 +54,13 @@ __all__ = [
 ]
 
 
-def evaluate(model, processor, directory: str | Path, kept: list[Prediction] | None = None) -> dict[str, Score]:
-    """All scores of a model of any kind on the held-out part of a dataset. kept: gets what it generates for them. UserError
-    where it has nothing to judge by."""
+def evaluate(
+    model, processor, directory: str | Path, kept: list[Prediction] | None = None, *, how: How = AS_EVER
+) -> dict[str, Score]:
+    """All scores of a model of any kind on the held-out part of a dataset; where `how` says something of vectors, those of its
+    vectors. kept: gets what it generates for them. UserError where it has nothing to judge by."""
+    if how != AS_EVER:
+        return by_vectors(model, processor, directory, how)
     if scores := scores_of(model, processor, directory, kept):
         return scores
     held_out = summary(contents(directory)["test"])

@@ -16,7 +16,7 @@ from minivlm.command_line import Parser, check_sheet_name, share, whole
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
-from minivlm.evaluate import diagnose, evaluate, judge
+from minivlm.evaluate import diagnose, evaluate, judge, probe
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
 from minivlm.evaluate.predictions import Prediction, write_predictions
@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
     if judge.needs_no_model(options):
         judge.run(options)
         return
+    how = probe.how_of(options)
     data, device = source_of(options.data, options), choose_device(options.device)
+    probe.check_split(data, options)
     start = None if options.wise is None else options.start or start_of(options.model)
     model, processor = load(options.model, device=device)
     for note in split_notes(data, "test", few_shot=options.shots is not None):
@@ -43,14 +45,14 @@ def main(argv: list[str]) -> None:
         return
     if start is not None:
         averaged = Averaged(model, load(start, device=device)[0], names=(options.model, start))
-        columns = averaged_scores(averaged, options.wise, lambda model: evaluate(model, processor, data))
+        columns = averaged_scores(averaged, options.wise, lambda model: evaluate(model, processor, data, how=how))
         print(side_by_side(columns))
         if options.save_model:
             save(options.save_model, model, processor)
             print(f"wrote {options.save_model}")
     elif options.against is not None:
-        other = evaluate(*load(options.against, device=device), data)
-        columns = {options.against: other, options.model: evaluate(model, processor, data)}
+        other = evaluate(*load(options.against, device=device), data, how=how)
+        columns = {options.against: other, options.model: evaluate(model, processor, data, how=how)}
         print(side_by_side(columns))
     elif options.shots is not None:
         columns = {"": few_shot(model, processor, data, shots=options.shots, ways=options.ways)}
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> None:
         print(f"wrote {options.picture}\n\n{table(columns[''])}")
     else:
         kept: list[Prediction] = []
-        columns = {"": evaluate(model, processor, data, kept)}
+        columns = {"": evaluate(model, processor, data, kept, how=how)}
         print(table(columns[""]))
         if options.predictions:
             write_predictions(options.predictions[0], kept)
@@ -91,6 +93,7 @@ def command_line(argv: list[str]) -> Namespace:
     parser.add_argument("--start", help="--wise: what the model was fine-tuned from (as its run records it)")
     parser.add_argument("--save_model", metavar="DIR", help="--wise: leave the average in this new directory")
     parser.add_argument("--against", metavar="MODEL2", help="judge this one on the same samples, and the difference")
+    probe.add_options(parser)
     diagnose.add_options(parser)
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
@@ -103,6 +106,7 @@ def command_line(argv: list[str]) -> Namespace:
     tables = [f"--{name}" for name in modes if getattr(options, name) is not None]
     if len(tables) > 1:
         parser.error(f"{' and '.join(tables)} are tables of their own: give one of them")
+    probe.check_alone(options)
     if options.save_model:
         if len(options.wise) > 1:
             parser.error(f"--save_model leaves one average, and --wise names {len(options.wise)}: choose one of them")

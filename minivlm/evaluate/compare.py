@@ -4,7 +4,9 @@ classification (does an image find its class?), every number beside its chance.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +17,67 @@ from minivlm.datasets.folder import TEMPLATES, open_pairs
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld
 from minivlm.datasets.shapes.text import parse
+from minivlm.errors import Note, UserError
 from minivlm.evaluate.expectation import some_of
 from minivlm.metrics import Score, zero_shot_accuracy
 from minivlm.metrics import retrieval as retrieval_scores
+from minivlm.metrics.caption_retrieval import caption_retrieval
 from minivlm.pictures import Row, sheet
 from minivlm.processes import each
 from minivlm.tasks.features import encode_images, encode_texts
-from minivlm.tasks.zero_shot import PLAIN, class_features
+from minivlm.tasks.templates import PLAIN
+from minivlm.tasks.zero_shot import class_features
 
-AT_A_TIME = (
-    64  # images in memory, which `encode_images` takes at once: so few that processes find enough parts to share
-)
+# Images in memory, which `encode_images` takes at once: so few that processes find enough parts to share.
+AT_A_TIME = 64
+SINGLE = {"single_seen": "seen pairs", "single_unseen": "never-seen pairs"}  # splits of the shapes world with labels
+CAPTIONS = 5  # of an image, in COCO's protocol
+FOLDS = {
+    "distinct": None,
+    "coco": None,
+    "coco-1k": 1000,
+}  # ways to count in retrieval → images that are candidates at a time
 
 
-def contrast(model, processor, directory: str | Path) -> dict[str, Score]:
-    """All scores of a CLIP on the held-out part of a dataset, by name, in the order of the table."""
+@dataclass(frozen=True)
+class How:
+    """How vectors of images and texts are judged.
+
+    templates   sentences for the labels; None: those of the training captions, on the shapes world the label alone
+    retrieval   "distinct": captions that are equal are one, and right for all their images; "coco", "coco-1k": see
+                `caption_retrieval`
+    probes      "knn", "linear": classifiers on the image vectors (probe.py), with these numbers of neighbours
+    """
+
+    templates: Sequence[str] | None = None
+    retrieval: str = "distinct"
+    probes: Sequence[str] = ()
+    neighbours: Sequence[int] | None = None
+
+
+AS_EVER = How()
+
+
+def contrast(model, processor, directory: str | Path, how: How = AS_EVER, encode=None) -> dict[str, Score]:
+    """All scores of a CLIP on the held-out part of a dataset, by name, in the order of the table. encode: pairs → their image
+    vectors, where these are known already."""
+    encode = encode or (lambda pairs: encode_split(model, processor, pairs, range(len(pairs))))
     test = open_pairs(directory, "test", image_size=processor.image_size)
-    if not isinstance(test, ShapesWorld):
-        images = encode_split(model, processor, test, range(len(test)))
-        classes = zero_shot(model, processor, test, TEMPLATES, images) if test.classes else {}
-        return classes | retrieval(model, processor, test, images=images)
-    scores = {}
-    for split, name in (("single_seen", "seen pairs"), ("single_unseen", "never-seen pairs")):
-        top = zero_shot(model, processor, ShapesWorld(directory, split), PLAIN)
-        scores[f"zero-shot, {name}"] = top["zero-shot, mean per class"]
-    return scores | retrieval(model, processor, test)
+    images, scores = encode(test), {}
+    if isinstance(test, ShapesWorld):
+        for split, name in SINGLE.items():
+            single = ShapesWorld(Path(directory), split)
+            top = zero_shot(model, processor, single, how.templates or PLAIN, encode(single))
+            scores[f"zero-shot, {name}"] = top["zero-shot, mean per class"]
+    elif test.classes:
+        scores = zero_shot(model, processor, test, how.templates or TEMPLATES, images)
+        if "zero-shot, top-5" not in scores:
+            tell(f"There is no top-5: of {len(test.classes)} classes it could hardly be wrong.")
+    elif how.templates is not None:
+        raise UserError(f"--templates: the images of {directory} have no classes to put into them; leave it out.")
+    if how.retrieval == "distinct":
+        return scores | retrieval(model, processor, test, images=images)
+    return scores | five_captions(model, processor, test, images, FOLDS[how.retrieval])
 
 
 def retrieval(
@@ -49,7 +87,36 @@ def retrieval(
     indices = some_of(len(pairs), most or len(pairs))
     texts, relevant = distinct_captions(pairs, indices)
     features = encode_split(model, processor, pairs, indices) if images is None else images
-    return retrieval_scores(features, encode_texts(texts, model, processor, cut=True), relevant=relevant)
+    names = [pairs.key(i) for i in indices]
+    return retrieval_scores(features, encode_texts(texts, model, processor, cut=True), relevant=relevant, names=names)
+
+
+def five_captions(model, processor, pairs: Pairs, images: Tensor, fold: int | None = None) -> dict[str, Score]:
+    """Retrieval by the protocol of COCO and Flickr30k, see `caption_retrieval`. images: of `encode_split`."""
+    captions = [pairs.all_captions(i)[:CAPTIONS] for i in range(len(pairs))]
+    more = sum(len(pairs.all_captions(i)) > CAPTIONS for i in range(len(pairs)))
+    fewer = sum(len(known) < CAPTIONS for known in captions)
+    if bare := [pairs.key(i) for i, known in enumerate(captions) if not known]:
+        raise UserError(f"--retrieval: {len(bare)} of {len(pairs)} images have no caption, {bare[0]} the first.")
+    if fold and len(pairs) % fold:
+        raise UserError(
+            f"--retrieval coco-1k judges {fold:,} images at a time, but there are {len(pairs):,}, which is no multiple: "
+            "take --retrieval coco."
+        )
+    if more or fewer:
+        counts = [f"{more} images have more, of which the first five count"] * (more > 0)
+        counts += [f"{fewer} images have fewer"] * (fewer > 0)
+        tell(f"COCO's protocol has {CAPTIONS} captions an image: {', '.join(counts)}.")
+    number = {text: j for j, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
+    texts = encode_texts(list(number), model, processor, cut=True)  # equal ones once
+    flat = [(i, number[text]) for i, known in enumerate(captions) for text in known]
+    owners, rows = zip(*flat, strict=True)
+    names = [pairs.key(i) for i in range(len(pairs))]
+    return caption_retrieval(images, texts[list(rows)], owners, names=names, fold=fold)
+
+
+def tell(text: str) -> None:
+    warnings.warn(Note(text), stacklevel=3)
 
 
 def distinct_captions(pairs: Pairs, indices: Sequence[int]) -> tuple[list[str], list[list[int]]]:
@@ -67,7 +134,8 @@ def zero_shot(
     classes = class_features([name.replace("_", " ") for name in pairs.classes], model, processor, templates)
     features = encode_split(model, processor, pairs, range(len(pairs))) if images is None else images
     images = features[torch.from_numpy(labelled).to(classes.device)]
-    scores = zero_shot_accuracy(images, classes, torch.from_numpy(pairs.labels[labelled]))
+    names = [pairs.key(i) for i in labelled]
+    scores = zero_shot_accuracy(images, classes, torch.from_numpy(pairs.labels[labelled]), names=names)
     return {f"zero-shot, {name}": score for name, score in scores.items()}
 
 

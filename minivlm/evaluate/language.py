@@ -24,7 +24,9 @@ from minivlm.datasets.shapes import is_world
 from minivlm.datasets.shapes.episodes import document, few_shot, held_out_scenes
 from minivlm.datasets.shapes.questions import judge
 from minivlm.datasets.shapes.text import canonical
+from minivlm.datasets.source import judged
 from minivlm.datasets.text_batches import Document, text_sample
+from minivlm.errors import UserError
 from minivlm.metrics import Samples, Score, vqa_accuracy
 from minivlm.processes import each
 from minivlm.tasks.features import inference
@@ -47,6 +49,8 @@ def language(model, processor, directory: str | Path) -> dict[str, Score]:
 
 def held_out_texts(directory: str | Path) -> list[Document]:
     if is_world(directory):
+        if (split := judged(directory, "test")) != "test":
+            raise UserError(f"--split {split}: the texts of the shapes world are of no split; leave it out.")
         return [document(0, "held out", i) for i in range(HELD_OUT)]
     return open_texts(directory, "test")
 

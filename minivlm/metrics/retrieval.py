@@ -9,13 +9,16 @@ nothing and not everything. Scores are computed in blocks: memory is bounded wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.metrics.samples import Samples
 from minivlm.metrics.score import Score
 
 
@@ -27,6 +30,7 @@ class Relevance(NamedTuple):
 
 
 BLOCK = 2**19  # scores held at a time: 5,000 × 25,000 at width 256 take 0.3 GB and, on one core, 9 s
+DENSE = 2**21  # images · classes, up to which the mean per class has a column for each class
 
 
 def retrieval(
@@ -36,6 +40,7 @@ def retrieval(
     *,
     image_ids: Tensor | None = None,
     relevant: Sequence[Sequence[int]] | None = None,
+    names: Sequence[str] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     block: int = BLOCK,
 ) -> dict[str, Score]:
@@ -44,24 +49,31 @@ def retrieval(
     image_features (N, D), text_features (M, D), unit length; image_ids (N,) int names what each image shows and
     image_of_text (M,) int what each text describes: equal ids are right for each other. Without image_ids, image i is i;
     without image_of_text, text i is i. Where a caption stands under several images that have other captions as well,
-    no ids can say so: relevant then lists, for each image, the texts that are right.
+    no ids can say so: relevant then lists, for each image, the texts that are right. names (N,): of the images, which are
+    the samples: the texts of an image are one sample, that of several images belongs to the first.
     R@K is the share of queries with a right answer among the first K; mAP the mean over queries of the average precision.
     """
     if relevant is not None:
         forward, backward = by_lists(relevant, len(text_features))
+        first = {text: i for i, known in reversed([*enumerate(relevant)]) for text in known}
+        owners = [first.get(text) for text in range(len(text_features))]
     else:
         images = torch.arange(len(image_features)) if image_ids is None else torch.as_tensor(image_ids)
         texts = torch.arange(len(text_features)) if image_of_text is None else torch.as_tensor(image_of_text)
         forward, backward = by_ids(images, texts), by_ids(texts, images)
-    scores = {}
-    for direction, query, candidate, right in (
-        ("image→text", image_features, text_features, forward),
-        ("text→image", text_features, image_features, backward),
+        first = {image: i for i, image in reversed([*enumerate(images.tolist())])}
+        owners = [first.get(image) for image in texts.tolist()]
+    scores, names = {}, range(len(image_features)) if names is None else names
+    for direction, query, candidate, right, of in (
+        ("image→text", image_features, text_features, forward, range(len(image_features))),
+        ("text→image", text_features, image_features, backward, owners),
     ):
         ranks, precisions, count = rank(query, candidate, right, what=direction, block=block)
+        samples = [names[i] for i in of]
         for k in ks:
-            scores[f"{direction} R@{k}"] = recall_at_k(ranks, count, len(candidate), k)
-        scores[f"{direction} mAP"] = Score(precisions.mean().item(), chance_precision(count, len(candidate)))
+            scores[f"{direction} R@{k}"] = recall_at_k(ranks, count, len(candidate), k, samples)
+        chance = chance_precision(count, len(candidate))
+        scores[f"{direction} mAP"] = Score.of(Samples.mean(precisions.numpy(), samples), chance)
     return scores
 
 
@@ -90,12 +102,18 @@ def by_lists(right: Sequence[Sequence[int]], G: int) -> tuple[Relevance, Relevan
 
 
 def zero_shot_accuracy(
-    image_features: Tensor, class_features: Tensor, labels: Tensor, *, block: int = BLOCK
+    image_features: Tensor,
+    class_features: Tensor,
+    labels: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    block: int = BLOCK,
 ) -> dict[str, Score]:
     """{"top-1": Score, "top-5": Score, "mean per class": Score}: each image retrieves its class.
 
-    image_features (N, D), class_features (C, D), unit length; labels (N,) int, an index into the classes. "mean per
-    class" is top-1 accuracy averaged over the classes that occur: a frequent one counts no more than a rare one.
+    image_features (N, D), class_features (C, D), unit length; labels (N,) int, an index into the classes; names (N,): of the
+    images. "mean per class" is top-1 accuracy averaged over the classes that occur: a frequent one counts no more than a rare
+    one. Of five classes or fewer there is no top-5, which could not be wrong.
     """
     labels = torch.as_tensor(labels).cpu().long()
     C = len(class_features)
@@ -103,13 +121,19 @@ def zero_shot_accuracy(
         raise ValueError(f"labels lie in {int(labels.min())}…{int(labels.max())}, but there are {C} classes")
     right = by_ids(labels, torch.arange(C))
     ranks, _, count = rank(image_features, class_features, right, what="image→class", block=block)
-    hits = torch.zeros(C, dtype=torch.double).index_add_(0, labels, (ranks == 1).double())
-    seen = labels.bincount(minlength=C)
-    return {
-        "top-1": recall_at_k(ranks, count, C, 1),
-        "top-5": recall_at_k(ranks, count, C, 5),
-        "mean per class": Score((hits[seen > 0] / seen[seen > 0]).mean().item(), 1 / C),
-    }
+    scores = {f"top-{k}": recall_at_k(ranks, count, C, k, names) for k in (1, 5) if k == 1 or k < C}
+    per_class = mean_per_class((ranks == 1).numpy(), labels.numpy(), names)
+    return scores | {"mean per class": Score.of(per_class, 1 / C)}
+
+
+def mean_per_class(right: np.ndarray, labels: np.ndarray, names: Sequence[Hashable] | None = None) -> Samples:
+    """The mean over the classes that occur of their mean values; right, labels (N,). Of many images and classes the samples are
+    weighted by the size of their class instead of having a column for each: the same value, and an interval that is wider."""
+    right, (_, labels, count) = np.asarray(right, float), np.unique(labels, return_inverse=True, return_counts=True)
+    if len(labels) * len(count) <= DENSE:
+        return replace(Samples.macro(right, labels, len(count)), ids=None if names is None else tuple(map(str, names)))
+    weight = 1 / (len(count) * count[labels])
+    return Samples.summed("ratio", np.stack([weight * right, weight], axis=1), names)
 
 
 @torch.no_grad()
@@ -154,12 +178,13 @@ def rank_block(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, precision.sum(dim=1) / R.squeeze(1), R.squeeze(1)
 
 
-def recall_at_k(ranks: Tensor, right: Tensor, G: int, k: int) -> Score:
-    """Share of ranks ≤ k; by chance 1 − C(G−R, k) / C(G, k): not all of k draws from G miss the R right ones."""
+def recall_at_k(ranks: Tensor, right: Tensor, G: int, k: int, samples: Sequence[Hashable] | None = None) -> Score:
+    """Share of ranks ≤ k; by chance 1 − C(G−R, k) / C(G, k): not all of k draws from G miss the R right ones. samples: of which
+    each query is one, or a part."""
     missed = torch.ones(len(right), dtype=torch.double)
     for i in range(min(k, G)):
         missed *= (G - right.double() - i).clamp(min=0) / (G - i)
-    return Score((ranks <= k).double().mean().item(), 1 - missed.mean().item())
+    return Score.of(Samples.mean((ranks <= k).numpy(), samples), 1 - missed.mean().item())
 
 
 def chance_precision(right: Tensor, G: int) -> float:

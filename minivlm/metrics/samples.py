@@ -58,6 +58,11 @@ def explained(sums: np.ndarray) -> np.ndarray:
     return divided(along**2, count * squares)
 
 
+def rsum(sums: np.ndarray) -> np.ndarray:
+    """(…, 4): right queries over three K and all queries, of images, then of texts → 100 · the sum of both ratios."""
+    return 100 * (ratio(sums[..., :2]) + ratio(sums[..., 2:]))
+
+
 def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b != 0)
 
@@ -69,6 +74,7 @@ VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "macro": macro,
     "f1": f1,
+    "rsum": rsum,
     "contrast": contrast,
     "explained": explained,
     "bleu": bleu_value,

@@ -225,9 +225,9 @@ class BLIP(Model):
 
     def encode_image(self, images: Images) -> Tensor:
         """(B, 3, H, W) → (B, E), unit length: of the class token, or of the mean of all features where there is none."""
-        return F.normalize(self.vision_projection(self.pool(self.image_features(images))), dim=-1)
+        return F.normalize(self.vision_projection(self.pooled_features(self.image_features(images))), dim=-1)
 
-    def pool(self, features: Tensor) -> Tensor:
+    def pooled_features(self, features: Tensor) -> Tensor:
         """(B, N, C) → (B, C)"""
         class_token = self.config.class_token and getattr(self.vision, "leading", 0)
         return features[:, 0] if class_token else features.mean(dim=1)

@@ -79,7 +79,7 @@ class Momentum(nn.Module):
 
     def vectors(self, model: nn.Module, images: Images, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The copy's vectors of images and of texts: (B, E) each, unit length. `ImageFeatures` are the model's own tower's."""
-        pooled = model.pool(vision_features(images, self.copies["vision"], model.standardise, model.config))
+        pooled = model.pooled_features(vision_features(images, self.copies["vision"], model.standardise, model.config))
         images = self.copies["vision_projection"](pooled)
         texts = self.copies["text_projection"](self.copies["encoder"](tokens, mask).hidden[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)

@@ -36,6 +36,7 @@ def for_data(recipe: Recipe, directory: str | Path | Source, out: str) -> Recipe
         directory = replace(recipe.data.source, directory=str(directory))
     recipe = recipe.on(directory)
     changes: dict[str, Any] = asdict(directory)
+    del changes["judged_split"]  # which is an evaluation's
     if not is_world(directory) and any(field.name == "vocab_size" for field in fields(recipe.data)):
         changes["vocab_size"] = VOCABULARY
     beside = f"{Path(out).parent / Path(directory).resolve().name}"

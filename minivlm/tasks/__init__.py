@@ -6,7 +6,7 @@ The names below are imported when they are first used, so that a task loads no o
 import importlib
 
 _HOME = {
-    "TEMPLATE_SETS": "zero_shot",
+    "TEMPLATE_SETS": "templates",
     "Chat": "chat",
     "ImageIndex": "index_files",
     "answer": "generate",

@@ -8,7 +8,6 @@ Radford et al. 2021, §3.1.2 and §3.1.4: prompts, and the mean over several of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -19,21 +18,7 @@ from minivlm.files import read_text
 from minivlm.image_preprocessing import Picture, as_list
 from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
-
-# In a template {} is the label and {a} the label with its article: "a red circle", "an orange star".
-PLAIN = ("{a}",)  # for captions that are nothing but a description, as those of the shapes world
-PHOTO = (  # for models trained on web photographs; chosen from the 80 that CLIP's authors published for ImageNet
-    "a photo of {a}.",
-    "a photo of the {}.",
-    "a close-up photo of {a}.",
-    "a bright photo of {a}.",
-    "a bad photo of {a}.",
-    "a cropped photo of {a}.",
-    "a photo of one {}.",
-    "a photo of the large {}.",
-    "a photo of the small {}.",
-)
-TEMPLATE_SETS = {"plain": PLAIN, "photo": PHOTO}
+from minivlm.tasks.templates import PLAIN, check, fill
 
 
 def zero_shot_classify(
@@ -92,19 +77,6 @@ def class_features(labels: Sequence[str], model, processor, templates: Sequence[
     return F.normalize(total, dim=1)
 
 
-def fill(template: str, label: str) -> str:
-    """ "a photo of {a}." and "orange star" → "a photo of an orange star." Other braces stay as they are."""
-    return template.replace("{a}", with_article(label)).replace("{}", label)
-
-
-def with_article(label: str) -> str:
-    """ "orange star" → "an orange star"; by spelling, so "hour" is missed. A label that has an article keeps it."""
-    if re.match(r"(a|an|the)\s", label, re.IGNORECASE):
-        return label
-    vowel = re.match(r"(?!eu|uni|use|one\b)[aeiou]", label, re.IGNORECASE)  # a unicorn, a one-way street
-    return f"{'an' if vowel else 'a'} {label}"
-
-
 def check_labels(labels: Sequence[str]) -> None:
     if isinstance(labels, str) or len(labels) < 2:
         raise UserError(f"zero-shot classification needs at least two labels to choose from, but was given {labels!r}.")
@@ -113,14 +85,3 @@ def check_labels(labels: Sequence[str]) -> None:
             raise UserError(f"label {i + 1} of {len(labels)} is empty; leave it out or give it a name.")
         if label in labels[:i]:
             raise UserError(f"the label {label!r} is given twice; each may occur once.")
-
-
-def check(templates: Sequence[str]) -> Sequence[str]:
-    if not templates:
-        raise UserError("there is no template to put the labels into; give one, such as '{a}'.")
-    for template in templates:
-        if "{}" not in template and "{a}" not in template:
-            raise UserError(
-                f"the template {template!r} has no place for the label; write {{}} for it, or {{a}} for a or an and it."
-            )
-    return templates

@@ -11,7 +11,7 @@ from PIL import Image
 from minivlm.errors import UserError
 from minivlm.tasks import class_features, zero_shot_classify
 from minivlm.tasks.features import encode_images, encode_texts
-from minivlm.tasks.zero_shot import PHOTO, PLAIN, fill
+from minivlm.tasks.templates import PHOTO, PLAIN, fill
 from tests.colours import RGB, ColourModel, ColourProcessor, paint
 
 LABELS = ["red circle", "green circle", "blue circle"]
