@@ -76,7 +76,7 @@ def test_another_split_or_all_of_them_can_be_judged(clip, colours, split, n):
 
 
 def test_a_probe_of_colours_is_right_and_is_told_how_it_was_fitted(clip, colours):
-    scores, notes = notes_of(lambda: evaluate(*clip, colours, How(probes=("knn", "linear"))))
+    scores, notes = notes_of(lambda: evaluate(*clip, colours, how=How(probes=("knn", "linear"))))
     for space in ("vision tower", "shared space"):
         assert scores[f"{space}, kNN (k = 1), top-1"].value == 1
         assert (
@@ -104,7 +104,9 @@ def test_each_image_is_encoded_once_whatever_is_made_of_it(clip, colours, monkey
     seen = []
     real = type(processor).images
     monkeypatch.setattr(type(processor), "images", lambda self, images: seen.append(len(images)) or real(self, images))
-    evaluate(model, processor, Source(colours, judged_split="all"), How(probes=("knn", "linear"), templates=["a {}"]))
+    evaluate(
+        model, processor, Source(colours, judged_split="all"), how=How(probes=("knn", "linear"), templates=["a {}"])
+    )
     assert sum(seen) == 44
 
 
@@ -122,10 +124,10 @@ def test_one_split_alone_is_divided_by_a_seed_and_that_is_told(clip, tmp_path):
     for c, (name, colour) in enumerate(COLOURS.items()):
         for i in range(5 if c else 1):
             save(tmp_path / "test" / name / f"{i}.png", colour, 10 * c + i)
-    scores, notes = notes_of(lambda: evaluate(*clip, tmp_path, How(probes=("linear",))))
+    scores, notes = notes_of(lambda: evaluate(*clip, tmp_path, how=How(probes=("linear",))))
     assert "there is one split alone with labels, so a fifth of each class (3 images, by seed 0) is judged" in notes
     assert scores["vision tower, linear probe, top-1"].n == 3, "the class with one image is fitted, and not judged"
-    again, _ = notes_of(lambda: evaluate(*clip, tmp_path, How(probes=("linear",))))
+    again, _ = notes_of(lambda: evaluate(*clip, tmp_path, how=How(probes=("linear",))))
     assert again == scores
 
 
@@ -181,9 +183,9 @@ def test_what_has_no_two_classes_or_no_labels_is_refused(clip, tmp_path):
         ("single", "each class of .*single has one image"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate(*clip, tmp_path / folder, knn)
+            evaluate(*clip, tmp_path / folder, how=knn)
     with pytest.raises(UserError, match=r"--templates: the images of .* have no classes"):
-        evaluate(*clip, tmp_path / "captions", How(templates=["a {}"]))
+        evaluate(*clip, tmp_path / "captions", how=How(templates=["a {}"]))
 
 
 def test_a_model_of_texts_alone_and_one_that_has_diverged_are_refused(clip, colours):
@@ -193,7 +195,7 @@ def test_a_model_of_texts_alone_and_one_that_has_diverged_are_refused(clip, colo
     broken = CLIP(model.config)
     broken.vision.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or infinite"):
-        evaluate(broken, processor, colours, How(probes=("knn",)))
+        evaluate(broken, processor, colours, how=How(probes=("knn",)))
 
 
 def language_model():
