@@ -16,6 +16,7 @@ PROGRAMS = {
     "sample": "ask a model: minivlm sample caption out/llava photo.png",
     "evaluate": "score a model on held-out data: minivlm evaluate out/clip",
     "check": "read a folder of your own before training on it: minivlm check my_photos",
+    "human": "have people compare two systems: minivlm human sheet --a A --b B --images DIR --out FILE",
     "info": "say what a directory or a hub id holds: minivlm info out/clip",
     "convert": "write a model as transformers reads it: minivlm convert out/clip DIR",
     "bench": "measure speed beside other libraries: minivlm bench clip",
@@ -23,6 +24,7 @@ PROGRAMS = {
 MODULES = {
     "evaluate": "minivlm.evaluate.command",
     "check": "minivlm.datasets.check",
+    "human": "minivlm.human.command",
     "info": "minivlm.info",
     "convert": "minivlm.convert",
     "bench": "minivlm.bench",

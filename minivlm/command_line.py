@@ -4,6 +4,7 @@ name, bars, sheets, what is skipped, and a conversation line by line."""
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from contextlib import closing
@@ -60,6 +61,17 @@ def share(text: str) -> float:
     return value
 
 
+def check_place(path: str, option: str) -> None:
+    """UserError, before the work rather than after it, unless a file can be written there."""
+    place = Path(path)
+    if place.is_dir():
+        raise UserError(f"{option} {path}: that is a folder; name a file.")
+    if not place.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {place.parent} does not exist; make it first.")
+    if not os.access(place.absolute().parent, os.W_OK) or (place.exists() and not os.access(place, os.W_OK)):
+        raise UserError(f"{option} {path}: there is no permission to write there; choose another place.")
+
+
 # ---- images and sheets ------------------------------------------------------------------------------------------------
 
 
@@ -69,8 +81,7 @@ def check_sheet_name(path: str, option: str = "--save") -> None:
 
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise UserError(f"{option} {path}: the name has to end in .png, .jpg or the like.")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first.")
+    check_place(path, option)
 
 
 def save_sheet(path: str, query: str, found: list[tuple[Path, str]]) -> None:
