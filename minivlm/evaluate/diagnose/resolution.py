@@ -1,4 +1,4 @@
-"""Resolution: what is small in the image is smaller than a patch once the image has the model's size, and cannot be named.
+"""Resolution: of what is small in an image too few pixels are left once it has the model's size, and it cannot be named.
 
     figure   accuracy by the size of the object that a sample is about, in pixels of what the model is given; where sizes are
              not known, what is lost when the images are reduced to 1/2 and 1/4 of the model's size and enlarged again
@@ -27,8 +27,8 @@ EDGES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # pixels
 LEAST = 30  # samples of a range of sizes; a smaller one is joined with the next
 FALL = "fall from the largest to the smallest objects"
 SYMPTOM = (
-    "what is small in an image is smaller than a patch once the image has the model's {size} pixels a side, and what it is "
-    "about goes wrong."
+    "an object of which few pixels are left once the image has the model's {size} a side, or fewer than training ever showed, "
+    "is not told from others."
 )
 
 
