@@ -12,8 +12,10 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from minivlm import memory, processes, training, training_log
+from minivlm import memory, processes, trackers, training, training_log
 from minivlm.activation_checkpointing import checkpoint_activations
+from minivlm.config import to_dict
+from minivlm.curves import draw_curves
 from minivlm.errors import UserError, run_command_line
 from minivlm.losses import backward, scaled
 from minivlm.precision import as_stored, hold_for_training
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> None:
     if options.help or options.list:
         print(plan.help_text(name, recipe) if options.help else plan.list_text())
     else:
+        trackers.require(options.log)
         _, world = processes.start_processes(training.choose_device(options.device))
         with processes.ending_together():
             todo = plan.chain(name, recipe, options)  # what it builds on, where that is missing, then itself
@@ -97,7 +100,10 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if resumed and scaler.is_enabled():
         scaler.load_state_dict(read_record(resumed).get("loss_scale") or scaler.state_dict())
     by_part = dict(rates.values())
-    log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, skips=scaler.is_enabled(), rates=by_part)
+    tracked = trackers.Trackers(options.log if rank == 0 else "", run.directory, to_dict(recipe), first_step=step)
+    pace = training_log.Pace(recipe.batch_size, device, trained_for, step)
+    how = dict(skips=scaler.is_enabled(), rates=by_part, pace=pace, send=tracked.send)
+    log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, **how)
     advice = memory.what_to_lower(recipe, options, model, world)
     with memory.explained(advice, run.directory):
         job.prepare(device, precision, Room(bytes_in(options.feature_cache), run.directory, say))
@@ -112,8 +118,8 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
 
     def save() -> None:
         """All processes validate together, the first writes, and the others wait for it."""
-        nonlocal started, saved
-        paused = time.perf_counter()
+        nonlocal saved
+        paused, trained = time.perf_counter(), pace.whole()
         try:
             with as_stored(model), processes.together():
                 score = job.validate()
@@ -122,17 +128,20 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         processes.meet()  # before a collective, which would time out
         random = processes.random_states(device)  # validation may have drawn from them
         if rank == 0:
-            run.about["seconds"] = None if trained_for is None else round(trained_for + paused - started, 3)
+            run.about["seconds"] = trained
             run.about |= {"loss_scale": scaler.state_dict()} if scaler.is_enabled() else {}
             run.save(step, model, job.processor, optimiser, recipe, score, random)
+            log.validated(step, job.scores.name, score)
+            draw_curves(run.directory)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
         processes.meet()
         saved = step
-        started += time.perf_counter() - paused  # samples/s speaks of training alone
+        pace.pause(since=paused)  # samples/s speaks of training alone
 
     # the loop
     stop = min(options.stop_at or recipe.steps, recipe.steps)
-    first, saved, started = step, step, time.perf_counter()
+    saved = step
+    pace.start()
     bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training_log.BAR_FORMAT)
     ten = memory.FirstSteps(device)
     with processes.polite_interrupt() as interrupted, memory.explained(advice, run.directory):
@@ -151,10 +160,9 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
             ten.count()
             if step % training_log.log_every(device) == 0 or step == stop or recipe.is_time_to_save(step):
                 line = log.flush(job.ids)  # the one place where the device is waited for
-                speed = recipe.batch_size * (step - first) / (time.perf_counter() - started)
                 if told := ten.report(recipe.steps, advice):
                     bar.write(told)
-                bar.set_postfix_str(f"{job.progress(line)}, {speed:.0f} samples/s")
+                bar.set_postfix_str(f"{job.progress(line)}, {pace.speed(step):.0f} samples/s")
                 if interrupted():
                     break
             if recipe.is_time_to_save(step):
@@ -162,6 +170,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         if step > saved:
             save()
         bar.close()
+        tracked.close()
     if log.skipped:
         say(
             f"{log.skipped} of {step} steps were skipped: their gradients overflowed in float16, and the loss scale fell."

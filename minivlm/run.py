@@ -1,7 +1,7 @@
 """The directory of a run: checkpoints that resume exactly, and the model that is left in the end.
 
     out/clip/   config.json model.safetensors tokenizer.json     the best model, for `minivlm.load`
-                log.jsonl metrics.json picture.png
+                log.jsonl curves.png metrics.json samples.npz picture.png
                 checkpoints/step-000200/                         a model directory as well, plus the training state:
                     training.json                                step, score, recipe
                     training.safetensors                         the optimiser's moments, the random states

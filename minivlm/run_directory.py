@@ -21,7 +21,7 @@ LOCK = ".lock"
 MODEL = r"\.?(config\.json|tokenizer\.json|model\.safetensors|unfinished\.json)(\.\d+\.tmp)?"
 OWN = re.compile(  # every path inside a run's directory
     rf"{re.escape(LOCK)}|\.DS_Store|\.?(log\.jsonl|metrics\.json|samples\.npz|curves\.png)(\.\d+\.tmp)?|(picture|few-shot)\.png|{MODEL}"
-    r"|\.features\.\d+\.tmp"
+    r"|\.features\.\d+\.tmp|(tensorboard|wandb)(/.*)?"  # of train.py --log
     r"|adapter(/\.?(adapter_config\.json|adapter_model\.safetensors|unfinished\.json)(\.\d+\.tmp)?)?"
     r"|index(/[0-9a-f]{16}(/[^/]+)?)?"  # of sample.py search
     rf"|checkpoints(/\.?step-\d+(\.\d+(\.old)?)?(/({MODEL}|training\.json|training\.safetensors))?)?"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minivlm.atomic_writing import write_atomically
 from minivlm.errors import UserError
+from minivlm.memory import peak
 from minivlm.processes import several
 
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}"
@@ -33,6 +35,7 @@ class Log:
     skips: the loss is scaled, and a step whose gradients overflow was skipped. It is written without their norm, and the
     lines count those steps; only when MOST_SKIPPED follow each other does the run stop.
     rates: part → its learning rate at its highest; where they differ, a line has them all, and "learning_rate" is the highest.
+    pace: step → what the last line of a flush tells besides (see `Pace`). send: gets every line as well (see trackers.py).
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class Log:
         write: bool = True,
         skips: bool = False,
         rates: Mapping[str, float] = MappingProxyType({}),
+        pace: Callable[[int], dict[str, float]] = lambda step: {},
+        send: Callable[[Mapping, int], None] = lambda line, step: None,
     ):
+        self.pace, self.send = pace, send
         self.path, self.write, self.waiting, self.skips = path, write, [], skips
         self.skipped, self.in_a_row = 0, 0
         highest, differ = max(rates.values(), default=0), len(set(rates.values())) > 1
@@ -88,21 +94,72 @@ class Log:
             lines.append(line)
         self.waiting.clear()
         if self.write:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line | self.by_part(line)) + "\n" for line in lines)
-            except OSError as error:
-                why = f"{self.path} cannot be written: {error.strerror}"
-                raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
+            lines[-1] |= self.pace(lines[-1]["step"])
+            self.append([line | self.by_part(line) for line in lines])
         return lines[-1]
+
+    def validated(self, step: int, name: str, score: float) -> None:
+        """Add the score of the validation split after so many steps, on a line of its own."""
+        if self.write:
+            self.append([{"step": step - 1, "validation": score, "validated": name}])
+
+    def append(self, lines: Sequence[dict]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            why = f"{self.path} cannot be written: {error.strerror}"
+            raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
+        for line in lines:
+            self.send(line, line["step"])
 
     def by_part(self, line: dict) -> dict[str, dict[str, float]]:
         rates = {part: share * line["learning_rate"] for part, share in self.shares.items()}
         return {"learning_rates": rates} if rates else {}
 
 
+class Pace:
+    """How fast training goes: its seconds, without validation and those before a resume included (None: not known), samples a
+    second since the last look, and the most memory that this process has held, in bytes."""
+
+    def __init__(self, samples: int, device: torch.device, before: float | None, first_step: int):
+        self.samples, self.device, self.before = samples, device, before
+        self.first_step, self.last = first_step, (first_step, 0.0)
+        self.start()
+
+    def start(self) -> None:
+        """From here on it counts."""
+        self.started = time.perf_counter()
+
+    def pause(self, since: float) -> None:
+        """What went by since then is no training."""
+        self.started += time.perf_counter() - since
+
+    def seconds(self) -> float:
+        """Of training in this process."""
+        return time.perf_counter() - self.started
+
+    def whole(self) -> float | None:
+        return None if self.before is None else round(self.before + self.seconds(), 3)
+
+    def speed(self, step: int) -> float:
+        """Samples a second, on average."""
+        return self.samples * (step - self.first_step) / self.seconds()
+
+    def __call__(self, step: int) -> dict[str, float]:
+        seconds, (before, at) = self.seconds(), self.last
+        self.last = (step + 1, seconds)
+        told = {"samples_per_second": round(self.samples * (step + 1 - before) / max(1e-9, seconds - at), 1)}
+        if self.before is not None:
+            told["seconds"] = self.whole()
+        if (held := peak(self.device)) is not None:
+            told["peak_memory"] = held
+        return told
+
+
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log up to the first that is none: the last one, where a killed run left it half-written."""
+    """The steps of a log up to the first line that is none: the last one, where a killed run left it half-written. What a line
+    of its own tells of a step, its validation, is put beside it."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -111,5 +168,8 @@ def read_log(path: Path) -> list[dict]:
             break
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             break
-        lines.append(line)
+        if lines and lines[-1]["step"] == line["step"]:
+            lines[-1] |= line
+        else:
+            lines.append(line)
     return lines

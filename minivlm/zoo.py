@@ -18,14 +18,14 @@ from math import cos, dist, log, pi, sin
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from minivlm.atomic_writing import write_atomically
+from minivlm.canvas import SIZE, Canvas
 from minivlm.command_line import Parser, check_sheet_name, write_sheet
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import read_json
-from minivlm.fonts import font
-from minivlm.pictures import CURVES, EDGE, INK, PALE, PAPER
+from minivlm.pictures import CURVES, EDGE, PALE
 from minivlm.recipes import RECIPES
 from minivlm.recipes.older_options import read_recipe
 from minivlm.recipes.resuming import differences
@@ -187,38 +187,10 @@ def with_figures(page: str, zoo: dict[str, Entry]) -> str:
 
 # ---- as a plot -------------------------------------------------------------------------------------------------------
 
-SCALE, FINE = 2, 2  # pixels of the picture for one of a page; drawn so much larger again, which smooths edges
 PANEL, GAP, MARGIN, TOP, FOOT = (560, 420), 70, 56, 88, 108
-DOT, SIZE, STEM = 5, 13, "#e9ecf1"  # a point's radius, a label's size, the line from chance to score
+DOT, STEM = 5, "#e9ecf1"  # a point's radius, the line from chance to score
 SUBTITLE = "A dot is a score on held-out scenes, the bar below it is chance. The scale stretches towards 100 %."
 Box = tuple[float, float, float, float]
-
-
-class Canvas:
-    """Draws in units of a page on a picture that is FINE · SCALE times as large."""
-
-    def __init__(self, width: int, height: int):
-        self.k = FINE * SCALE
-        self.page = Image.new("RGB", (width * self.k, height * self.k), PAPER)
-        self.pen = ImageDraw.Draw(self.page)
-
-    def line(self, *points: float, colour: str, width: float = 1) -> None:
-        self.pen.line([p * self.k for p in points], colour, round(width * self.k))
-
-    def dot(self, x: float, y: float, radius: float, colour: str) -> None:
-        self.pen.ellipse([p * self.k for p in (x - radius, y - radius, x + radius, y + radius)], colour, PAPER, self.k)
-
-    def blank(self, *box: float) -> None:
-        self.pen.rectangle([p * self.k for p in box], PAPER)
-
-    def text(self, x: float, y: float, text: str, *, colour: str = INK, size: int = SIZE, anchor: str = "lm") -> None:
-        self.pen.text((x * self.k, y * self.k), text, colour, font(size * self.k), anchor=anchor)
-
-    def length(self, text: str, size: int = SIZE) -> float:
-        return font(size * self.k).getlength(text) / self.k
-
-    def picture(self) -> Image.Image:
-        return self.page.resize((self.page.width // FINE, self.page.height // FINE), Image.Resampling.LANCZOS)
 
 
 def draw(zoo: dict[str, Entry]) -> Image.Image:
@@ -233,7 +205,7 @@ def draw(zoo: dict[str, Entry]) -> Image.Image:
     panel(canvas, zoo, colours, minutes, MARGIN, "minutes of training", 5)
     panel(canvas, zoo, colours, millions, MARGIN + PANEL[0] + GAP, "million parameters", 0.5)
     legend(canvas, zoo, colours)
-    return canvas.picture()
+    return canvas.image()
 
 
 def risen(share: float, rest: float = 0.02) -> float:

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
-from minivlm import config
+from minivlm import config, trackers
 from minivlm.errors import UserError, as_started, nearest
 from minivlm.files import parse_json
 from minivlm.recipes.older_options import GONE, current_option
@@ -28,6 +28,7 @@ class Options:
     compile: bool = False
     activation_checkpointing: bool = False  # what lies inside the blocks is computed again in the backward pass
     feature_cache: str = "4GB"  # how much of a frozen vision tower's features may be kept; off: none
+    log: str = ""  # where else the numbers of log.jsonl go: tensorboard, wandb, trackio, separated by commas
     stop_at: int | None = None  # stop after this step as Ctrl-C does, for machines that are lent by the hour
     list: bool = False
     help: bool = False
@@ -38,6 +39,10 @@ class Options:
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at is {self.stop_at}, but must be at least 1")
 
+        try:
+            trackers.named(self.log)
+        except ValueError as error:
+            raise ValueError(f"log is {error}") from None
         try:
             bytes_in(self.feature_cache)
         except ValueError as error:
@@ -50,7 +55,7 @@ class Options:
     def resume_command(self, name: str) -> str:
         """The command line that resumes an interrupted run; the recipe, with its data, is in the checkpoint."""
         flags = [] if self.out is None else ["--out", self.out]
-        for key in ("device", "precision", "feature_cache"):
+        for key in ("device", "precision", "feature_cache", "log"):
             flags += [f"--{key}", value] if (value := getattr(self, key)) != getattr(Options, key) else []
         flags += [f"--{key}" for key in ("compile", "activation_checkpointing") if getattr(self, key)]
         return shlex.join([*launcher(), name, *flags, "--resume"])

@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from minivlm import trackers
 from minivlm.config import value_at
 from minivlm.datasets.source import Source
 from minivlm.errors import UserError, nearest
@@ -180,6 +181,7 @@ def help_text(name: str, recipe: Recipe) -> str:
             "  --compile         torch.compile the stacks of blocks",
             "  --activation_checkpointing   less memory, for one more forward pass a step",
             "  --feature_cache S how much of a frozen vision tower's features may be kept (4GB; off: none)",
+            f"  --log NAMES       send the numbers of log.jsonl to {', '.join(trackers.NEEDS)} as well",
             "  --stop_at N       stop after step N as Ctrl-C does",
             "  --list            every recipe, a line each",
             f"fields of {name}, with their values:",
