@@ -92,7 +92,7 @@ def outputs(model, processor) -> dict[str, list[float] | str]:
 def resume(name: str) -> dict[str, list[float]]:
     """Resume a run in saved/. Returns the losses of its last two steps, and the norm of all its weights."""
     train.main([name, "--out", f"saved/{name}", "--resume", "--device", "cpu", "--precision", "fp32"])
-    lines = [json.loads(line) for line in Path(f"saved/{name}/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_log(Path(f"saved/{name}/log.jsonl"))
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     weights = load_file(f"saved/{name}/checkpoints/step-000004/model.safetensors")
     norm = sum(tensor.double().square().sum() for tensor in weights.values()).sqrt().item()
