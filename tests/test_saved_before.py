@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import minivlm
 import train
 from minivlm import tasks
+from minivlm.training_log import read_log
 
 SAVED = Path(__file__).parent / "fixtures" / "saved"
 EXPECTED = json.loads((SAVED / "expected.json").read_text(encoding="utf-8"))
