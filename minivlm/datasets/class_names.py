@@ -54,14 +54,13 @@ def names_of(folders: Iterable[str], source: str | os.PathLike) -> dict[str, str
     no file. UserError as `read_names`, and for a list of another length."""
     path, folders = names_file(source), sorted({*folders})
     alone = names_alone(path) if os.path.lexists(path) else []
-    if not alone or any(
-        line == folder or line.startswith((f"{folder} ", f"{folder}\t")) for line in alone for folder in folders
-    ):
+    firsts = {part for line in alone for part in (line, line.partition(" ")[0], line.partition("\t")[0])}
+    if not alone or not firsts.isdisjoint(folders):
         return read_names(source)
     if len(alone) != len(folders):
         raise UserError(
-            f"{path} has {len(alone)} names, but {source} has {len(folders)} folders of classes, of which no line names one: "
-            f"{LINE}; or give a name for each folder, in their order."
+            f"{path} has {len(alone)} name{'s' * (len(alone) > 1)}, but {source} has {len(folders)} folders of classes, none "
+            f"of which starts a line: {LINE}; or give a name for each folder, in their order."
         )
     return dict(zip(folders, alone, strict=True))
 

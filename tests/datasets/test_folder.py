@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from minivlm.datasets import TEMPLATES, image_cache, images, open_pairs
+from minivlm.datasets.folder_entries import read_folder
 from minivlm.datasets.folder_files import hashed_split
+from minivlm.datasets.source import Source
 from minivlm.errors import UserError
 
 
@@ -528,3 +530,34 @@ def test_json_without_end_is_one_sentence(captions):
         write_lines(captions, line)
         with pytest.raises(UserError, match=message):
             pairs_of(captions)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.txt", "golden retriever\ntabby cat\nzebra\n"),
+        ("names.json", '["golden retriever", "tabby_cat", "zebra"]'),
+        ("numbers.json", '{"0": "golden retriever", "1": "tabby cat", "2": "zebra"}'),
+        ("folders.json", '{"n1": "golden retriever", "n10": "tabby cat", "n2": "zebra", "n3": "of no folder here"}'),
+        ("folders.txt", "n1\tgolden retriever\nn10 tabby cat\nn2 zebra\nn3 of no folder here\n"),
+    ],
+)
+def test_a_file_of_class_names_names_folders_or_is_in_their_order(tmp_path, name, text):
+    """In the order in which torchvision's ImageFolder numbers them: n10 before n2."""
+    for folder in ("n1", "n2", "n10"):
+        save(tmp_path / "data" / folder / "1.png")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = {
+        item.image: item.label for item in read_folder(Source(tmp_path / "data", class_names=str(tmp_path / name)))
+    }
+    assert found == {"n1/1.png": "golden retriever", "n10/1.png": "tabby cat", "n2/1.png": "zebra"}
+
+
+@pytest.mark.parametrize("lines", [["golden retriever"], ["golden retriever", "tabby cat", "zebra"]])
+def test_fewer_or_more_names_than_folders_are_told(tmp_path, lines):
+    for folder in ("n1", "n2"):
+        save(tmp_path / "data" / folder / "1.png")
+    (tmp_path / "names.txt").write_text("\n".join(lines), encoding="utf-8")
+    n = len(lines)
+    with pytest.raises(UserError, match=rf"names\.txt has {n} names?, but .*data has 2 folders of classes"):
+        read_folder(Source(tmp_path / "data", class_names=str(tmp_path / "names.txt")))
