@@ -104,7 +104,12 @@ def test_every_stage_leaves_its_metrics_and_a_picture(built):
     assert 1 < metrics["lm"]["perplexity"]["value"] < 300  # the size of the vocabulary
     assert {"accuracy", "accuracy, count", "accuracy, blind", "never-seen pairs, accuracy"} <= set(metrics["llava"])
     assert {name.split(", ")[-1] for name in metrics["stage1"]} == {
-        *("exact scene match", "object precision", "object recall")  # it is not asked what it has not been taught
+        *(
+            "exact scene match",
+            "object precision",
+            "object recall",
+            "SPICE",
+        )  # it is not asked what it has not been taught
     }
     assert all((built / name / "picture.png").stat().st_size > 5000 for name in metrics)
 

@@ -16,6 +16,7 @@ from minivlm.command_line import Parser, check_sheet_name, share, whole
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
+from minivlm.errors import UserError
 from minivlm.evaluate import diagnose, evaluate, judge, probe
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
@@ -76,6 +77,14 @@ def save_scores(path: Path, columns: dict[str, Scores]) -> None:
     write_atomically(path, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
 
 
+def check_place(path: str) -> None:
+    """UserError, before the work, where --save names a folder, or a file in one that is not there."""
+    if Path(path).is_dir():
+        raise UserError(f"--save {path} is a folder: name a file in it.")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
+
+
 def command_line(argv: list[str]) -> Namespace:
     """The options. UserError, before a model is loaded, for what does not go together."""
     parser = Parser(prog="python -m minivlm.evaluate", description=__doc__)
@@ -102,6 +111,8 @@ def command_line(argv: list[str]) -> Namespace:
     if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
         parser.error(f"--{given[0]} belongs to --wise")
     judge.check(options, parser.error)
+    if options.save:
+        check_place(options.save)
     modes = ("wise", "shots", "diagnose", *(["predictions", "against"] if options.model else []))
     tables = [f"--{name}" for name in modes if getattr(options, name) is not None]
     if len(tables) > 1:

@@ -27,6 +27,7 @@ from minivlm.metrics.caption_scores import caption_scores
 from minivlm.metrics.pope import means_yes, pope_scores
 from minivlm.metrics.vqa import rightness
 
+SHOWN = 5  # names in a message
 Scores = dict[str, Score]
 Pair = tuple[Prediction, Any]  # and the captions of its image, or the question that it answers
 
@@ -166,12 +167,14 @@ def judge(
         )
     if left:
         missing.append(f"{len(left)} of {len(predictions)} predictions of {of} have no reference in {beside}")
-        missing[-1] += f" (first: {left[0].name})"
+        missing[-1] += f" ({', '.join(p.name for p in left[:SHOWN])}{', …' * (len(left) > SHOWN)})"
     if missing and not partial:
         raise UserError(f"{'; '.join(missing)}. Give all, or judge what both have with --partial.")
     notes += [f"{why}: left out." for why in missing]
     if empty := sum(not p.text.strip() for p in judged):
         notes.append(f"{empty} of {len(judged)} predictions of {of} are empty, and are judged as they are.")
+    if blank := sum(not text.strip() for one in references for known in one.captions.values() for text in known):
+        notes.append(f"{blank} captions of {beside} are empty, and count as references without a word.")
     return scores, judged, notes
 
 

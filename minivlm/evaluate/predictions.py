@@ -113,7 +113,7 @@ def value_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as pandas writes ids
-    return "" if isinstance(value, (dict, list, bool)) else str(value)
+    return "" if isinstance(value, (dict, list, bool)) or value != value else str(value)  # NaN is none
 
 
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:

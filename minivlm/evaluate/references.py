@@ -1,6 +1,7 @@
 """What predictions are judged beside: captions of images, answers to questions, POPE's yes and no.
 
 COCO's annotations   {"images": […], "annotations": [{"image_id", "caption"}, …]}, or {"9": ["a kite", …], …}
+Karpathy's splits    {"images": [{"filename", "cocoid", "sentences": [{"raw": "a kite"}, …]}, …]}
 VQA v2's             {"annotations": [{"question_id", "image_id", "answers": […], "answer_type", …}, …]}
 POPE's questions     {"question_id": 1, "image": "9.jpg", "text": "Is there a kite in the image?", "label": "yes"}, a line each
 a folder             in any form that training takes (datasets/forms.py), or the shapes world
@@ -19,7 +20,7 @@ from minivlm.datasets.rows import read_question, several
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.generation import SHAPES_SPLITS
-from minivlm.evaluate.predictions import IMAGES, QUESTION_IDS, check, rows_of, value_of, values_of
+from minivlm.evaluate.predictions import IMAGES, QUESTION_IDS, check, place, rows_of, value_of, values_of
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,25 @@ def read_references(path: Any) -> list[References]:
     values = values_of(path)
     if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
         return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
+    listed = values.get("images") if isinstance(values, dict) else None
+    images = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    if any("sentences" in one for one in images):
+        return [references_of_karpathy(path, images)]
     read = references_of_rows(path)
-    images = values.get("images") if isinstance(values, dict) else None
-    if not read.captions or not isinstance(images, list):
-        return [read]
-    listed = [one for one in images if isinstance(one, dict) and "id" in one]  # in COCO's order
-    captions = {name: read.captions[name] for one in listed if (name := value_of(one, ("id",))) in read.captions}
-    names = {one["file_name"]: value_of(one, ("id",)) for one in listed if isinstance(one.get("file_name"), str)}
-    return [replace(read, captions=captions | read.captions, names=names)]
+    named = {value_of(one, ("id",)): one.get("file_name") for one in images}  # in COCO's order
+    captions = {image: read.captions[image] for image in named if image in read.captions} | read.captions
+    return [replace(read, captions=captions, names={name: image for image, name in named.items() if name})]
+
+
+def references_of_karpathy(path: Any, images: list[dict]) -> References:
+    """Of COCO, Flickr8k or Flickr30k with Karpathy's splits: all of them, since predictions say which are meant."""
+    captions, names = {}, {}
+    for number, one in enumerate(images, 1):
+        sentences = [s.get("raw") or " ".join(s.get("tokens", ())) for s in one.get("sentences") or ()]
+        image = value_of(one, ("cocoid", "filename"))
+        captions[image] = checked(sentences, place(path, "image", number))
+        names[value_of(one, ("filename",))] = image
+    return References(captions, names=names)
 
 
 def texts(values: Mapping[str, list]) -> bool:
