@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from minivlm.datasets.boxes import boxes_in, named_size
+from minivlm.datasets.boxes import Box, boxes_in, named_size
 from minivlm.datasets.folder import TEMPLATES
 from minivlm.datasets.shapes.conversations import ShapesConversations
 from minivlm.datasets.shapes.questions import judge
 from minivlm.errors import UserError
-from minivlm.evaluate.diagnose import diagnose, judged
+from minivlm.evaluate.diagnose import diagnose, sized_samples
 from minivlm.evaluate.diagnose.finer import larger, tiled, variants
 from minivlm.evaluate.diagnose.resolution import FALL, left_out, ranges_of
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
@@ -22,6 +22,7 @@ from minivlm.metrics import Samples
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 from minivlm.processor_config import ProcessorConfig
+from tests import speakers
 from tests.small_recipes import small_recipe, small_world
 
 KINDS = ("upright", "level", "checked")
@@ -115,11 +116,11 @@ def test_coarser_images_lose_detail_and_nothing_else():
         def images(self, indices):
             return [np.tile(np.uint8([[[0] * 3, [255] * 3]]), (40, 20, 1)) for _ in indices]
 
-    coarse = judged.Coarser(Split(), 10)
+    coarse = sized_samples.Coarser(Split(), 10)
     [image] = coarse.images([0])
     assert image.shape == (40, 40, 3) and abs(image.astype(int)[4:-4, 4:-4] - 127).max() < 30
     assert len(coarse) == 2 and coarse.key == "as it was"
-    assert np.array_equal(judged.Coarser(Split(), 40).images([0])[0], Split().images([0])[0])
+    assert np.array_equal(sized_samples.Coarser(Split(), 40).images([0])[0], Split().images([0])[0])
 
 
 def test_sizes_are_those_of_the_objects_that_a_text_names(stripes, tmp_path):
@@ -128,7 +129,7 @@ def test_sizes_are_those_of_the_objects_that_a_text_names(stripes, tmp_path):
     assert named_size(boxes, "test/upright/000.png", "a photo of an upright.", 16) == pytest.approx(2)
     assert np.isnan(named_size(boxes, "test/upright/000.png", "a photo of a dog.", 16))
     assert np.isnan(named_size(boxes, "unknown.png", "a photo of an upright.", 16))
-    cats = {"a.jpg": [*map(judged.boxes_in.__globals__["Box"], ("cat", "cat", "dog"), (0.04, 0.25, 0.01))]}
+    cats = {"a.jpg": [Box("cat", 0.04), Box("cat", 0.25), Box("dog", 0.01)]}
     assert named_size(cats, "a.jpg", "two cats", 100) == pytest.approx(50)  # the larger cat
     assert named_size(cats, "a.jpg", "a cat and a dog", 100) == pytest.approx(10)  # what is hardest decides
     (tmp_path / "other.json").write_text("[1, 2")
@@ -154,20 +155,23 @@ def directory(tmp_path_factory):
 def test_a_question_has_the_size_of_the_smallest_object_that_it_is_about(directory):
     conversations = ShapesConversations(directory / "world", "val")
     for index, asked in judge(conversations.scenes, 20):
-        objects = judged.about(conversations.scenes[index], asked)
+        objects = sized_samples.about(conversations.scenes[index], asked)
         assert bool(objects) == (asked.answer not in ("no", "zero")) or asked.kind in ("compare", "count", "exist")
         if asked.kind in ("what", "colour", "where"):
             assert len(objects) == 1 and asked.answer in objects[0]
             left, top, right, bottom = objects[0].box
-            assert judged.side(objects, 32) == pytest.approx(32 * ((right - left) * (bottom - top)) ** 0.5)
+            assert sized_samples.side(objects, 32) == pytest.approx(32 * ((right - left) * (bottom - top)) ** 0.5)
 
 
 @pytest.mark.parametrize("name", ["clip-resnet", "captioner", "llava", "vqa", "multitask"])
 def test_what_is_tried_leaves_the_model_as_it_was(name, directory, monkeypatch):
-    monkeypatch.setattr(judged, "MOST", 12)
-    job = small_recipe(name, directory).start(quiet=True)
-    model, processor = job.model.eval(), job.processor
-    task = judged.task_of(model, processor, directory / "world")()
+    monkeypatch.setattr(sized_samples, "MOST", 12)
+    if name == "llava":
+        model, processor = speakers.llava(), speakers.processor()
+    else:
+        job = small_recipe(name, directory).start(quiet=True)
+        model, processor = job.model.eval(), job.processor
+    task = sized_samples.task_of(model, processor, directory / "world")()
     before = (model.config, {key: id(value) for key, value in model.named_parameters()})
     own = task.right(model, processor, task.split)
     tried = variants(model, processor)
@@ -189,13 +193,13 @@ def test_a_tile_of_a_clip_is_one_more_view_of_which_the_closest_counts(low):
             return [images[i] for i in indices]
 
     with tiled(model, processor, n=2) as prepared:
-        views = judged.encode_views(model, prepared, Split(), [0, 1, 2])
+        views = sized_samples.encode_views(model, prepared, Split(), [0, 1, 2])
     pixels = Processor(processor.source, replace(processor.config, tiles=2)).images(images)
     expected = torch.stack([model.encode_image(one) for one in pixels])
     assert torch.allclose(views, expected, atol=1e-5) and views.shape == (3, 5, 16)
     texts = F.normalize(torch.randn(4, 16, dtype=torch.double), dim=-1)
     by_hand = torch.einsum("nvd,md->nvm", views.double(), texts).amax(dim=1)
-    assert np.allclose(judged.closest(views, texts), by_hand)
+    assert np.allclose(sized_samples.closest(views, texts), by_hand)
 
 
 def test_what_cannot_be_tried_is_said(low):

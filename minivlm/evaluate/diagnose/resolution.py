@@ -18,8 +18,8 @@ from PIL import Image
 
 from minivlm.errors import UserError
 from minivlm.evaluate.diagnose.finer import variants
-from minivlm.evaluate.diagnose.judged import Coarser, Task, task_of
 from minivlm.evaluate.diagnose.pitfall import Pitfall
+from minivlm.evaluate.diagnose.sized_samples import Coarser, Task, task_of
 from minivlm.metrics import Samples, Score
 from minivlm.pictures import chart
 
