@@ -19,6 +19,7 @@ from minivlm.datasets.conversations import Question
 from minivlm.datasets.source import source_of
 from minivlm.errors import UserError
 from minivlm.evaluate.generation import FREE_ANSWERS, caption_values, captions_of_world, word_overlap
+from minivlm.evaluate.judge_objects import object_scores
 from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions
 from minivlm.evaluate.references import Asked, References, read_references
 from minivlm.evaluate.table import side_by_side, table
@@ -89,11 +90,11 @@ def require_texts(model) -> None:
 def run(options: Namespace) -> tuple[Scores, list[Prediction]]:
     """Print the scores, of two files side by side with --against; with --save write plain numbers."""
     files, against = options.predictions, options.against
-    scores, judged, notes = judge_files(files, options.references, partial=options.partial)
+    scores, judged, notes = judge_files(files, options.references, partial=options.partial, objects=options.objects)
     for note in notes:
         print(note, file=sys.stderr)
     if against:
-        other, _, more = judge_files([against], options.references, partial=options.partial)
+        other, _, more = judge_files([against], options.references, partial=options.partial, objects=options.objects)
         for note in more:
             print(note, file=sys.stderr)
         print(side_by_side({against: other, files[0]: scores}))
@@ -105,9 +106,7 @@ def run(options: Namespace) -> tuple[Scores, list[Prediction]]:
     return scores, judged
 
 
-def judge_files(
-    files: Sequence[Any], places: Sequence[Any], *, partial: bool
-) -> tuple[Scores, list[Prediction], list[str]]:
+def judge_files(files: Sequence[Any], places: Sequence[Any], **how: Any) -> tuple[Scores, list[Prediction], list[str]]:
     """The i-th file beside the i-th place, or one file beside all of them together."""
     if len(files) not in (1, len(places)):
         raise UserError(
@@ -116,10 +115,10 @@ def judge_files(
         )
     if len(files) == 1:
         references = [one for place in places for one in read_references(place)]
-        return judge(read_predictions(files[0]), references, of=f"{files[0]}", beside=names(places), partial=partial)
+        return judge(read_predictions(files[0]), references, of=f"{files[0]}", beside=names(places), **how)
     scores, judged, notes = {}, [], []
     for file, place in zip(files, places, strict=True):
-        found = judge(read_predictions(file), read_references(place), of=f"{file}", beside=f"{place}", partial=partial)
+        found = judge(read_predictions(file), read_references(place), of=f"{file}", beside=f"{place}", **how)
         scores |= {f"{Path(place).name.split('.')[0]}, {name}": score for name, score in found[0].items()}
         judged, notes = judged + found[1], notes + found[2]
     return scores, judged, notes
@@ -130,12 +129,19 @@ def names(places: Sequence[Any]) -> str:
 
 
 def judge(
-    predictions: Sequence[Prediction], references: Sequence[References], *, of: str, beside: str, partial: bool = False
+    predictions: Sequence[Prediction],
+    references: Sequence[References],
+    *,
+    of: str,
+    beside: str,
+    partial: bool = False,
+    objects: str | None = None,
 ) -> tuple[Scores, list[Prediction], list[str]]:
     """Scores, the predictions with their values, and notes for the user.
 
-    UserError where a prediction has no reference or a question no answer, unless `partial` leaves them out, and where the two
-    have nothing in common. Captions may be of some of the images alone, as in COCO's evaluation: a note tells so.
+    objects: a file with the names that count as objects, for CHAIR. UserError where a prediction has no reference or a question
+    no answer, unless `partial` leaves them out, and where the two have nothing in common. Captions may be of some of the images
+    alone, as in COCO's evaluation: a note tells so.
     """
     left, scores, judged, notes, missing = list(predictions), {}, [], [], []
     for one in references:
@@ -160,6 +166,10 @@ def judge(
                 )
             elif wanted > len(pairs):
                 missing.append(f"{wanted - len(pairs)} of {wanted} questions of {beside} have no answer in {of}")
+    found, named = objects_judged([p for p in predictions if p.is_caption], references, objects)
+    scores, known = scores | found, {id(p) for p in named}
+    judged += [p for p in left if id(p) in known]
+    left = [p for p in left if id(p) not in known]
     if not judged:
         raise UserError(
             f"none of the {len(predictions)} predictions of {of} (first: {predictions[0].name}) is of what {beside} holds: are "
@@ -176,6 +186,17 @@ def judge(
     if blank := sum(not text.strip() for one in references for known in one.captions.values() for text in known):
         notes.append(f"{blank} captions of {beside} are empty, and count as references without a word.")
     return scores, judged, notes
+
+
+def objects_judged(
+    captions: Sequence[Prediction], references: Sequence[References], file: str | None
+) -> tuple[Scores, list[Prediction]]:
+    """CHAIR, where objects are named or COCO's instances are among the references."""
+    if not file and not any(one.objects for one in references):
+        return {}, []
+    known = {image: some for one in references for image, some in one.captions.items()}
+    there = {image: some for one in references for image, some in one.objects.items()}
+    return object_scores(captions, known, there, {k: v for one in references for k, v in one.names.items()}, file)
 
 
 def about(p: Prediction, known: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What predictions are judged beside: captions of images, answers to questions, POPE's yes and no.
+"""What predictions are judged beside: captions of images, answers to questions, POPE's yes and no, objects.
 
 COCO's annotations   {"images": […], "annotations": [{"image_id", "caption"}, …]}, or {"9": ["a kite", …], …}
 Karpathy's splits    {"images": [{"filename", "cocoid", "sentences": [{"raw": "a kite"}, …]}, …]}
@@ -20,6 +20,7 @@ from minivlm.datasets.rows import read_question, several
 from minivlm.datasets.shapes import is_world
 from minivlm.errors import UserError
 from minivlm.evaluate.generation import SHAPES_SPLITS
+from minivlm.evaluate.judge_objects import is_instances, objects_in
 from minivlm.evaluate.predictions import IMAGES, QUESTION_IDS, check, place, rows_of, value_of, values_of
 
 
@@ -36,13 +37,20 @@ class Asked:
 
 @dataclass(frozen=True)
 class References:
-    """Of one split. captions: image → its captions. names: further names of images. questions: VQA's, or a folder's. pope:
-    questions whose answer is yes or no. world: captions are canonical ones of scenes. free: answers are sentences. prefix: in
-    front of the names of scores."""
+    """Of one split.
+
+    captions   image → its captions; of the shapes world (`world`) canonical ones of scenes
+    questions  VQA's, or a folder's; `free`: their answers are sentences
+    pope       questions whose answer is yes or no
+    objects    image → what is in it, by COCO's instances
+    names      further names of images
+    prefix     in front of the names of scores
+    """
 
     captions: Mapping[str, list[str]] = field(default_factory=dict)
     questions: tuple[Asked, ...] = ()
     pope: tuple[Asked, ...] = ()
+    objects: Mapping[str, set[str]] = field(default_factory=dict)
     world: bool = False
     free: bool = False
     prefix: str = ""
@@ -56,6 +64,9 @@ def read_references(path: Any) -> list[References]:
     values = values_of(path)
     if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
         return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
+    if is_instances(values):
+        objects, names = objects_in(values, path)
+        return [References(objects=objects, names=names)]
     listed = values.get("images") if isinstance(values, dict) else None
     images = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     if any("sentences" in one for one in images):

@@ -60,7 +60,11 @@ def add_options(parser: ArgumentParser) -> None:
         help=f"pitfalls with their remedies, all or some: {','.join(PITFALLS)}",
     )
     parser.add_argument("--matcher", metavar="MODEL", help="--diagnose: a BLIP or CLIP that chooses among captions")
-    parser.add_argument("--objects", metavar="FILE", help="--diagnose: what counts as an object, a name a line")
+    parser.add_argument(
+        "--objects",
+        metavar="FILE",
+        help="for CHAIR and --diagnose: what counts as an object, a name and its synonyms a line",
+    )
     parser.add_argument("--images", default="diagnosis", help="--diagnose: the folder for its images (%(default)s)")
 
 
@@ -76,7 +80,8 @@ def pitfalls(text: str) -> tuple[str, ...]:
 def check(options: Namespace) -> None:
     """UserError, before a model is loaded, for options of a pitfall that is not asked for, and for a place that images cannot
     be written to."""
-    for name in ("matcher", "objects"):
+    judged = options.predictions and options.diagnose is None  # for CHAIR
+    for name in ("matcher",) if judged else ("matcher", "objects"):
         if getattr(options, name) is not None and "hallucination" not in (options.diagnose or ()):
             raise UserError(f"--{name} belongs to --diagnose hallucination: add it, or leave --{name} out.")
     if options.diagnose is not None:

@@ -26,7 +26,8 @@ from minivlm.evaluate.diagnose.pitfall import Pitfall
 from minivlm.evaluate.diagnose.pope import pope_questions, pope_scores
 from minivlm.evaluate.expectation import some_of
 from minivlm.evaluate.generation import LONG
-from minivlm.metrics import Samples, Score
+from minivlm.metrics import Score
+from minivlm.metrics.chair import INSTANCE, NAMED, SENTENCE, chair_scores
 from minivlm.tasks.generate import caption_all
 
 MOST, SAMPLES = 300, 8  # images of a split, and captions of each that are sampled beside the greedy one
@@ -34,7 +35,6 @@ SPLITS = {
     "test": "",
     "unseen": "never-seen pairs, ",
 }  # of the shapes world: what training never combines, its prior denies
-SENTENCE, INSTANCE, NAMED = "CHAIR_s", "CHAIR_i", "objects named"
 MUCH = 0.05  # a share of captions above this is a symptom; so is a yes that is this much too frequent
 SYMPTOM = (
     "a caption names, or an answer affirms, what is usual but not there. CHAIR is the share of captions (s) and of the objects "
@@ -117,17 +117,7 @@ class Shown:
 
     def chair(self, texts: Sequence[str]) -> dict[str, Score]:
         """Of a caption for each image. Chance: what the same captions get for the next image."""
-        named = [self.objects.named(text) for text in texts]
-        counts = [self.counts(some, there) for some, there in zip(named, self.there, strict=True)]
-        others = [self.counts(some, there) for some, there in zip(named, self.there[1:] + self.there[:1], strict=True)]
-        value = lambda rows, a, b: Samples("mean", np.array(rows, dtype=float)[:, [a, b]], tuple(self.keys))
-        columns = {SENTENCE: (0, 1), INSTANCE: (2, 3), NAMED: (4, 5)}
-        return {name: Score.of(value(counts, *at), value(others, *at).value) for name, at in columns.items()}
-
-    @staticmethod
-    def counts(named: Sequence[str], there: set[str]) -> tuple[int, ...]:
-        wrong = sum(name not in there for name in named)
-        return wrong > 0, 1, wrong, len(named), len(there & set(named)), len(there)
+        return chair_scores([self.objects.named(text) for text in texts], self.there, self.keys)
 
 
 @dataclass(frozen=True, eq=False)
