@@ -204,7 +204,7 @@ def test_predictions_of_a_world_are_written_and_judged_again(tmp_path):
         ([], "holds no prediction"),
         (["a kite"], "entry 1 is no object in braces"),
         ([{"image_id": 99, "caption": "a"}], "none of the 1 predictions .* are the two of one data set"),
-        ([{"image_id": i, "caption": "a"} for i in (1, 99)], r"1 of 2 predictions .* \(first: image 99\).*--partial"),
+        ([{"image_id": i, "caption": "a"} for i in (1, 99)], r"1 of 2 predictions .* \(image 99\).*--partial"),
         ([{"image": "a.jpg", "error": "no such file"}], "1 rows hold an error in place of a text"),
         ([{"image_id": 1, "caption": "a"}, {"image": "000000000001.jpg", "caption": "b"}], "captions of the same"),
     ],
