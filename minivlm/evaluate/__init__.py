@@ -85,4 +85,6 @@ def scores_of(model, processor, directory: str | Path, kept: list[Prediction] | 
         if not model.takes_images:
             return language(model, processor, directory)
         return answers_and_captions(model, processor, directory, kept=kept)
+    if "compare" in can:
+        raise UserError(f"a {type(model).__name__} has vectors of images alone: judge them with --probe knn,linear.")
     raise UserError(f"a {type(model).__name__} has no ability that can be evaluated.")

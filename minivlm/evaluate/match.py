@@ -23,7 +23,7 @@ from minivlm.evaluate.compare import distinct_captions
 from minivlm.evaluate.expectation import some_of
 from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Samples, Score
-from minivlm.metrics.retrieval import Relevance, by_lists, rank_block, recall_at_k
+from minivlm.metrics.retrieval import Relevance, by_lists, first_query, rank_block, recall_at_k
 from minivlm.pictures import Row, sheet, wrap
 from minivlm.processes import each
 from minivlm.tasks.features import inference, to_tokens
@@ -124,26 +124,29 @@ def reranking(
 
     features: of the images of `indices`, all of the split if None. Similarities are held a block at a time.
     """
-    texts, relevant = distinct_captions(pairs, range(len(pairs)) if indices is None else indices)
+    indices = range(len(pairs)) if indices is None else indices
+    texts, relevant = distinct_captions(pairs, indices)
+    names = [pairs.key(i) for i in indices]
+    names_of_texts = [names[i] for i in first_query(relevant, len(texts))]
     tokens, mask = to_tokens(texts, processor, cut=True)
     images, vectors = encoded(model, features, tokens, mask)
     N, M = len(images), len(texts)
     to_texts, to_images = by_lists(relevant, M)
-    text_alone, best = closest(vectors, images, to_images, lambda t, i: model.similarity(i, t).T, k)
+    text_alone, best = closest(vectors, images, to_images, lambda t, i: model.similarity(i, t).T, k, names_of_texts)
     of_texts = best * M + torch.arange(M)[:, None]  # a pair is image · M + text
-    image_alone, best = closest(images, vectors, to_texts, model.similarity, k)
+    image_alone, best = closest(images, vectors, to_texts, model.similarity, k, names)
     of_images = torch.arange(N)[:, None] * M + best
     wanted = torch.cat([of_texts.flatten(), of_images.flatten()]).unique()  # what both ask for is matched once
     odds = match_pairs(torch.stack([wanted // M, wanted % M], dim=1), features, tokens, mask, model)
     scores = {}
-    for direction, alone, asked, candidates, right in (
-        ("text→image", text_alone, of_texts, of_texts // M, to_images),
-        ("image→text", image_alone, of_images, of_images % M, to_texts),
+    for direction, alone, asked, candidates, right, of in (
+        ("text→image", text_alone, of_texts, of_texts // M, to_images, names_of_texts),
+        ("image→text", image_alone, of_images, of_images % M, to_texts, names),
     ):
         matched = odds[torch.searchsorted(wanted, asked)]  # (Q, k)
         scores[f"{direction} R@1"] = alone
         scores[f"{direction} R@1 re-ranked"] = Score.of(
-            Samples.mean(first_is_right(matched, candidates, right)), alone.chance
+            Samples.mean(first_is_right(matched, candidates, right), of), alone.chance
         )
     return scores
 
@@ -159,9 +162,14 @@ def encoded(model, features: Tensor, tokens: Tensor, mask: Tensor, *, batch_size
 
 
 def closest(
-    queries: Tensor, candidates: Tensor, right: Relevance, similarity: Callable, k: int
+    queries: Tensor,
+    candidates: Tensor,
+    right: Relevance,
+    similarity: Callable,
+    k: int,
+    names: Sequence[str] | None = None,
 ) -> tuple[Score, Tensor]:
-    """Recall@1, and the k most similar candidates of each query, (Q, k)."""
+    """Recall@1, and the k most similar candidates of each query, (Q, k). names: of the samples, one for each query."""
     ranks, counts, best = [], [], []
     for start in range(0, len(queries), AT_A_TIME):
         rows = slice(start, start + AT_A_TIME)
@@ -169,7 +177,7 @@ def closest(
         first, _, count = rank_block(similar.contiguous(), right.rows(rows))
         ranks, counts = [*ranks, first], [*counts, count]
         best.append(similar.topk(min(k, similar.shape[1]), dim=1).indices)
-    return recall_at_k(torch.cat(ranks), torch.cat(counts), len(candidates), 1), torch.cat(best)
+    return recall_at_k(torch.cat(ranks), torch.cat(counts), len(candidates), 1, names), torch.cat(best)
 
 
 def first_is_right(scores: Tensor, candidates: Tensor, right: Relevance) -> list[bool]:

@@ -55,8 +55,7 @@ def retrieval(
     """
     if relevant is not None:
         forward, backward = by_lists(relevant, len(text_features))
-        first = {text: i for i, known in reversed([*enumerate(relevant)]) for text in known}
-        owners = [first.get(text) for text in range(len(text_features))]
+        owners = first_query(relevant, len(text_features))
     else:
         images = torch.arange(len(image_features)) if image_ids is None else torch.as_tensor(image_ids)
         texts = torch.arange(len(text_features)) if image_of_text is None else torch.as_tensor(image_of_text)
@@ -99,6 +98,12 @@ def by_lists(right: Sequence[Sequence[int]], G: int) -> tuple[Relevance, Relevan
         return rows
 
     return Relevance((len(right), G), rows_of(right, G)), Relevance((G, len(right)), rows_of(back, len(right)))
+
+
+def first_query(right: Sequence[Sequence[int]], G: int) -> list[int | None]:
+    """right: for each query its right candidates, of G → for each candidate the first query that it is right for, if any."""
+    first = {candidate: i for i, known in reversed([*enumerate(right)]) for candidate in known}
+    return [first.get(candidate) for candidate in range(G)]
 
 
 def zero_shot_accuracy(
