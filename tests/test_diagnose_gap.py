@@ -19,10 +19,12 @@ from minivlm.evaluate.diagnose.modality_gap import (
     Vectors,
     cross_fitted,
     figures,
+    vectors_of,
     verdict,
 )
 from minivlm.evaluate.diagnose.modality_gap import IMAGES as ALIKE
 from minivlm.layers import TextConfig, VisionConfig
+from minivlm.metrics import Score
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
 
@@ -132,3 +134,29 @@ def test_a_clip_whose_texts_are_pushed_aside_is_diagnosed(world):
     assert found.verdict.startswith("found") and found.image is not None
     before, after = found.effect[f"mean-shift: {DISTANCE}"]
     assert after.samples.paired(before.samples).high < -0.5
+
+
+def gap_after(world, temperature: float, *, steps: int) -> Score:
+    """The gap's share of what sets a pair apart, once a tiny CLIP has learned so long at this temperature, which stays."""
+    train, test, rng = ShapesWorld(world, "train"), ShapesWorld(world, "test"), np.random.default_rng(0)
+    processor = Processor.train(test.texts(), vocab_size=300, image_size=32, context=96)
+    ids = dict(vocab_size=processor.vocab_size, end_token=processor.end_token)
+    vision = VisionConfig(image_size=32, patch_size=8, width=64, depth=1, heads=2, stem="convolutions")
+    text = TextConfig(width=64, depth=1, heads=2, context=96, **ids)
+    model = CLIP(CLIPConfig(vision=vision, text=text, embed_width=32, initial_temperature=temperature))
+    model.freeze("loss")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        indices = rng.integers(0, len(train), 64)
+        tokens, mask = processor.text(train.captions(indices, rng), cut=True)
+        optimiser.zero_grad()
+        model.losses(processor.images([*train.images(indices)]), tokens, mask)["contrast"].backward()
+        optimiser.step()
+    return figures(vectors_of(model.eval(), processor, test))[SHARE]
+
+
+def test_a_higher_temperature_in_training_closes_the_gap(tmp_path):
+    """As in Liang et al. 2022, §4; docs/pitfalls.md has it after 600 steps."""
+    make_shapes(tmp_path / "world", train=2000, image_size=32, progress=False)
+    high, low = (gap_after(tmp_path / "world", temperature, steps=100) for temperature in (0.5, 0.01))
+    assert high.interval[1] < 0.5 < 0.9 < low.interval[0]
