@@ -6,7 +6,6 @@ in place of chance       the same beside the image of another sample: a model th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from minivlm.datasets.judge import conversation_problem
 from minivlm.datasets.sequence_batches import ConversationTurns, QuestionsToEncoder
 from minivlm.errors import UserError
 from minivlm.layers.tower import ImageFeatures
-from minivlm.metrics import Score
+from minivlm.metrics import Samples, Score
 from minivlm.processes import each
 from minivlm.tasks.abilities import can_answer
 from minivlm.tasks.features import inference
@@ -59,10 +58,11 @@ def text_perplexity(model, processor, conversations: Conversations, *, captions:
 
     with inference(model):
         found = each(surprise, range(0, len(known), AT_A_TIME))
-    own, others, count = map(sum, zip(*found, strict=True)) if found else (0, 0, 0)
-    if not count:
+    sums = np.array(found, dtype=float).reshape(-1, 3)
+    if not sums[:, 2].any():
         raise UserError(f"none of the {conversations.split} texts fits the context of {processor.context} tokens.")
-    return Score(math.exp(own / count), math.exp(others / count), share=False)
+    own, others = (Samples("perplexity", sums[:, [column, 2]]) for column in (0, 1))  # a row: AT_A_TIME texts
+    return Score.of(own, others.value, share=False)
 
 
 def another_image(batch: dict, images: int) -> dict[str, ImageFeatures]:
