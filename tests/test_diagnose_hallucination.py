@@ -21,7 +21,7 @@ from minivlm.evaluate.command import main
 from minivlm.evaluate.diagnose import diagnose, hallucination, regions
 from minivlm.evaluate.diagnose.judge import Judge, check_matcher, yes_to
 from minivlm.evaluate.diagnose.objects import objects_of
-from minivlm.evaluate.diagnose.pope import SPLITS, pope_questions, pope_scores
+from minivlm.evaluate.diagnose.pope import SPLITS, pope_questions, scores_by_split
 from tests.matchers import Oracle, WordProcessor
 from tests.speakers import captioner
 from tests.speakers import processor as small_processor
@@ -129,6 +129,16 @@ def test_a_region_alone_keeps_its_object_and_loses_the_others(world):
     assert len(np.unique(shown[at(second)].reshape(-1, 3), axis=0)) == 1  # of one colour
 
 
+def test_captions_that_name_no_known_object_are_not_judged(captions_with_a_prior, tmp_path, monkeypatch):
+    model, processor = captions_with_a_prior(0)
+    monkeypatch.setattr(hallucination, "caption_all", lambda images, *args, **how: ["something"] * len(images))
+    write_folder(tmp_path, ["two dogs", "a cat"])
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    [pitfall] = diagnose(model, processor, tmp_path, ["hallucination"], objects=str(tmp_path / "names.txt"))
+    assert pitfall.verdict.startswith("not found, and not to be found: captions name 0.0% of the objects")
+    assert "CHAIR_i" not in pitfall.figures
+
+
 # ---- POPE ------------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +161,7 @@ def test_pope_scores_are_those_of_a_hand_computation():
     yes = [
         q.there or k == 0 for k, q in enumerate(sorted(rows, key=lambda q: q.there))
     ]  # one of three is affirmed too much
-    scores = pope_scores(sorted(rows, key=lambda q: q.there), yes, ["a", "b"])
+    scores = scores_by_split(sorted(rows, key=lambda q: q.there), yes, ["a", "b"])
     assert scores["POPE random: accuracy"].value == 5 / 6
     assert scores["POPE random: F1"].value == pytest.approx(2 * 3 / (2 * 3 + 1))
     assert scores["POPE random: yes"].value == 4 / 6

@@ -23,7 +23,7 @@ def chair_scores(
     """named: the objects in each caption, one for each mention; there: those in its image.
 
     {"CHAIR_s", "CHAIR_i": lower is better, "objects named": of those that are there}. Chance: the same captions beside the next
-    image. UserError where there are no captions.
+    image. A share of nothing is left out, as CHAIR_i where no object is named. UserError where there are no captions.
     """
     if not named:
         raise UserError("there are no captions to measure with.")
@@ -34,7 +34,8 @@ def chair_scores(
     scores = {}
     for i, name in enumerate((SENTENCE, INSTANCE, NAMED)):
         own, chance = (Samples("mean", some[:, 2 * i : 2 * i + 2], ids and tuple(ids)) for some in (rows, others))
-        scores[name] = Score.of(own, chance.value)
+        if own.n:
+            scores[name] = Score.of(own, chance.value)
     return scores
 
 

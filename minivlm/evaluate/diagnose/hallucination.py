@@ -23,7 +23,7 @@ from minivlm.evaluate.diagnose.captions_sheet import draw
 from minivlm.evaluate.diagnose.judge import Judge, says_yes_and_no, yes_to
 from minivlm.evaluate.diagnose.objects import HOW, Objects, objects_of
 from minivlm.evaluate.diagnose.pitfall import Pitfall
-from minivlm.evaluate.diagnose.pope import pope_questions, pope_scores
+from minivlm.evaluate.diagnose.pope import pope_questions, scores_by_split
 from minivlm.evaluate.expectation import some_of
 from minivlm.evaluate.generation import LONG
 from minivlm.metrics import Score
@@ -161,6 +161,7 @@ class Captions:
             f"{name}: {figure}": (scores[a][figure], scores[b][figure])
             for name, (a, b) in start.items()
             for figure in (SENTENCE, INSTANCE, NAMED)
+            if figure in scores[a] and figure in scores[b]
         }
 
 
@@ -195,13 +196,15 @@ def confirmed(
 def pope(own: Judge, shown: Shown) -> tuple[dict[str, Score], dict[str, tuple[Score, Score]]]:
     """Its scores; and what asking about every region alone does to them, where there are boxes."""
     images, asked = shown.images(), pope_questions(shown.there, shown.objects.names)
+    if not asked:  # every image shows all objects
+        return {}, {}
     ask = shown.objects.ask
     distinct = list(dict.fromkeys((q.image, q.name) for q in asked))
 
     def judged(where: Sequence[tuple[int, np.ndarray, str]]) -> dict[str, Score]:
         said = yes_to([(image, ask(name)) for _, image, name in where], own)
         yes = {(i, name) for (i, _, name), one in zip(where, said, strict=True) if one}
-        return pope_scores(asked, [(q.image, q.name) in yes for q in asked], shown.keys)
+        return scores_by_split(asked, [(q.image, q.name) in yes for q in asked], shown.keys)
 
     before = judged([(i, images[i], name) for i, name in distinct])
     if not any(shown.boxes):
@@ -216,7 +219,10 @@ def pope(own: Judge, shown: Shown) -> tuple[dict[str, Score], dict[str, tuple[Sc
 
 
 def verdict(figures: dict[str, Score]) -> str:
-    told = []
+    told, silent = [], [score for name, score in figures.items() if name.endswith(NAMED) and score.interval[0] == 0]
+    if silent:
+        share = f"captions name {silent[0].value:.1%} of the objects that are there"
+        return f"not found, and not to be found: {share}. If they name others, {HOW}."
     for name, score in figures.items():
         low, high = score.interval
         if name.endswith(SENTENCE) and low > MUCH:

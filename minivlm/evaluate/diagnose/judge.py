@@ -10,6 +10,7 @@ import numpy as np
 from minivlm.errors import UserError
 from minivlm.evaluate.diagnose.objects import Objects, with_article
 from minivlm.evaluate.generation import answers_questions
+from minivlm.metrics.pope import means_yes
 from minivlm.metrics.vqa import normalise
 from minivlm.tasks.abilities import require
 from minivlm.tasks.features import encode_images, encode_texts
@@ -73,11 +74,9 @@ def says_yes_and_no(model, processor) -> bool:
 
 
 def yes_to(asked: Sequence[tuple[np.ndarray, str]], judge: Judge) -> list[bool]:
-    """Whether the answer to each question is yes: unless it says no or not, as POPE's own evaluation has it (Li et al. 2023,
-    "Evaluating Object Hallucination in Large Vision-Language Models")."""
+    """Whether the answer to each question is yes, as POPE reads it."""
     texts = []
     for start in range(0, len(asked), AT_A_TIME):
         samples = [([image], question) for image, question in asked[start : start + AT_A_TIME]]
         texts += answer_all(samples, judge.model, judge.processor, max_new_tokens=LONG)
-    words = [text.split(".")[0].replace(",", "").lower().split() for text in texts]
-    return [not {"no", "not"} & set(some) for some in words]
+    return [means_yes(text) for text in texts]

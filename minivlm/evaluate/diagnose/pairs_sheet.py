@@ -11,7 +11,7 @@ from minivlm.datasets.conversations import Conversations, Question
 from minivlm.metrics.vqa import normalise
 from minivlm.pictures import Row, sheet
 
-ROWS, TILE = 8, 176  # pairs, and pixels of an image
+ROWS, TILE = 6, 144  # pairs, and pixels of an image
 
 
 def draw(

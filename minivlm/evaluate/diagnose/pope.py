@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minivlm.metrics import Samples, Score
+from minivlm.metrics import Score
+from minivlm.metrics.pope import pope_scores
 
 SPLITS = ("random", "popular", "adversarial")
 EACH = 3  # questions about an image with yes for an answer, at most, and as many with no
@@ -53,16 +54,11 @@ def pope_questions(there: Sequence[set[str]], names: Sequence[str]) -> list[Aske
     return asked
 
 
-def pope_scores(asked: Sequence[Asked], yes: Sequence[bool], keys: Sequence[str]) -> dict[str, Score]:
+def scores_by_split(asked: Sequence[Asked], yes: Sequence[bool], keys: Sequence[str]) -> dict[str, Score]:
     """Accuracy, F1 and the share of yes, for each split. keys: of the images."""
     scores = {}
     for split in dict.fromkeys(q.split for q in asked):
-        rows = [(q, said) for q, said in zip(asked, yes, strict=True) if q.split == split]
-        of = [keys[q.image] for q, _ in rows]
-        counts = np.array(
-            [(q.there and said, said and not q.there, q.there and not said) for q, said in rows], dtype=float
-        )
-        scores[f"POPE {split}: accuracy"] = Score.of(Samples.mean([q.there == said for q, said in rows], of), 0.5)
-        scores[f"POPE {split}: F1"] = Score.of(Samples.summed("f1", counts, of), 0.5)
-        scores[f"POPE {split}: yes"] = Score.of(Samples.mean([said for _, said in rows], of), 0.5)
+        rows = [(q, "yes" if said else "no") for q, said in zip(asked, yes, strict=True) if q.split == split]
+        found = pope_scores([(said, q.there) for q, said in rows], [keys[q.image] for q, _ in rows])
+        scores |= {f"POPE {split}: {name}": found[name] for name in ("accuracy", "F1", "yes")}
     return scores
