@@ -12,10 +12,9 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from minivlm import memory, processes, trackers, training, training_log
+from minivlm import curves, memory, processes, trackers, training, training_log
 from minivlm.activation_checkpointing import checkpoint_activations
 from minivlm.config import to_dict
-from minivlm.curves import draw_curves
 from minivlm.errors import UserError, run_command_line
 from minivlm.losses import backward, scaled
 from minivlm.precision import as_stored, hold_for_training
@@ -90,7 +89,11 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     step = restore(resumed, model, optimiser) if resumed else 0
     trained_for = read_record(resumed).get("seconds") if resumed else 0.0  # seconds; None: of an earlier version
     if rank == 0:
-        run.about = resuming.facts(name, recipe, device, precision, model)
+        key = (read_record(resumed).get("key") if resumed else None) or trackers.new_key()
+        run.about = resuming.facts(name, recipe, device, precision, model) | {
+            "chances": dict(job.progress.chances),
+            "key": key,
+        }
     if resumed:
         report = resuming.report(run, recipe) if rank == 0 else []
         say("\n".join([f"resumed from {resumed}" + restore_random(resumed, device, rank, world), *report]))
@@ -100,7 +103,10 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     if resumed and scaler.is_enabled():
         scaler.load_state_dict(read_record(resumed).get("loss_scale") or scaler.state_dict())
     by_part = dict(rates.values())
-    tracked = trackers.Trackers(options.log if rank == 0 else "", run.directory, to_dict(recipe), first_step=step)
+    told = {"recipe": name, **to_dict(recipe)}
+    tracked = trackers.Trackers(
+        options.log if rank == 0 else "", run.directory, told, first_step=step, key=run.about.get("key", "")
+    )
     pace = training_log.Pace(recipe.batch_size, device, trained_for, step)
     how = dict(skips=scaler.is_enabled(), rates=by_part, pace=pace, send=tracked.send)
     log = training_log.Log(run.directory / "log.jsonl", step, write=rank == 0, **how)
@@ -130,9 +136,9 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         if rank == 0:
             run.about["seconds"] = trained
             run.about |= {"loss_scale": scaler.state_dict()} if scaler.is_enabled() else {}
+            log.validated(step, job.scores.name, score)  # first: what is saved has its line
             run.save(step, model, job.processor, optimiser, recipe, score, random)
-            log.validated(step, job.scores.name, score)
-            draw_curves(run.directory)
+            curves.write(run.directory, name, job.progress.chances)
             bar.write(f"step {step}: {job.scores.name} {score:.1%} on the validation split, checkpoint saved")
         processes.meet()
         saved = step

@@ -6,7 +6,7 @@ and then left alone, since training is worth more than its display.
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -39,16 +39,16 @@ def require(log: str) -> None:
 
 
 class Trackers:
-    """The trackers of a run. A run that is resumed goes on where it was, under the same name."""
+    """The trackers of a run. key: tells it from others in the same place; a run that is resumed keeps it, and goes on there."""
 
-    def __init__(self, log: str, directory: Path, config: Mapping[str, Any], *, first_step: int):
-        about = (directory, config, first_step)
+    def __init__(self, log: str, directory: Path, config: Mapping[str, Any], *, first_step: int, key: str):
+        about = (directory, config, first_step, key)
         self.open: dict[str, tuple[Send, Callable[[], None]]] = {}
         for name in named(log):
             self.tried(name, lambda name=name: self.open.update({name: STARTS[name](*about)}))
 
     def send(self, numbers: Mapping[str, Any], step: int) -> None:
-        plain = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and k != "step"}
+        plain = {k: v for k, v in flat(numbers).items() if k != "step"}
         for name, (send, _) in [*self.open.items()]:
             self.tried(name, lambda send=send: send(plain, step))
 
@@ -67,7 +67,9 @@ class Trackers:
             )
 
 
-def tensorboard(directory: Path, config: Mapping[str, Any], first_step: int) -> tuple[Send, Callable[[], None]]:
+def tensorboard(
+    directory: Path, config: Mapping[str, Any], first_step: int, key: str
+) -> tuple[Send, Callable[[], None]]:
     """Event files in the run's directory; steps that are taken again after a resume replace what was there."""
     writer = import_module("torch.utils.tensorboard").SummaryWriter(
         str(directory / "tensorboard"), purge_step=first_step or None
@@ -80,27 +82,34 @@ def tensorboard(directory: Path, config: Mapping[str, Any], first_step: int) -> 
     return send, writer.close
 
 
-def wandb(directory: Path, config: Mapping[str, Any], first_step: int) -> tuple[Send, Callable[[], None]]:
-    run = import_module("wandb").init(
-        project=PROJECT,
-        name=directory.name,
-        id=identity(directory),
-        resume="allow",
-        config=dict(config),
-        dir=str(directory),
-    )
+def wandb(directory: Path, config: Mapping[str, Any], first_step: int, key: str) -> tuple[Send, Callable[[], None]]:
+    """Its own count of steps never goes back, as a run does that is resumed from its last checkpoint: ours is the axis."""
+    how = dict(resume="allow", config=dict(config), dir=str(directory))
+    run = import_module("wandb").init(project=PROJECT, name=directory.name, id=key, **how)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return lambda numbers, step: run.log({"step": step, **numbers}), run.finish
+
+
+def trackio(directory: Path, config: Mapping[str, Any], first_step: int, key: str) -> tuple[Send, Callable[[], None]]:
+    name, how = f"{directory.name}-{key}", dict(resume="allow", config=dict(config), embed=False)
+    run = import_module("trackio").init(project=PROJECT, name=name, **how)
     return lambda numbers, step: run.log(dict(numbers), step=step), run.finish
 
 
-def trackio(directory: Path, config: Mapping[str, Any], first_step: int) -> tuple[Send, Callable[[], None]]:
-    module = import_module("trackio")
-    module.init(project=PROJECT, name=f"{directory.name}-{identity(directory)}", resume="allow", config=dict(config))
-    return lambda numbers, step: module.log(dict(numbers), step=step), module.finish
+def flat(numbers: Mapping[str, Any], before: str = "") -> dict[str, float]:
+    """{"learning_rates": {"vision": 0.1}, "validated": "Recall@1"} → {"learning_rates/vision": 0.1}"""
+    found = {}
+    for name, value in numbers.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{before}{name}/")
+        elif isinstance(value, (int, float)):
+            found[before + name] = value
+    return found
 
 
-def identity(directory: Path) -> str:
-    """The same for a run that is resumed in the same place."""
-    return hashlib.sha256(str(directory.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def new_key() -> str:
+    return secrets.token_hex(4)
 
 
 STARTS: Mapping[str, Callable[..., tuple[Send, Callable[[], None]]]] = {

@@ -20,6 +20,10 @@ from minivlm.processes import several
 
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}"
 
+FACTS = (  # what a line holds beside the parts of the loss
+    *("step", "loss", "gradient_norm", "learning_rate", "learning_rates", "skipped"),
+    *("seconds", "samples_per_second", "peak_memory", "validation", "validated"),
+)
 MOST_SKIPPED = 20  # steps in a row: the scale of the loss, 65,536 at first, is below one then
 
 
@@ -94,8 +98,8 @@ class Log:
             lines.append(line)
         self.waiting.clear()
         if self.write:
-            lines[-1] |= self.pace(lines[-1]["step"])
-            self.append([line | self.by_part(line) for line in lines])
+            paces = [*[{}] * (len(lines) - 1), self.pace(lines[-1]["step"])]
+            self.append([line | self.by_part(line) | pace for line, pace in zip(lines, paces, strict=True)])
         return lines[-1]
 
     def validated(self, step: int, name: str, score: float) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 from PIL import Image
 
 from minivlm.atomic_writing import write_atomically
-from minivlm.canvas import SIZE, Canvas
 from minivlm.command_line import Parser, check_sheet_name, write_sheet
 from minivlm.errors import UserError, run_command_line
 from minivlm.files import read_json
 from minivlm.pictures import CURVES, EDGE, PALE
+from minivlm.plots import SIZE, Box, Canvas
 from minivlm.recipes import RECIPES
 from minivlm.recipes.older_options import read_recipe
 from minivlm.recipes.resuming import differences
@@ -190,12 +190,11 @@ def with_figures(page: str, zoo: dict[str, Entry]) -> str:
 PANEL, GAP, MARGIN, TOP, FOOT = (560, 420), 70, 56, 88, 108
 DOT, STEM = 5, "#e9ecf1"  # a point's radius, the line from chance to score
 SUBTITLE = "A dot is a score on held-out scenes, the bar below it is chance. The scale stretches towards 100 %."
-Box = tuple[float, float, float, float]
 
 
 def draw(zoo: dict[str, Entry]) -> Image.Image:
     """Two panels, score against minutes and against parameters: a dot for each recipe, a bar of its colour at its chance."""
-    canvas = Canvas(MARGIN + 2 * PANEL[0] + GAP + 20, TOP + PANEL[1] + FOOT)
+    canvas = Canvas(MARGIN + 2 * PANEL[0] + GAP + 20, TOP + PANEL[1] + FOOT, scale=2)
     kinds = list(dict.fromkeys(entry.measures for entry in zoo.values()))
     colours = dict(zip(kinds, cycle(CURVES)))
     minutes = {name: sum(entry.minutes) / len(entry.minutes) for name, entry in zoo.items()}
@@ -205,7 +204,7 @@ def draw(zoo: dict[str, Entry]) -> Image.Image:
     panel(canvas, zoo, colours, minutes, MARGIN, "minutes of training", 5)
     panel(canvas, zoo, colours, millions, MARGIN + PANEL[0] + GAP, "million parameters", 0.5)
     legend(canvas, zoo, colours)
-    return canvas.image()
+    return canvas.picture()
 
 
 def risen(share: float, rest: float = 0.02) -> float:

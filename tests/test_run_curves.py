@@ -1,6 +1,7 @@
 """What a run shows of itself: its log, its curves, and trackers."""
 
 import json
+import math
 import sys
 from types import ModuleType
 
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 
 import train
-from minivlm import curves, trackers, training_log
+from minivlm import trackers, training_log
 from minivlm.datasets import make_shapes
 from minivlm.errors import UserError
 from minivlm.recipes.options import Options
 from tests.test_train import TINY
+
+NUMBERS = {"loss": 1.0, "learning_rates/a": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ def test_a_log_tells_pace_memory_and_validation(run):
 
 def test_a_run_draws_its_curves(run):
     image = Image.open(run / "curves.png")
-    assert image.size[0] > 800 and len(image.convert("L").getcolors()) > 10
+    assert image.format == "PNG" and image.size[0] > 800 and len(image.convert("L").getcolors()) > 10
+    record = json.loads(max((run / "checkpoints").iterdir()).joinpath("training.json").read_text())
+    assert record["chances"] == {"loss": pytest.approx(math.log(16))} and len(record["key"]) == 8
 
 
 def test_the_time_before_a_resume_counts():
@@ -58,28 +63,6 @@ def test_a_validation_stands_beside_its_step(tmp_path):
     assert line["loss"] == 1.0 and line["validation"] == 0.5
     again = training_log.Log(tmp_path / "log.jsonl", 1)  # resumed there
     assert training_log.read_log(again.path) == [line]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "wanted"),
-    [
-        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-        (0.2, 5.9, [0, 2, 4, 6]),
-        (3, 3, [1, 2, 3, 4, 5]),
-        (0, 0, [-0.5, -0.25, 0, 0.25, 0.5]),
-    ],
-)
-def test_ticks_are_round_and_span_the_values(low, high, wanted):
-    assert curves.ticks(low, high) == pytest.approx(wanted)
-
-
-def test_long_curves_are_averaged_and_gaps_are_passed_over():
-    log = [{"step": i, "loss": float(i)} for i in range(1000)] + [{"step": 1000, "loss": float("nan")}]
-    points = curves.curve(log, "loss")
-    assert len(points) <= curves.POINTS and points[0] == (2.5, 1.5)
-    assert curves.curve(log, "validation") == []
-    flat = curves.smoothed([(i, 2.0) for i in range(50)])
-    assert all(value == pytest.approx(2.0) for _, value in flat)
 
 
 def test_trackers_are_refused_before_training_where_they_are_missing(monkeypatch):
@@ -103,35 +86,34 @@ def fake(monkeypatch):
             kept["about"] = about
             return module
 
-        def log(numbers, step, kept=kept):
-            kept["lines"].append((step, numbers))
+        def log(numbers, step=None, kept=kept):
+            kept["lines"].append((step, numbers) if step is not None else (numbers.pop("step"), numbers))
 
         def finish(kept=kept):
             kept["finished"] += 1
 
         module.init, module.log, module.finish = init, log, finish
+        module.define_metric = lambda name, step_metric=None: None
         monkeypatch.setitem(sys.modules, name, module)
     return sent
 
 
 def test_trackers_get_every_number_under_one_name_for_a_run(fake, tmp_path):
     for first in (0, 2):  # and resumed
-        tracked = trackers.Trackers("wandb,trackio", tmp_path / "clip", {"seed": 1}, first_step=first)
-        tracked.send({"step": first, "loss": 1.0, "validated": "Recall@1"}, first)
+        tracked = trackers.Trackers("wandb,trackio", tmp_path / "clip", {"seed": 1}, first_step=first, key="0a1b")
+        tracked.send({"step": first, "loss": 1.0, "validated": "Recall@1", "learning_rates": {"a": 0.5}}, first)
         tracked.close()
     ids = {name: fake[name]["about"].get("id", fake[name]["about"]["name"]) for name in fake}
-    assert all(fake[name]["lines"] == [(0, {"loss": 1.0}), (2, {"loss": 1.0})] for name in fake)
+    assert all(fake[name]["lines"] == [(0, NUMBERS), (2, NUMBERS)] for name in fake)
     assert all(fake[name]["finished"] == 2 and fake[name]["about"]["resume"] == "allow" for name in fake)
-    assert (
-        trackers.identity(tmp_path / "clip") in ids["wandb"] and trackers.identity(tmp_path / "clip") in ids["trackio"]
-    )
+    assert ids == {"wandb": "0a1b", "trackio": "clip-0a1b"}
 
 
 def test_a_tracker_that_fails_is_told_of_once(fake, tmp_path, monkeypatch, capsys):
-    def fail(numbers, step):
+    def fail(numbers):
         raise ConnectionError("no network")
 
-    tracked = trackers.Trackers("wandb,trackio", tmp_path / "clip", {}, first_step=0)
+    tracked = trackers.Trackers("wandb,trackio", tmp_path / "clip", {}, first_step=0, key="0a1b")
     monkeypatch.setattr(sys.modules["wandb"], "log", fail)
     for step in range(3):
         tracked.send({"loss": 1.0}, step)

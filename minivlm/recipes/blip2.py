@@ -213,7 +213,7 @@ class BLIP2Recipe(Recipe):
         origins = {"vision": vision, "qformer": "new" if self.from_scratch else vision}
         language = self.needs().get(self.lm)  # None: all is from one model
         origins |= {"projection": "new", "language_model": language} if language else dict.fromkeys(PARTS, vision)
-        progress = against(f"uniform {log(processor.vocab_size):.2f}")
+        progress = against("uniform", log(processor.vocab_size))
         return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
 
     def compose(self) -> tuple[BLIP2, Processor]:

@@ -44,7 +44,7 @@ class CaptionerRecipe(Recipe):
         scores = Generated(model, processor, directory, ask=False, options=" --num_beams 3")
         cache = VisionCache.of_conversations(model, processor, conversations)
         samples = CaptionsToGenerate(conversations, processor, cache, directory)
-        progress = against(f"uniform {log(processor.vocab_size):.2f}")
+        progress = against("uniform", log(processor.vocab_size))
         return Job(self, model, processor, samples, scores, progress, prepare=cache.prepare)
 
     def new(self, conversations: Conversations) -> tuple[ImageCaptioningModel, Processor]:

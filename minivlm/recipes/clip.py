@@ -94,7 +94,7 @@ class CLIPRecipe(Recipe):
         chance = sum(model.chance_losses(self.batch_size).values())
         cache = VisionCache(model, processor, len(pairs), pairs.images)
         samples = Captions(pairs, processor, directory, augment=self.data.augment, cache=cache)
-        progress = against(f"chance {chance:.2f}" if chance else "chance unknown")
+        progress = against("chance", chance)
         scores = Retrieval(model, processor, directory)
         start = bool(self.starts_from)
         parts = (model, processor, samples, scores, progress, self.origins(model), cache.prepare)

@@ -31,7 +31,7 @@ from minivlm.metrics import Score
 from minivlm.models.flamingo import Flamingo, FlamingoConfig
 from minivlm.processor import Processor
 from minivlm.recipes.folders import SHAPES, check_fills_a_batch, check_suits, open_training_conversations
-from minivlm.recipes.job import Job, against
+from minivlm.recipes.job import Job, Progress, against
 from minivlm.recipes.parts import (
     LATENTS,
     build,
@@ -107,8 +107,8 @@ class FlamingoRecipe(Recipe):
             problem = conversation_problem(processor)
             conversations = open_training_conversations(self, processor.image_size, quiet=quiet, problem=problem)
             fed = of_conversations(self, model, processor, conversations)
-        loss = against(f"uniform {log(processor.vocab_size):.2f}")
-        progress = lambda line: f"{loss(line)}, gates {gates_text(model)}"
+        loss = against("uniform", log(processor.vocab_size))
+        progress = Progress(lambda line: f"{loss(line)}, gates {gates_text(model)}", loss.chances)
         return Job(self, model, processor, progress=progress, origins=self.origins(), **fed)
 
     def compose(self) -> tuple[Flamingo, Processor]:

@@ -10,7 +10,7 @@ when it is done, and no second run is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -40,7 +40,7 @@ from minivlm.precision import cast, main_dtype
 from minivlm.processor import Processor
 from minivlm.recipes.clip import CLIP_RECIPES
 from minivlm.recipes.folders import open_training_conversations
-from minivlm.recipes.job import Job
+from minivlm.recipes.job import Job, Progress
 from minivlm.recipes.parts import build, described, load_vision_tower, opened, take
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated
@@ -210,16 +210,16 @@ def new_answers(recipe: Recipe, answers: tuple[str, ...]) -> int:
     return sum(normalise(answer) not in known for answer in answers)
 
 
-def by_name(model: nn.Module) -> Callable[[Mapping[str, float]], str]:
+def by_name(model: nn.Module) -> Progress:
     """The losses of the step, each beside that of a model which knows nothing, where that is known."""
 
-    def progress(line: Mapping[str, float]) -> str:
+    def tell(line: Mapping[str, float]) -> str:
         chance, told = model.chance_losses(), []
         for name in line.keys() - {"step", "loss", "gradient_norm", "learning_rate", "skipped"}:
             told.append(f"{name} {line[name]:.2f}" + (f" (chance {chance[name]:.2f})" if name in chance else ""))
         return ", ".join(sorted(told))
 
-    return progress
+    return Progress(tell, model.chance_losses())
 
 
 class Chosen:

@@ -20,13 +20,25 @@ from minivlm.recipes.trained_parts import choose_trained, told_of_lora
 CHOSEN_ANEW = ("dropout", "label_smoothing", "caption_weight")  # of a model that is there: its weights stay as they are
 
 
+@dataclass(frozen=True)
+class Progress:
+    """tell: the losses of a step by name → what the progress bar tells. chances: the same losses, as far as they are known, of
+    a model that knows nothing."""
+
+    tell: Callable[[Mapping[str, float]], str]
+    chances: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, line: Mapping[str, float]) -> str:
+        return self.tell(line)
+
+
 @dataclass(eq=False)
 class Job:
     """A recipe that was started.
 
     samples        what a step is fed (datasets/batches.py says what these have)
     scores         what judges it (see scores.py)
-    progress       the losses of the last step by name → what the progress bar tells
+    progress       what the progress bar tells of the losses of the last step
     origins        part of the model (a dotted name) → where its weights come from, for the table of parts
     prepare        called once before the first step, with device, precision and the room for what is to be kept (see
                    vision_cache.py), when the model is on its device
@@ -41,7 +53,7 @@ class Job:
     processor: Processor
     samples: Any
     scores: Any
-    progress: Callable[[Mapping[str, float]], str]
+    progress: Progress
     origins: dict[str, str] = field(default_factory=dict)
     prepare: Callable[..., Any] = lambda device, precision, room=None: None
     finish: Callable[[Path], Any] = lambda out: None
@@ -104,11 +116,13 @@ class Job:
         return self.scores.next_commands(out)
 
 
-def against(chance: str) -> Callable[[Mapping[str, float]], str]:
-    """The loss, and what it would be of a model that knows nothing."""
-    return lambda line: f"loss {line['loss']:.3f} ({chance})"
+def against(name: str, chance: float) -> Progress:
+    """The loss, and what it would be of a model that knows nothing, by the name of that; 0: not known."""
+    told = f"{name} {chance:.2f}" if chance else f"{name} unknown"
+    return Progress(lambda line: f"loss {line['loss']:.3f} ({told})", {"loss": chance} if chance else {})
 
 
-def each_against(chances: Mapping[str, float]) -> Callable[[Mapping[str, float]], str]:
+def each_against(chances: Mapping[str, float]) -> Progress:
     """These losses, each beside that of a model that knows nothing."""
-    return lambda line: ", ".join(f"{name} {line[name]:.2f} (chance {chance:.2f})" for name, chance in chances.items())
+    told = lambda line: (f"{name} {line[name]:.2f} (chance {chance:.2f})" for name, chance in chances.items())
+    return Progress(lambda line: ", ".join(told(line)), chances)

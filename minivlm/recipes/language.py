@@ -112,7 +112,7 @@ def job(recipe, model, processor: Processor, samples, *, endless: bool, next_rec
     directory = recipe.data.source
     more = lambda out: [f"{command}{option}" for command in next_training(next_recipe, directory)]
     scores = Perplexity(model, processor, directory, more)
-    return Job(recipe, model, processor, samples, scores, against(f"unigrams {scores.chance:.2f}"), endless=endless)
+    return Job(recipe, model, processor, samples, scores, against("unigrams", scores.chance), endless=endless)
 
 
 LANGUAGE_RECIPES = {

@@ -162,7 +162,7 @@ def job(
     cache = VisionCache.of_conversations(model, processor, conversations)
     samples = ConversationTurns(conversations, processor, cache, directory, captions=captions)
     scores = Generated(model, processor, directory, more, ask=not captions)
-    progress = against(f"uniform {log(processor.vocab_size):.2f}")
+    progress = against("uniform", log(processor.vocab_size))
     return Job(recipe, model, processor, samples, scores, progress, origins, cache.prepare)
 
 

@@ -14,7 +14,7 @@ from minivlm.models.multitask import MultitaskConfig, MultitaskVLM
 from minivlm.models.visualbert import VisualBERTConfig
 from minivlm.recipes.folders import check_fills_a_batch
 from minivlm.recipes.fuse import COMMON, SMALL, TEXT, Chosen, completed, list_questions, open_parts
-from minivlm.recipes.job import Job
+from minivlm.recipes.job import Job, Progress
 from minivlm.recipes.recipe import FolderData, Recipe
 from minivlm.recipes.scores import Generated, Retrieval
 from minivlm.recipes.vision_cache import VisionCache
@@ -50,14 +50,14 @@ class MultitaskRecipe(Recipe):
         n = len(questions.samples)
         check_fills_a_batch(n, self.batch_size, "images with captions and questions", directory)
 
-        def progress(line: Mapping[str, float]) -> str:
+        def tell(line: Mapping[str, float]) -> str:
             """Each task's loss as a share of what knowing nothing costs."""
             shares = (f"{task} {line[task] / model.task_weight(task):.2f}" for task in model.config.tasks)
             return ", ".join(shares) + " (1: knows nothing)"
 
         samples = QuestionsAndCaptions(questions)
         origins = {} if self.continues else {"vision": self.vision_from, "encoder": f"new, tower {self.vision_from}"}
-        return Job(self, model, processor, samples, scores, progress, origins, cache.prepare)
+        return Job(self, model, processor, samples, scores, Progress(tell), origins, cache.prepare)
 
     def complete(self, vision, answers, processor, conversations) -> MultitaskConfig:
         encoder = completed(self.model.encoder, vision, answers, processor)
