@@ -114,14 +114,21 @@ def judge_files(files: Sequence[Any], places: Sequence[Any], **how: Any) -> tupl
             "predictions."
         )
     if len(files) == 1:
-        references = [one for place in places for one in read_references(place)]
-        return judge(read_predictions(files[0]), references, of=f"{files[0]}", beside=names(places), **how)
+        predictions = read_predictions(files[0])
+        references = [one for place in places for one in references_for(predictions, place)]
+        return judge(predictions, references, of=f"{files[0]}", beside=names(places), **how)
     scores, judged, notes = {}, [], []
     for file, place in zip(files, places, strict=True):
-        found = judge(read_predictions(file), read_references(place), of=f"{file}", beside=f"{place}", **how)
+        predictions = read_predictions(file)
+        references = references_for(predictions, place)
+        found = judge(predictions, references, of=f"{file}", beside=f"{place}", **how)
         scores |= {f"{Path(place).name.split('.')[0]}, {name}": score for name, score in found[0].items()}
         judged, notes = judged + found[1], notes + found[2]
     return scores, judged, notes
+
+
+def references_for(predictions: Sequence[Prediction], place: Any) -> list[References]:
+    return read_references(place, questions=not all(p.is_caption for p in predictions))
 
 
 def names(places: Sequence[Any]) -> str:

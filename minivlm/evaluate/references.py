@@ -57,10 +57,11 @@ class References:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_references(path: Any) -> list[References]:
-    """Of a file, or of each split of a folder that has some. UserError where there is nothing to judge by."""
+def read_references(path: Any, *, questions: bool = True) -> list[References]:
+    """Of a file, or of each split of a folder that has some. questions: whether a folder's are wanted: the shapes
+    world has thousands. UserError where there is nothing to judge by."""
     if Path(path).is_dir():
-        return references_of_folder(path)
+        return references_of_folder(path, questions)
     values = values_of(path)
     if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
         return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
@@ -137,14 +138,16 @@ def question_of(row: Mapping[str, Any], image: str) -> Asked:
     return Asked(image, str(row.get("question") or ""), given, kinds, value_of(row, QUESTION_IDS))
 
 
-def references_of_folder(directory: Any) -> list[References]:
+def references_of_folder(directory: Any, questions: bool = True) -> list[References]:
     """The held-out splits first. Images are named as they are below the folder."""
     world = is_world(directory)
     found = []
     for split, prefix in ({"test": ""} | (SHAPES_SPLITS if world else {"val": "val, ", "train": "train, "})).items():
         data = open_conversations(directory, split, image_size=None)
         captions = {data.key(i): data.captions(i) for i in range(len(data)) if data.captions(i)}
-        asked = tuple(Asked(data.key(q.index), q.text, q.answers, (q.kind,)) for q in data.questions())
+        asked = (
+            tuple(Asked(data.key(q.index), q.text, q.answers, (q.kind,)) for q in data.questions()) if questions else ()
+        )
         if captions or asked:
             found.append(References(captions, asked, world=world, free=data.free_answers, prefix=prefix))
     if not found:
