@@ -239,7 +239,7 @@ def test_an_empty_caption_is_judged_and_told_of(tmp_path, capsys):
         (["out/clip", "--references", "r.json"], "--references belongs to --predictions"),
         (["out/clip", "--predictions", "p.txt"], r"has to end in \.jsonl or \.json"),
         (["out/clip", "--predictions", "nowhere/p.jsonl"], "the folder nowhere does not exist"),
-        (["--predictions", "gone.json", "--references", "r.json"], r"r\.json is missing"),
+        (["--predictions", "gone.json", "--references", "r.json"], r"gone\.json is missing"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, why, tmp_path, monkeypatch):
