@@ -1,8 +1,10 @@
 """The command line of train.py: names, overrides, mistakes."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from minivlm import config
@@ -24,6 +26,18 @@ def test_a_recipe_keeps_its_tower_on_a_folder_of_ones_own(tmp_path):
         of = plan.command_line([name, "--data", str(tmp_path)])[1]
         assert type(of.model.vision) is type(RECIPES[name].model.vision)
         assert of.data.augment and of.batch_size < 40
+
+
+def test_the_sigmoid_starts_at_the_prior_of_the_batch_and_the_softmax_as_ever():
+    of = lambda *more: plan.command_line(["clip", "--model.loss", *more])[1]
+    recipe = of("sigmoid", "--batch_size", "64")
+    assert torch.tensor(recipe.model.initial_bias).sigmoid().item() == pytest.approx(1 / 64)
+    assert recipe.rates["loss"] > recipe.optimiser.learning_rate
+    chosen = of("sigmoid", "--model.initial_bias", "-10", "--optimiser.learning_rate", "2e-3", "--rates.loss", "1e-3")
+    assert (chosen.model.initial_bias, chosen.optimiser.learning_rate, chosen.rates) == (-10, 2e-3, {"loss": 1e-3})
+    published = of("sigmoid", "--starts_from", "google/siglip-base-patch16-224")
+    assert (published.model.initial_bias, published.rates) == (-10, {})
+    assert of("softmax") == replace(RECIPES["clip"], given=("model.loss",))
 
 
 def test_a_folder_that_gives_nothing_to_train_on_is_told_so(tmp_path):

@@ -44,12 +44,15 @@ class CLIPConfig:
     loss: Literal["softmax", "sigmoid"] = "softmax"
     loss_chunk: int | None = None  # rows of the similarity matrix held at a time; None: all
     label_smoothing: float = 0.0  # of the softmax: this share of the truth is spread over the whole batch
-    # Where the temperature starts. None: CLIP's 0.07 (its §2.5), with the sigmoid SigLIP's 0.1 (its §3.2; its bias: −10)
+    # Where the temperature starts. None: CLIP's 0.07 (its §2.5), with the sigmoid SigLIP's 0.1 (its §3.2, as the bias)
     initial_temperature: float | None = None
+    initial_bias: float = -10.0  # of the sigmoid's logits, where it starts
 
     def __post_init__(self):
         if self.initial_temperature is not None and not 0 < self.initial_temperature < math.inf:
             raise ValueError(f"initial_temperature is {self.initial_temperature}, but must be above 0")
+        if not math.isfinite(self.initial_bias):
+            raise ValueError(f"initial_bias is {self.initial_bias}, but must be a finite number")
         out = self.embed_width if self.vision is None else self.vision_width
         if self.patch_mean and not (isinstance(self.vision, VisionConfig) and self.vision.pool == "class"):
             raise ValueError(
@@ -150,7 +153,9 @@ class CLIP(Model):
         )
         self.text_projection = nn.Linear(c.text.width, c.embed_width, bias=c.text_projection_bias)
         temperature = c.initial_temperature or (0.1 if c.loss == "sigmoid" else 0.07)
-        self.loss = CLIPLoss(c.loss, temperature=temperature, chunk=c.loss_chunk, smoothing=c.label_smoothing)
+        self.loss = CLIPLoss(
+            c.loss, temperature=temperature, bias=c.initial_bias, chunk=c.loss_chunk, smoothing=c.label_smoothing
+        )
         initialise(self, torch.Generator().manual_seed(seed), own=(vision, text))
         if isinstance(c.vision, OwnTower):
             self.image_attention = None  # nobody knows where it pools

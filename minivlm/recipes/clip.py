@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, log
 from pathlib import Path
 
 from minivlm.datasets.batches import Captions
@@ -65,6 +65,21 @@ class CLIPRecipe(Recipe):
         if (what := own.get(type(self.model.vision))) is None:
             return replace(PHOTOGRAPHS, summary=f"a small CLIP on {directory}", **parts)
         return replace(PHOTOGRAPHS, summary=f"{what}, on {directory}", model=self.model, **parts)
+
+    def as_chosen(self) -> Recipe:
+        """The sigmoid starts at the batch's prior, one true text among B for an image, and learns more slowly, but for its two
+        scalars; docs/results.md tells why. A model that is there has a scale and a bias of its own."""
+        if self.model.loss == "softmax" or self.starts_from:
+            return self
+        prior = -log(max(1, self.batch_size - 1))  # σ(prior) = 1/B
+        return replace(
+            self,
+            model=replace(self.model, initial_bias=prior, initial_temperature=0.2),
+            optimiser=replace(self.optimiser, learning_rate=self.optimiser.learning_rate / 3),
+            rates={"loss": 0.1} | self.rates,
+            steps=self.steps * 5 // 2,
+            save_every=self.save_every * 5 // 2,
+        )
 
     def of_size(self, n: int) -> Recipe:
         """Fine-tuning takes a few epochs: more of them cost what the model knew, and gain nothing on a small folder."""

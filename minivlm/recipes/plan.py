@@ -47,7 +47,8 @@ def command_line(argv: list[str]) -> tuple[str, Recipe, Options]:
         return name, resumed_recipe(name, options.directory(name), changes, options), options
     if options.data:
         recipe = for_data(override(recipe, changes), options.data, options.directory(name))
-    return name, dataclasses.replace(override(recipe, changes), given=remembered(changes)), options
+    recipe = override(override(recipe, changes).as_chosen(), changes)
+    return name, dataclasses.replace(recipe, given=remembered(changes)), options
 
 
 def remembered(changes: dict[str, str | bool]) -> tuple[str, ...]:

@@ -112,6 +112,10 @@ class Recipe:
         """What is another for another folder, besides what all have in common (see `for_data`)."""
         return replace(self, summary=f"{self.summary}, on {directory}")
 
+    def as_chosen(self) -> Recipe:
+        """What is another for the kind of model that the user has chosen; other options of theirs have the last word."""
+        return self
+
     def of_size(self, n: int) -> Recipe:
         """What is another for a folder with so many samples to train on, besides a batch that it can fill."""
         return self
