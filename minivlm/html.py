@@ -29,14 +29,16 @@ QUALITY = 82  # of JPEG
 UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # of no HTML text
 STYLE = Path(__file__).with_name("html.css")
 
+Content = Any  # Markup, a value whose text is escaped, None for nothing, or any of these in a list
+
 
 class Markup(str):
-    """HTML that stands in a page as it is."""
+    """HTML that stands in a page as it is. What is added to it is escaped, unless it is Markup as well."""
 
     __slots__ = ()
 
-
-Content = Any  # Markup, a value whose text is escaped, None for nothing, or any of these in a list
+    def __add__(self, other: Content) -> Markup:
+        return Markup(str.__add__(self, markup(other)))
 
 
 def markup(content: Content) -> Markup:

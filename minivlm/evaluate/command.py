@@ -2,7 +2,7 @@
 its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`; of what was fine-tuned, the scores of
 averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; two models on the same samples:
 `… --against MODEL2`; and why it fails: `… --diagnose`. Without a model, predictions that are there are judged:
-`--predictions FILE --references FILE_OR_DIR`."""
+`--predictions FILE --references FILE_OR_DIR`. All that on one page for a browser: `… --report report.html`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from minivlm.atomic_writing import write_atomically
-from minivlm.command_line import Parser, check_sheet_name, share, whole
+from minivlm.command_line import Parser, check_place, check_sheet_name, share, whole
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
-from minivlm.errors import UserError
-from minivlm.evaluate import diagnose, evaluate, judge, probe
+from minivlm.evaluate import diagnose, evaluate, judge, probe, report
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
 from minivlm.evaluate.predictions import Prediction, write_predictions
@@ -25,49 +24,62 @@ from minivlm.evaluate.table import Scores, side_by_side, table
 
 
 def main(argv: list[str]) -> None:
-    from minivlm.checkpoint import load, save
+    from minivlm.checkpoint import load
     from minivlm.training import choose_device
 
     options = command_line(argv)
+    kept: list[Prediction] = []
+    columns: dict[str, Scores] = {}
+    how = model = processor = pitfalls = None
     if judge.needs_no_model(options):
-        judge.run(options)
-        return
-    how = probe.how_of(options)
-    data, device = source_of(options.data, options), choose_device(options.device)
-    probe.check_split(data, options)
-    start = None if options.wise is None else options.start or start_of(options.model)
-    model, processor = load(options.model, device=device)
-    for note in split_notes(data, "test", few_shot=options.shots is not None):
-        print(note, file=sys.stderr)
+        scores, kept = judge.run(options)
+        columns = {"": scores}
+    if options.model and (not columns or options.report):
+        how, device = probe.how_of(options), choose_device(options.device)
+        data = source_of(options.data, options)
+        probe.check_split(data, options)
+        start = options.wise and (options.start or start_of(options.model))
+        model, processor = load(options.model, device=device)
+        for note in split_notes(data, "test", few_shot=options.shots is not None):
+            print(note, file=sys.stderr)
+        if not columns and (options.diagnose is None or options.report):
+            columns = columns_of(options, model, processor, data, how, start, kept)
+        if options.diagnose is not None:
+            pitfalls = diagnose.run(options, model, processor, data)
+    if options.report:
+        report.run(options, argv, columns, kept, pitfalls, model, processor, how)
+
+
+def columns_of(options: Namespace, model, processor, data, how, start: str | None, kept: list[Prediction]):
+    """Scores by what a model is called, printed and saved. kept: gets what the model generates."""
+    from minivlm.checkpoint import load, save
+
     if options.predictions:
         judge.require_texts(model)
-    if options.diagnose is not None:
-        diagnose.run(options, model, processor, data)
-        return
-    if start is not None:
-        averaged = Averaged(model, load(start, device=device)[0], names=(options.model, start))
+    if start:
+        averaged = Averaged(model, load(start, device=str(model.device))[0], names=(options.model, start))
         columns = averaged_scores(averaged, options.wise, lambda model: evaluate(model, processor, data, how=how))
         print(side_by_side(columns))
         if options.save_model:
             save(options.save_model, model, processor)
             print(f"wrote {options.save_model}")
     elif options.against is not None:
-        other = evaluate(*load(options.against, device=device), data, how=how)
-        columns = {options.against: other, options.model: evaluate(model, processor, data, how=how)}
+        other = evaluate(*load(options.against, device=str(model.device)), data, how=how)
+        columns = {options.against: other, options.model: evaluate(model, processor, data, kept, how=how)}
         print(side_by_side(columns))
     elif options.shots is not None:
         columns = {"": few_shot(model, processor, data, shots=options.shots, ways=options.ways)}
         few_shot_picture(columns[""], Path(options.picture))
         print(f"wrote {options.picture}\n\n{table(columns[''])}")
     else:
-        kept: list[Prediction] = []
         columns = {"": evaluate(model, processor, data, kept, how=how)}
         print(table(columns[""]))
         if options.predictions:
             write_predictions(options.predictions[0], kept)
             print(f"wrote {len(kept)} predictions to {options.predictions[0]}")
-    if options.save:
+    if options.save and options.diagnose is None:
         save_scores(Path(options.save), columns)
+    return columns
 
 
 def save_scores(path: Path, columns: dict[str, Scores]) -> None:
@@ -75,14 +87,6 @@ def save_scores(path: Path, columns: dict[str, Scores]) -> None:
     values = {head: {name: score.record() for name, score in scores.items()} for head, scores in columns.items()}
     text = json.dumps(values.get("", values), indent=1, ensure_ascii=False)
     write_atomically(path, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
-
-
-def check_place(path: str) -> None:
-    """UserError, before the work, where --save names a folder, or a file in one that is not there."""
-    if Path(path).is_dir():
-        raise UserError(f"--save {path} is a folder: name a file in it.")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--save {path}: the folder {Path(path).parent} does not exist; make it first.")
 
 
 def command_line(argv: list[str]) -> Namespace:
@@ -104,16 +108,19 @@ def command_line(argv: list[str]) -> Namespace:
     parser.add_argument("--against", metavar="MODEL2", help="judge this one on the same samples, and the difference")
     probe.add_options(parser)
     diagnose.add_options(parser)
+    report.add_options(parser)
     parser.add_argument("--save", help="write the scores to this JSON file as well")
     options = parser.parse_args(argv)
     check_sheet_name(options.picture, option="--picture")
     diagnose.check(options)
+    report.check(options)
     if options.wise is None and (given := [name for name in ("start", "save_model") if getattr(options, name)]):
         parser.error(f"--{given[0]} belongs to --wise")
     judge.check(options, parser.error)
     if options.save:
-        check_place(options.save)
-    modes = ("wise", "shots", "diagnose", *(["predictions", "against"] if options.model else []))
+        check_place(options.save, "--save")
+    both = options.report and options.diagnose is not None  # a report has the predictions beside the diagnosis
+    modes = ("wise", "shots", "diagnose", *([*(() if both else ("predictions",)), "against"] if options.model else []))
     tables = [f"--{name}" for name in modes if getattr(options, name) is not None]
     if len(tables) > 1:
         parser.error(f"{' and '.join(tables)} are tables of their own: give one of them")

@@ -147,7 +147,13 @@ def encode_split(model, processor, pairs: Pairs, indices: Sequence[int]) -> Tens
 
 
 def retrieval_sheet(model, processor, directory: str | Path, path: Path, *, top: int = 8) -> None:
-    """A sheet of queries and the `top` held-out images that each finds, right and wrong ones marked, written to `path`."""
+    """A sheet of `retrieval_rows`, written to `path`."""
+    title, rows = retrieval_rows(model, processor, directory, top=top)
+    sheet(rows, title=title, tile=96, columns=top).save(path)
+
+
+def retrieval_rows(model, processor, directory: str | Path, *, top: int = 8) -> tuple[str, list[Row]]:
+    """A title, and queries with the `top` held-out images that each finds, right and wrong ones marked."""
     test = open_pairs(directory, "test", image_size=processor.image_size)
     if isinstance(test, ShapesWorld):
         splits = [test, *(ShapesWorld(directory, split) for split in ("single_seen", "single_unseen"))]
@@ -169,8 +175,7 @@ def retrieval_sheet(model, processor, directory: str | Path, path: Path, *, top:
         there = sum(right(split, i) for split, i in where)
         detail = f"{sum(marks)} of {len(marks)} right, {there} exist{detail}"
         sheet_rows.append(Row(query, images, marks, [f"{s:.2f}" for s in best.values.tolist()], detail))
-    title = f"What {len(where)} held-out images a query finds, best first"
-    sheet(sheet_rows, title=title, tile=96, columns=top).save(path)
+    return f"What {len(where)} held-out images a query finds, best first", sheet_rows
 
 
 SHAPE_QUERIES = [

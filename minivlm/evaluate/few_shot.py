@@ -12,7 +12,8 @@ Min et al. 2022, "Rethinking the Role of Demonstrations", on why labels are to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,18 @@ def few_shot(
 
 def few_shot_picture(scores: dict[str, Score], path: Path) -> None:
     """What `few_shot` gives as curves over the number of examples."""
-    lines: dict[str, dict[int, float]] = {}
-    for name, score in scores.items():
-        shots, _, what = name.partition(", ")
-        lines.setdefault(what or "accuracy", {})[int(shots.split()[0])] = score.value
+    lines = few_shot_lines(scores)
     chance = next(iter(scores.values())).chance
     chart(lines, title="New words from examples in the prompt", across="examples", chance=chance).save(path)
+
+
+def few_shot_lines(scores: Mapping[str, Score]) -> dict[str, dict[int, float]]:
+    """What is measured → number of examples → value. Other scores are passed over."""
+    lines: dict[str, dict[int, float]] = {}
+    for name, score in scores.items():
+        if found := re.fullmatch(r"(\d+) shots?(?:, (.+))?", name):
+            lines.setdefault(found[2] or "accuracy", {})[int(found[1])] = score.value
+    return lines
 
 
 def draw_episodes(

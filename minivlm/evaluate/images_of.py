@@ -10,7 +10,8 @@ from PIL import Image
 
 from minivlm.datasets.conversations import has_conversations, open_conversations
 from minivlm.datasets.images import extensions, read_image
-from minivlm.datasets.shapes import is_world
+from minivlm.datasets.shapes import ShapesWorld, is_world
+from minivlm.datasets.shapes.world import SPLITS
 from minivlm.errors import UserError
 from minivlm.evaluate.predictions import ImageNames
 
@@ -42,11 +43,11 @@ def of_world(names: Iterable[str], directory: str | os.PathLike) -> Images:
     found, splits = {}, {}
     for name in names:
         split, _, number = name.removesuffix(".png").partition("/")
-        if not number.isdecimal() or not split.isidentifier():
+        if not number.isdecimal() or split not in SPLITS:
             continue
-        data = splits[split] = splits.get(split) or open_conversations(directory, split, image_size=None)
+        data = splits[split] = splits.get(split) or ShapesWorld(Path(directory), split)
         if int(number) < len(data):
-            found[name] = [Image.fromarray(image) for image in data.images([int(number)])[0]]
+            found[name] = [Image.fromarray(data.images([int(number)])[0])]
     return found
 
 

@@ -67,7 +67,13 @@ def matching_accuracy(model, processor, directory: str | Path, *, most: int | No
 
 
 def matching_sheet(model, processor, directory: str | Path, path: Path) -> None:
-    """Draw held-out images, each with a true caption and a false one, and their probabilities."""
+    """Draw `matching_rows`."""
+    rows = matching_rows(model, processor, directory)
+    sheet(rows, title="How probable a true and a false caption are", tile=TILE, columns=4).save(path)
+
+
+def matching_rows(model, processor, directory: str | Path) -> list[Row]:
+    """Held-out images, each with a true caption and a false one, and their probabilities; a row for each kind of fault."""
     pairs = open_pairs(directory, "test", image_size=processor.image_size)
     indices = range(0, len(pairs), max(1, len(pairs) // PICTURED))[:PICTURED]
     rng, tiles = np.random.default_rng(0), {}  # what is wrong → (image, are both judged right?, note)
@@ -81,8 +87,7 @@ def matching_sheet(model, processor, directory: str | Path, path: Path) -> None:
         yes, no = match_all([image], [true, wrong], model, processor, cut=True)[0].tolist()
         note = "\n".join(wrap(f"{yes:.0%} {true}", 13, TILE) + wrap(f"{no:.0%} {wrong}", 13, TILE))
         tiles.setdefault(kind, []).append((image, yes >= 0.5 > no, note))
-    rows = [Row(f"false: {kind}", *zip(*some, strict=True)) for kind, some in tiles.items()]
-    sheet(rows, title="How probable a true and a false caption are", tile=TILE, columns=4).save(path)
+    return [Row(f"false: {kind}", *zip(*some, strict=True)) for kind, some in tiles.items()]
 
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------

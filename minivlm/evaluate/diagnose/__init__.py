@@ -99,20 +99,22 @@ def check_images(images: str) -> None:
         raise UserError(f"--images {images}: images cannot be written there; choose another folder.")
 
 
-def run(options: Namespace, model, processor, data) -> None:
+def run(options: Namespace, model, processor, data) -> list[Pitfall]:
     """Print the pitfalls, write their images to options.images and, with --save, their numbers to a file."""
     from minivlm.checkpoint import load
 
-    directory, found, matcher = Path(options.images), {}, None
+    directory, found, matcher = Path(options.images), [], None
     if options.matcher is not None:
         matcher = check_matcher(*load(options.matcher, device=str(model.device)), options.matcher)
     for pitfall in diagnoses(model, processor, data, options.diagnose, matcher=matcher, objects=options.objects):
         print(f"{pitfall.text()}\n")
-        found[pitfall.name] = pitfall.record()
+        found.append(pitfall)
         if pitfall.image is not None:
             path = directory / f"{pitfall.name}.png"
             write_atomically(path, lambda file, image=pitfall.image: image.save(file, format="png"))
             print(f"wrote {path}\n")
     if options.save:
-        text = json.dumps(found, indent=1, ensure_ascii=False)
+        values = {pitfall.name: pitfall.record() for pitfall in found}
+        text = json.dumps(values, indent=1, ensure_ascii=False)
         write_atomically(Path(options.save), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+    return found
