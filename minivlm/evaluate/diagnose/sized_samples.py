@@ -108,7 +108,7 @@ def encode_views(model, processor: Processor, split: Pairs, indices: Sequence[in
 
 def closest(views: Tensor, texts: Tensor) -> np.ndarray:
     """(N, V, D), (M, D) → (N, M): the cosine of the view that is closest to each text."""
-    return torch.stack([(some @ texts.T).amax(dim=0) for some in views.double().cpu()]).numpy()
+    return torch.stack([(some @ texts.T).amax(dim=0) for some in views.cpu().double()]).numpy()
 
 
 def classes(pairs: Pairs, data, size: int) -> Task:
@@ -120,7 +120,7 @@ def classes(pairs: Pairs, data, size: int) -> Task:
     names = [name.replace("_", " ") for name in pairs.classes]
 
     def right(model, processor: Processor, split: Pairs) -> np.ndarray:
-        found = class_features(names, model, processor, PLAIN if world else TEMPLATES).double().cpu()
+        found = class_features(names, model, processor, PLAIN if world else TEMPLATES).cpu().double()
         return is_first(closest(encode_views(model, processor, split, indices), found), labels[:, None])
 
     if world:
@@ -138,7 +138,7 @@ def finding(pairs: Pairs, data, size: int) -> Task:
     texts, relevant = distinct_captions(pairs, indices)
 
     def right(model, processor: Processor, split: Pairs) -> np.ndarray:
-        found = encode_texts(texts, model, processor, cut=True).double().cpu()
+        found = encode_texts(texts, model, processor, cut=True).cpu().double()
         return is_first(closest(encode_views(model, processor, split, indices), found), relevant)
 
     ids = tuple(map(pairs.key, indices))
