@@ -19,6 +19,7 @@ PROGRAMS = {
     "human": "have people compare two systems: minivlm human sheet --a A --b B --images DIR --out FILE",
     "info": "say what a directory or a hub id holds: minivlm info out/clip",
     "convert": "write a model as transformers reads it: minivlm convert out/clip DIR",
+    "compare": "put runs side by side: minivlm compare out/a out/b",
     "bench": "measure speed beside other libraries: minivlm bench clip",
 }
 MODULES = {
@@ -27,6 +28,7 @@ MODULES = {
     "human": "minivlm.human.command",
     "info": "minivlm.info",
     "convert": "minivlm.convert",
+    "compare": "minivlm.compare",
     "bench": "minivlm.bench",
 }
 
