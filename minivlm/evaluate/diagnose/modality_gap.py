@@ -41,8 +41,8 @@ SYMPTOM = (
 REMEDY = (
     "mean-shift, tried here: the mean of each modality, estimated on {split}, is subtracted from its vectors, which are made "
     "unit length again. The temperature is no remedy at evaluation: it multiplies all cosines by one number, and no ranking "
-    "changes. In training the loss decides: the sigmoid with its bias opens a gap, the softmax, to which a constant in all "
-    "logits is nothing, closes it (docs/pitfalls.md): python train.py clip --model.loss softmax."
+    "changes. In training both it and the loss decide: a higher temperature, and the softmax in place of the sigmoid, leave a "
+    "smaller gap (docs/pitfalls.md): python train.py clip --model.initial_temperature 0.5 --freeze loss."
 )
 
 
