@@ -150,7 +150,7 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
     pace.start()
     bar = tqdm(total=recipe.steps, initial=step, disable=rank > 0, bar_format=training_log.BAR_FORMAT)
     ten = memory.FirstSteps(device)
-    with processes.polite_interrupt() as interrupted, memory.explained(advice, run.directory):
+    with tracked, processes.polite_interrupt() as interrupted, memory.explained(advice, run.directory):
         for batch in training.batches(lambda s: job.batch(s, rank, world), step, stop, device):
             with training.autocast(device, precision), scaled(scaler.scale):
                 if recipe.micro_batch is None:
@@ -176,7 +176,6 @@ def train(name: str, recipe: Recipe, options: Options, run: Run) -> bool:
         if step > saved:
             save()
         bar.close()
-        tracked.close()
     if log.skipped:
         say(
             f"{log.skipped} of {step} steps were skipped: their gradients overflowed in float16, and the loss scale fell."

@@ -52,7 +52,11 @@ class Trackers:
         for name, (send, _) in [*self.open.items()]:
             self.tried(name, lambda send=send: send(plain, step))
 
-    def close(self) -> None:
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """However training ends, what waits is written."""
         for name, (_, close) in [*self.open.items()]:
             self.tried(name, close)
 

@@ -101,8 +101,8 @@ def fake(monkeypatch):
 def test_trackers_get_every_number_under_one_name_for_a_run(fake, tmp_path):
     for first in (0, 2):  # and resumed
         tracked = trackers.Trackers("wandb,trackio", tmp_path / "clip", {"seed": 1}, first_step=first, key="0a1b")
-        tracked.send({"step": first, "loss": 1.0, "validated": "Recall@1", "learning_rates": {"a": 0.5}}, first)
-        tracked.close()
+        with tracked:
+            tracked.send({"step": first, "loss": 1.0, "validated": "Recall@1", "learning_rates": {"a": 0.5}}, first)
     ids = {name: fake[name]["about"].get("id", fake[name]["about"]["name"]) for name in fake}
     assert all(fake[name]["lines"] == [(0, NUMBERS), (2, NUMBERS)] for name in fake)
     assert all(fake[name]["finished"] == 2 and fake[name]["about"]["resume"] == "allow" for name in fake)
@@ -122,3 +122,21 @@ def test_a_tracker_that_fails_is_told_of_once(fake, tmp_path, monkeypatch, capsy
         == 1
     )
     assert len(fake["trackio"]["lines"]) == 3
+
+
+def test_a_second_run_in_one_place_has_another_key():
+    assert trackers.new_key() != trackers.new_key()
+
+
+def test_what_waits_is_sent_when_training_ends_in_an_error(fake, tmp_path):
+    with pytest.raises(UserError), trackers.Trackers("wandb", tmp_path, {}, first_step=0, key="0a1b"):
+        raise UserError("the loss is not finite")
+    assert fake["wandb"]["finished"] == 1
+
+
+def test_the_bar_tells_of_losses_alone(tmp_path):
+    log = training_log.Log(tmp_path / "log.jsonl", 0, pace=training_log.Pace(8, torch.device("cpu"), 0.0, 0))
+    log.add(0, {"contrast": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
+    assert not log.flush(lambda step: []).keys() & {"seconds", "samples_per_second", "peak_memory"}
+    [line] = training_log.read_log(tmp_path / "log.jsonl")
+    assert line.keys() >= {"seconds", "samples_per_second", "peak_memory"}
