@@ -208,3 +208,34 @@ def test_the_shapes_world_has_no_split_of_all(monkeypatch):
     monkeypatch.setattr(probe, "is_world", lambda data: True)
     with pytest.raises(UserError, match="are judged one by one"):
         probe.check_split(Source("data/shapes", judged_split="all"), Namespace(shots=None))
+
+
+# ---- retrieval as published ------------------------------------------------------------------------------------------
+
+
+def test_each_of_five_captions_is_a_query_of_its_own(clip, colours):
+    scores = evaluate(*clip, colours, how=How(retrieval="coco"))
+    assert scores["text→image R@1"].n == 60, "five captions of 12 images, of which four are of one class"
+    assert scores["text→image R@1"].chance == pytest.approx(1 / 12)
+    assert scores["image→text R@1"].chance == pytest.approx(5 / 60)
+    assert 0 <= scores["rsum"].value <= 600 and scores["rsum"].interval[0] <= scores["rsum"].value
+    assert scores["text→image median rank"].chance == 6
+    assert evaluate(*clip, colours)["text→image R@1"].n == 20, "the 20 distinct ones, as before"
+
+
+def test_more_or_fewer_than_five_captions_are_told(clip, tmp_path):
+    for i, n in enumerate((7, 5, 2)):
+        save(tmp_path / f"{i}.png", COLOURS["red"], i)
+        with (tmp_path / "captions.jsonl").open("a") as file:
+            row = {"image": f"{i}.png", "captions": [f"a photo {i} {j}" for j in range(n)], "split": "test"}
+            file.write(json.dumps(row) + "\n")
+    scores, notes = notes_of(lambda: evaluate(*clip, tmp_path, how=How(retrieval="coco")))
+    assert "1 image has more, of which the first five count, 1 image has fewer" in notes
+    assert scores["text→image R@5"].n == 5 + 5 + 2
+
+
+def test_two_models_are_compared_by_their_probes_on_the_same_images(clip, colours):
+    model, processor = clip
+    one, two = (evaluate(m, processor, colours, how=How(probes=("knn",))) for m in (model, CLIP(model.config, seed=1)))
+    for name, score in one.items():
+        assert score.samples.comparable(two[name].samples), name

@@ -1,8 +1,9 @@
 """`python -m minivlm.evaluate MODEL [--data DIR]`: scores of a trained model on held-out images and texts;
 its accuracy after examples in its prompt: `… --shots 0 1 2 4 8 [--ways 2]`; of what was fine-tuned, the scores of
 averages with what it started from (WiSE-FT): `… --wise 0 0.25 0.5 0.75 1`; two models on the same samples:
-`… --against MODEL2`; and why it fails: `… --diagnose`. Without a model, predictions that are there are judged:
-`--predictions FILE --references FILE_OR_DIR`. All that on one page for a browser: `… --report report.html`."""
+`… --against MODEL2`; what its image vectors hold: `… --probe knn,linear`; and why it fails: `… --diagnose`. Without a
+model, predictions that are there are judged: `--predictions FILE --references FILE_OR_DIR`. All that on one page for a
+browser: `… --report report.html`."""
 
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def five_captions(model, processor, pairs: Pairs, images: Tensor, fold: int | No
             "take --retrieval coco."
         )
     if more or fewer:
-        counts = [f"{more} images have more, of which the first five count"] * (more > 0)
-        counts += [f"{fewer} images have fewer"] * (fewer > 0)
+        counts = [f"{have(more)} more, of which the first five count"] * (more > 0)
+        counts += [f"{have(fewer)} fewer"] * (fewer > 0)
         tell(f"COCO's protocol has {CAPTIONS} captions an image: {', '.join(counts)}.")
     number = {text: j for j, text in enumerate(dict.fromkeys(text for known in captions for text in known))}
     texts = encode_texts(list(number), model, processor, cut=True)  # equal ones once
@@ -113,6 +113,10 @@ def five_captions(model, processor, pairs: Pairs, images: Tensor, fold: int | No
     owners, rows = zip(*flat, strict=True)
     names = [pairs.key(i) for i in range(len(pairs))]
     return caption_retrieval(images, texts[list(rows)], owners, names=names, fold=fold)
+
+
+def have(n: int) -> str:
+    return "1 image has" if n == 1 else f"{n:,} images have"
 
 
 def tell(text: str) -> None:

@@ -25,6 +25,7 @@ BLOCK = 2**24  # similarities held at a time
 DECADES = (-6, 6)  # of the L2 strength
 STEPS = (2.0, 1.0, 0.5, 0.25, 0.125)  # decades between the strengths that are tried: eight a decade in the end
 MOST_STEPS = 1000  # of L-BFGS
+ROUGH = 1e-4  # tolerance while strengths are tried, scikit-learn's; what is judged is fitted to a tenth of it
 
 
 def check_features(*features: Tensor) -> None:
@@ -127,9 +128,8 @@ def choose_strength(features: Tensor, labels: Tensor, val: Tensor, val_labels: T
         )
         for log in sorted((one for one in tried if low <= one <= high), reverse=True):
             near = min(probes, key=lambda other: abs(other - log), default=None)
-            probe = fit_linear_probe(
-                features, labels, classes=classes, strength=10**log, start=None if near is None else probes[near]
-            )
+            start = None if near is None else probes[near]
+            probe = fit_linear_probe(features, labels, classes=classes, strength=10**log, start=start, tolerance=ROUGH)
             probes[log], logits = probe, probe(val)
             right = (logits.argmax(dim=1) == val_labels.to(logits.device)).double().mean().item()
             found[log] = right, -F.cross_entropy(logits, val_labels.to(logits.device)).item()
