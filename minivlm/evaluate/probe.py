@@ -79,7 +79,8 @@ def how_of(options: Namespace) -> How:
 def check_alone(options: Namespace) -> None:
     """UserError beside tables in which they would say nothing."""
     given = {"templates": options.templates, "probe": options.probe, "retrieval": options.retrieval != "distinct"}
-    for other in ("shots", "diagnose", "predictions"):
+    alone = ("shots", "predictions", *([] if options.report else ["diagnose"]))  # a report has room for both
+    for other in alone:
         if getattr(options, other) is not None and any(given.values()):
             first = next(name for name, value in given.items() if value)
             raise UserError(f"--{first} and --{other} are tables of their own: give one of them.")
