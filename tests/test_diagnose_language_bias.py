@@ -16,7 +16,8 @@ from minivlm.datasets.conversations import Question, open_conversations
 from minivlm.datasets.shapes.usual import BALANCED, make_usual, usual_colour
 from minivlm.errors import UserError
 from minivlm.evaluate.diagnose import diagnose
-from minivlm.evaluate.diagnose.language_bias import exchanged, left_out
+from minivlm.evaluate.diagnose.exchange import exchanged
+from minivlm.evaluate.diagnose.language_bias import left_out
 from minivlm.evaluate.diagnose.question_only import answers_by_words, question_only, usual_answers
 from minivlm.layers.tower import ImageFeatures
 from minivlm.metrics import Samples

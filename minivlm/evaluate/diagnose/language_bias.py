@@ -24,13 +24,13 @@ import torch
 from minivlm.datasets.balanced import balanced_pairs
 from minivlm.datasets.conversations import Conversations, Question, has_conversations, open_conversations
 from minivlm.evaluate.diagnose import pairs_sheet
+from minivlm.evaluate.diagnose.exchange import Grey, exchanged, log_odds
 from minivlm.evaluate.diagnose.pitfall import Pitfall
 from minivlm.evaluate.diagnose.question_only import question_only
 from minivlm.evaluate.expectation import some_of
-from minivlm.evaluate.generation import answers_questions, ask_about, by_image, check_questions
+from minivlm.evaluate.generation import answers_questions, ask_about, check_questions
 from minivlm.metrics import Samples, Score
 from minivlm.metrics.vqa import agreement, normalise
-from minivlm.tasks.choose import answer_logits
 
 MOST, PAIRS = 1000, 300  # questions, and balanced pairs beside them
 KINDS, FEWEST = 12, 20  # kinds of questions in the table, and questions of a kind
@@ -41,6 +41,8 @@ ALIKE = 1 / 3  # share of balanced pairs with one answer to both images, above w
 GAIN, SAME = "what the image adds", "answers that another image leaves as they are"
 USUAL, UNUSUAL = "accuracy where the usual answer is right", "accuracy where it is wrong"
 GAP, FALLEN = "the former less the latter", "usual answers where they are wrong"
+OWN_USUAL, OWN_UNUSUAL = "accuracy where its answer to other images is right", "accuracy where that is wrong"
+OWN_GAP = "difference by its answer to other images"
 BOTH, ONE = "balanced pairs: both right", "balanced pairs: one answer to both"
 SYMPTOM = (
     "answers follow from the question, so that they are as good beside another image, and wrong wherever the usual answer "
@@ -169,7 +171,7 @@ class Exam:
         return kinds if len(kinds) > 1 else {}
 
     def of_kind(self, rows: Sequence[int]) -> dict[str, Score]:
-        wanted = ("own image", "another image", "question alone, usual answer", USUAL, UNUSUAL)
+        wanted = ("own image", "another image", "question alone, usual answer", USUAL, UNUSUAL, OWN_USUAL, OWN_UNUSUAL)
         found = self.figures(rows)
         return {name: found[name] for name in wanted if name in found}
 
@@ -186,12 +188,26 @@ class Exam:
             GAIN: self.score(own - other, rows),
             SAME: self.score(unchanged, rows),
         }
-        head, tail = ([i for i in rows if (usual[i] >= 0.5) == wanted] for wanted in (True, False))
-        if head and tail:
+        scores |= self.by_usual(self.alone["usual answer"], rows, (USUAL, UNUSUAL, GAP))
+        if tail := [i for i in rows if usual[i] < 0.5]:
             follows = [normalise(a) == b for a, b in zip(self.own, self.alone["usual answer"], strict=True)]
-            scores |= {USUAL: self.score(own, head), UNUSUAL: self.score(own, tail), GAP: self.gap(own, head, tail)}
             scores[FALLEN] = self.score(follows, tail)
+        if self.odds is not None:
+            scores |= self.by_usual(self.own_usual, rows, (OWN_USUAL, OWN_UNUSUAL, OWN_GAP))
         return scores
+
+    def by_usual(self, usual: Sequence[str], rows: Sequence[int], names: tuple[str, str, str]) -> dict[str, Score]:
+        """Accuracy where the usual answer is right, where it is wrong, and the difference; nothing where one never occurs."""
+        own, hits = self.right(self.own), self.right(usual) >= 0.5
+        head, tail = ([i for i in rows if hits[i] == wanted] for wanted in (True, False))
+        if not head or not tail:
+            return {}
+        return dict(zip(names, (self.score(own, head), self.score(own, tail), self.gap(own, head, tail)), strict=True))
+
+    @property
+    def own_usual(self) -> list[str]:
+        """What a model that chooses finds likeliest on average over other images."""
+        return [self.answers[i] for i in self.odds[1:].exp().mean(dim=0).argmax(dim=1).tolist()]
 
     def gap(self, values: np.ndarray, head: Sequence[int], tail: Sequence[int]) -> Score:
         """The mean over some rows less that over others; an image may have some of both."""
@@ -230,45 +246,6 @@ class Exam:
         return found
 
 
-class Grey:
-    """The same samples, with images of one colour: the mean of some of them."""
-
-    def __init__(self, conversations: Conversations):
-        self.conversations = conversations
-        some = some_of(len(conversations), 64)
-        means = [image.mean(axis=(0, 1)) for images in conversations.images(some) for image in images]
-        self.colour = np.mean(means, axis=0).round().astype(np.uint8)
-
-    def __getattr__(self, name: str):
-        return getattr(self.conversations, name)
-
-    def images(self, indices: Sequence[int]) -> list[list[np.ndarray]]:
-        return [
-            [np.broadcast_to(self.colour, image.shape).copy() for image in images]
-            for images in self.conversations.images(indices)
-        ]
-
-
-def exchanged(indices: Sequence[int], n: int) -> list[list[int]]:
-    """n times for each index another one of them, always the same; fewer times where there are fewer."""
-    distinct = list(dict.fromkeys(indices))
-    order = np.random.default_rng(0).permutation(len(distinct)).tolist()
-    turn = {distinct[i]: k for k, i in enumerate(order)}
-    at = lambda k: distinct[order[k % len(order)]]
-    return [[at(turn[i] + shift) for i in indices] for shift in range(1, min(n, len(distinct) - 1) + 1)]
-
-
-def log_odds(model, processor, conversations, asked: Sequence[tuple[int, Question]]) -> torch.Tensor:
-    """The log-probabilities of all answers, (N, A). Each image is encoded once, however often it is asked about."""
-    odds = torch.empty(len(asked), len(model.config.answers))
-    for part in by_image([index for index, _ in asked]):
-        indices = list(dict.fromkeys(asked[i][0] for i in part))
-        images = dict(zip(indices, conversations.images(indices), strict=True))
-        samples = [(images[asked[i][0]], asked[i][1].text) for i in part]
-        odds[part] = answer_logits(samples, model, processor, batch_size=len(part)).log_softmax(dim=-1)
-    return odds
-
-
 # ---- what was found --------------------------------------------------------------------------------------------------
 
 
@@ -288,9 +265,15 @@ def reasons(figures: dict[str, Score]) -> list[str]:
     found = []
     if figures[GAIN].interval[1] < LITTLE:
         found.append(f"an image adds only {100 * figures[GAIN].value:.1f} points")
-    if GAP in figures and figures[GAP].interval[0] > LITTLE:
-        usual, unusual = figures[USUAL].value, figures[UNUSUAL].value
-        found.append(f"{usual:.0%} are right where the usual answer is, {unusual:.0%} where it is not")
+    for gap, usual, unusual, answer in (
+        (GAP, USUAL, UNUSUAL, "the usual answer"),
+        (OWN_GAP, OWN_USUAL, OWN_UNUSUAL, "its answer to other images"),
+    ):
+        if gap in figures and figures[gap].interval[0] > LITTLE:
+            values = (
+                f"{figures[usual].value:.0%} are right where {answer} is, {figures[unusual].value:.0%} where it is not"
+            )
+            found.append(values)
     if ONE in figures and figures[ONE].interval[0] > ALIKE:
         found.append(f"{figures[ONE].value:.0%} of balanced pairs get one answer")
     return found
