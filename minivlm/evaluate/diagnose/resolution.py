@@ -158,7 +158,7 @@ def fall(task: Task, right: np.ndarray, ranges: list[Range]) -> Score:
 def knows_nothing(own: Score) -> str:
     if own.chance is None or own.interval[0] > own.chance:
         return ""
-    return f"not found: the model is right in {own.value:.1%}, by chance it were {own.chance:.1%}, so it has nothing to lose."
+    return f"not found: the model is right in {own.value:.1%}, by chance it would be {own.chance:.1%}: it has nothing to lose."
 
 
 def judged_by_size(figures: Mapping[str, Score], ranges: list[Range], task: Task) -> str:
