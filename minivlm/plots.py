@@ -17,6 +17,7 @@ SIZE = 13  # of a label
 MOST = 700  # points of a curve that are drawn; of more, the lowest and the highest of neighbours
 SMOOTH = 40  # a smooth curve is a running mean over this part of all points
 ROOM = (64, 44, 16, 50)  # units left of, above, right of and below what axes enclose
+TOPS = (0.04, 0.2, 0.4, 1.0)  # of axes of shares
 Box = tuple[float, float, float, float]
 
 
@@ -76,7 +77,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axes:
-    """One plot of a page. log: y in powers of ten; share: y is from 0 to 1, and told in percent."""
+    """One plot of a page. log: y in powers of ten; share: y is from 0 to one of TOPS, and told in percent."""
 
     title: str
     across: str
@@ -129,7 +130,8 @@ class Axes:
     def limits(self, drawn: Sequence[Curve]) -> tuple[float, float]:
         """Of y, once scaled: all that is smooth is inside, and of single points all but the highest."""
         if self.share:
-            return 0.0, 1.0
+            most = max(float(curve.points()[1].max()) for curve in drawn)
+            return 0.0, next((high for high in TOPS if most <= high), 1.0)
         lows, highs = [], []
         for curve in drawn:
             _, y = curve.points()
@@ -146,7 +148,7 @@ class Axes:
     def ticks(self, low: float, high: float) -> list[tuple[float, str]]:
         """Where, once scaled, and the text beside it."""
         if self.share:
-            return [(s / 4, f"{s / 4:.0%}") for s in range(5)]
+            return [(high * s / 4, f"{high * s / 4:.0%}") for s in range(5)]
         if not self.log:
             return [(tick, number(tick)) for tick in steps_between(low, high, 5)]
         powers = range(floor(low), ceil(high) + 1)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minivlm.errors import UserError, nearest
+from minivlm.errors import UserError
 
 PROJECT = "minivlm"
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name → its package
@@ -27,7 +27,7 @@ def named(log: str) -> list[str]:
     names = [name.strip() for name in log.split(",") if name.strip()]
     for name in names:
         if name not in NEEDS:
-            raise ValueError(f"{name!r}, but there are {', '.join(NEEDS)}.{nearest(name, NEEDS)}")
+            raise ValueError(f"{name!r}, but there are {', '.join(NEEDS)}")
     return list(dict.fromkeys(names))
 
 

@@ -52,3 +52,9 @@ def test_losses_are_told_apart_and_each_has_its_chance():
         ("matching", None),
     ]
     assert [curve.colour for curve in first.curves] == list(CURVES[:3])
+
+
+@pytest.mark.parametrize(("most", "ticks"), [(0.97, ["0%", "25%"]), (0.008, ["0%", "1%"]), (0.0, ["0%", "1%"])])
+def test_low_shares_are_not_a_line_on_the_floor(most, ticks):
+    axes = plots.Axes("a", "steps", [plots.Curve("a", np.arange(2.0), np.array([0.0, most]), "#0000ff")], share=True)
+    assert [text for _, text in axes.ticks(*axes.limits(axes.drawn()))][:2] == ticks
