@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minivlm.errors import UserError
-from minivlm.metrics import official_java
+from minivlm.metrics import official_java, spice
 from minivlm.metrics.caption_scores import caption_scores, scores_of_tokens
 from minivlm.metrics.meteor import meteor_value
 from minivlm.metrics.ngrams import NGrams
@@ -149,3 +149,24 @@ def test_spice_of_the_shapes_world_is_f1_of_objects_attributes_and_relations():
     assert spice_of_shapes(texts, [true] * 4) == pytest.approx([2 * 7 / (7 + 8), 2 * 1 / (2 + 8), 0, 0])
     scores = caption_scores(texts, [true] * 4, names=["SPICE", "BLEU-4"], world=True)
     assert list(scores) == ["BLEU-4", "SPICE"] and scores["SPICE"].n == 4
+
+
+def test_the_parsers_spice_is_asked_and_read_as_its_program_writes(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(spice, "program_folder", lambda *names: tmp_path)
+    with pytest.raises(official_java.Unavailable, match=r"its parser, stanford-corenlp-3\.6\.0\.jar, is missing"):
+        spice.spice_by_java(["a dog"], [["a dog"]])
+    for name in spice.PARSER:
+        (tmp_path / "lib" / name).touch()
+
+    def program(score, folder, jar, arguments):
+        asked = json.loads(Path(arguments[3]).read_text(encoding="utf-8"))
+        assert asked[1] == {"image_id": 1, "test": "a cat", "refs": ["the cat", "a kitten"]}
+        scores = [
+            {"image_id": one["image_id"], "scores": {"All": {"f": f}}}
+            for one, f in zip(asked, (0.5, None), strict=True)
+        ]
+        Path(arguments[5]).write_text(json.dumps(scores[::-1]), encoding="utf-8")
+
+    monkeypatch.setattr(spice, "run_java", program)
+    assert spice.spice_by_java(["a dog", "a cat"], [["dogs"], ["the cat", "a kitten"]]).tolist() == [0.5, 0.0]

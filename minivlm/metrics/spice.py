@@ -58,5 +58,6 @@ def spice_by_java(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
         arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(asked), "-out", str(answered), "-subset", "-silent"]
         run_java("SPICE", "spice", "spice-1.0.jar", arguments)
         rows = json.loads(answered.read_text(encoding="utf-8"))
-    values = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in rows}
-    return np.array([values[i] for i in range(len(texts))])
+    values = {row["image_id"]: row["scores"]["All"]["f"] for row in rows}
+    # None or NaN: neither the caption nor its references say anything that the parser takes for an object.
+    return np.nan_to_num(np.array([values[i] for i in range(len(texts))], dtype=np.float64))
