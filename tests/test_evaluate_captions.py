@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
@@ -95,6 +96,17 @@ def test_a_file_of_the_shapes_world_is_judged_by_its_scenes(files, tmp_path):
     assert scores == {
         f"captions, {name}": 1.0 for name in ("exact scene match", "object precision", "object recall", "SPICE")
     }
+
+
+def test_a_folder_that_holds_a_test_split_alone_gives_references(files, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, colour in enumerate(("red", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"photos/{i}.png")
+    rows = [{"image": f"{i}.png", "caption": "a plain colour", "split": "test"} for i in range(2)]
+    (tmp_path / "photos/captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files(results_json=[{"image_id": i, "caption": "a plain colour"} for i in range(2)])
+    main(["--predictions", "results.json", "--references", "photos", "--save", "scores.json"])
+    assert json.loads(Path("scores.json").read_text())["ROUGE-L"] == pytest.approx(1)
 
 
 REFERENCES = {"1": ["a dog", "the dog"], "2": ["a cat"]}

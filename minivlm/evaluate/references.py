@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minivlm.datasets.contents import contents
 from minivlm.datasets.conversations import open_conversations
 from minivlm.datasets.rows import read_question, several
 from minivlm.datasets.shapes import is_world
@@ -140,10 +141,16 @@ def question_of(row: Mapping[str, Any], image: str) -> Asked:
 
 def references_of_folder(directory: Any, questions: bool = True) -> list[References]:
     """The held-out splits first. Images are named as they are below the folder."""
-    world = is_world(directory)
-    found = []
+    world, found, there = is_world(directory), [], set()
+    held = contents(directory)
     for split, prefix in ({"test": ""} | (SHAPES_SPLITS if world else {"val": "val, ", "train": "train, "})).items():
+        if not (world or held[split]):
+            continue
         data = open_conversations(directory, split, image_size=None)
+        images = {data.key(i) for i in range(len(data))}
+        if images <= there:  # another split stands in for this one
+            continue
+        there |= images
         captions = {data.key(i): data.captions(i) for i in range(len(data)) if data.captions(i)}
         asked = (
             tuple(Asked(data.key(q.index), q.text, q.answers, (q.kind,)) for q in data.questions()) if questions else ()
