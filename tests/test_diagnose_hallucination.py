@@ -139,6 +139,20 @@ def test_captions_that_name_no_known_object_are_not_judged(captions_with_a_prior
     assert "CHAIR_i" not in pitfall.figures
 
 
+def test_a_folder_of_classes_is_judged_by_its_labels(captions_with_a_prior, tmp_path, monkeypatch):
+    model, processor = captions_with_a_prior(0)
+    monkeypatch.setattr(
+        hallucination, "caption_all", lambda images, *args, **how: ["two dogs and a sea lion"] * len(images)
+    )
+    for i in range(6):
+        path = tmp_path / "test" / ("dog", "sea_lion", "cat")[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(path)
+    [pitfall] = diagnose(model, processor, tmp_path, ["hallucination"])
+    assert pitfall.figures["CHAIR_s"].value == 1 and pitfall.figures["CHAIR_i"].value == 8 / 12
+    assert pitfall.figures["objects named"].value == 4 / 6
+
+
 # ---- POPE ------------------------------------------------------------------------------------------------------------
 
 

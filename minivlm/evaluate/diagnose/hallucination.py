@@ -16,6 +16,7 @@ from itertools import chain
 
 import numpy as np
 
+from minivlm.datasets.class_episodes import is_class_folder
 from minivlm.datasets.conversations import Conversations, has_conversations, open_conversations
 from minivlm.datasets.shapes import is_world
 from minivlm.evaluate.diagnose import regions
@@ -49,7 +50,7 @@ TRAINING = (
 def left_out(model, processor, data, *, matcher: Judge | None = None, objects: str | None = None) -> str:
     if not model.takes_images or not ("caption" in model.abilities or says_yes_and_no(model, processor)):
         return f"a {type(model).__name__} neither describes images nor answers yes or no."
-    if not has_conversations(data):
+    if not has_conversations(data) and not is_class_folder(data):
         return f"{data} holds no captions, questions or classes to judge by."
     known = objects_of(data, objects)
     if known is None:
