@@ -141,6 +141,29 @@ def test_what_is_hidden_does_not_tell_whether_a_caption_is_true(built, name):
     assert 0.3 < hides[~matches].mean() < 0.7
 
 
+def test_in_pairs_every_image_has_a_true_caption_and_a_false_one_which_often_differ_in_one_word(built):
+    work = start(built, "visualbert", batch_size=64, **{"data.captions_every": 1, "data.paired": True})
+    work.prepare(torch.device("cpu"), torch.float32)
+    one_word = 0
+    for step in range(4):
+        batch = work.batch(step)
+        images, tokens = batch["images"].tensor, batch["tokens"]
+        assert torch.equal(batch["matches"], torch.arange(64) < 32) and torch.equal(images[:32], images[32:])
+        seen = tokens != work.processor.tokenizer.token_to_id(MASK)
+        one_word += ((tokens[:32] != tokens[32:]) & seen[:32] & seen[32:]).sum(dim=1).eq(1).sum().item()
+    assert (
+        one_word > 10
+    )  # of 128 false ones half are nearly right, some of which have the word hidden or move to another place
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_regions_of_a_new_model_are_standardised_where_that_is_asked_for(built, name):
+    work = start(built, name, **{"model.standardise": True})
+    work.prepare(torch.device("cpu"), torch.float32)
+    features = work.batch(0)["images"].tensor
+    assert work.model.standardise.measured and features.mean().abs() < 0.3 and 0.7 < features.std() < 1.3
+
+
 def test_processes_share_a_batch(built):
     work = start(built, "visualbert", **{"data.captions_every": 0})
     whole, parts = work.batch(1), [work.batch(1, rank, 2) for rank in (0, 1)]

@@ -75,7 +75,8 @@ class MaskedCaptions:
     whether they match; what it hides is predicted for the true ones alone.
 
     hide: words, both words and regions, or either of them. mask: the token that stands where a word is hidden. regions: R,
-    how many an image has. heads: of the model, "words" and "regions" among them if it predicts these.
+    how many an image has. heads: of the model, "words" and "regions" among them if it predicts these. paired: half as many
+    images, each with a true caption and a false one, so that the batch differs in what makes a caption false, and in less else.
     """
 
     def __init__(
@@ -89,17 +90,21 @@ class MaskedCaptions:
         mask: str,
         regions: int,
         heads: Sequence[str],
+        paired: bool = False,
     ):
         self.conversations, self.samples, self.processor, self.images = conversations, samples, processor, images
-        self.hide, self.regions, self.heads = hide, regions, heads
+        self.hide, self.regions, self.heads, self.paired = hide, regions, heads, paired
         self.mask_token = processor.tokenizer.token_to_id(mask)
         self.special = {processor.start_token, processor.end_token, processor.pad_token}
 
     def batch(self, indices: Sequence[int], rngs: Rngs, step: int) -> dict[str, Tensor]:
         samples = [self.samples[i % len(self.samples)] for i in indices]
         rows, labels, hidden, matches = [], [], [], []
-        for sample, rng in zip(samples, rngs, strict=True):
-            false = self.false_caption(sample, rng) if rng.random() < 0.5 else None
+        half = (len(samples) + 1) // 2  # of true captions, beside as many false ones of the same images
+        samples = [*samples[:half], *samples[: len(samples) - half]] if self.paired else samples
+        for i, (sample, rng) in enumerate(zip(samples, rngs, strict=True)):
+            wanted = i >= half if self.paired else rng.random() < 0.5
+            false = self.false_caption(sample, rng) if wanted else None
             hide = self.hide if self.hide != "either" else "words" if rng.random() < 0.5 else "regions"
             whole = rng.random() < 0.5
             [row] = self.processor.encode([false or one_caption(self.conversations, sample, rng)])

@@ -37,6 +37,7 @@ class JointEncoderConfig:
     region_width: int  # of a region's features
     vision: TowerConfig | OwnTower | None = None  # None: the features come from elsewhere, such as a detector
     vision_layer: int = -1  # of the tower, whose features are the regions'
+    standardise: bool = False  # each channel of them is shifted and scaled to mean 0 and deviation 1 (`Standardise`)
     answers: tuple[str, ...] = ()  # all that a question can be answered with
     answer_loss: AnswerLoss = "softmax"  # one of them is right, or each by itself is or is not
     heads: tuple[Literal["words", "regions", "matching"], ...] = ()  # what else is predicted
@@ -79,7 +80,8 @@ def image_features(model: Model, images: Images) -> Tensor:
             f"this {type(model).__name__} has no vision tower: it reads features (B, R, {model.config.region_width}) "
             "of regions that a detector has found, not pixels."
         )
-    return tower_features(model.vision, images, [model.config.vision_layer])
+    features = tower_features(model.vision, images, [model.config.vision_layer])
+    return features if model.standardise is None else model.standardise(features)
 
 
 def find_regions(

@@ -26,6 +26,7 @@ from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
 from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Targets
 from minivlm.models.own_modules import describe
+from minivlm.models.vision_features import Standardise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class UNITER(Model):
         super().__init__(describe(config, vision=vision))
         c, D, generator = self.config, config.text.width, torch.Generator().manual_seed(seed)
         self.vision = joint.vision_tower(c, generator, vision)
+        self.standardise = Standardise(c.region_width) if c.standardise else None
         self.bert = BERT(c.text, seed=seed)
         self.regions = UNITERRegions(c.region_width, D, norm_eps=c.text.norm_eps)
         self.pooler = nn.Linear(D, D)

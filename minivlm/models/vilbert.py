@@ -26,6 +26,7 @@ from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
 from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput
 from minivlm.models.own_modules import describe
+from minivlm.models.vision_features import Standardise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class ViLBERT(Model):
         super().__init__(describe(config, vision=vision))
         c, generator = self.config, torch.Generator().manual_seed(seed)
         self.vision = joint.vision_tower(c, generator, vision)
+        self.standardise = Standardise(c.region_width) if c.standardise else None
         self.bert = BERT(c.text, seed=seed)
         self.regions = ViLBERTRegions(c.region_width, c.regions.width, norm_eps=c.regions.norm_eps)
         self.region_transformer = Transformer(c.regions)

@@ -80,4 +80,4 @@ def vision_features(
 def measure(model: nn.Module, images: Tensor) -> None:
     """Standardise the model's `image_features` from now on by what its tower computes of these images (M, 3, H, W)."""
     with torch.no_grad():
-        model.standardise.measure(vision_features(images, model.vision, None, model.config))
+        model.standardise.measure(model.image_features(images))

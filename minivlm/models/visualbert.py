@@ -24,6 +24,7 @@ from minivlm.model import Model
 from minivlm.models import joint_encoder as joint
 from minivlm.models.joint_encoder import JointEncoderConfig, JointOutput, Regions
 from minivlm.models.own_modules import describe
+from minivlm.models.vision_features import Standardise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class VisualBERT(Model):
         super().__init__(describe(config, vision=vision))
         c, D, generator = self.config, config.text.width, torch.Generator().manual_seed(seed)
         self.vision = joint.vision_tower(c, generator, vision)
+        self.standardise = Standardise(c.region_width) if c.standardise else None
         self.bert = BERT(c.text, seed=seed)
         sizes = dict(positions=c.text.context, types=c.text.token_types, in_order=c.region_positions)
         self.regions = VisualBERTRegions(c.region_width, D, **sizes)
