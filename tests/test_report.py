@@ -173,16 +173,13 @@ def test_parts_of_a_score_stand_apart_from_it():
 
 
 def test_whatever_a_log_holds_is_drawn():
-    log = [
-        {"step": i, "loss": 2.0, "a": 1.5, "b": 0.5, "learning_rate": 0.1, "samples_per_second": 9.0} for i in range(3)
-    ]
-    log += [{"step": 2, "validation": {"accuracy": {"value": 0.5, "chance": 0.1}, "R@1": 0.3}}]
+    step = {"loss": 2.0, "a": 1.5, "b": 0.5, "learning_rate": 0.1, "samples_per_second": 9.0, "seconds": 3.0}
+    log = [{"step": i, **step, "gradient_norm": None} for i in range(3)]
+    log[2] |= {"validation": 0.5, "validated": "R@1", "peak_memory": 2_000_000_000}
     charts = charts_of(log)
-    assert charts.keys() == {"loss", "learning rate", "samples per second", "validation"}
-    assert charts["loss"].keys() == {"loss", "a", "b"} and charts["validation"] == {
-        "accuracy": [(2, 0.5)],
-        "R@1": [(2, 0.3)],
-    }
+    assert charts.keys() == {"loss", "learning rate", "samples per second", "validation", "peak memory, GB"}
+    assert charts["loss"].keys() == {"loss", "a", "b"} and charts["validation"] == {"R@1": [(2, 0.5)]}
+    assert charts["peak memory, GB"] == {"peak_memory": [(2, 2.0)]}
 
 
 def test_a_pitfall_is_told_with_its_figures_its_remedy_and_its_image(tmp_path):

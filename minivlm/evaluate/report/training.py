@@ -9,9 +9,16 @@ from typing import Any
 
 from minivlm.html import Content, tag
 from minivlm.html_charts import curves
-from minivlm.training_log import read_log
+from minivlm.training_log import FACTS, read_log
 
-ALONE = ("learning_rate", "gradient_norm", "skipped")  # numbers of a step that are no losses
+# Of what is no loss, the titles that are not its name; none for what is nothing to draw.
+GROUPS = {
+    "step": "",
+    "seconds": "",
+    "validated": "",
+    "peak_memory": "peak memory, GB",
+    "gradient_norm": "gradient norm",
+}
 
 
 def training_section(directory: str) -> Content:
@@ -26,8 +33,8 @@ def training_section(directory: str) -> Content:
 
 
 def charts_of(log: list[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Title → name of a line → its points. The losses of a step, which add up to "loss", share a chart; so do the numbers of a
-    group, "validation" → {"accuracy": …}."""
+    """Title → name of a line → its points. The losses of a step, which add up to "loss", share a chart; so do the learning
+    rates of parts."""
     charts: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in log:
         for group, name, value in numbers(line):
@@ -40,21 +47,13 @@ def charts_of(log: list[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[in
 
 def numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(group, name, value) of the numbers of a line that are finite."""
-    is_step = "loss" in line
     for key, value in line.items():
+        group = GROUPS.get(key, key.replace("_", " ")) if key in FACTS and key != "loss" else "loss"
         if isinstance(value, Mapping):
-            for name, some in value.items():
-                some = some.get("value") if isinstance(some, Mapping) else some
-                if is_number(some):
-                    yield key.replace("_", " "), str(name), float(some)
-        elif key != "step" and is_number(value):
-            group = "loss" if is_step and key not in ALONE and not measured(key) else key.replace("_", " ")
-            yield group, key, float(value)
-
-
-def measured(key: str) -> bool:
-    """Is it time, speed or memory rather than a loss?"""
-    return any(word in key for word in ("second", "memory", "per_s", "samples", "tokens", "score", "time"))
+            yield from ((group, str(name), float(some)) for name, some in value.items() if is_number(some))
+        elif is_number(value) and group:
+            scale = 1e-9 if key == "peak_memory" else 1
+            yield group, str(line.get("validated", key)) if key == "validation" else key, scale * value
 
 
 def is_number(value: Any) -> bool:
