@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from minivlm.evaluate.images_of import Images
@@ -119,8 +120,9 @@ def strips(title: str, rows: Sequence[Row], *, side: int = 112) -> list[Markup]:
         cards = []
         for i, (one, mark, note) in enumerate(zip(row.images, marks, notes, strict=True), 1):
             classes = "card" if mark is None else f"card {'right' if mark else 'wrong'}"
-            told = None if mark is None else tag("span", " ✓" if mark else " ✗", class_="mark")
-            lines = [tag("p", line, told if j == 0 else None) for j, line in enumerate(note.split("\n"))]
+            told = None if mark is None else tag("span", "✓ " if mark else "✗ ", class_="mark")
+            parts = re.split(r"\n(?=\d+% )", note)  # a probability begins a part; other lines were broken for a sheet
+            lines = [tag("p", told if j == 0 else None, part.replace("\n", " ")) for j, part in enumerate(parts)]
             cards.append(tag("article", image(one, side=side, alt=f"number {i}"), lines, class_=classes))
         detail = tag("p", row.detail, class_="note") if row.detail else None
         found += [
