@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from minivlm.errors import UserError
@@ -40,6 +41,7 @@ PEOPLE = 10  # annotators of a question in VQA v2; so many agree by 3 of them
 OFTEN = 20  # a text that is asked so often has a usual answer of its own
 
 
+@lru_cache(maxsize=2**16)  # ten people mostly say the same few things
 def normalise(answer: str) -> str:
     """ "At the top-left." → "at top left", "Two" → "2", "dont" → "don't".
 
