@@ -10,6 +10,7 @@ from minivlm.datasets import make_shapes
 from minivlm.datasets.conversations import open_conversations
 from minivlm.errors import UserError
 from minivlm.evaluate import command
+from minivlm.evaluate.diagnose.objects import mentions
 from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions, write_predictions
 from minivlm.evaluate.references import read_references
 from minivlm.metrics.chair import chair_scores
@@ -262,3 +263,13 @@ def test_names_of_images_are_found_where_they_mean_one():
         and images.find("a/b.jpg") == "a/b.jpg"
         and images.find("data/c/b.jpg") == "c/b.jpg"
     )
+
+
+def test_objects_are_found_in_singular_and_plural():
+    named = mentions(
+        {name: name for name in ("person", "knife", "wine glass", "glass", "mouse", "skis", "puppy", "bus")}
+    )
+    assert named("People with knives, wine glasses and mice; buses, a ski, puppies.") == (
+        ["person", "knife", "wine glass", "mouse", "bus", "skis", "puppy"]
+    )
+    assert mentions({"man": "person", "woman": "person"})("two women and men, a manor") == ["person", "person"]

@@ -25,6 +25,8 @@ from minivlm.datasets.shapes.text import parse
 from minivlm.errors import UserError
 from minivlm.files import read_bytes
 
+ENDINGS = (("y", "ies"), ("fe", "ves"), ("f", "ves"), ("man", "men"), ("child", "children"))  # of one word, and of many
+IRREGULAR = {"person": ("people",), "mouse": ("mice",), "goose": ("geese",), "skis": ("ski",)}
 HOW = "give the names that count as objects, a line each, as --objects FILE"
 
 
@@ -88,6 +90,14 @@ def read_synonyms(file: str) -> dict[str, str]:
 
 def mentions(synonyms: dict[str, str]) -> Callable[[str], list[str]]:
     """Finds names in a text, in singular or plural, the longer ones first: "teddy bear" holds no bear."""
-    words = sorted(synonyms, key=len, reverse=True)
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})(?:s|es)?\b")
-    return lambda text: [synonyms[match[1]] for match in pattern.finditer(text.lower())]
+    known = {form: name for word, name in synonyms.items() for form in plurals(word)} | synonyms
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})\b")
+    return lambda text: [known[match[1]] for match in pattern.finditer(text.lower())]
+
+
+def plurals(word: str) -> list[str]:
+    """ "teddy bear" → "teddy bears", "wine glass" → "wine glasses", "knife" → "knives", "puppy" → "puppies"."""
+    first, _, last = word.rpartition(" ")
+    forms = [f"{last}s", f"{last}es", *IRREGULAR.get(last, ())]
+    forms += [f"{last[: -len(end)]}{many}" for end, many in ENDINGS if last.endswith(end)]
+    return [f"{first} {form}".strip() for form in forms]
