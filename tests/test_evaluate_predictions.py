@@ -273,3 +273,106 @@ def test_objects_are_found_in_singular_and_plural():
         ["person", "knife", "wine glass", "mouse", "bus", "skis", "puppy"]
     )
     assert mentions({"man": "person", "woman": "person"})("two women and men, a manor") == ["person", "person"]
+
+
+def test_scores_are_not_written_over_what_they_are_made_of(results, tmp_path):
+    references = written(tmp_path / "r.json", coco())
+    for option, place in (("predictions", results), ("references", references)):
+        before = place.read_text()
+        with pytest.raises(UserError, match=f"would be written over --{option}"):
+            command.main(
+                [
+                    str(w)
+                    for w in ("--predictions", results, "--references", references, "--save", tmp_path / place.name)
+                ]
+            )
+        assert place.read_text() == before
+
+
+@pytest.mark.parametrize("option", ["--split", "--image_key", "--neighbours"])
+def test_an_option_that_says_nothing_without_a_model_is_refused(option, results, tmp_path):
+    value = {"--split": "all", "--image_key": "x", "--neighbours": "3"}[option]
+    with pytest.raises(UserError, match=f"{option} needs a MODEL"):
+        judged(tmp_path, results, written(tmp_path / "r.json", coco()), option, value)
+
+
+def test_references_in_several_files_are_judged_as_one(results, tmp_path):
+    halves = [
+        written(tmp_path / f"r{i}.json", coco({k: some for k, some in KNOWN.items() if (k == 1) == i})) for i in (0, 1)
+    ]
+    whole = judged(tmp_path, results, written(tmp_path / "r.json", coco()))
+    out = tmp_path / "halves.json"
+    command.main(["--predictions", str(results), "--references", *map(str, halves), "--save", str(out)])
+    assert json.loads(out.read_text()) == pytest.approx(whole, abs=1e-9)
+
+
+def test_questions_of_one_id_in_several_files_are_refused_for_one_file_of_answers(tmp_path):
+    answers = written(
+        tmp_path / "a.jsonl", [{"question_id": q["question_id"], "text": "yes"} for q in POPE], lines=True
+    )
+    files = [written(tmp_path / f"{name}.jsonl", POPE, lines=True) for name in ("random", "popular")]
+    with pytest.raises(UserError, match="question 2 is twice in the references"):
+        command.main(["--predictions", str(answers), "--references", *map(str, files)])
+
+
+def test_a_prompt_that_also_says_how_to_answer_asks_the_same_question(tmp_path):
+    hint, texts = "\nAnswer the question using a single word or phrase.", ["yes", "no", "no", "no", "yes", "yes"]
+    for about in ("question_id", "image"):
+        rows = [
+            {about: q[about], "prompt": q["text"] + hint, "text": text} for q, text in zip(POPE, texts, strict=True)
+        ]
+        scores = judged(
+            tmp_path, written(tmp_path / "a.jsonl", rows, lines=True), written(tmp_path / "p.jsonl", POPE, lines=True)
+        )
+        assert scores["POPE, accuracy"] == pytest.approx(4 / 6)
+
+
+def test_references_in_the_place_of_predictions_are_told(tmp_path):
+    pope, vqa = written(tmp_path / "p.jsonl", POPE, lines=True), written(tmp_path / "r.json", {"annotations": VQA})
+    for file in (pope, vqa):
+        with pytest.raises(UserError, match="is a reference, and no prediction"):
+            judged(tmp_path, file, file)
+    for label, why in (("maybe", "its label is 'maybe', but must be yes or no"), (" Yes ", None)):
+        rows = [{**q, "label": label if i == 0 else q["label"]} for i, q in enumerate(POPE)]
+        file = written(tmp_path / "q.jsonl", rows, lines=True)
+        if why:
+            with pytest.raises(UserError, match=why):
+                read_references(file)
+        else:
+            assert read_references(file)[0].pope[0].answers == ("yes",)
+
+
+def test_a_category_that_no_image_has_is_an_object_as_well(tmp_path):
+    instances = {
+        "images": coco()["images"],
+        "annotations": [{"image_id": i, "category_id": 7} for i in KNOWN],
+        "categories": [{"id": 7, "name": "kite"}, {"id": 8, "name": "horse"}],
+    }
+    results = written(tmp_path / "results.json", [{"image_id": i, "caption": c} for i, c in CAPTIONS.items()])
+    scores = judged(tmp_path, results, written(tmp_path / "instances.json", instances))
+    assert scores["CHAIR_s"] == pytest.approx(1 / 3) and scores["CHAIR_i"] == pytest.approx(1 / 2)  # the horse
+
+
+def test_objects_that_cannot_be_counted_are_refused(results, tmp_path):
+    (tmp_path / "twice.txt").write_text("dog, puppy\ncat, puppy\n")
+    references = written(tmp_path / "r.json", coco())
+    with pytest.raises(UserError, match="'puppy' is of 'dog' and of 'cat'"):
+        judged(tmp_path, results, references, "--objects", tmp_path / "twice.txt")
+    answers = written(tmp_path / "a.json", [{"question_id": q["question_id"], "answer": "2"} for q in VQA])
+    with pytest.raises(UserError, match="objects are counted in captions"):
+        judged(
+            tmp_path,
+            answers,
+            written(tmp_path / "v.json", {"annotations": VQA}),
+            "--objects",
+            tmp_path / "twice.txt",
+        )
+
+
+def test_both_files_that_are_compared_are_saved(results, tmp_path):
+    references = written(tmp_path / "r.json", coco())
+    worse = written(tmp_path / "worse.json", [{"image_id": i, "caption": "a photo"} for i in CAPTIONS])
+    both = judged(tmp_path, results, references, "--against", worse)
+    assert both[str(results)]["BLEU-1"] > both[str(worse)]["BLEU-1"]
+    with pytest.raises(UserError, match="is what --predictions names"):
+        judged(tmp_path, results, references, "--against", results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from minivlm.errors import UserError
 from minivlm.evaluate.generation import FREE_ANSWERS, caption_values, captions_of_world, word_overlap
 from minivlm.evaluate.judge_objects import object_scores
 from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions
-from minivlm.evaluate.references import Asked, References, read_references
+from minivlm.evaluate.references import Asked, References, joined, read_references
 from minivlm.evaluate.table import side_by_side, table
 from minivlm.metrics import Score, vqa_accuracy
 from minivlm.metrics.caption_scores import caption_scores
@@ -29,6 +30,8 @@ from minivlm.metrics.pope import means_yes, pope_scores
 from minivlm.metrics.vqa import rightness
 
 SHOWN = 5  # names in a message
+KEYS = ("image_key", "caption_key", "class_names")
+RENAMED = {"split": "judged_split"}
 Scores = dict[str, Score]
 Pair = tuple[Prediction, Any]  # and the captions of its image, or the question that it answers
 
@@ -58,12 +61,18 @@ def needs_no_model(options: Namespace) -> bool:
 
 def check(options: Namespace, refuse: Callable[[str], Any]) -> None:
     """Complain, before anything is read, of options that do not go together, and of a place that cannot be written."""
+    check_kept(options, refuse)
     if options.model is None:
-        others = [name for name in ("shots", "wise", "diagnose") if getattr(options, name) is not None]
+        names = ("shots", "wise", "diagnose", "split", "neighbours", *KEYS)
+        others = [name for name in names if getattr(options, RENAMED.get(name, name)) is not None]
         if others:
             refuse(f"--{others[0]} needs a MODEL")
         if not (options.predictions and options.references):
             refuse("name a MODEL, or what is to be judged: --predictions FILE --references FILE_OR_DIR")
+        if options.against in options.predictions:
+            refuse(f"--against {options.against} is what --predictions names: name another file")
+        if options.against and len(options.predictions) > 1:
+            refuse("--against compares two files, and --predictions names several: compare them one by one")
         return
     if options.references and not options.predictions:
         refuse("--references belongs to --predictions: a MODEL is judged on --data DIR")
@@ -81,6 +90,15 @@ def check(options: Namespace, refuse: Callable[[str], Any]) -> None:
         refuse(f"--predictions {file}: the folder {Path(file).parent} does not exist; make it first")
 
 
+def check_kept(options: Namespace, refuse: Callable[[str], Any]) -> None:
+    """Complain where the scores would be written over what they are made of."""
+    for name in ("predictions", "references", "against", "objects"):
+        given = getattr(options, name) or ()
+        for place in [given] if isinstance(given, str) else given:
+            if options.save and Path(options.save).resolve() == Path(str(place)).resolve():
+                refuse(f"--save {options.save} would be written over --{name}: choose another place")
+
+
 def require_texts(model) -> None:
     """UserError for a model whose evaluation generates nothing."""
     if not model.takes_images or not model.abilities & {"caption", "answer", "choose"}:
@@ -88,20 +106,19 @@ def require_texts(model) -> None:
 
 
 def run(options: Namespace) -> tuple[Scores, list[Prediction]]:
-    """Print the scores, of two files side by side with --against; with --save write plain numbers."""
+    """Print the scores, of two files side by side with --against; with --save write plain numbers, of two by their names."""
     files, against = options.predictions, options.against
     scores, judged, notes = judge_files(files, options.references, partial=options.partial, objects=options.objects)
-    for note in notes:
-        print(note, file=sys.stderr)
+    columns = {"": scores}
     if against:
         other, _, more = judge_files([against], options.references, partial=options.partial, objects=options.objects)
-        for note in more:
-            print(note, file=sys.stderr)
-        print(side_by_side({against: other, files[0]: scores}))
-    else:
-        print(table(scores))
+        notes, columns = notes + more, {against: other, files[0]: scores}
+    for note in dict.fromkeys(notes):
+        print(note, file=sys.stderr)
+    print(side_by_side(columns) if against else table(scores))
     if options.save:
-        text = json.dumps({name: score.value for name, score in scores.items()}, indent=1, ensure_ascii=False)
+        values = {of: {name: score.value for name, score in column.items()} for of, column in columns.items()}
+        text = json.dumps(values.get("", values), indent=1, ensure_ascii=False)
         write_atomically(options.save, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
     return scores, judged
 
@@ -115,7 +132,7 @@ def judge_files(files: Sequence[Any], places: Sequence[Any], **how: Any) -> tupl
         )
     if len(files) == 1:
         predictions = read_predictions(files[0])
-        references = [one for place in places for one in references_for(predictions, place)]
+        references = joined([one for place in places for one in references_for(predictions, place)])
         return judge(predictions, references, of=f"{files[0]}", beside=names(places), **how)
     scores, judged, notes = {}, [], []
     for file, place in zip(files, places, strict=True):
@@ -173,6 +190,8 @@ def judge(
                 )
             elif wanted > len(pairs):
                 missing.append(f"{wanted - len(pairs)} of {wanted} questions of {beside} have no answer in {of}")
+    if objects and not any(p.is_caption for p in predictions):
+        raise UserError(f"--objects {objects}: {of} holds answers, and objects are counted in captions; leave it out.")
     found, named = objects_judged([p for p in predictions if p.is_caption], references, objects)
     scores, known = scores | found, {id(p) for p in named}
     judged += [p for p in left if id(p) in known]
@@ -203,7 +222,9 @@ def objects_judged(
         return {}, []
     known = {image: some for one in references for image, some in one.captions.items()}
     there = {image: some for one in references for image, some in one.objects.items()}
-    return object_scores(captions, known, there, {k: v for one in references for k, v in one.names.items()}, file)
+    categories = [name for one in references for name in one.categories]
+    further = {k: v for one in references for k, v in one.names.items()}
+    return object_scores(captions, known, there, further, file, categories)
 
 
 def about(p: Prediction, known: Any) -> dict[str, Any]:
@@ -241,7 +262,7 @@ def said_yes_or_no(predictions: Sequence[Prediction], references: References) ->
     asked = references.pope
     if len(predictions) == len(asked) and not any(p.question_id or p.image for p in predictions):
         for i, (p, question) in enumerate(zip(predictions, asked, strict=True), 1):
-            if p.question and plain(p.question) != plain(question.text):
+            if p.question and not asks(p.question, question.text):
                 raise UserError(
                     f"answer {i} is to {p.question!r}, but question {i} is {question.text!r}: keep their order."
                 )
@@ -252,18 +273,25 @@ def said_yes_or_no(predictions: Sequence[Prediction], references: References) ->
 def matched(predictions: Sequence[Prediction], asked: Sequence[Asked]) -> list[Pair]:
     """By the id of the question, or by image and question."""
     by_id = {question.id: question for question in asked if question.id}
+    twice = [name for name, n in Counter(question.id for question in asked if question.id).items() if n > 1]
+    if twice and any(p.question_id for p in predictions):
+        raise UserError(
+            f"question {twice[0]} is twice in the references ({len(twice)} such in all): keep one of each, or give each file "
+            "of questions a file of predictions."
+        )
     images = ImageNames([*dict.fromkeys(question.image for question in asked)])
     by_text = {(question.image, plain(question.text)): question for question in asked}
     found = []
     for p in predictions:
         if p.question_id and by_id:
             question = by_id.get(p.question_id)
-            if question and p.question and question.text and plain(p.question) != plain(question.text):
+            if question and p.question and question.text and not asks(p.question, question.text):
                 raise UserError(
                     f"{p.name} is {p.question!r} there and {question.text!r} here: are they of one data set?"
                 )
         else:
-            question = by_text.get((images.find(p.image), plain(p.question)))
+            image = images.find(p.image)
+            question = by_text.get((image, plain(p.question))) or by_text.get((image, first_line(p.question)))
         if question is not None:
             found.append((p, question))
     check_once([(p, id(question)) for p, question in found], "answers")
@@ -272,6 +300,15 @@ def matched(predictions: Sequence[Prediction], asked: Sequence[Asked]) -> list[P
 
 def plain(text: str) -> str:
     return " ".join(text.replace("<image>", " ").split()).lower()
+
+
+def asks(prompt: str, question: str) -> bool:
+    """Whether a prompt is this question: LLaVA's add a line on how to answer it."""
+    return plain(question) in (plain(prompt), first_line(prompt))
+
+
+def first_line(prompt: str) -> str:
+    return plain(prompt.replace("<image>", " ").strip().partition("\n")[0])
 
 
 def check_once(known: Sequence[tuple[Prediction, Any]], what: str) -> None:

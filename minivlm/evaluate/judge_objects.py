@@ -20,8 +20,8 @@ def is_instances(values: Any) -> bool:
     )
 
 
-def objects_in(values: Mapping[str, Any], path: Any) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """The objects of each image, by its id, and the ids of images by their files' names."""
+def objects_in(values: Mapping[str, Any], path: Any) -> tuple[dict[str, set[str]], dict[str, str], tuple[str, ...]]:
+    """The objects of each image, by its id; the ids of images by their files' names; and all categories."""
     try:
         category = {one["id"]: str(one["name"]).lower() for one in values["categories"]}
         objects: dict[str, set[str]] = {value_of(one, ("id",)): set() for one in values.get("images", ())}
@@ -30,7 +30,7 @@ def objects_in(values: Mapping[str, Any], path: Any) -> tuple[dict[str, set[str]
         names = {one["file_name"]: value_of(one, ("id",)) for one in values.get("images", ()) if "file_name" in one}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has categories, but not as COCO's instances have them ({error}).") from None
-    return objects, names
+    return objects, names, tuple(category.values())
 
 
 def object_scores(
@@ -39,14 +39,15 @@ def object_scores(
     objects: Mapping[str, set[str]],
     names: Mapping[str, str],
     file: str | None,
+    categories: Sequence[str],
 ) -> tuple[dict[str, Score], list[Prediction]]:
     """CHAIR of those predictions whose images are known, and these. captions, objects: of an image, by its name or id. file:
-    --objects; without one the objects are the categories that occur."""
+    --objects; without one the objects are the categories, also those that are in no image here."""
     known = ImageNames([*dict.fromkeys([*captions, *objects])], names)
     found = [(p, image) for p in predictions if (image := known.find(p.image)) is not None]
     if not found:
         return {}, []
-    named = mentions(read_synonyms(file) if file else {name: name for some in objects.values() for name in some})
+    named = mentions(read_synonyms(file) if file else {name: name for name in categories})
     there = [
         {name for text in [*captions.get(image, ()), *objects.get(image, ())] for name in named(text)}
         for _, image in found

@@ -52,7 +52,7 @@ class Prediction:
         """In messages."""
         if self.question_id:
             return f"question {self.question_id}"
-        return f"image {self.image}" + (f", {self.question!r}" if self.question else "")
+        return ", ".join([f"image {self.image}"] * bool(self.image) + [repr(self.question)] * bool(self.question))
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
@@ -88,6 +88,8 @@ def prediction_of(row: Mapping[str, Any], where: str) -> Prediction:
     text = next((row[name] for name in (*ANSWERS, "caption") if name in row and row[name] is not None), None)
     if not asked or (text is None and "caption" in row):
         text = row.get("caption", text if asked or "caption" not in row else None)
+    if is_reference(row):
+        raise UserError(f"{where} is a reference, and no prediction: it belongs to --references.")
     if text is None:
         raise UserError(f"{where} has no caption and no answer; a prediction looks like {EXAMPLE}.")
     if not isinstance(text, str):
@@ -114,6 +116,12 @@ def value_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as pandas writes ids
     return "" if isinstance(value, (dict, list, bool)) or value != value else str(value)  # NaN is none
+
+
+def is_reference(row: Mapping[str, Any]) -> bool:
+    """VQA's annotations have answers; in POPE's questions `text` is the question, and nothing answers it."""
+    said = [name for name in (*ANSWERS, *QUESTIONS, "caption") if row.get(name) is not None]
+    return ("answers" in row and not said) or ("label" in row and said == ["text"])
 
 
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:

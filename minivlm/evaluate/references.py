@@ -43,7 +43,7 @@ class References:
     captions   image → its captions; of the shapes world (`world`) canonical ones of scenes
     questions  VQA's, or a folder's; `free`: their answers are sentences
     pope       questions whose answer is yes or no
-    objects    image → what is in it, by COCO's instances
+    objects    image → what is in it, by COCO's instances, whose `categories` are all that counts as an object
     names      further names of images
     prefix     in front of the names of scores
     """
@@ -52,6 +52,7 @@ class References:
     questions: tuple[Asked, ...] = ()
     pope: tuple[Asked, ...] = ()
     objects: Mapping[str, set[str]] = field(default_factory=dict)
+    categories: tuple[str, ...] = ()
     world: bool = False
     free: bool = False
     prefix: str = ""
@@ -67,8 +68,8 @@ def read_references(path: Any, *, questions: bool = True) -> list[References]:
     if isinstance(values, dict) and values and all(isinstance(v, list) for v in values.values()) and texts(values):
         return [References(captions={name: checked(some, f"{path}, {name}") for name, some in values.items()})]
     if is_instances(values):
-        objects, names = objects_in(values, path)
-        return [References(objects=objects, names=names)]
+        objects, names, categories = objects_in(values, path)
+        return [References(objects=objects, names=names, categories=categories)]
     listed = values.get("images") if isinstance(values, dict) else None
     images = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     if any("sentences" in one for one in images):
@@ -77,6 +78,27 @@ def read_references(path: Any, *, questions: bool = True) -> list[References]:
     named = {value_of(one, ("id",)): one.get("file_name") for one in images}  # in COCO's order
     captions = {image: read.captions[image] for image in named if image in read.captions} | read.captions
     return [replace(read, captions=captions, names={name: image for image, name in named.items() if name})]
+
+
+def joined(references: list[References]) -> list[References]:
+    """Those of several files as one, so that a score is of all of them; folders and their splits stay apart."""
+    apart = [one for one in references if one.world or one.free or one.prefix]
+    files = [one for one in references if not (one.world or one.free or one.prefix)]
+    if len(files) < 2:
+        return references
+    captions: dict[str, list[str]] = {}
+    for one in files:
+        for image, some in one.captions.items():
+            captions.setdefault(image, []).extend(some)
+    whole = References(
+        captions,
+        tuple(question for one in files for question in one.questions),
+        tuple(question for one in files for question in one.pope),
+        {image: some for one in files for image, some in one.objects.items()},
+        tuple(name for one in files for name in one.categories),
+        names={name: image for one in files for name, image in one.names.items()},
+    )
+    return [whole, *apart]
 
 
 def references_of_karpathy(path: Any, images: list[dict]) -> References:
@@ -109,17 +131,22 @@ def references_of_rows(path: Any) -> References:
     for where, row in rows_of(path):
         try:
             image = value_of(row, IMAGES)
-            if str(row.get("label")).lower() in ("yes", "no") and isinstance(row.get("text", row.get("question")), str):
-                asked = row.get("text", row.get("question"))
+            asked = row.get("text", row.get("question"))
+            label = str(row.get("label")).strip().lower()
+            if label in ("yes", "no") and isinstance(asked, str):
                 kinds = tuple(str(row[name]) for name in ("category", "split") if row.get(name))
-                pope.append(Asked(image, asked, (row["label"].lower(),), kinds, value_of(row, QUESTION_IDS)))
+                pope.append(Asked(image, asked, (label,), kinds, value_of(row, QUESTION_IDS)))
             elif "answers" in row or "answer" in row or "multiple_choice_answer" in row:
                 questions.append(question_of(row, image))
             elif "caption" in row or "captions" in row:
                 known = several(row["captions"]) if row.get("captions") else [row.get("caption")]
                 captions.setdefault(image, []).extend(checked(known, where))
             else:
-                raise ValueError("it has no caption, no answer, and no label")
+                raise ValueError(
+                    f"its label is {row['label']!r}, but must be yes or no"
+                    if "label" in row and asked
+                    else "it has no caption, no answer, and no label"
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where} is no reference: {str(error).rstrip('.')}.") from None
     if not (captions or questions or pope):

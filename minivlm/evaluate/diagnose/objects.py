@@ -82,7 +82,13 @@ def read_synonyms(file: str) -> dict[str, str]:
     """Each word → the name of its object, the first of its line."""
     text = read_bytes(Path(file)).decode("utf-8-sig", "replace")
     lines = [[word.strip().lower() for word in line.split(",") if word.strip()] for line in text.splitlines()]
-    synonyms = {word: words[0] for words in lines for word in words}
+    synonyms: dict[str, str] = {}
+    for words in lines:
+        for word in words:
+            if synonyms.setdefault(word, words[0]) != words[0]:
+                raise UserError(
+                    f"--objects {file}: {word!r} is of {synonyms[word]!r} and of {words[0]!r}: keep one of them."
+                )
     if not synonyms:
         raise UserError(f"--objects {file} names no objects: write a name a line, and after commas its synonyms.")
     return synonyms
