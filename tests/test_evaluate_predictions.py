@@ -226,6 +226,16 @@ def test_missing_answers_are_counted_and_partial_leaves_them_out(tmp_path, capsy
     assert "left out" in capsys.readouterr().err
 
 
+def test_a_question_that_is_asked_twice_about_an_image_is_answered_twice(tmp_path):
+    asked = [{"image": "a.jpg", "question": "how many?", "answer": answer} for answer in ("one", "two")]
+    references = written(tmp_path / "r.jsonl", asked, lines=True)
+    write_predictions(tmp_path / "p.jsonl", [Prediction("one", "a.jpg", "how many?")] * 2)
+    assert judged(tmp_path, tmp_path / "p.jsonl", references)["accuracy"] == 0.5
+    write_predictions(tmp_path / "p.jsonl", [Prediction("one", "a.jpg", "how many?")] * 3)
+    with pytest.raises(UserError, match="more answers than questions for image a"):
+        judged(tmp_path, tmp_path / "p.jsonl", references)
+
+
 def test_an_empty_caption_is_judged_and_told_of(tmp_path, capsys):
     rows = [{"image_id": i, "caption": c if i > 1 else ""} for i, c in CAPTIONS.items()]
     judged(tmp_path, written(tmp_path / "p.json", rows), written(tmp_path / "r.json", coco()))

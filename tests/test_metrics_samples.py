@@ -51,7 +51,7 @@ def test_values_are_those_of_their_definitions():
 @pytest.mark.parametrize("kind", VALUES)
 def test_every_kind_takes_any_leading_axes(kind):
     sums = np.random.default_rng(0).integers(1, 9, (3, 5, 20)).astype(float)
-    columns = {"mean": 2, "ratio": 2, "perplexity": 2, "f1": 3, "meteor": 6}
+    columns = {"mean": 2, "ratio": 2, "perplexity": 2, "f1": 3, "explained": 3, "rsum": 4, "contrast": 4, "meteor": 6}
     sums = sums[..., : columns.get(kind)]
     found = VALUES[kind](sums)
     assert found.shape == (3, 5) and found[1, 2] == pytest.approx(float(VALUES[kind](sums[1, 2])))

@@ -184,9 +184,10 @@ def judge(
             judged += [
                 replace(p, value=value, **about(p, known)) for (p, known), value in zip(pairs, values, strict=True)
             ]
-            if wanted > len(pairs) and pairs_of is captioned:
+            if wanted > len(pairs) and (pairs_of is captioned or one.free):  # of sentences, too, some are generated
+                what, text = ("images", "caption") if pairs_of is captioned else ("questions", "answer")
                 notes.append(
-                    f"{wanted - len(pairs)} of {wanted} images of {beside} have no caption in {of}: not judged."
+                    f"{wanted - len(pairs)} of {wanted} {what} of {beside} have no {text} in {of}: not judged."
                 )
             elif wanted > len(pairs):
                 missing.append(f"{wanted - len(pairs)} of {wanted} questions of {beside} have no answer in {of}")
@@ -280,7 +281,9 @@ def matched(predictions: Sequence[Prediction], asked: Sequence[Asked]) -> list[P
             "of questions a file of predictions."
         )
     images = ImageNames([*dict.fromkeys(question.image for question in asked)])
-    by_text = {(question.image, plain(question.text)): question for question in asked}
+    by_text: dict[tuple[str | None, str], list[Asked]] = {}  # a folder may ask one question twice about an image
+    for question in reversed(asked):
+        by_text.setdefault((question.image, plain(question.text)), []).append(question)
     found = []
     for p in predictions:
         if p.question_id and by_id:
@@ -291,7 +294,11 @@ def matched(predictions: Sequence[Prediction], asked: Sequence[Asked]) -> list[P
                 )
         else:
             image = images.find(p.image)
-            question = by_text.get((image, plain(p.question))) or by_text.get((image, first_line(p.question)))
+            texts = (plain(p.question), first_line(p.question))
+            same = next((by_text[image, text] for text in texts if (image, text) in by_text), None)
+            if same == []:
+                raise UserError(f"there are more answers than questions for {p.name}: keep one of each.")
+            question = same.pop() if same else None
         if question is not None:
             found.append((p, question))
     check_once([(p, id(question)) for p, question in found], "answers")

@@ -73,11 +73,10 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         )
     if not found:
         raise UserError(f"{path} holds no prediction; one looks like {EXAMPLE}.")
-    known = [p for p in found if p.image or p.question_id]
-    twice = [name for name, n in Counter(p.question_id or (p.image, p.question) for p in known).items() if n > 1]
-    if twice:
-        first = next(p for p in known if (p.question_id or (p.image, p.question)) == twice[0])
-        raise UserError(f"{path} has two predictions for {first.name} ({len(twice)} such in all): keep one of each.")
+    # A folder may ask one question twice about an image: whether there are too many answers is for the judge to say.
+    names = Counter(p.name for p in found if p.question_id or (p.image and p.is_caption))
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise UserError(f"{path} has two predictions for {twice[0]} ({len(twice)} such in all): keep one of each.")
     return found
 
 

@@ -132,7 +132,8 @@ class Samples:
     @property
     def n(self) -> int:
         """What was counted: questions, where a row is an image with its questions; tokens of a perplexity; else rows."""
-        return int(self.statistics[:, 1].sum()) if self.kind in ("mean", "perplexity") else len(self.statistics)
+        counted = self.kind in ("mean", "ratio", "perplexity")
+        return int(self.statistics[:, 1].sum()) if counted else len(self.statistics)
 
     @property
     def value(self) -> float:

@@ -120,8 +120,9 @@ def usual(questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> li
         for i in rows:
             for answer in set(answers[i]):
                 totals[answer] += agreement(answer, answers[i])
+        best = max(totals.values()) / len(rows)
         for i in rows:
-            chances[i] = max(totals.values()) / len(rows)
+            chances[i] = best
     return chances
 
 
