@@ -20,7 +20,7 @@ from PIL import Image
 
 from minivlm import html
 from minivlm.atomic_writing import write_atomically
-from minivlm.command_line import Parser, check_sheet_name, write_sheet
+from minivlm.command_line import Parser, check_place, check_sheet_name, write_sheet
 from minivlm.curves import compared_plots
 from minivlm.errors import UserError, run_command_line
 from minivlm.evaluate.table import aligned
@@ -68,7 +68,7 @@ def check_save(path: str | None) -> None:
     elif kind not in Image.registered_extensions() and kind != ".json":
         raise UserError(f"--save {path}: the name has to end in .png, .html or .json.")
     elif kind == ".json":
-        check_sheet_name(str(Path(path).with_suffix(".png")))  # its folder
+        check_place(path, "--save")
     else:
         check_sheet_name(path)
 

@@ -153,6 +153,7 @@ def test_samples_that_cannot_be_read_are_told_and_intervals_are_taken(ran, capsy
         (["out/a", "out/../out/a/"], "out/a and out/../out/a/ are the same run: name it once"),
         (["out/a", "--save", "a.txt"], "--save a.txt: the name has to end in .png, .html or .json"),
         (["out/a", "--save", "nowhere/a.json"], "--save nowhere/a.* the folder nowhere does not exist"),
+        (["out/a", "--save", "empty.json"], "--save empty.json: that is a folder"),
         (["out/a", "--save", "nowhere/a.html"], "--save nowhere/a.html.* nowhere"),
         (["out/b"], "metrics.json does not hold the scores of a run"),
     ],
@@ -161,6 +162,7 @@ def test_what_cannot_be_compared_or_saved_is_one_sentence(ran, words, message):
     ran("a", first(300))
     ran("b", scores={"accuracy": 7})
     compare.Path("empty").mkdir()
+    compare.Path("empty.json").mkdir()
     (compare.Path("empty") / "log.jsonl").touch()
     with pytest.raises(UserError, match=message):
         compare.main(words)

@@ -241,3 +241,20 @@ def test_in_a_browser_keys_rate_a_reload_resumes_and_the_ratings_are_saved(folde
         for name, value in anna.values.items()
     }
     assert given == dict(zip(ids, ("left", "right", "tie", "right"), strict=False))
+
+
+def test_results_are_not_written_over_ratings(folder):
+    sheet = write_sheet(folder)[1]["sheet"]
+    anna = ratings(folder / "anna.json", sheet, "Anna", {sheet["ids"][0]: "left"})
+    with pytest.raises(UserError, match="would be written over ratings"):
+        main(["results", str(anna), "--save", str(anna)])
+    assert "Anna" in anna.read_text()
+
+
+def test_one_file_as_both_systems_is_refused_and_what_only_one_has_is_told(folder, capsys):
+    one = predictions(folder / "one.jsonl", ["a", "b", "c"])
+    options = ["--images", str(folder / "images"), "--out", str(folder / "sheet.html")]
+    with pytest.raises(UserError, match=r"--a and --b are both .*one\.jsonl"):
+        main(["sheet", "--a", one, "--b", one, *options])
+    main(["sheet", "--a", one, "--b", predictions(folder / "two.jsonl", ["d", "e"]), *options])
+    assert "1 outputs have no counterpart" in capsys.readouterr().err

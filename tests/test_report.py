@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivlm.checkpoint import load
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
 from minivlm.evaluate.command import main
@@ -15,6 +16,7 @@ from minivlm.evaluate.predictions import Prediction
 from minivlm.evaluate.report import Report, write_report
 from minivlm.evaluate.report.samples import EACH, chosen
 from minivlm.evaluate.report.scores import parents
+from minivlm.evaluate.report.shown import attention
 from minivlm.evaluate.report.training import charts_of
 from minivlm.layers import TextConfig, VisionConfig
 from minivlm.metrics import Samples, Score
@@ -229,3 +231,9 @@ def test_in_a_browser_the_buttons_hide_what_was_not_chosen_and_nothing_runs_or_l
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
     finally:
         browser.close()
+
+
+def test_attention_to_a_single_image_is_drawn(clip, world):
+    model, processor = load(str(clip), device="cpu")
+    image = Image.new("RGB", (32, 32), "red")
+    assert any("<img" in str(part) for part in attention(model, processor, [(image, None)]))

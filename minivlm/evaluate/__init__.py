@@ -80,7 +80,9 @@ def scores_of(model, processor, directory: str | Path, kept: list[Prediction] | 
         scores = matching(model, processor, directory)
         return scores | (answers_and_captions(model, processor, directory, kept=kept) if "answer" in can else {})
     if "encode" in can:
-        return contrast(model, processor, directory)
+        scores = contrast(model, processor, directory)
+        generates = kept is not None and "caption" in can
+        return scores | (answers_and_captions(model, processor, directory, kept=kept) if generates else {})
     if can & {"caption", "answer"}:
         if not model.takes_images:
             return language(model, processor, directory)

@@ -17,6 +17,7 @@ from minivlm.command_line import Parser, check_place, check_sheet_name, share, w
 from minivlm.convert import check_new
 from minivlm.datasets.contents import split_notes
 from minivlm.datasets.source import add_options, source_of
+from minivlm.errors import UserError
 from minivlm.evaluate import diagnose, evaluate, judge, probe, report
 from minivlm.evaluate.averaged import Averaged, averaged_scores, start_of
 from minivlm.evaluate.few_shot import few_shot, few_shot_picture
@@ -65,7 +66,7 @@ def columns_of(options: Namespace, model, processor, data, how, start: str | Non
             save(options.save_model, model, processor)
             print(f"wrote {options.save_model}")
     elif options.against is not None:
-        other = evaluate(*load(options.against, device=str(model.device)), data, how=how)
+        other = evaluate(*load(options.against, device=str(model.device)), data, [], how=how)
         columns = {options.against: other, options.model: evaluate(model, processor, data, kept, how=how)}
         print(side_by_side(columns))
     elif options.shots is not None:
@@ -76,6 +77,10 @@ def columns_of(options: Namespace, model, processor, data, how, start: str | Non
         columns = {"": evaluate(model, processor, data, kept, how=how)}
         print(table(columns[""]))
         if options.predictions:
+            if not kept:
+                raise UserError(
+                    f"--predictions: {data} has no captions and no questions that a {type(model).__name__} could be judged by."
+                )
             write_predictions(options.predictions[0], kept)
             print(f"wrote {len(kept)} predictions to {options.predictions[0]}")
     if options.save and options.diagnose is None:

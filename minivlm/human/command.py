@@ -36,7 +36,10 @@ def main(argv: list[str]) -> None:
 def make_sheet(argv: list[str]) -> None:
     options = sheet_options(argv)
     names = [options.a] + ([options.b] if options.b else [])
-    samples = samples_of({name: predictions_of(name, options.references) for name in names})
+    files = {name: predictions_of(name, options.references) for name in names}
+    samples = samples_of(files)
+    if lone := sum(map(len, files.values())) - len(files) * len(samples):
+        print(f"note: {lone:,} outputs have no counterpart of the other system, and are left out", file=sys.stderr)
     chosen = choose(samples, options.n, options.seed)
     if len(samples) < options.n:
         print(f"note: there are {len(samples):,} samples, not {options.n:,}", file=sys.stderr)
@@ -81,6 +84,8 @@ def sheet_options(argv: list[str]) -> Namespace:
     parser.add_argument("--ask", metavar="TEXT", help=f'what raters are asked ("{COMPARE}" or the like)')
     options = parser.parse_args(argv)
     check_page(options.out, "--out")
+    if options.b and Path(options.a).resolve() == Path(options.b).resolve():
+        raise UserError(f"--a and --b are both {options.b}: name two systems, or --a alone to have it rated.")
     return options
 
 
@@ -91,6 +96,8 @@ def show_results(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.save:
         check_place(options.save, "--save")
+    if options.save and Path(options.save).resolve() in [Path(name).resolve() for name in options.ratings]:
+        raise UserError(f"--save {options.save} would be written over ratings: choose another place.")
     known, raters = read_ratings([Path(name) for name in options.ratings])
     print(table(scores(known, raters)))
     agreed = agreement(known, raters)

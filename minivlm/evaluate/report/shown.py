@@ -125,7 +125,8 @@ def attention(model, processor, asked: Asked) -> list[Markup]:
         ]
         if len(images) == 1:
             first = drawn[0]
-            drawn[0] = replace(first, images=[views[0], *first.images], notes=[prompt or "", *first.notes])
+            notes = first.notes or [""] * len(first.images)
+            drawn[0] = replace(first, images=[views[0], *first.images], notes=[prompt or "", *notes])
         else:
             drawn = [Row("the images", views), *drawn]
         found += strips("", drawn, side=TILE)
