@@ -77,6 +77,14 @@ def test_a_folder_with_one_image_has_no_clouds(clip, tmp_path):
         main([str(clip), "--data", str(tmp_path), "--diagnose", "modality-gap", "--images", str(tmp_path / "images")])
 
 
+def test_one_image_leaves_out_what_needs_two_and_not_the_whole_diagnosis(clip, tmp_path, capsys):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "a red circle"}\n')
+    main([str(clip), "--data", str(tmp_path), "--diagnose", "--images", str(tmp_path / "images")])
+    out = capsys.readouterr().out
+    assert "modality-gap: left out" in out and "resolution: left out" in out and out.count("one image to judge by") == 2
+
+
 def test_every_pitfall_has_a_module_with_both_functions():
     from importlib import import_module
 

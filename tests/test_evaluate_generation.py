@@ -13,8 +13,12 @@ from minivlm.conversation import Turn, collate, encode_conversation, with_images
 from minivlm.datasets.conversations import open_conversations
 from minivlm.evaluate.expectation import some_of, text_perplexity
 from minivlm.evaluate.generation import answers, by_image
+from minivlm.layers import LanguageModelConfig, VisionConfig
+from minivlm.models.coca import CoCa, CoCaConfig
+from minivlm.processor import Processor
 from minivlm.tasks import answer
 from tests import speakers
+from tests.colours import RGB
 
 COLOURS = ("red", "green", "blue", "red")
 
@@ -117,3 +121,19 @@ def test_some_of_many_are_always_the_same():
     assert some_of(5, 9) == range(5)
     few = some_of(1000, 10)
     assert few == some_of(1000, 10) == sorted({*few}) and len(few) == 10 and few[-1] > 500
+
+
+def test_a_model_with_vectors_that_also_describes_is_judged_by_both(tmp_path):
+    rows = []
+    for i, name in enumerate(list(RGB)[:3]):
+        Image.new("RGB", (16, 16), RGB[name]).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "caption": f"a {name} wall"}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    processor = Processor.train([f"a {name} wall" for name in RGB], vocab_size=280, image_size=16, context=96)
+    vision = VisionConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2)
+    ids = dict(vocab_size=processor.vocab_size, end_tokens=(processor.end_token,), pad_token=processor.pad_token)
+    text = LanguageModelConfig(width=16, depth=2, heads=2, context=96, **ids)
+    config = CoCaConfig(vision=vision, text=text, multimodal_depth=1, image_queries=2, embed_width=8)
+    kept = []
+    scores = evaluate.evaluate(CoCa(config, seed=0).eval(), processor, tmp_path, kept)
+    assert {"text→image R@1", "captions, words in common"} <= set(scores) and len(kept) == 3

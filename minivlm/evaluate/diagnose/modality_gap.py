@@ -20,7 +20,6 @@ from torch import Tensor
 
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.pairs import Pairs
-from minivlm.errors import UserError
 from minivlm.evaluate.compare import distinct_captions, encode_split
 from minivlm.evaluate.diagnose.clouds import clouds
 from minivlm.evaluate.diagnose.pitfall import Pitfall
@@ -83,15 +82,16 @@ class Means:
 
 
 def left_out(model, processor, data) -> str:
-    can = "encode" in model.abilities
-    return "" if can else f"this {type(model).__name__} has no vectors of texts beside those of images."
+    if "encode" not in model.abilities:
+        return f"this {type(model).__name__} has no vectors of texts beside those of images."
+    if len(open_pairs(data, "test", image_size=processor.image_size)) < 2:
+        return f"{data} has one image to judge by, but the distance of two clouds needs at least two of them."
+    return ""
 
 
 def diagnose(model, processor, data) -> Pitfall:
     test, val = (open_pairs(data, split, image_size=processor.image_size) for split in ("test", "val"))
     own = vectors_of(model, processor, test)
-    if len(own.keys) < 2:
-        raise UserError(f"{data} has one image to judge by, but the distance of two clouds needs at least two of them.")
     other = vectors_of(model, processor, val)
     apart = len(other.keys) > 1 and set(own.keys).isdisjoint(other.keys)
     shifted = Means.of(other).shift(own) if apart else cross_fitted(own)

@@ -55,7 +55,8 @@ def left_out(model, processor, data) -> str:
 def diagnose(model, processor, data) -> Pitfall:
     task = task_of(model, processor, data)()
     if len(set(task.ids)) < 2:
-        raise UserError(f"{data} has one image to judge by, but a figure with its interval needs at least two of them.")
+        why = f"{data} has one image to judge by, but a figure with its interval needs at least two of them."
+        return Pitfall("resolution", left_out=why)
     right = task.right(model, processor, task.split)
     ranges = ranges_of(task.pixels)
     by_size = len(ranges) > 1
