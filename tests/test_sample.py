@@ -132,7 +132,7 @@ def test_without_a_task_it_lists_them(capsys):
         (["search", "out", "pictures", "red", "blue"], "unrecognized arguments: blue"),
         (["search", "out", "pictures", "red", "--save", "sheet.doc"], "has to end in .png"),
         (["search", "out", "pictures", "red", "--save", "no/sheet.png"], "the folder no does not exist"),
-        (["search", "out", "pictures", "red", "--save", "taken.png"], "taken.png: the image could not be written"),
+        (["search", "out", "pictures", "red", "--save", "taken.png"], "taken.png: that is a folder; name a file"),
     ],
 )
 def test_a_mistake_is_one_sentence(argv, message, pictures, tmp_path):

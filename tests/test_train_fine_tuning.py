@@ -76,8 +76,8 @@ def test_a_published_clip_is_fine_tuned_and_judged_before_and_after(desk, capsys
     assert {name: score["value"] for name, score in before.items()} == {n: s.value for n, s in want.items()}
     train.main(["clip", "--out", "tuned", "--resume", "--device", "cpu", "--precision", "fp32"])
     out = capsys.readouterr().out
-    head = next(line for line in out.splitlines() if line.endswith("chance"))
-    assert head.split() == ["before", "after", "chance"] and "before the first step" not in out
+    head = next(line for line in out.splitlines() if line.split()[:1] == ["before"])
+    assert head.split() == ["before", "after", "chance", "n"] and "before the first step" not in out
     assert "zero-shot, top-1" in out and read_record(Run("tuned").latest())["before"] == before
     tuned, own = minivlm.load("tuned")
     assert own.config == processor.config and own.text(WORDS)[0].equal(processor.text(WORDS)[0])

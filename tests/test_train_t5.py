@@ -10,12 +10,13 @@ import torch
 
 import minivlm
 import train
-from minivlm import evaluate, tasks, training_log
+from minivlm import tasks, training_log
 from minivlm.conversation import IGNORED
 from minivlm.datasets.shapes import make_shapes
 from minivlm.datasets.shapes.episodes import words
 from minivlm.datasets.span_corruption import SENTINELS
 from minivlm.errors import UserError
+from minivlm.evaluate import command
 from minivlm.layers import T5
 from minivlm.recipes import plan
 from tests.test_train_captioner import LM, arguments
@@ -138,7 +139,7 @@ def test_perplexity_is_that_of_the_second_parts(trained):
 
 
 def test_the_command_evaluates_it(trained, world, capsys):
-    evaluate.main([str(trained), "--data", str(world), "--device", "cpu"])
+    command.main([str(trained), "--data", str(world), "--device", "cpu"])
     assert "perplexity" in capsys.readouterr().out
 
 
