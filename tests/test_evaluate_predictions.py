@@ -12,7 +12,7 @@ from minivlm.errors import UserError
 from minivlm.evaluate import command
 from minivlm.evaluate.diagnose.objects import mentions
 from minivlm.evaluate.predictions import ImageNames, Prediction, read_predictions, write_predictions
-from minivlm.evaluate.references import read_references
+from minivlm.evaluate.references import joined, read_references
 from minivlm.metrics.chair import chair_scores
 from minivlm.metrics.pope import means_yes, pope_scores
 from minivlm.metrics.vqa import rightness
@@ -103,6 +103,20 @@ def test_vqa_results_are_judged_by_type(tmp_path, capsys):
     scores = judged(tmp_path, answers, written(tmp_path / "r.json", {"annotations": VQA}))
     assert scores["accuracy"] == 1.0 == scores["accuracy, number"] == scores["accuracy, how many"]
     assert re.search(r"accuracy +100\.0% .* 2\n", capsys.readouterr().out)
+
+
+def test_vqa_questions_stand_beside_their_annotations(tmp_path):
+    answers = written(tmp_path / "a.json", [{"question_id": 10 * i, "answer": "2"} for i in (1, 2)])
+    rows = [{"question_id": 10 * i, "image_id": i, "question": f"how many of {i}?"} for i in (1, 2)]
+    questions = written(tmp_path / "q.json", {"questions": rows})
+    with pytest.raises(UserError, match="holds questions without their answers"):
+        judged(tmp_path, answers, questions)
+    both = (questions, written(tmp_path / "r.json", {"annotations": VQA}))
+    references = joined([one for path in both for one in read_references(path)])
+    assert [q.text for q in references[0].questions] == ["how many of 1?", "how many of 2?"]
+    words = ["--predictions", answers, "--references", *both, "--save", tmp_path / "s.json"]
+    command.main([str(word) for word in words])
+    assert json.loads((tmp_path / "s.json").read_text())["accuracy"] == 1.0
 
 
 def test_what_ten_people_answer_alike_is_compared_as_it_is_written():

@@ -167,6 +167,8 @@ def judge(
     no answer, unless `partial` leaves them out, and where the two have nothing in common. Captions may be of some of the images
     alone, as in COCO's evaluation: a note tells so.
     """
+    if any(one.texts for one in references) and not any(one.questions for one in references):
+        raise UserError(f"{beside} holds questions without their answers: name VQA's annotations beside it.")
     left, scores, judged, notes, missing = list(predictions), {}, [], [], []
     for one in references:
         for pairs_of, scores_of, wanted in (

@@ -45,6 +45,7 @@ class References:
     pope       questions whose answer is yes or no
     objects    image → what is in it, by COCO's instances, whose `categories` are all that counts as an object
     names      further names of images
+    texts      question id → the question: VQA's questions, whose answers stand in another file
     prefix     in front of the names of scores
     """
 
@@ -57,6 +58,7 @@ class References:
     free: bool = False
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_references(path: Any, *, questions: bool = True) -> list[References]:
@@ -90,9 +92,10 @@ def joined(references: list[References]) -> list[References]:
     for one in files:
         for image, some in one.captions.items():
             captions.setdefault(image, []).extend(some)
+    asked = {name: text for one in files for name, text in one.texts.items()}
     whole = References(
         captions,
-        tuple(question for one in files for question in one.questions),
+        tuple(replace(q, text=q.text or asked.get(q.id, "")) for one in files for q in one.questions),
         tuple(question for one in files for question in one.pope),
         {image: some for one in files for image, some in one.objects.items()},
         tuple(name for one in files for name in one.categories),
@@ -127,7 +130,7 @@ def checked(captions: list[Any], where: str) -> list[str]:
 
 def references_of_rows(path: Any) -> References:
     captions: dict[str, list[str]] = {}
-    questions, pope = [], []
+    questions, pope, asked_alone = [], [], {}
     for where, row in rows_of(path):
         try:
             image = value_of(row, IMAGES)
@@ -141,6 +144,8 @@ def references_of_rows(path: Any) -> References:
             elif "caption" in row or "captions" in row:
                 known = several(row["captions"]) if row.get("captions") else [row.get("caption")]
                 captions.setdefault(image, []).extend(checked(known, where))
+            elif isinstance(asked, str) and "label" not in row and value_of(row, QUESTION_IDS):
+                asked_alone[value_of(row, QUESTION_IDS)] = asked
             else:
                 raise ValueError(
                     f"its label is {row['label']!r}, but must be yes or no"
@@ -149,9 +154,9 @@ def references_of_rows(path: Any) -> References:
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where} is no reference: {str(error).rstrip('.')}.") from None
-    if not (captions or questions or pope):
+    if not (captions or questions or pope or asked_alone):
         raise UserError(f"{path} holds no references: no captions, no answered questions.")
-    return References(captions, tuple(questions), tuple(pope))
+    return References(captions, tuple(questions), tuple(pope), texts=asked_alone)
 
 
 def question_of(row: Mapping[str, Any], image: str) -> Asked:
