@@ -104,6 +104,8 @@ class Browser:
                 text += letter
             answer = json.loads(text)
             if answer.get("id") == self.number:
+                if "navigated" in str(answer.get("error")):
+                    return {"result": {}}  # the page that was asked has made room for the next one
                 assert "error" not in answer, answer
                 return answer["result"]
 

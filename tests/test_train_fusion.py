@@ -141,8 +141,12 @@ def test_what_is_hidden_does_not_tell_whether_a_caption_is_true(built, name):
     assert 0.3 < hides[~matches].mean() < 0.7
 
 
-def test_in_pairs_every_image_has_a_true_caption_and_a_false_one_which_often_differ_in_one_word(built):
-    work = start(built, "visualbert", batch_size=64, **{"data.captions_every": 1, "data.paired": True})
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 2), (0.5, 10, 60), (1.0, 40, 128)])
+def test_in_pairs_every_image_has_a_true_caption_and_a_false_one_and_so_many_differ_in_one_word(
+    built, share, least, most
+):
+    options = {"data.captions_every": 1, "data.paired": True, "data.false_captions": share}
+    work = start(built, "visualbert", batch_size=64, **options)
     work.prepare(torch.device("cpu"), torch.float32)
     one_word = 0
     for step in range(4):
@@ -151,9 +155,7 @@ def test_in_pairs_every_image_has_a_true_caption_and_a_false_one_which_often_dif
         assert torch.equal(batch["matches"], torch.arange(64) < 32) and torch.equal(images[:32], images[32:])
         seen = tokens != work.processor.tokenizer.token_to_id(MASK)
         one_word += ((tokens[:32] != tokens[32:]) & seen[:32] & seen[32:]).sum(dim=1).eq(1).sum().item()
-    assert (
-        one_word > 10
-    )  # of 128 false ones half are nearly right, some of which have the word hidden or move to another place
+    assert least <= one_word <= most  # of 128 false ones; some have the word hidden, or objects in another order
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -77,6 +77,7 @@ class MaskedCaptions:
     hide: words, both words and regions, or either of them. mask: the token that stands where a word is hidden. regions: R,
     how many an image has. heads: of the model, "words" and "regions" among them if it predicts these. paired: half as many
     images, each with a true caption and a false one, so that the batch differs in what makes a caption false, and in less else.
+    nearly_right: the share of the false captions that differ from a true one by a word, where the data have such.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class MaskedCaptions:
         regions: int,
         heads: Sequence[str],
         paired: bool = False,
+        nearly_right: float = 0.5,
     ):
         self.conversations, self.samples, self.processor, self.images = conversations, samples, processor, images
         self.hide, self.regions, self.heads, self.paired = hide, regions, heads, paired
+        self.nearly_right = nearly_right
         self.mask_token = processor.tokenizer.token_to_id(mask)
         self.special = {processor.start_token, processor.end_token, processor.pad_token}
 
@@ -128,8 +131,8 @@ class MaskedCaptions:
         return hide_words(row, rng, **sizes)
 
     def false_caption(self, sample: int, rng: np.random.Generator) -> str | None:
-        """One that is nearly right, where the data have some; else, and as often, that of another image."""
-        if rng.random() < 0.5 and (false := self.conversations.false_caption(sample, rng)) is not None:
+        """One that is nearly right, where the data have some; else, and in the other cases, that of another image."""
+        if rng.random() < self.nearly_right and (false := self.conversations.false_caption(sample, rng)) is not None:
             return false
         other = one_caption(self.conversations, self.samples[int(rng.integers(len(self.samples)))], rng)
         return None if other in self.conversations.captions(sample) else other

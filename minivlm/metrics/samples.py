@@ -132,8 +132,10 @@ class Samples:
     @property
     def n(self) -> int:
         """What was counted: questions, where a row is an image with its questions; tokens of a perplexity; else rows."""
-        counted = self.kind in ("mean", "ratio", "perplexity")
-        return int(self.statistics[:, 1].sum()) if counted else len(self.statistics)
+        if self.kind not in ("mean", "ratio", "perplexity"):
+            return len(self.statistics)
+        counts = self.statistics[:, 1]
+        return int(counts.sum()) if (counts == counts.round()).all() else len(counts)  # weights are no counts
 
     @property
     def value(self) -> float:

@@ -80,4 +80,6 @@ def vision_features(
 def measure(model: nn.Module, images: Tensor) -> None:
     """Standardise the model's `image_features` from now on by what its tower computes of these images (M, 3, H, W)."""
     with torch.no_grad():
+        model.standardise.mean.zero_()  # what was measured before counts no more
+        model.standardise.deviation.fill_(1.0)
         model.standardise.measure(model.image_features(images))

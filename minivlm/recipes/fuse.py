@@ -59,6 +59,7 @@ class FuseData(FolderData):
     most_answers: int = 3000  # the most frequent ones are to choose from
     captions_every: int = 4  # every so many-th step reads captions, of which something is hidden; 0: none does
     hide: Literal["words", "either", "both"] = "words"  # of a caption's pair; either: words or regions
+    false_captions: float = 0.5  # share of its false captions that are nearly right, where the data have such
     paired: bool = False  # half as many images in such a step, each with a true caption and a false one
 
 
@@ -84,7 +85,10 @@ class FuseRecipe(Recipe):
         every, samples = self.data.captions_every, questions
         mask = next((mark for mark in MASKS if processor.tokenizer.token_to_id(mark) is not None), None)
         if every and captioned and model.config.heads and mask:
-            c, hidden = model.config, dict(hide=self.data.hide, mask=mask, paired=self.data.paired)
+            c, hidden = (
+                model.config,
+                dict(hide=self.data.hide, mask=mask, paired=self.data.paired, nearly_right=self.data.false_captions),
+            )
             regions = c.vision.features_at(c.vision_layer)[0]
             masked = MaskedCaptions(
                 conversations, captioned, processor, cache, regions=regions, heads=c.heads, **hidden
