@@ -141,7 +141,7 @@ def test_what_is_hidden_does_not_tell_whether_a_caption_is_true(built, name):
     assert 0.3 < hides[~matches].mean() < 0.7
 
 
-@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 2), (0.5, 10, 60), (1.0, 40, 128)])
+@pytest.mark.parametrize(("share", "least", "most"), [(0.5, 10, 60), (1.0, 40, 128)])
 def test_in_pairs_every_image_has_a_true_caption_and_a_false_one_and_so_many_differ_in_one_word(
     built, share, least, most
 ):
