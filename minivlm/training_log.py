@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ class Log:
         self.pace, self.send = pace, send
         self.path, self.write, self.waiting, self.skips = path, write, [], skips
         self.skipped, self.in_a_row = 0, 0
+        self.last: tuple[int | None, dict] = (None, {})  # where in the file the last line begins, and what it tells
         highest, differ = max(rates.values(), default=0), len(set(rates.values())) > 1
         self.shares = {part: rate / highest for part, rate in rates.items()} if differ else {}
         if write:
@@ -103,19 +105,31 @@ class Log:
         return lines[-1]
 
     def validated(self, step: int, name: str, score: float) -> None:
-        """Add the score of the validation split after so many steps, on a line of its own."""
+        """Add the score of the validation split after so many steps to the line of the last of them."""
         if self.write:
-            self.append([{"step": step - 1, "validation": score, "validated": name}])
+            at, line = self.last
+            told = {"step": step - 1, "validation": score, "validated": name}
+            same = line.get("step") == step - 1
+            self.write_lines([line | told if same else told], at if same else None)
+            self.send(told, step - 1)
 
     def append(self, lines: Sequence[dict]) -> None:
+        self.write_lines(lines, None)
+        for line in lines:
+            self.send(line, line["step"])
+
+    def write_lines(self, lines: Sequence[dict], at: int | None) -> None:
+        """To the end of the file; or, with the last line, in its place."""
+        texts = [f"{json.dumps(line)}\n".encode() for line in lines]
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with self.path.open("rb+" if self.path.exists() else "ab") as file:
+                file.seek(*((0, os.SEEK_END) if at is None else (at,)))
+                start = file.tell()
+                file.write(b"".join(texts))  # what replaces the last line is no shorter
         except OSError as error:
             why = f"{self.path} cannot be written: {error.strerror}"
             raise UserError(f"{why}. Go on from the last checkpoint with --resume.") from error
-        for line in lines:
-            self.send(line, line["step"])
+        self.last = (start + sum(map(len, texts[:-1])), lines[-1])
 
     def by_part(self, line: dict) -> dict[str, dict[str, float]]:
         rates = {part: share * line["learning_rate"] for part, share in self.shares.items()}

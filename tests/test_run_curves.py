@@ -59,6 +59,8 @@ def test_a_validation_stands_beside_its_step(tmp_path):
     log.add(0, {"loss_a": torch.tensor(1.0)}, torch.tensor(1.0), 1e-3)
     log.flush(lambda step: [])
     log.validated(1, "Recall@1", 0.5)
+    log.validated(1, "Recall@1", 0.5)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1  # whoever reads lines finds the same in each
     [line] = training_log.read_log(tmp_path / "log.jsonl")
     assert line["loss"] == 1.0 and line["validation"] == 0.5
     again = training_log.Log(tmp_path / "log.jsonl", 1)  # resumed there
