@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +50,20 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 upwards")
     return int(text)
+
+
+def names_among(known: Iterable[str], *, option: str, what: str) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that takes some of these, separated by commas: "knn,linear" → the names, each once. UserError for
+    one that is none, with the nearest. what: they are, in the message."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in names:
+            if name not in known:
+                raise UserError(f"{option} {text}: there is no {what} {name!r}.{nearest(name, known)}")
+        return names
+
+    return read
 
 
 def share(text: str) -> float:

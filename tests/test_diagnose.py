@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivlm.command_line import names_among
 from minivlm.datasets.shapes import ShapesWorld, make_shapes
 from minivlm.errors import UserError
 from minivlm.evaluate.command import main
-from minivlm.evaluate.diagnose import PITFALLS, diagnose, pitfalls
+from minivlm.evaluate.diagnose import PITFALLS, diagnose
 from minivlm.layers import LanguageModel, LanguageModelConfig, TextConfig, VisionConfig
 from minivlm.models.clip import CLIP, CLIPConfig
 from minivlm.processor import Processor
@@ -50,6 +51,7 @@ def test_a_pitfall_is_printed_drawn_and_saved(clip, world, tmp_path, capsys):
 
 
 def test_pitfalls_are_named_by_a_list():
+    pitfalls = names_among(PITFALLS, option="--diagnose", what="pitfall")
     assert pitfalls("resolution, modality-gap,resolution") == ("resolution", "modality-gap")
 
 

@@ -19,7 +19,7 @@ from minivlm.datasets.shapes.usual import usual_colour
 from minivlm.errors import UserError
 from minivlm.evaluate.command import main
 from minivlm.evaluate.diagnose import diagnose, hallucination, regions
-from minivlm.evaluate.diagnose.judge import Judge, check_matcher, yes_to
+from minivlm.evaluate.diagnose.matcher import Judge, check_matcher, yes_to
 from minivlm.evaluate.diagnose.objects import objects_of
 from minivlm.evaluate.diagnose.pope import SPLITS, pope_questions, scores_by_split
 from tests.matchers import Oracle, WordProcessor
@@ -184,7 +184,7 @@ def test_pope_scores_are_those_of_a_hand_computation():
 def test_an_answer_is_yes_unless_it_says_no(monkeypatch):
     said = cycle(["yes", "No, there is none.", "There is not a dog", "a dog. No cat"])
     monkeypatch.setattr(
-        "minivlm.evaluate.diagnose.judge.answer_all", lambda samples, *a, **k: [next(said) for _ in samples]
+        "minivlm.evaluate.diagnose.matcher.answer_all", lambda samples, *a, **k: [next(said) for _ in samples]
     )
     assert yes_to([(None, "?")] * 4, Judge(None, None, "")) == [True, False, False, True]
 

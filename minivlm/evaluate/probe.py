@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm.command_line import positive
+from minivlm.command_line import names_among, positive
 from minivlm.datasets.contents import available
 from minivlm.datasets.folder import open_pairs
 from minivlm.datasets.folder_files import choose_split
 from minivlm.datasets.pairs import Pairs
 from minivlm.datasets.shapes import ShapesWorld, is_world
 from minivlm.datasets.source import Source
-from minivlm.errors import UserError, nearest
+from minivlm.errors import UserError
 from minivlm.evaluate.compare import FOLDS, SINGLE, How, contrast, tell
 from minivlm.evaluate.vectors import SHARED, ImageVectors
 from minivlm.metrics import Samples, Score
@@ -50,21 +50,12 @@ def add_options(parser: ArgumentParser) -> None:
         help="equal captions are one (distinct), or five an image as published for COCO and Flickr30k, which adds median "
         "rank and rsum (coco), also in folds of 1,000 images (coco-1k) (%(default)s)",
     )
-    parser.add_argument(
-        "--probe", type=probes, metavar="knn,linear", help="classifiers on the vectors of images, as well"
-    )
+    chosen = names_among(PROBES, option="--probe", what="probe")
+    told = "classifiers on the vectors of images, as well"
+    parser.add_argument("--probe", type=chosen, metavar="knn,linear", help=told)
     parser.add_argument(
         "--neighbours", type=positive, nargs="+", metavar="K", help="--probe knn: so many vote (1 10 20)"
     )
-
-
-def probes(text: str) -> tuple[str, ...]:
-    """ "knn,linear" → the names. UserError for one that is none."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in PROBES:
-            raise UserError(f"--probe {text}: there is no probe {name!r}.{nearest(name, PROBES)}")
-    return names
 
 
 def how_of(options: Namespace) -> How:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from minivlm.errors import UserError
 from minivlm.evaluate.images_of import Images
-from minivlm.evaluate.judge import plain
+from minivlm.evaluate.pairing import plain
 from minivlm.evaluate.predictions import ImageNames, Prediction
 from minivlm.html import Markup, data_url, page, tag
 from minivlm.human.sides import HIGHEST, LOWEST, SheetRecord, digest, swapped

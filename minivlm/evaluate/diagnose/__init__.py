@@ -17,8 +17,9 @@ from importlib import import_module
 from pathlib import Path
 
 from minivlm.atomic_writing import write_atomically
-from minivlm.errors import UserError, nearest
-from minivlm.evaluate.diagnose.judge import check_matcher
+from minivlm.command_line import names_among
+from minivlm.errors import UserError
+from minivlm.evaluate.diagnose.matcher import check_matcher
 from minivlm.evaluate.diagnose.pitfall import Pitfall
 
 __all__ = ["PITFALLS", "Pitfall", "add_options", "diagnose", "run"]
@@ -53,7 +54,7 @@ def diagnoses(model, processor, data, names: Sequence[str], **more) -> Iterator[
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--diagnose",
-        type=pitfalls,
+        type=names_among(PITFALLS, option="--diagnose", what="pitfall"),
         nargs="?",
         const=tuple(PITFALLS),
         metavar="PITFALL,…",
@@ -66,15 +67,6 @@ def add_options(parser: ArgumentParser) -> None:
         help="for CHAIR and --diagnose: what counts as an object, a name and its synonyms a line",
     )
     parser.add_argument("--images", default="diagnosis", help="--diagnose: the folder for its images (%(default)s)")
-
-
-def pitfalls(text: str) -> tuple[str, ...]:
-    """ "modality-gap,resolution" → the names. UserError for one that is none."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in PITFALLS:
-            raise UserError(f"--diagnose {text}: there is no pitfall {name!r}.{nearest(name, PITFALLS)}")
-    return names
 
 
 def check(options: Namespace) -> None:

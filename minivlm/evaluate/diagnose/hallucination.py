@@ -21,7 +21,7 @@ from minivlm.datasets.conversations import Conversations, has_conversations, ope
 from minivlm.datasets.shapes import is_world
 from minivlm.evaluate.diagnose import regions
 from minivlm.evaluate.diagnose.captions_sheet import draw
-from minivlm.evaluate.diagnose.judge import Judge, says_yes_and_no, yes_to
+from minivlm.evaluate.diagnose.matcher import Judge, says_yes_and_no, yes_to
 from minivlm.evaluate.diagnose.objects import HOW, Objects, objects_of
 from minivlm.evaluate.diagnose.pitfall import Pitfall
 from minivlm.evaluate.diagnose.pope import pope_questions, scores_by_split
