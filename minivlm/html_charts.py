@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from minivlm.html import Markup, tag
+from minivlm.plots import round_step
 
 WIDTH, HEIGHT = 520, 240  # of a chart, in units of the SVG
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  # around its inside
@@ -58,9 +59,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers at equal distances, the first at or below `low` and the last at or above `high`."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    step = round_step((high - low) / most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

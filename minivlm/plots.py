@@ -191,13 +191,18 @@ def paler(colour: str) -> str:
     return "#" + "".join(f"{round(255 - 0.3 * (255 - int(colour[i : i + 2], 16))):02x}" for i in (1, 3, 5))
 
 
+def round_step(least: float) -> float:
+    """The smallest of 1, 2 or 5 times a power of ten that is no less than this positive number."""
+    power = 10.0 ** floor(log10(least))
+    return next(m * power for m in (1, 2, 5, 10, 20) if m * power >= least * (1 - 1e-9))
+
+
 def steps_between(low: float, high: float, most: int) -> list[float]:
     """At most `most` + 1 round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
     width = (high - low) / most
     if not (isfinite(width) and width > 0):
         return [low]
-    power = 10.0 ** floor(log10(width))
-    step = next(m * power for m in (1, 2, 5, 10, 20) if m * power >= width * (1 - 1e-9))
+    step = round_step(width)
     return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 
